@@ -1,0 +1,62 @@
+"""Build the Cython extensions.  Everything else about the package is in pyproject.toml."""
+
+import shutil
+import subprocess
+import sys
+from glob import glob
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+# -ffp-contract=off keeps float results the same whichever instruction set a function is cloned for.
+COMPILE_FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=default"]
+
+
+def liburing_flags() -> dict[str, list[str]]:
+    """Ask pkg-config for liburing >= 2.3, or stop with the command that installs it."""
+    found = shutil.which("pkg-config") and not subprocess.call(["pkg-config", "--atleast-version=2.3", "liburing"])
+    if not found:
+        sys.exit(
+            "fomoe_io: liburing >= 2.3 was not found by pkg-config\n"
+            "  fix: sudo apt-get install -y gcc pkg-config python3-dev liburing-dev"
+            "      (Fedora: sudo dnf install gcc pkgconf python3-devel liburing-devel)"
+        )
+
+    def ask(flag: str) -> list[str]:
+        return subprocess.check_output(["pkg-config", flag, "liburing"], text=True).split()
+
+    return {"extra_compile_args": COMPILE_FLAGS + ask("--cflags"), "extra_link_args": ask("--libs")}
+
+
+HEADERS = glob("fomoe_io/csrc/*.h")
+
+EXTENSIONS = [
+    Extension("fomoe_io._uring", ["fomoe_io/_uring.pyx"], depends=HEADERS, **liburing_flags()),
+    Extension(
+        "fomoe_io._pread",
+        ["fomoe_io/_pread.pyx", "fomoe_io/csrc/pread_pool.c"],
+        depends=HEADERS,
+        extra_compile_args=COMPILE_FLAGS + ["-pthread"],
+        extra_link_args=["-pthread"],
+    ),
+    Extension(
+        "fomoe_io._cpu",
+        [
+            "fomoe_io/_cpu.pyx",
+            "fomoe_io/csrc/dot.c",
+            "fomoe_io/csrc/dot_portable.c",
+            "fomoe_io/csrc/vector_ops.c",
+            "fomoe_io/csrc/attention.c",
+            "fomoe_io/csrc/residency.c",
+            "fomoe_io/csrc/routing.c",
+            "fomoe_io/csrc/threads.c",
+            "fomoe_io/csrc/program.c",
+            "fomoe_io/csrc/experts.c",
+        ],
+        depends=HEADERS,
+        extra_compile_args=COMPILE_FLAGS + ["-pthread"],
+        extra_link_args=["-pthread", "-lm", "-ldl"],
+    ),
+]
+
+setup(ext_modules=cythonize(EXTENSIONS, compiler_directives={"language_level": 3, "embedsignature": True}))

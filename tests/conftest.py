@@ -1,0 +1,24 @@
+"""Fixtures every test may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The small trained model that ships with the project."""
+    return ROOT / "models" / "fomoe-demo-32x8.Q4_K_M.gguf"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference vectors and larger models, which lie beside the checkout and are not part of it."""
+    path = ROOT.parent / "shared"
+    if not (path / "reference").is_dir():
+        pytest.skip("the reference data (../shared) is not here")
+    return path
