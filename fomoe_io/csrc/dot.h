@@ -9,6 +9,7 @@
  * when nrc > 1 rows are done at once (we always pass nrc = 1). */
 typedef void (*fomoe_vec_dot)(int n, float *s, size_t bs, const void *x, size_t bx, const void *y, size_t by, int nrc);
 typedef void (*fomoe_from_float)(const float *x, void *y, int64_t n);
+typedef void (*fomoe_to_float)(const void *x, float *y, int64_t n);
 
 typedef struct {
     int32_t type;            /* ggml type of the weights */
@@ -17,6 +18,7 @@ typedef struct {
     int32_t block_bytes;
     fomoe_vec_dot dot;
     fomoe_from_float from_float; /* float row -> this type, for types that are activation types; else NULL */
+    fomoe_to_float to_float;     /* one row of this type -> floats (token embeddings); NULL for activation-only types */
 } fomoe_type;
 
 /* Resolve ggml's symbols from libggml-base and libggml-cpu (paths); 0, or -1 with a message. */
