@@ -1,0 +1,248 @@
+# The C side of the CPU backend: what csrc/*.h declares.
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+
+cdef extern from "csrc/dot.h" nogil:
+    ctypedef struct fomoe_type:
+        int32_t type
+        int32_t activation_type
+        int32_t block_elements
+        int32_t block_bytes
+        void *dot
+        void *from_float
+        void *to_float
+    int fomoe_use_ggml(const char *base_path, const char *cpu_path, char *message, size_t message_bytes)
+    void fomoe_use_portable()
+    const char *fomoe_kernels_name()
+    const fomoe_type *fomoe_type_of(int32_t type)
+    size_t fomoe_row_bytes(int32_t type, int64_t elements)
+
+cdef extern from "csrc/threads.h" nogil:
+    ctypedef struct fomoe_team:
+        pass
+    fomoe_team *fomoe_team_new(int threads)
+    void fomoe_team_free(fomoe_team *)
+    int fomoe_team_size(const fomoe_team *)
+
+cdef extern from "csrc/reader.h" nogil:
+    ctypedef struct fomoe_reader:
+        pass
+
+cdef extern from "csrc/residency.h" nogil:
+    int FOMOE_TIERS
+    ctypedef struct fomoe_residency:
+        pass
+    ctypedef struct fomoe_residency_counters:
+        uint64_t requests
+        uint64_t hits[3]
+        uint64_t evictions
+        uint64_t promotions
+        uint64_t demotions
+    fomoe_residency *fomoe_residency_new(int layers, const int32_t *experts, const int32_t *slots, int policy, double decay)
+    void fomoe_residency_free(fomoe_residency *)
+    void fomoe_residency_scores(const fomoe_residency *, int layer, double *scores)
+    const fomoe_residency_counters *fomoe_residency_count(const fomoe_residency *)
+    int fomoe_residency_find(const fomoe_residency *, int layer, int32_t expert, int32_t *slot)
+
+cdef extern from "csrc/experts.h" nogil:
+    int FOMOE_PARTS
+    ctypedef struct fomoe_extent:
+        uint64_t offset
+        uint32_t bytes
+        uint32_t slot_offset
+        int32_t file
+        int32_t unused
+    ctypedef struct fomoe_expert_layer:
+        int32_t experts
+        const fomoe_type *type[3]
+        int64_t row_bytes[3]
+        const fomoe_extent *extents
+        const int32_t *extent_count
+        const uint32_t *part_offset
+        uint8_t *pool
+        int64_t slot_bytes
+        int32_t slots
+    ctypedef struct fomoe_expert_counters:
+        uint64_t nvme_reads
+        uint64_t nvme_bytes
+        uint64_t stall_ns
+        uint64_t groups
+    ctypedef struct fomoe_experts_shape:
+        int32_t layers
+        int32_t columns
+        int32_t hidden
+        int32_t used
+        int32_t batch
+        int32_t float_activations
+    ctypedef struct fomoe_experts:
+        pass
+    fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *, const fomoe_expert_layer *, fomoe_residency *, fomoe_reader *)
+    void fomoe_experts_free(fomoe_experts *)
+    int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *)
+    const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *)
+    const int64_t *fomoe_experts_picks(const fomoe_experts *)
+    int fomoe_experts_warm(fomoe_experts *, int layer, const int32_t *experts, const double *scores, int count)
+    void fomoe_experts_failure(const fomoe_experts *, int *layer, int *expert)
+
+cdef extern from "csrc/program.h" nogil:
+    int FOMOE_MAT_MUL_PARTS
+    int FOMOE_NORM_OUTPUTS
+    ctypedef struct fomoe_matrix:
+        const uint8_t *data
+        const fomoe_type *type
+        int64_t row_bytes
+        int32_t rows
+        int32_t columns
+        int32_t float_activations
+    ctypedef struct fomoe_rows:
+        uint8_t *data
+        int64_t stride
+        int32_t columns
+        int32_t type
+    ctypedef struct fomoe_record:
+        int32_t *experts
+        float *weights
+        float *router_logits
+        float *layer_output
+        float *final_norm
+    ctypedef struct fomoe_run:
+        int32_t tokens
+        int32_t outputs
+        int64_t position
+        const int32_t *ids
+        uint8_t *state
+        float *logits
+        fomoe_record record
+    ctypedef struct fomoe_product:
+        fomoe_matrix matrix
+        fomoe_rows input
+        fomoe_rows output
+        int32_t add
+    ctypedef struct embed_step:
+        int file
+        int64_t offset
+        fomoe_matrix matrix
+        fomoe_rows output
+    ctypedef struct norm_step:
+        fomoe_rows input
+        const float *weight
+        float epsilon
+        int32_t count
+        fomoe_rows outputs[3]
+        int32_t of_outputs
+    ctypedef struct quantize_step:
+        fomoe_rows input
+        fomoe_rows output
+    ctypedef struct mat_mul_step:
+        int32_t count
+        fomoe_product parts[6]
+        int32_t of_outputs
+        int32_t to_logits
+    ctypedef struct silu_mul_step:
+        fomoe_rows gate
+        fomoe_rows up
+        fomoe_rows output
+    ctypedef struct conv_step:
+        fomoe_rows input
+        fomoe_rows output
+        const float *weight
+        int64_t state_offset
+        int32_t taps
+    ctypedef struct delta_step:
+        fomoe_rows qkv
+        fomoe_rows beta
+        fomoe_rows alpha
+        fomoe_rows gate
+        fomoe_rows output
+        const float *decay_rate
+        const float *decay_bias
+        const float *norm_weight
+        int64_t state_offset
+        int32_t key_heads
+        int32_t value_heads
+        int32_t head_columns
+        int32_t grouped
+        float epsilon
+    ctypedef struct rope_table_step:
+        fomoe_rows output
+        double base
+        int32_t rotated
+    ctypedef struct kv_step:
+        fomoe_rows query
+        fomoe_rows key
+        fomoe_rows value
+        fomoe_rows table
+        const float *query_norm
+        const float *key_norm
+        int64_t key_offset
+        int64_t value_offset
+        int64_t context
+        int32_t heads
+        int32_t kv_heads
+        int32_t head_columns
+        int32_t query_stride
+        int32_t rotated
+        float epsilon
+    ctypedef struct attention_step:
+        fomoe_rows query
+        fomoe_rows output
+        int64_t key_offset
+        int64_t value_offset
+        int64_t context
+        int32_t heads
+        int32_t kv_heads
+        int32_t head_columns
+        int32_t query_stride
+        int32_t gated
+    ctypedef struct route_step:
+        fomoe_rows logits
+        fomoe_rows weights
+        fomoe_rows ids
+        int32_t layer
+        int32_t count
+        int32_t used
+        int32_t normalise
+        float scale
+    ctypedef struct experts_step:
+        fomoe_rows ids
+        fomoe_rows input[2]
+        fomoe_experts *experts
+        int32_t layer
+    ctypedef struct combine_step:
+        fomoe_rows weights
+        fomoe_rows output
+        fomoe_rows shared
+        fomoe_rows shared_gate
+        fomoe_experts *experts
+        int32_t used
+    ctypedef struct layer_end_step:
+        fomoe_rows input
+        int32_t layer
+    ctypedef union step_arguments "fomoe_step_arguments":
+        embed_step embed
+        norm_step norm
+        quantize_step quantize
+        mat_mul_step mat_mul
+        silu_mul_step silu_mul
+        conv_step conv
+        delta_step delta
+        rope_table_step rope_table
+        kv_step kv
+        attention_step attention
+        route_step route
+        experts_step experts
+        combine_step combine
+        layer_end_step layer_end
+    ctypedef void (*fomoe_execute)(const fomoe_step *, fomoe_run *, int) noexcept nogil
+    ctypedef struct fomoe_step:
+        fomoe_execute execute
+        step_arguments arguments "as"
+    ctypedef struct fomoe_program:
+        pass
+    fomoe_program *fomoe_program_new(fomoe_team *, int64_t scratch_floats)
+    void fomoe_program_free(fomoe_program *)
+    int fomoe_program_add(fomoe_program *, const fomoe_step *)
+    int fomoe_program_steps(const fomoe_program *)
+    int fomoe_program_run(fomoe_program *, fomoe_run *)
+    fomoe_execute fomoe_step_embed, fomoe_step_norm, fomoe_step_quantize, fomoe_step_mat_mul, fomoe_step_silu_mul
+    fomoe_execute fomoe_step_conv, fomoe_step_delta, fomoe_step_rope_table, fomoe_step_kv, fomoe_step_attention
+    fomoe_execute fomoe_step_route, fomoe_step_experts_begin, fomoe_step_experts, fomoe_step_combine, fomoe_step_layer_end

@@ -1,0 +1,479 @@
+# The CPU backend's Python face: records the steps of a program, owns its memory, replays it without the GIL.
+# Thin on purpose: what the steps do is in csrc/, what a model is made of in models/, the documented face in program.py.
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+from posix.stdlib cimport posix_memalign
+
+import numpy as np
+
+F32 = 0  # ggml's number
+
+
+def use_kernels(bytes base_path, bytes cpu_path):
+    cdef char message[512]
+    if base_path is None:
+        fomoe_use_portable()
+    elif fomoe_use_ggml(base_path, cpu_path, message, sizeof(message)):
+        raise OSError((<bytes>message).decode())
+    return fomoe_kernels_name().decode()
+
+
+def type_info(int type):
+    """(activation type, block elements, block bytes), or None when the kernels in use do not know the type."""
+    cdef const fomoe_type *t = fomoe_type_of(type)
+    if t == NULL:
+        return None
+    return t.activation_type, t.block_elements, t.block_bytes
+
+
+def row_bytes(int type, int64_t elements):
+    return fomoe_row_bytes(type, elements)
+
+
+cdef class Team:
+    cdef fomoe_team *c
+    cdef readonly int threads
+
+    def __cinit__(self, int threads):
+        self.c = fomoe_team_new(threads)
+        if self.c == NULL:
+            raise OSError(f"{threads} threads could not be started")
+        self.threads = threads
+
+    def __dealloc__(self):
+        if self.c != NULL:
+            with nogil:
+                fomoe_team_free(self.c)
+
+
+cdef class Matrix:
+    """A weight matrix at an address that its owner keeps alive."""
+    cdef fomoe_matrix c
+    cdef readonly object owner
+
+    def __cinit__(self, uintptr_t address, int type, int rows, int columns, bint float_activations, owner):
+        self.c.data = <const uint8_t *>address
+        self.c.type = fomoe_type_of(type)
+        if self.c.type == NULL:
+            raise ValueError(f"no kernel for type {type}")
+        self.c.row_bytes = fomoe_row_bytes(type, columns)
+        self.c.rows = rows
+        self.c.columns = columns
+        self.c.float_activations = float_activations
+        self.owner = owner
+
+    @property
+    def rows(self):
+        return self.c.rows
+
+    @property
+    def columns(self):
+        return self.c.columns
+
+    @property
+    def activation_type(self):
+        return F32 if self.c.float_activations else self.c.type.activation_type
+
+
+cdef class Rows:
+    """One activation row a token: its own memory, or a view of another's columns (views are of floats)."""
+    cdef fomoe_rows c
+    cdef void *memory
+    cdef Rows base
+
+    def __cinit__(self, int columns, int tokens, int type=0, Rows base=None, int first=0):
+        if base is not None:
+            self.base = base
+            self.c = base.c
+            self.c.data += first * sizeof(float)
+        else:
+            # rows start on cache lines
+            self.c.stride = (<int64_t>fomoe_row_bytes(type, columns) + 63) // 64 * 64
+            if posix_memalign(&self.memory, 64, self.c.stride * tokens):
+                raise MemoryError
+            memset(self.memory, 0, self.c.stride * tokens)
+            self.c.data = <uint8_t *>self.memory
+            self.c.type = type
+        self.c.columns = columns
+
+    def __dealloc__(self):
+        free(self.memory)
+
+    @property
+    def columns(self):
+        return self.c.columns
+
+    @property
+    def type(self):
+        return self.c.type
+
+    @property
+    def stride_bytes(self):
+        return self.c.stride
+
+    def view(self, int first, int columns):
+        if first < 0 or first + columns > self.c.columns or self.c.type != F32:
+            raise ValueError("not a view of these rows")
+        return Rows(columns, 0, F32, self, first)
+
+
+cdef const float *vector(array):
+    """The address of a float32 vector (kept alive by the program), NULL for None."""
+    cdef const float[::1] view
+    if array is None:
+        return NULL
+    view = array
+    return &view[0]
+
+
+cdef class Experts:
+    """The routed experts: slots, residency and reads.  layers: one dict a layer (None for a dense layer)."""
+    cdef fomoe_experts *c
+    cdef fomoe_residency *residency
+    cdef fomoe_expert_layer *layer
+    cdef fomoe_experts_shape shape
+    cdef readonly int most
+    cdef readonly tuple counts
+    cdef object keep
+
+    def __cinit__(self, dict shape, list layers, slots, int policy, double decay, uintptr_t reader, keep):
+        cdef int32_t[:, ::1] slot_view = slots
+        cdef int32_t[::1] experts = np.array([0 if l is None else l["experts"] for l in layers], np.int32)
+        cdef const uint8_t[::1] extents
+        cdef const int32_t[::1] extent_count
+        cdef const uint32_t[:, ::1] part_offset
+        cdef int i, part
+        self.shape.layers = len(layers)
+        self.shape.columns = shape["columns"]
+        self.shape.hidden = shape["hidden"]
+        self.shape.used = shape["used"]
+        self.shape.batch = shape["batch"]
+        self.shape.float_activations = shape["float_activations"]
+        self.keep = (layers, keep)
+        self.counts = tuple(experts)
+        self.most = max(self.counts)
+        self.layer = <fomoe_expert_layer *>calloc(len(layers), sizeof(fomoe_expert_layer))
+        if self.layer == NULL:
+            raise MemoryError
+        for i, source in enumerate(layers):
+            if source is None:
+                continue
+            self.layer[i].experts = source["experts"]
+            for part in range(FOMOE_PARTS):
+                self.layer[i].type[part] = fomoe_type_of(source["types"][part])
+                self.layer[i].row_bytes[part] = source["row_bytes"][part]
+            extents = source["extents"].view(np.uint8).reshape(-1)
+            extent_count = source["extent_count"]
+            part_offset = source["part_offset"]
+            self.layer[i].extents = <const fomoe_extent *>&extents[0]
+            self.layer[i].extent_count = &extent_count[0]
+            self.layer[i].part_offset = &part_offset[0, 0]
+            self.layer[i].pool = <uint8_t *><uintptr_t>source["pool"]
+            self.layer[i].slot_bytes = source["slot_bytes"]
+            self.layer[i].slots = slot_view[i, 0] + slot_view[i, 1]
+        self.residency = fomoe_residency_new(len(layers), &experts[0], &slot_view[0, 0], policy, decay)
+        if self.residency == NULL:
+            raise MemoryError
+        self.c = fomoe_experts_new(&self.shape, self.layer, self.residency, <fomoe_reader *>reader)
+        if self.c == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        fomoe_experts_free(self.c)
+        fomoe_residency_free(self.residency)
+        free(self.layer)
+
+    @staticmethod
+    def workspace_bytes(dict shape):
+        cdef fomoe_experts_shape s
+        s.layers = 0
+        s.columns = shape["columns"]
+        s.hidden = shape["hidden"]
+        s.used = shape["used"]
+        s.batch = shape["batch"]
+        s.float_activations = shape["float_activations"]
+        return fomoe_experts_workspace_bytes(&s)
+
+    def warm(self, int layer, const int32_t[::1] experts, const double[::1] scores):
+        cdef int error, count = experts.shape[0]
+        if count == 0:
+            return 0
+        with nogil:
+            error = fomoe_experts_warm(self.c, layer, &experts[0], &scores[0], count)
+        return error
+
+    def counters(self):
+        cdef const fomoe_residency_counters *r = fomoe_residency_count(self.residency)
+        cdef const fomoe_expert_counters *e = fomoe_experts_count(self.c)
+        return {
+            "requests": r.requests, "vram_hits": r.hits[0], "dram_hits": r.hits[1], "nvme_hits": r.hits[2],
+            "evictions": r.evictions, "promotions": r.promotions, "demotions": r.demotions,
+            "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes, "stall_ns": e.stall_ns, "groups": e.groups,
+        }
+
+    def picks(self):
+        cdef const int64_t *p = fomoe_experts_picks(self.c)
+        return np.array(<const int64_t[:self.shape.layers, :self.most]>p)
+
+    def scores(self, int layer):
+        scores = np.zeros(self.most)
+        cdef double[::1] view = scores
+        fomoe_residency_scores(self.residency, layer, &view[0])
+        return scores[:self.counts[layer]]
+
+    def failure(self):
+        cdef int layer, expert
+        fomoe_experts_failure(self.c, &layer, &expert)
+        return layer, expert
+
+
+cdef class Program:
+    cdef fomoe_program *c
+    cdef Team team
+    cdef list keep
+
+    def __cinit__(self, Team team, int64_t scratch_floats):
+        self.team = team
+        self.keep = []
+        self.c = fomoe_program_new(team.c, scratch_floats)
+        if self.c == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        fomoe_program_free(self.c)
+
+    @property
+    def steps(self):
+        return fomoe_program_steps(self.c)
+
+    cdef _add(self, fomoe_step *step, tuple keep):
+        self.keep.append(keep)
+        if fomoe_program_add(self.c, step):
+            raise MemoryError
+
+    def embed(self, Matrix matrix, Rows output, int file, int64_t offset):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_embed
+        s.arguments.embed.file = file
+        s.arguments.embed.offset = offset
+        s.arguments.embed.matrix = matrix.c
+        s.arguments.embed.output = output.c
+        self._add(&s, (matrix, output))
+
+    def norm(self, Rows input, weight, float epsilon, list outputs, bint of_outputs):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        if len(outputs) > FOMOE_NORM_OUTPUTS:
+            raise ValueError("too many outputs of a norm")
+        s.execute = fomoe_step_norm
+        s.arguments.norm.input = input.c
+        s.arguments.norm.weight = vector(weight)
+        s.arguments.norm.epsilon = epsilon
+        s.arguments.norm.count = len(outputs)
+        for i, output in enumerate(outputs):
+            s.arguments.norm.outputs[i] = (<Rows?>output).c
+        s.arguments.norm.of_outputs = of_outputs
+        self._add(&s, (input, weight, outputs))
+
+    def quantize(self, Rows input, Rows output):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_quantize
+        s.arguments.quantize.input = input.c
+        s.arguments.quantize.output = output.c
+        self._add(&s, (input, output))
+
+    def mat_mul(self, list products, bint of_outputs=False, bint to_logits=False):
+        cdef fomoe_step s
+        cdef Matrix matrix
+        cdef Rows input, output
+        memset(&s, 0, sizeof(s))
+        if len(products) > FOMOE_MAT_MUL_PARTS:
+            raise ValueError("too many products in a step")
+        s.execute = fomoe_step_mat_mul
+        s.arguments.mat_mul.count = len(products)
+        for i, (matrix, input, output, add) in enumerate(products):
+            if matrix.c.columns != input.c.columns or input.c.type != matrix.activation_type:
+                raise ValueError("a product's input does not fit its matrix")
+            if output is not None and output.c.columns < matrix.c.rows:
+                raise ValueError("a product's output is too narrow")
+            s.arguments.mat_mul.parts[i].matrix = matrix.c
+            s.arguments.mat_mul.parts[i].input = input.c
+            if output is not None:
+                s.arguments.mat_mul.parts[i].output = output.c
+            s.arguments.mat_mul.parts[i].add = add
+        s.arguments.mat_mul.of_outputs = of_outputs
+        s.arguments.mat_mul.to_logits = to_logits
+        self._add(&s, (products,))
+
+    def silu_mul(self, Rows gate, Rows up, Rows output):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_silu_mul
+        s.arguments.silu_mul.gate = gate.c
+        s.arguments.silu_mul.up = up.c
+        s.arguments.silu_mul.output = output.c
+        self._add(&s, (gate, up, output))
+
+    def conv(self, Rows input, Rows output, weight, int64_t state_offset, int taps):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_conv
+        s.arguments.conv.input = input.c
+        s.arguments.conv.output = output.c
+        s.arguments.conv.weight = vector(weight)
+        s.arguments.conv.state_offset = state_offset
+        s.arguments.conv.taps = taps
+        self._add(&s, (input, output, weight))
+
+    def delta(self, Rows qkv, Rows beta, Rows alpha, Rows gate, Rows output, decay_rate, decay_bias, norm_weight,
+              int64_t state_offset, int key_heads, int value_heads, int head_columns, bint grouped, float epsilon):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_delta
+        s.arguments.delta.qkv = qkv.c
+        s.arguments.delta.beta = beta.c
+        s.arguments.delta.alpha = alpha.c
+        s.arguments.delta.gate = gate.c
+        s.arguments.delta.output = output.c
+        s.arguments.delta.decay_rate = vector(decay_rate)
+        s.arguments.delta.decay_bias = vector(decay_bias)
+        s.arguments.delta.norm_weight = vector(norm_weight)
+        s.arguments.delta.state_offset = state_offset
+        s.arguments.delta.key_heads = key_heads
+        s.arguments.delta.value_heads = value_heads
+        s.arguments.delta.head_columns = head_columns
+        s.arguments.delta.grouped = grouped
+        s.arguments.delta.epsilon = epsilon
+        self._add(&s, (qkv, beta, alpha, gate, output, decay_rate, decay_bias, norm_weight))
+
+    def rope_table(self, Rows output, double base, int rotated):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_rope_table
+        s.arguments.rope_table.output = output.c
+        s.arguments.rope_table.base = base
+        s.arguments.rope_table.rotated = rotated
+        self._add(&s, (output,))
+
+    def kv(self, Rows query, Rows key, Rows value, Rows table, query_norm, key_norm, int64_t key_offset,
+           int64_t value_offset, int64_t context, int heads, int kv_heads, int head_columns, int query_stride,
+           int rotated, float epsilon):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_kv
+        s.arguments.kv.query = query.c
+        s.arguments.kv.key = key.c
+        s.arguments.kv.value = value.c
+        s.arguments.kv.table = table.c
+        s.arguments.kv.query_norm = vector(query_norm)
+        s.arguments.kv.key_norm = vector(key_norm)
+        s.arguments.kv.key_offset = key_offset
+        s.arguments.kv.value_offset = value_offset
+        s.arguments.kv.context = context
+        s.arguments.kv.heads = heads
+        s.arguments.kv.kv_heads = kv_heads
+        s.arguments.kv.head_columns = head_columns
+        s.arguments.kv.query_stride = query_stride
+        s.arguments.kv.rotated = rotated
+        s.arguments.kv.epsilon = epsilon
+        self._add(&s, (query, key, value, table, query_norm, key_norm))
+
+    def attention(self, Rows query, Rows output, int64_t key_offset, int64_t value_offset, int64_t context, int heads,
+                  int kv_heads, int head_columns, int query_stride, bint gated):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_attention
+        s.arguments.attention.query = query.c
+        s.arguments.attention.output = output.c
+        s.arguments.attention.key_offset = key_offset
+        s.arguments.attention.value_offset = value_offset
+        s.arguments.attention.context = context
+        s.arguments.attention.heads = heads
+        s.arguments.attention.kv_heads = kv_heads
+        s.arguments.attention.head_columns = head_columns
+        s.arguments.attention.query_stride = query_stride
+        s.arguments.attention.gated = gated
+        self._add(&s, (query, output))
+
+    def route(self, Rows logits, Rows ids, Rows weights, int layer, int count, int used, bint normalise, float scale):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_route
+        s.arguments.route.logits = logits.c
+        s.arguments.route.ids = ids.c
+        s.arguments.route.weights = weights.c
+        s.arguments.route.layer = layer
+        s.arguments.route.count = count
+        s.arguments.route.used = used
+        s.arguments.route.normalise = normalise
+        s.arguments.route.scale = scale
+        self._add(&s, (logits, ids, weights))
+
+    def _experts(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer, bint begin):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_experts_begin if begin else fomoe_step_experts
+        s.arguments.experts.experts = experts.c
+        s.arguments.experts.ids = ids.c
+        s.arguments.experts.input[0] = gate_input.c
+        s.arguments.experts.input[1] = up_input.c
+        s.arguments.experts.layer = layer
+        self._add(&s, (experts, ids, gate_input, up_input))
+
+    def experts_begin(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer):
+        self._experts(experts, ids, gate_input, up_input, layer, True)
+
+    def experts(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer):
+        self._experts(experts, ids, gate_input, up_input, layer, False)
+
+    def combine(self, Experts experts, Rows weights, Rows output, int used, Rows shared, Rows shared_gate):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_combine
+        s.arguments.combine.experts = experts.c
+        s.arguments.combine.weights = weights.c
+        s.arguments.combine.output = output.c
+        s.arguments.combine.used = used
+        if shared is not None:
+            s.arguments.combine.shared = shared.c
+        if shared_gate is not None:
+            s.arguments.combine.shared_gate = shared_gate.c
+        self._add(&s, (experts, weights, output, shared, shared_gate))
+
+    def layer_end(self, Rows input, int layer):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_layer_end
+        s.arguments.layer_end.input = input.c
+        s.arguments.layer_end.layer = layer
+        self._add(&s, (input,))
+
+    def run(self, const int32_t[::1] ids, int outputs, int64_t position, uintptr_t state, float[:, ::1] logits,
+            int32_t[:, :, ::1] experts=None, float[:, :, ::1] weights=None, float[:, :, ::1] router_logits=None,
+            float[:, :, ::1] layer_output=None, float[:, ::1] final_norm=None):
+        """0, or a negative errno.  logits: [outputs, vocabulary]; the rest are records, [layers, tokens, ...]."""
+        cdef fomoe_run r
+        cdef int error
+        memset(&r, 0, sizeof(r))
+        r.tokens = ids.shape[0]
+        r.outputs = outputs
+        r.position = position
+        r.ids = &ids[0]
+        r.state = <uint8_t *>state
+        r.logits = &logits[0, 0] if outputs else NULL
+        if experts is not None:
+            r.record.experts = &experts[0, 0, 0]
+        if weights is not None:
+            r.record.weights = &weights[0, 0, 0]
+        if router_logits is not None:
+            r.record.router_logits = &router_logits[0, 0, 0]
+        if layer_output is not None:
+            r.record.layer_output = &layer_output[0, 0, 0]
+        if final_norm is not None and outputs:
+            r.record.final_norm = &final_norm[0, 0]
+        with nogil:
+            error = fomoe_program_run(self.c, &r)
+        return error

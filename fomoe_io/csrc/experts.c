@@ -1,0 +1,473 @@
+#include "experts.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "program.h"
+#include "vector_ops.h"
+
+/* Experts computed together.  While misses wait for a free slot, resident experts are done in smaller
+ * groups, so that their slots come free and the drive does not idle. */
+enum { GROUP_WHILE_MISSES_WAIT = 8, REAP_BATCH = 64 };
+
+struct fomoe_experts {
+    fomoe_experts_shape shape;
+    fomoe_expert_layer *layer;
+    fomoe_residency *residency;
+    fomoe_reader *reader;
+    int32_t **physical; /* [layers * FOMOE_TIERS]: tier slot -> slot of the layer's pool */
+    int32_t *physical_memory;
+    int max_experts;
+    int first_layer;
+    fomoe_expert_counters counters;
+    int64_t *picks;
+    int failed_layer, failed_expert;
+
+    /* The batch's experts of the layer at work: resident ones first, then misses.  Thread 0 writes, between barriers. */
+    int count, hits, submitted, computed, grouped_hits, ready_count, error;
+    int32_t *ids, *index, *weight;  /* expert ids; id -> place in ids, -1 = none; tokens that want it */
+    int32_t *first, *members;       /* members[first[i] .. first[i+1]): token * used + rank */
+    const uint8_t **slot;           /* where each expert's bytes are */
+    int32_t *reads_left;
+    int32_t *ready; /* read, not yet computed */
+    int32_t *group; /* to be computed together */
+    int group_count;
+    fomoe_placement *placements;
+    fomoe_move *moves;
+    fomoe_read *reads;
+    _Atomic int64_t next_up, next_activation, next_down;
+
+    /* one row a (token, rank) */
+    float *gate, *up, *down;
+    uint8_t *activation;
+    int64_t activation_bytes;
+};
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+static int64_t workspace_rows(const fomoe_experts_shape *s) { return (int64_t)s->batch * s->used; }
+
+int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *s) {
+    return workspace_rows(s) * (3 * (int64_t)s->hidden + s->columns) * sizeof(float);
+}
+
+static int allocate(fomoe_experts *e) {
+    const fomoe_experts_shape *s = &e->shape;
+    int64_t rows = workspace_rows(s), most = e->max_experts;
+    e->activation_bytes = (int64_t)s->hidden * sizeof(float); /* enough for any activation type */
+    e->gate = malloc(rows * s->hidden * sizeof(float));
+    e->up = malloc(rows * s->hidden * sizeof(float));
+    e->down = malloc(rows * s->columns * sizeof(float));
+    e->activation = malloc(rows * e->activation_bytes);
+    e->picks = calloc(s->layers * most, sizeof *e->picks);
+    e->ids = malloc(most * sizeof *e->ids);
+    e->index = malloc(most * sizeof *e->index);
+    e->weight = malloc(most * sizeof *e->weight);
+    e->first = malloc((most + 1) * sizeof *e->first);
+    e->members = malloc(rows * sizeof *e->members);
+    e->slot = malloc(most * sizeof *e->slot);
+    e->reads_left = malloc(most * sizeof *e->reads_left);
+    e->ready = malloc(most * sizeof *e->ready);
+    e->group = malloc(most * sizeof *e->group);
+    e->placements = malloc(most * sizeof *e->placements);
+    e->moves = malloc(2 * most * sizeof *e->moves);
+    e->reads = malloc(FOMOE_PARTS * most * sizeof *e->reads);
+    return e->gate && e->up && e->down && e->activation && e->picks && e->ids && e->index && e->weight && e->first &&
+           e->members && e->slot && e->reads_left && e->ready && e->group && e->placements && e->moves && e->reads;
+}
+
+static int allocate_physical(fomoe_experts *e) {
+    int64_t total = 0;
+    for (int l = 0; l < e->shape.layers; l++) total += e->layer[l].slots;
+    e->physical = calloc(e->shape.layers * FOMOE_TIERS, sizeof *e->physical);
+    e->physical_memory = malloc((total + 1) * sizeof *e->physical_memory);
+    if (!e->physical || !e->physical_memory) return 0;
+    int32_t *table = e->physical_memory;
+    for (int l = 0; l < e->shape.layers; l++) {
+        int slot = 0;
+        for (int tier = 0; tier < FOMOE_TIERS && e->layer[l].experts; tier++) {
+            e->physical[l * FOMOE_TIERS + tier] = table;
+            for (int i = fomoe_residency_slots(e->residency, l, tier); i > 0; i--) *table++ = slot++;
+        }
+    }
+    return 1;
+}
+
+fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *shape, const fomoe_expert_layer *layer,
+                                 fomoe_residency *residency, fomoe_reader *reader) {
+    fomoe_experts *e = calloc(1, sizeof *e);
+    if (!e) return NULL;
+    e->shape = *shape;
+    e->residency = residency;
+    e->reader = reader;
+    e->first_layer = -1;
+    e->layer = malloc(shape->layers * sizeof *e->layer);
+    if (!e->layer) goto fail;
+    memcpy(e->layer, layer, shape->layers * sizeof *e->layer);
+    for (int l = 0; l < shape->layers; l++) {
+        if (layer[l].experts > e->max_experts) e->max_experts = layer[l].experts;
+        if (layer[l].experts && e->first_layer < 0) e->first_layer = l;
+    }
+    if (!allocate(e) || !allocate_physical(e)) goto fail;
+    for (int i = 0; i < e->max_experts; i++) e->index[i] = -1;
+    return e;
+fail:
+    fomoe_experts_free(e);
+    return NULL;
+}
+
+void fomoe_experts_free(fomoe_experts *e) {
+    if (!e) return;
+    void *owned[] = {e->layer, e->physical, e->physical_memory, e->gate,  e->up,         e->down,  e->activation,
+                     e->picks, e->ids,      e->index,           e->weight, e->first,     e->members, (void *)e->slot,
+                     e->reads_left, e->ready, e->group,         e->placements, e->moves, e->reads};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+    free(e);
+}
+
+const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *e) { return &e->counters; }
+const int64_t *fomoe_experts_picks(const fomoe_experts *e) { return e->picks; }
+
+void fomoe_experts_failure(const fomoe_experts *e, int *layer, int *expert) {
+    *layer = e->failed_layer;
+    *expert = e->failed_expert;
+}
+
+/* ---- residency: slots are exchanged, bytes never move ---- */
+
+static void carry_out(fomoe_experts *e, int layer, const fomoe_move *moves, int count) {
+    int32_t **physical = e->physical + layer * FOMOE_TIERS;
+    for (int i = 0; i < count; i++) {
+        const fomoe_move *m = &moves[i];
+        int32_t *a = &physical[m->from_tier][m->from_slot], *b = &physical[m->to_tier][m->to_slot], swap = *a;
+        *a = *b;
+        *b = swap;
+        /* a swap of two experts comes as a move and its inverse: one exchange does both */
+        if (i + 1 < count && moves[i + 1].from_tier == m->to_tier && moves[i + 1].from_slot == m->to_slot &&
+            moves[i + 1].to_tier == m->from_tier && moves[i + 1].to_slot == m->from_slot)
+            i++;
+    }
+}
+
+static uint8_t *slot_address(const fomoe_experts *e, int layer, const fomoe_placement *p) {
+    const fomoe_expert_layer *l = &e->layer[layer];
+    return l->pool + e->physical[layer * FOMOE_TIERS + p->tier][p->slot] * l->slot_bytes;
+}
+
+static int add_reads(fomoe_experts *e, int layer, int expert, int i, uint8_t *slot, fomoe_read *reads) {
+    const fomoe_expert_layer *l = &e->layer[layer];
+    const fomoe_extent *extent = l->extents + expert * FOMOE_PARTS;
+    int count = l->extent_count[expert];
+    for (int r = 0; r < count; r++, extent++) {
+        reads[r] = (fomoe_read){.tag = (uint64_t)i * FOMOE_PARTS + r, .offset = extent->offset, .bytes = extent->bytes,
+                                .target = slot + extent->slot_offset, .file = extent->file};
+        e->counters.nvme_bytes += extent->bytes;
+    }
+    e->counters.nvme_reads++;
+    return count;
+}
+
+static void fail(fomoe_experts *e, int layer, int i, int error) {
+    if (!e->error) {
+        e->error = error;
+        e->failed_layer = layer;
+        e->failed_expert = e->ids[i];
+    }
+}
+
+/* Find places for experts [begin, end) of the batch and start the reads of those that are not there. */
+static void place(fomoe_experts *e, int layer, int begin, int end) {
+    int moves = 0, reads = 0;
+    if (begin == end) return;
+    if (fomoe_residency_resolve(e->residency, layer, e->ids + begin, e->weight + begin, end - begin, e->placements,
+                                e->moves, &moves)) {
+        fail(e, layer, begin, -ENOMEM); /* can't be: place() is never asked for more than there is room for */
+        return;
+    }
+    carry_out(e, layer, e->moves, moves);
+    for (int i = begin; i < end; i++) {
+        const fomoe_placement *p = &e->placements[i - begin];
+        uint8_t *slot = slot_address(e, layer, p);
+        e->slot[i] = slot;
+        e->reads_left[i] = 0;
+        if (p->source != FOMOE_TIER_NVME) continue;
+        e->reads_left[i] = add_reads(e, layer, e->ids[i], i, slot, e->reads + reads);
+        reads += e->reads_left[i];
+    }
+    e->submitted = end;
+    if (!reads) return;
+    int error = e->reader->submit(e->reader->self, e->reads, reads);
+    if (!error) return;
+    for (int i = begin; i < end; i++)
+        if (e->reads_left[i]) fail(e, layer, i, error);
+}
+
+static void submit_misses(fomoe_experts *e, int layer) {
+    int pinned = e->submitted - e->computed;
+    int room = e->layer[layer].slots - pinned, left = e->count - e->submitted;
+    if (!e->error) place(e, layer, e->submitted, e->submitted + (left < room ? left : room));
+}
+
+/* ---- the plan of a layer: thread 0 ---- */
+
+/* The distinct experts of the batch in order of first appearance, and how many tokens want each. */
+static void collect(fomoe_experts *e, int layer, const fomoe_rows *ids, int tokens) {
+    int64_t *picks = e->picks + (int64_t)layer * e->max_experts;
+    e->count = 0;
+    for (int t = 0; t < tokens; t++) {
+        const int32_t *row = (const int32_t *)fomoe_row(ids, t);
+        fomoe_residency_touch(e->residency, layer, row, e->shape.used);
+        for (int k = 0; k < e->shape.used; k++) {
+            int32_t id = row[k];
+            picks[id]++;
+            if (e->index[id] < 0) {
+                e->index[id] = e->count;
+                e->weight[e->count] = 0;
+                e->ids[e->count++] = id;
+            }
+            e->weight[e->index[id]]++;
+        }
+    }
+}
+
+/* Resident ones to the front, both halves keeping their order. */
+static void partition(fomoe_experts *e, int layer) {
+    int32_t *missing = e->group, *missing_weight = e->ready, misses = 0, slot;
+    e->hits = 0;
+    for (int i = 0; i < e->count; i++) {
+        if (fomoe_residency_find(e->residency, layer, e->ids[i], &slot) == FOMOE_TIER_NVME) {
+            missing[misses] = e->ids[i];
+            missing_weight[misses++] = e->weight[i];
+        } else {
+            e->ids[e->hits] = e->ids[i];
+            e->weight[e->hits++] = e->weight[i];
+        }
+    }
+    memcpy(e->ids + e->hits, missing, misses * sizeof *missing);
+    memcpy(e->weight + e->hits, missing_weight, misses * sizeof *missing_weight);
+}
+
+/* members: for every expert the (token, rank) pairs that chose it */
+static void list_members(fomoe_experts *e, const fomoe_rows *ids, int tokens) {
+    int used = e->shape.used, total = 0;
+    for (int i = 0; i < e->count; i++) {
+        e->index[e->ids[i]] = i;
+        e->first[i] = total;
+        total += e->weight[i];
+    }
+    e->first[e->count] = total;
+    for (int t = tokens - 1; t >= 0; t--) {
+        const int32_t *row = (const int32_t *)fomoe_row(ids, t);
+        for (int k = used - 1; k >= 0; k--) {
+            int i = e->index[row[k]];
+            e->members[e->first[i] + --e->weight[i]] = t * used + k;
+        }
+    }
+    for (int i = 0; i < e->count; i++) {
+        e->weight[i] = e->first[i + 1] - e->first[i];
+        e->index[e->ids[i]] = -1;
+    }
+}
+
+/* Collect completions; wait for one when asked. */
+static void reap(fomoe_experts *e, int layer, int wait) {
+    fomoe_completion done[REAP_BATCH];
+    int64_t start = wait ? now_ns() : 0;
+    int count = e->reader->reap(e->reader->self, done, REAP_BATCH, wait);
+    if (wait) e->counters.stall_ns += now_ns() - start;
+    if (count < 0) fail(e, layer, 0, count);
+    for (int c = 0; c < count; c++) {
+        int i = done[c].tag / FOMOE_PARTS;
+        e->reads_left[i]--;
+        if (done[c].error) fail(e, layer, i, done[c].error);
+        if (!e->reads_left[i]) e->ready[e->ready_count++] = i;
+    }
+}
+
+/* After a failure: wait for what is in flight (its targets are slots), forget what was being read. */
+static void abandon(fomoe_experts *e, int layer, fomoe_run *run) {
+    fomoe_completion done[REAP_BATCH];
+    int count;
+    while ((count = e->reader->reap(e->reader->self, done, REAP_BATCH, 1)) > 0) {
+    }
+    fomoe_residency_release(e->residency, layer, e->ids, e->submitted);
+    for (int i = e->hits; i < e->submitted; i++) fomoe_residency_drop(e->residency, layer, e->ids[i]);
+    e->group_count = 0;
+    fomoe_fail(run, e->error);
+}
+
+void fomoe_step_experts_begin(const fomoe_step *step, fomoe_run *run, int thread) {
+    fomoe_experts *e = step->as.experts.experts;
+    int layer = step->as.experts.layer;
+    if (thread) return;
+    if (layer == e->first_layer) fomoe_residency_tick(e->residency, run->tokens);
+    e->submitted = e->computed = e->grouped_hits = e->ready_count = e->group_count = e->error = 0;
+    collect(e, layer, &step->as.experts.ids, run->tokens);
+    partition(e, layer);
+    list_members(e, &step->as.experts.ids, run->tokens);
+    place(e, layer, 0, e->hits);
+    submit_misses(e, layer);
+    if (e->error) abandon(e, layer, run);
+}
+
+/* Release the group that was computed, keep the drive busy, choose what to compute next (or nothing: done). */
+static void next_group(fomoe_experts *e, int layer, fomoe_run *run) {
+    for (int g = 0; g < e->group_count; g++) fomoe_residency_release(e->residency, layer, &e->ids[e->group[g]], 1);
+    e->computed += e->group_count;
+    e->group_count = 0;
+    if (e->computed == e->count) return;
+    submit_misses(e, layer);
+    if (e->submitted > e->hits) reap(e, layer, 0);
+    while (!e->error && e->grouped_hits == e->hits && !e->ready_count) reap(e, layer, 1);
+    if (e->error) {
+        abandon(e, layer, run);
+        return;
+    }
+    int limit = e->submitted < e->count ? GROUP_WHILE_MISSES_WAIT : e->count;
+    while (e->grouped_hits < e->hits && e->group_count < limit) e->group[e->group_count++] = e->grouped_hits++;
+    for (int i = 0; i < e->ready_count; i++) e->group[e->group_count++] = e->ready[i];
+    e->ready_count = 0;
+    e->counters.groups++;
+    atomic_store_explicit(&e->next_up, 0, memory_order_relaxed);
+    atomic_store_explicit(&e->next_activation, 0, memory_order_relaxed);
+    atomic_store_explicit(&e->next_down, 0, memory_order_relaxed);
+}
+
+/* ---- the arithmetic of a group: all threads ---- */
+
+static int64_t chunk_of(int64_t total, int threads) {
+    int64_t chunk = total / (threads * 8);
+    return chunk < 8 ? 8 : chunk > 64 ? 64 : chunk;
+}
+
+/* rows [begin, end) of one part of an expert, for all its tokens: out[member][row] = row . input */
+static void expert_rows(const fomoe_experts *e, const fomoe_expert_layer *l, int part, int i, int64_t begin, int64_t end,
+                        const uint8_t *input, int64_t input_stride, int input_by_token, float *out, int64_t out_stride,
+                        float *expanded) {
+    fomoe_matrix m = {.type = l->type[part], .row_bytes = l->row_bytes[part],
+                      .columns = part == FOMOE_DOWN ? e->shape.hidden : e->shape.columns,
+                      .float_activations = e->shape.float_activations};
+    const uint8_t *data = e->slot[i] + l->part_offset[e->ids[i] * FOMOE_PARTS + part];
+    for (int64_t r = begin; r < end; r++) {
+        const uint8_t *row = data + r * m.row_bytes;
+        if (m.float_activations) m.type->to_float(row, expanded, m.columns);
+        for (int j = e->first[i]; j < e->first[i + 1]; j++) {
+            int64_t member = e->members[j], source = input_by_token ? member / e->shape.used : member;
+            out[member * out_stride + r] = fomoe_row_dot(&m, row, input + source * input_stride, expanded);
+        }
+    }
+}
+
+static void gate_and_up(fomoe_experts *e, const fomoe_step *step, fomoe_run *run, int thread) {
+    const fomoe_expert_layer *l = &e->layer[step->as.experts.layer];
+    const fomoe_rows *input = step->as.experts.input;
+    int64_t hidden = e->shape.hidden, total = e->group_count * hidden, begin, end;
+    while (fomoe_take(&e->next_up, total, chunk_of(total, run->threads), &begin, &end))
+        while (begin < end) {
+            int g = begin / hidden;
+            int64_t r = begin % hidden, stop = r + (end - begin) < hidden ? r + (end - begin) : hidden;
+            expert_rows(e, l, FOMOE_GATE, e->group[g], r, stop, input[0].data, input[0].stride, 1, e->gate, hidden,
+                        run->scratch[thread]);
+            expert_rows(e, l, FOMOE_UP, e->group[g], r, stop, input[1].data, input[1].stride, 1, e->up, hidden,
+                        run->scratch[thread]);
+            begin += stop - r;
+        }
+}
+
+static void activations(fomoe_experts *e, const fomoe_step *step, fomoe_run *run, int thread) {
+    const fomoe_expert_layer *l = &e->layer[step->as.experts.layer];
+    int type = e->shape.float_activations ? 0 : l->type[FOMOE_DOWN]->activation_type;
+    int64_t hidden = e->shape.hidden, begin, end;
+    while (fomoe_take(&e->next_activation, e->group_count, 1, &begin, &end)) {
+        int i = e->group[begin];
+        for (int j = e->first[i]; j < e->first[i + 1]; j++) {
+            int64_t member = e->members[j];
+            float *y = type ? run->scratch[thread] : (float *)(e->activation + member * e->activation_bytes);
+            fomoe_silu_mul(hidden, e->gate + member * hidden, e->up + member * hidden, y);
+            if (type) fomoe_type_of(type)->from_float(y, e->activation + member * e->activation_bytes, hidden);
+        }
+    }
+}
+
+static void down(fomoe_experts *e, const fomoe_step *step, fomoe_run *run, int thread) {
+    const fomoe_expert_layer *l = &e->layer[step->as.experts.layer];
+    int64_t columns = e->shape.columns, total = e->group_count * columns, begin, end;
+    while (fomoe_take(&e->next_down, total, chunk_of(total, run->threads), &begin, &end))
+        while (begin < end) {
+            int g = begin / columns;
+            int64_t r = begin % columns, stop = r + (end - begin) < columns ? r + (end - begin) : columns;
+            expert_rows(e, l, FOMOE_DOWN, e->group[g], r, stop, e->activation, e->activation_bytes, 0, e->down, columns,
+                        run->scratch[thread]);
+            begin += stop - r;
+        }
+}
+
+void fomoe_step_experts(const fomoe_step *step, fomoe_run *run, int thread) {
+    fomoe_experts *e = step->as.experts.experts;
+    for (;;) {
+        if (!thread) next_group(e, step->as.experts.layer, run);
+        fomoe_team_barrier(run->team);
+        if (!e->group_count) return;
+        gate_and_up(e, step, run, thread);
+        fomoe_team_barrier(run->team);
+        activations(e, step, run, thread);
+        fomoe_team_barrier(run->team);
+        down(e, step, run, thread);
+        fomoe_team_barrier(run->team);
+    }
+}
+
+/* Sums run in router order whatever the order of computation: the result must not depend on what was resident. */
+void fomoe_step_combine(const fomoe_step *step, fomoe_run *run, int thread) {
+    enum { BLOCK = 512 };
+    const fomoe_experts *e = step->as.combine.experts;
+    int columns = e->shape.columns, used = step->as.combine.used, blocks = (columns + BLOCK - 1) / BLOCK;
+    const fomoe_rows *shared = &step->as.combine.shared, *gate = &step->as.combine.shared_gate;
+    float sum[BLOCK];
+    int64_t begin, end;
+    while (fomoe_take(&run->next[run->step], (int64_t)run->tokens * blocks, 1, &begin, &end)) {
+        int t = begin / blocks, first = begin % blocks * BLOCK, n = columns - first < BLOCK ? columns - first : BLOCK;
+        const float *weights = fomoe_float_row(&step->as.combine.weights, t);
+        memset(sum, 0, sizeof sum);
+        for (int k = 0; k < used; k++)
+            fomoe_axpy(n, weights[k], e->down + ((int64_t)t * used + k) * columns + first, sum);
+        if (shared->data)
+            fomoe_axpy(n, gate->data ? fomoe_sigmoid(fomoe_float_row(gate, t)[0]) : 1.0f,
+                       fomoe_float_row(shared, t) + first, sum);
+        fomoe_add(n, sum, fomoe_float_row(&step->as.combine.output, t) + first);
+    }
+}
+
+/* ---- warm start ---- */
+
+int fomoe_experts_warm(fomoe_experts *e, int layer, const int32_t *experts, const double *scores, int count) {
+    e->error = 0;
+    for (int begin = 0; begin < count && !e->error; begin += REAP_BATCH) {
+        int placed = 0, reads = 0, in_flight;
+        for (int i = begin; i < count && i < begin + REAP_BATCH; i++) {
+            fomoe_placement p = fomoe_residency_seed(e->residency, layer, experts[i], scores[i]);
+            if (p.tier == FOMOE_TIER_NVME) continue;
+            e->ids[placed] = experts[i];
+            reads += add_reads(e, layer, experts[i], placed++, slot_address(e, layer, &p), e->reads + reads);
+        }
+        if (!reads) continue;
+        int error = e->reader->submit(e->reader->self, e->reads, reads);
+        if (error) fail(e, layer, 0, error);
+        for (in_flight = error ? 0 : reads; in_flight > 0;) {
+            fomoe_completion done[REAP_BATCH];
+            int got = e->reader->reap(e->reader->self, done, REAP_BATCH, 1);
+            if (got <= 0) return got ? got : -EIO;
+            for (int c = 0; c < got; c++)
+                if (done[c].error) fail(e, layer, done[c].tag / FOMOE_PARTS, done[c].error);
+            in_flight -= got;
+        }
+        for (int i = 0; i < placed && e->error; i++) fomoe_residency_drop(e->residency, layer, e->ids[i]);
+    }
+    return e->error;
+}
