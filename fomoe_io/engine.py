@@ -1,0 +1,341 @@
+"""The engine: a loaded model with its memory, threads and reader.  Sessions are timelines on it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from fomoe_io import _cpu, kernels_choice
+from fomoe_io.config import EngineConfig
+from fomoe_io.errors import BudgetError, FormatError, ReadError
+from fomoe_io.expert_slots import SlotLayout, hottest_first, native_layers, share_slots, slot_layout, tier_slots
+from fomoe_io.memory import available_bytes, peak_resident_bytes, resident_bytes
+from fomoe_io.models import model_of
+from fomoe_io.models.blocks import Shape
+from fomoe_io.program import Recorder
+from fomoe_io.reader import Reader, aligned_memory, open_reader
+from fomoe_io.session import Session
+from fomoe_io.store import Store
+from fomoe_io.tokenizer import Tokenizer
+from fomoe_io.units import format_bytes
+from fomoe_io.weights import Weights
+
+RESERVE_BYTES = 24 << 20
+"""Left free of a budget for what Python still allocates after opening: logits, sampling, prompt history.
+Measured on fomoe-run and fomoe-ppl with 8k and 248k vocabularies (tests/test_budget.py holds it)."""
+
+DEFAULT_CONTEXT_TOKENS = 4096
+"""When neither the user nor the model says less: as llama.cpp's examples use; KV memory grows with it."""
+
+POLICIES = {"lru": 0, "lfu": 1, "decayed": 2, "lfru": 3}
+"""csrc/residency.h, enum fomoe_policy."""
+
+DECAY_PER_TOKEN = 0.98
+"""Of the decayed frequency: best of 0.9-0.999 on the traces of docs/caching.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """What the memory was shared into; `slots` is per layer."""
+
+    ram_bytes: int
+    resident_bytes: int
+    state_bytes: int
+    workspace_bytes: int
+    pool_bytes: int
+    batch_tokens: int
+    slots: dict[int, int]
+
+
+class Engine:
+    """A model opened from a store directory or a GGUF file.  Use :meth:`open`."""
+
+    def __init__(self, store: Store, config: EngineConfig) -> None:
+        started = time.monotonic()
+        self.store = store
+        self.config = config
+        self.kernels = kernels_choice.use(config.kernels)
+        self.metadata = store.metadata
+        self.model_name = store.model_name
+        model = model_of(store.metadata)
+        self.shape: Shape = model.shape_of(store.metadata)
+        self._check_experts()
+        self.tokenizer = Tokenizer.from_metadata(store.metadata)
+        self.threads = config.threads or len(os.sched_getaffinity(0))
+        self.context_tokens = config.context_tokens or min(self.shape.context_tokens, DEFAULT_CONTEXT_TOKENS)
+        self.reader: Reader = open_reader(
+            store.paths, engine=config.reader, depth=config.ring_depth, direct=config.direct
+        )
+        self._team = _cpu.Team(self.threads)
+        self._files = [os.open(path, os.O_RDONLY) for path in store.paths]
+        try:
+            self._open(model.build)
+        except BaseException:
+            self.close()
+            raise
+        self.load_seconds = time.monotonic() - started
+        self.reset_statistics()
+
+    @classmethod
+    def open(cls, path: str | Path, config: EngineConfig | None = None) -> Self:
+        """Open a store directory or a GGUF file.
+
+        Parameters
+        ----------
+        path : str or Path
+        config : EngineConfig, optional
+
+        Raises
+        ------
+        FomoeError
+            FormatError or StoreError for a bad model, BudgetError when `ram_bytes` is too small.
+        """
+        return cls(Store.open(Path(path)), config or EngineConfig())
+
+    # ---- opening ----
+
+    def _check_experts(self) -> None:
+        s = self.shape
+        for layer in range(s.layers):
+            found = self.store.experts.get(layer)
+            if found is None:
+                raise FormatError(f"layer {layer} has no expert tensors (blk.{layer}.ffn_*_exps.weight)")
+            shapes = [tuple(part.shape[:2]) for part in found.parts]
+            expected = [(s.columns, s.hidden), (s.columns, s.hidden), (s.hidden, s.columns)]
+            if found.n_experts != s.experts or shapes != expected:
+                raise FormatError(
+                    f"experts of layer {layer}: {found.n_experts} of shapes {shapes}, expected {s.experts} of {expected}"
+                )
+            for part in found.parts:
+                if _cpu.type_info(int(part.type)) is None:
+                    raise FormatError(
+                        f"blk.{layer} expert {part.name} has type number {int(part.type)}, "
+                        f"which the {self.kernels} kernels do not know"
+                    )
+        if s.used > s.experts:
+            raise FormatError(f"expert_used_count {s.used} is more than expert_count {s.experts}")
+
+    def _open(self, build: Callable[..., None]) -> None:
+        s = self.shape
+        resident = {
+            name: tensor
+            for name, tensor in self.store.resident.items()
+            if not name.startswith("blk.") or int(name.split(".")[1]) < s.layers
+        }
+        self._float = self.config.activations == "float32"
+        self._check_resident(resident)
+        self._weights = Weights(resident, self.reader, float_activations=self._float)
+        layers = {i: self.store.experts[i] for i in range(s.layers)}
+        layouts = {i: slot_layout(layer) for i, layer in layers.items()}
+        self._expert_inputs = {
+            i: tuple(
+                0 if self._float else _cpu.type_info(int(part.type))[0] for part in layer.parts[:2]
+            )
+            for i, layer in layers.items()
+        }
+        self._build = build
+        self.budgets = self._share_memory(layouts)
+        self._pool = aligned_memory(self.budgets.pool_bytes)
+        native, _ = native_layers(s.layers, layers, layouts, self.budgets.slots, self._pool.address)
+        self.reader.register_buffers(self._pool.address, self.budgets.pool_bytes)
+        self._experts = _cpu.Experts(
+            self._experts_shape(self.budgets.batch_tokens),
+            native,
+            self._tier_slots(),
+            POLICIES[self.config.policy],
+            DECAY_PER_TOKEN,
+            self.reader.address,
+            (self.reader, self._pool),
+        )
+        self._recorder = self._record(self.budgets.batch_tokens, self._experts)
+        self._warm()
+
+    def _check_resident(self, tensors: dict[str, Any]) -> None:
+        """Refuse a budget that the resident weights alone exceed before reading them."""
+        limit = self.config.ram_bytes
+        needed = sum(t.bytes for t in tensors.values() if t.name != Weights.EMBEDDING)
+        if limit is not None and resident_bytes() + needed > limit:
+            raise self._too_small(limit, resident_bytes() + needed + RESERVE_BYTES)
+
+    def _tier_slots(self) -> np.ndarray:
+        tiers = self.config.tiers
+        vram = None if tiers is None else {i: round(tiers.vram * self.shape.experts) for i in self.budgets.slots}
+        return tier_slots(self.shape.layers, self.budgets.slots, vram)
+
+    def _experts_shape(self, batch_tokens: int) -> dict[str, int]:
+        s = self.shape
+        return {
+            "columns": s.columns,
+            "hidden": s.hidden,
+            "used": s.used,
+            "batch": batch_tokens,
+            "float_activations": int(self._float),
+        }
+
+    def _record(self, batch_tokens: int, experts: _cpu.Experts | None) -> Recorder:
+        s = self.shape
+        channels = (2 * s.key_heads + s.value_heads) * s.state_columns
+        widest = max(s.columns, s.hidden, s.shared_hidden, s.experts, channels, s.heads * s.head_columns)
+        recorder = Recorder(
+            self._team,
+            batch_tokens=batch_tokens,
+            context_tokens=self.context_tokens,
+            # attention scores of a whole context, or the widest row (twice: normalised q and k)
+            scratch_floats=max(2 * widest, self.context_tokens),
+            experts=experts,
+        )
+        self._build(recorder, self._weights, s, self._expert_inputs, self._files)
+        return recorder
+
+    def _share_memory(self, layouts: dict[int, SlotLayout]) -> Budgets:
+        """Share the budget: process, resident weights, state and activations first, slots get the rest."""
+        s = self.shape
+        sketch = self._record(1, None)
+        state = sketch.state.bytes
+        per_token = sketch.activation_bytes + _cpu.Experts.workspace_bytes(self._experts_shape(1))
+        del sketch
+        least = s.used
+        base = max(resident_bytes(), peak_resident_bytes() - self._weights.bytes) + state + RESERVE_BYTES
+        smallest = base + per_token + least * sum(layout.slot_bytes for layout in layouts.values())
+        limit = self.config.ram_bytes
+        if limit is None:
+            limit = resident_bytes() + int(0.8 * available_bytes())
+        if limit < smallest or peak_resident_bytes() > limit:
+            raise self._too_small(limit, max(smallest, peak_resident_bytes() + RESERVE_BYTES))
+        everything = s.experts * sum(layout.slot_bytes for layout in layouts.values())
+        batch = self.config.batch_tokens
+        # An eighth of what is left at most for activations: a smaller batch costs prompt speed, fewer slots cost reads.
+        while batch > 1 and batch * per_token > max((limit - smallest) // 8, limit - base - everything):
+            batch //= 2
+        room = limit - base - batch * per_token
+        most = s.experts
+        if self.config.tiers is not None:
+            most = max(least, round((self.config.tiers.vram + self.config.tiers.dram) * s.experts))
+        slots = share_slots(layouts, most, room, least)
+        if slots is None:
+            raise self._too_small(limit, smallest)
+        pool = sum(slots[i] * layout.slot_bytes for i, layout in layouts.items())
+        return Budgets(limit, self._weights.bytes, state, batch * per_token, pool, batch, slots)
+
+    def _too_small(self, limit: int, smallest: int) -> BudgetError:
+        mib = -(-smallest // (1 << 20)) + 1
+        return BudgetError(
+            f"a memory budget of {format_bytes(limit)} is too small for {self.model_name}", hint=f"--ram {mib}M"
+        )
+
+    def _warm(self) -> None:
+        """Fill free slots with the hottest experts of the profile, or with all when all fit."""
+        for layer, found in self.store.experts.items():
+            slots = self.budgets.slots.get(layer)
+            if slots is None:
+                continue
+            if found.frequency is not None:
+                order = hottest_first(found.frequency)[:slots]
+                scores = np.ascontiguousarray(found.frequency[order], np.float64)
+            elif slots == self.shape.experts:
+                order = np.arange(slots, dtype=np.int32)
+                scores = np.zeros(slots)
+            else:
+                continue
+            self._check(self._experts.warm(layer, order, scores))
+
+    # ---- running ----
+
+    def _check(self, error: int) -> None:
+        if not error:
+            return
+        layer, expert = self._experts.failure()
+        detail = self.reader.last_error or os.strerror(-error)
+        raise ReadError(
+            f"reading expert {expert} of layer {layer} failed: {detail}",
+            hint="check the drive (dmesg, smartctl), then: fomoe-layout verify STORE",
+        )
+
+    def session(self) -> Session:
+        """A new, empty timeline."""
+        return Session(self, self._recorder, self._check)
+
+    def expert_counts(self) -> dict[int, np.ndarray]:
+        """How often the router has picked each expert since the engine was opened: layer -> int64 [experts]."""
+        picks = self._experts.picks()
+        return {layer: picks[layer, : self.shape.experts].copy() for layer in range(self.shape.layers)}
+
+    def reset_statistics(self) -> None:
+        """Start the counters of :meth:`statistics` afresh."""
+        self._base = self._experts.counters()
+        self.prompt_tokens = self.generated_tokens = 0
+        self.prompt_seconds = self.decode_seconds = 0.0
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters since opening or :meth:`reset_statistics`, with the stable keys of docs/design.md, section 9."""
+        now = self._experts.counters()
+        c = {key: now[key] - self._base[key] for key in now}
+        tokens = self.prompt_tokens + self.generated_tokens
+        return {
+            "model": self.model_name,
+            "store": self.store.kind,
+            "device": "cpu",
+            "exact": True,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+            "load_seconds": self.load_seconds,
+            "prompt_seconds": self.prompt_seconds,
+            "decode_seconds": self.decode_seconds,
+            "prompt_tokens_per_second": _rate(self.prompt_tokens, self.prompt_seconds),
+            "tokens_per_second": _rate(self.generated_tokens, self.decode_seconds),
+            "expert_requests": c["requests"],
+            "tiers": {
+                "vram": {"hits": c["vram_hits"]},
+                "dram": {"hits": c["dram_hits"]},
+                "nvme": {"hits": c["nvme_hits"], "reads": c["nvme_reads"], "bytes": c["nvme_bytes"]},
+            },
+            "substitutions": 0,
+            "evictions": c["evictions"],
+            "promotions": c["promotions"],
+            "demotions": c["demotions"],
+            "nvme_bytes_per_token": c["nvme_bytes"] / tokens if tokens else 0.0,
+            "stall_seconds": {"nvme": c["stall_ns"] / 1e9},
+            "peak_rss_bytes": peak_resident_bytes(),
+            "budgets": {
+                "ram_bytes": self.budgets.ram_bytes,
+                "resident_bytes": self.budgets.resident_bytes,
+                "state_bytes": self.budgets.state_bytes,
+                "pool_bytes": self.budgets.pool_bytes,
+                "batch_tokens": self.budgets.batch_tokens,
+                "slots_per_layer": min(self.budgets.slots.values()),
+            },
+            "threads": self.threads,
+            "kernels": self.kernels,
+            "reader": {"engine": self.reader.name, "direct": self.reader.direct},
+        }
+
+    def close(self) -> None:
+        """Stop reading and give the memory back.  Idempotent."""
+        for descriptor in self.__dict__.pop("_files", []):
+            os.close(descriptor)
+        for name in ("_recorder", "_experts"):
+            self.__dict__.pop(name, None)
+        self.reader.close()
+        for name in ("_weights", "_pool"):
+            owner = self.__dict__.pop(name, None)
+            if owner is not None:
+                owner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0

@@ -1,0 +1,179 @@
+// What differs between AMD (clang, hipcc, hipRTC), NVIDIA (nvcc, NVRTC) and the CPU double of the tests.
+//
+// Rule 1: a "warp" is 32 lanes everywhere.  On AMD parts with 64-wide waves a wave holds two of them; exchanges
+//         by lane ^ mask with mask < 32 never leave their half.
+// Rule 2: no vendor header is needed, so that a plain clang, hipRTC and NVRTC compile the same text.  Halves
+//         travel as unsigned short.
+// Rule 3: block sizes are constants of the kernel, so nothing asks the hardware for its block dimensions.
+#pragma once
+
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct u32x4 {
+    u32 x, y, z, w;
+};
+
+#if defined(FOMOE_GPU_ON_CPU)
+#include "fibers.h"  // tests/gpu_shim
+
+#elif defined(__HIP__) || defined(__HIPCC_RTC__) || defined(__HIP_PLATFORM_AMD__)
+#ifndef __global__
+#define __global__ __attribute__((global))
+#define __device__ __attribute__((device))
+#define __shared__ __attribute__((shared))
+#endif
+#define DEVICE static __device__ inline __attribute__((always_inline))
+#define KERNEL(threads) extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(threads, threads))) void
+#define EXPORT_KERNEL(name)
+DEVICE int thread_index() { return __builtin_amdgcn_workitem_id_x(); }
+DEVICE int block_x() { return __builtin_amdgcn_workgroup_id_x(); }
+DEVICE int block_y() { return __builtin_amdgcn_workgroup_id_y(); }
+DEVICE int block_z() { return __builtin_amdgcn_workgroup_id_z(); }
+DEVICE void sync_block() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+    __builtin_amdgcn_s_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+DEVICE void fence_system() { __builtin_amdgcn_fence(__ATOMIC_SEQ_CST, ""); }
+DEVICE void pause_thread() { __builtin_amdgcn_s_sleep(8); }
+DEVICE float from_half(u16 h) { return (float)__builtin_bit_cast(_Float16, h); }
+DEVICE u16 to_half(float f) { return __builtin_bit_cast(u16, (_Float16)f); }
+DEVICE float as_float(u32 v) { return __builtin_bit_cast(float, v); }
+DEVICE u32 as_bits(float v) { return __builtin_bit_cast(u32, v); }
+template <int MASK>
+DEVICE u32 exchange(u32 v) {
+    return __builtin_amdgcn_ds_swizzle(v, 0x1f | (MASK << 10));
+}
+// 16 bytes at a 16-byte boundary of device memory, and narrower ones.  Pointers that come from a table in memory are
+// generic; saying "global" keeps the compiler from flat loads, which also wait for the LDS.
+typedef u32 u32_vector __attribute__((ext_vector_type(4)));
+#define GLOBAL_MEMORY __attribute__((address_space(1)))
+DEVICE u32x4 load16(const void *p) {
+    u32_vector v = *(const GLOBAL_MEMORY u32_vector *)p;
+    return {v.x, v.y, v.z, v.w};
+}
+DEVICE u32 load4(const void *p) { return *(const GLOBAL_MEMORY u32 *)p; }
+DEVICE u16 load2(const void *p) { return *(const GLOBAL_MEMORY u16 *)p; }
+DEVICE u8 load1(const void *p) { return *(const GLOBAL_MEMORY u8 *)p; }
+DEVICE u32 funnel_right(u32 low, u32 high, int bits) { return __builtin_amdgcn_alignbit(high, low, bits); }
+DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+DEVICE float power_of_2(float x) { return __builtin_exp2f(x); }
+DEVICE float logarithm_2(float x) { return __builtin_log2f(x); }
+DEVICE float square_root(float x) { return __builtin_sqrtf(x); }
+DEVICE float nearest(float x) { return __builtin_rintf(x); }
+DEVICE float magnitude(float x) { return __builtin_fabsf(x); }
+DEVICE float larger(float a, float b) { return __builtin_fmaxf(a, b); }
+DEVICE int dot4(int a, int b, int c) {
+#if defined(__GFX11__) || defined(__GFX12__)
+    return __builtin_amdgcn_sudot4(true, a, true, b, c, false);
+#elif defined(__gfx906__) || defined(__gfx908__) || defined(__gfx90a__) || defined(__gfx940__) ||                    \
+    defined(__gfx941__) || defined(__gfx942__) || defined(__gfx950__) || defined(__gfx1011__) ||                      \
+    defined(__gfx1012__) || defined(__gfx1030__) || defined(__gfx1031__) || defined(__gfx1032__) ||                   \
+    defined(__gfx1033__) || defined(__gfx1034__) || defined(__gfx1035__) || defined(__gfx1036__)
+    return __builtin_amdgcn_sdot4(a, b, c, false);
+#else
+    for (int i = 0; i < 4; ++i) c += (int)(i8)(a >> (8 * i)) * (int)(i8)(b >> (8 * i));
+    return c;
+#endif
+}
+
+#elif defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define DEVICE static __device__ __forceinline__
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define EXPORT_KERNEL(name)
+DEVICE int thread_index() { return threadIdx.x; }
+DEVICE int block_x() { return blockIdx.x; }
+DEVICE int block_y() { return blockIdx.y; }
+DEVICE int block_z() { return blockIdx.z; }
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void fence_system() { __threadfence_system(); }
+DEVICE void pause_thread() { __nanosleep(200); }
+DEVICE float from_half(u16 h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+}
+DEVICE u16 to_half(float f) {
+    u16 h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
+}
+DEVICE float as_float(u32 v) { return __uint_as_float(v); }
+DEVICE u32 as_bits(float v) { return __float_as_uint(v); }
+template <int MASK>
+DEVICE u32 exchange(u32 v) {
+    return __shfl_xor_sync(0xffffffffu, v, MASK, 32);
+}
+DEVICE u32x4 load16(const void *p) {
+    uint4 v = __ldg((const uint4 *)p);
+    return {v.x, v.y, v.z, v.w};
+}
+DEVICE u32 load4(const void *p) { return __ldg((const u32 *)p); }
+DEVICE u16 load2(const void *p) { return __ldg((const u16 *)p); }
+DEVICE u8 load1(const void *p) { return __ldg((const u8 *)p); }
+DEVICE u32 funnel_right(u32 low, u32 high, int bits) { return __funnelshift_r(low, high, bits); }
+DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+DEVICE float power_of_2(float x) { return exp2f(x); }
+DEVICE float logarithm_2(float x) { return log2f(x); }
+DEVICE float square_root(float x) { return sqrtf(x); }
+DEVICE float nearest(float x) { return rintf(x); }
+DEVICE float magnitude(float x) { return fabsf(x); }
+DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+DEVICE int dot4(int a, int b, int c) { return __dp4a(a, b, c); }
+
+#else
+#error "kernels are compiled by hipRTC, clang -x hip, NVRTC or nvcc"
+#endif
+
+DEVICE int lane_index() { return thread_index() & 31; }
+DEVICE int warp_index() { return thread_index() >> 5; }
+
+// Butterflies: every lane ends with the same bits, and they do not depend on which lane asks.
+template <int MASK>
+DEVICE float exchange_float(float v) {
+    return as_float(exchange<MASK>(as_bits(v)));
+}
+DEVICE float warp_sum(float v) {
+    v += exchange_float<16>(v);
+    v += exchange_float<8>(v);
+    v += exchange_float<4>(v);
+    v += exchange_float<2>(v);
+    return v + exchange_float<1>(v);
+}
+DEVICE float warp_max(float v) {
+    v = larger(v, exchange_float<16>(v));
+    v = larger(v, exchange_float<8>(v));
+    v = larger(v, exchange_float<4>(v));
+    v = larger(v, exchange_float<2>(v));
+    return larger(v, exchange_float<1>(v));
+}
+DEVICE int warp_sum_int(int v) {
+    v += (int)exchange<16>((u32)v);
+    v += (int)exchange<8>((u32)v);
+    v += (int)exchange<4>((u32)v);
+    v += (int)exchange<2>((u32)v);
+    return v + (int)exchange<1>((u32)v);
+}
+
+// exp(x) from 2^x alone (clang without device libraries has no expf): x * log2(e) is carried in two floats, so
+// that the result is good to 2 ulp over the whole range.
+DEVICE float exponential(float x) {
+    const float log2e = 1.44269502f, log2e_low = 1.92596299e-8f, ln2 = 0.693147182f;
+    const float t = x * log2e;
+    if (!(t > -150.f)) return t == t ? 0.f : t;  // below the smallest float; NaN stays NaN
+    const float rest = fused(x, log2e_low, fused(x, log2e, -t));
+    return power_of_2(t) * fused(rest, ln2, 1.f);
+}
+DEVICE float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
+DEVICE float silu(float x) { return x / (1.f + exponential(-x)); }
+// log1p(exp(x)), x itself above 20 as ggml has it.
+DEVICE float softplus(float x) {
+    if (x > 20.f) return x;
+    const float e = exponential(x), u = 1.f + e;
+    // Kahan's log1p: log(u) corrected by the rounding of 1 + e.
+    return u == 1.f ? e : logarithm_2(u) * 0.693147182f * (e / (u - 1.f));
+}

@@ -1,0 +1,157 @@
+"""A session: one token timeline on an engine, with its KV caches and recurrent state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fomoe_io.errors import UsageError
+from fomoe_io.program import Recorder
+from fomoe_io.reader import aligned_memory
+
+if TYPE_CHECKING:
+    from fomoe_io.engine import Engine
+
+RECORDS = ("experts", "weights", "router_logits", "layer_output", "final_norm")
+
+
+class Session:
+    """Made by :meth:`Engine.session`.
+
+    Attributes
+    ----------
+    position : int
+        Tokens read so far.
+    context_tokens : int
+        Tokens it can hold.
+    records : dict of str to numpy.ndarray
+        What the last :meth:`evaluate` was asked to record.
+    """
+
+    def __init__(self, engine: Engine, recorder: Recorder, check: Callable[[int], None]) -> None:
+        self._engine = engine
+        self._recorder = recorder
+        self._check = check
+        self._memory = aligned_memory(max(recorder.state.bytes, 4096))
+        self._decode_logits = np.empty((1, engine.shape.vocabulary), np.float32)
+        self._broken = False
+        self.position = 0
+        self.context_tokens = engine.context_tokens
+        self.records: dict[str, np.ndarray] = {}
+
+    def reset(self) -> None:
+        """Forget everything: the next token is the first."""
+        for offset, size in self._recorder.state.zeroed:
+            np.frombuffer(self._memory.view, np.uint8, size, offset)[:] = 0
+        self.position = 0
+        self._broken = False
+
+    def _room(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        ids = np.ascontiguousarray(tokens, np.int32)
+        if ids.ndim != 1 or not len(ids):
+            raise UsageError("a session reads one or more tokens")
+        if ids.min() < 0 or ids.max() >= self._engine.shape.vocabulary:
+            raise UsageError(f"token ids must lie in 0..{self._engine.shape.vocabulary - 1}")
+        if self.position + len(ids) > self.context_tokens:
+            raise UsageError(
+                f"{self.position} + {len(ids)} tokens exceed the context of {self.context_tokens}",
+                hint=f"-c {self.position + len(ids)} (the model was trained on {self._engine.shape.context_tokens})",
+            )
+        if self._broken:
+            raise UsageError("the session stopped in the middle of a token after an error; reset() it first")
+        return ids
+
+    def _run(self, ids: np.ndarray, logits: np.ndarray, outputs: int, records: dict[str, np.ndarray]) -> None:
+        self._broken = True
+        self._check(
+            self._recorder.program.run(ids, outputs, self.position, self._memory.address, logits, **records)
+        )
+        self._broken = False
+        self.position += len(ids)
+
+    def prefill(
+        self, tokens: Sequence[int] | np.ndarray, progress: Callable[[int, int], None] | None = None
+    ) -> np.ndarray:
+        """Read tokens in batches.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+        progress : callable, optional
+            Called with (tokens done, tokens in all) after each batch.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 [vocabulary]: logits after the last token.
+        """
+        ids = self._room(tokens)
+        started = time.monotonic()
+        logits = np.empty((1, self._engine.shape.vocabulary), np.float32)
+        batch = self._recorder.batch_tokens
+        for first in range(0, len(ids), batch):
+            part = ids[first : first + batch]
+            self._run(part, logits, 1 if first + batch >= len(ids) else 0, {})
+            if progress:
+                progress(first + len(part), len(ids))
+        self._engine.prompt_tokens += len(ids)
+        self._engine.prompt_seconds += time.monotonic() - started
+        return logits[0]
+
+    def decode(self, token: int) -> np.ndarray:
+        """Read one token; float32 [vocabulary], valid until the next call."""
+        ids = self._room([token])
+        started = time.monotonic()
+        self._run(ids, self._decode_logits, 1, {})
+        self._engine.generated_tokens += 1
+        self._engine.decode_seconds += time.monotonic() - started
+        return self._decode_logits[0]
+
+    def evaluate(self, tokens: Sequence[int] | np.ndarray, *, record: Sequence[str] = ()) -> np.ndarray:
+        """Read tokens in batches and return the logits of every position.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+        record : sequence of str
+            Any of `experts` (int32 [layers, n, used]), `weights` (float32, alike), `router_logits`
+            (float32 [layers, n, experts]), `layer_output` (float32 [layers, n, columns]) and `final_norm`
+            (float32 [n, columns]); found in `records` afterwards.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 [n, vocabulary]
+        """
+        ids = self._room(tokens)
+        started = time.monotonic()
+        logits = np.empty((len(ids), self._engine.shape.vocabulary), np.float32)
+        batch = self._recorder.batch_tokens
+        pieces: dict[str, list[np.ndarray]] = {name: [] for name in record}
+        for first in range(0, len(ids), batch):
+            part = ids[first : first + batch]
+            records = {name: self._record_array(name, len(part)) for name in record}
+            self._run(part, logits[first : first + batch], len(part), records)
+            for name, array in records.items():
+                pieces[name].append(array)
+        axis = {name: 0 if name == "final_norm" else 1 for name in record}
+        self.records = {name: np.concatenate(parts, axis[name]) for name, parts in pieces.items()}
+        self._engine.prompt_tokens += len(ids)
+        self._engine.prompt_seconds += time.monotonic() - started
+        return logits
+
+    def _record_array(self, name: str, tokens: int) -> np.ndarray:
+        s = self._engine.shape
+        if name not in RECORDS:
+            raise UsageError(f"can't record {name!r}; known: {', '.join(RECORDS)}")
+        if name == "final_norm":
+            return np.empty((tokens, s.columns), np.float32)
+        width = {"experts": s.used, "weights": s.used, "router_logits": s.experts, "layer_output": s.columns}[name]
+        return np.empty((s.layers, tokens, width), np.int32 if name == "experts" else np.float32)
+
+    def close(self) -> None:
+        """Give the state's memory back."""
+        self._memory.close()
