@@ -1,0 +1,93 @@
+"""What can be chosen about an engine, checked once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Self
+
+from fomoe_io.errors import UsageError
+
+_CHOICES = {
+    "reader": ("auto", "uring", "pread"),
+    "kernels": ("auto", "ggml", "portable"),
+    "activations": ("quantized", "float32"),
+    "policy": ("lru", "lfu", "decayed", "lfru"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tiers:
+    """Simulated tiers, as shares (0..1) of all experts."""
+
+    vram: float
+    dram: float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From `vram=20%,dram=15%`.
+
+        Raises
+        ------
+        UsageError
+        """
+        match = re.fullmatch(r"vram=(\d+(?:\.\d+)?)%,dram=(\d+(?:\.\d+)?)%", text.replace(" ", ""))
+        if match is None:
+            raise UsageError(f"{text!r} names no tiers", hint="--tiers vram=20%,dram=15%")
+        vram, dram = float(match[1]) / 100, float(match[2]) / 100
+        if not 0 < vram + dram <= 1:
+            raise UsageError(f"tiers {text!r} hold {100 * (vram + dram):g} % of the experts, expected 0 to 100 %")
+        return cls(vram, dram)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How to open a model.
+
+    Attributes
+    ----------
+    ram_bytes : int or None
+        Bound of the whole process (peak resident set); None takes 80 % of what is available.
+    threads : int or None
+        None takes the processors this process may run on.
+    context_tokens : int or None
+        Positions of a session; None takes the model's, at most 4096.
+    batch_tokens : int
+        Most tokens of a prompt computed at once (less under a tight budget; results do not depend on it).
+    reader : {"auto", "uring", "pread"}
+    ring_depth : int
+        Reads in flight at most.
+    direct : bool
+        O_DIRECT where the file system allows it.
+    kernels : {"auto", "ggml", "portable"}
+    activations : {"quantized", "float32"}
+        "float32" expands weights instead of quantizing activations: slow, for comparisons.
+    policy : {"lru", "lfu", "decayed", "lfru"}
+        Which expert leaves memory first.
+    tiers : Tiers or None
+        Simulated VRAM and DRAM tiers.
+    """
+
+    ram_bytes: int | None = None
+    threads: int | None = None
+    context_tokens: int | None = None
+    batch_tokens: int = 512
+    reader: str = "auto"
+    ring_depth: int = 64
+    direct: bool = True
+    kernels: str = "auto"
+    activations: str = "quantized"
+    policy: str = "decayed"
+    tiers: Tiers | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        limits = {"threads": 256, "context_tokens": 1 << 22, "batch_tokens": 1 << 14, "ring_depth": 4096}
+        for name, most in limits.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise UsageError(f"{name} is {value}, expected 1 to {most}")
+        if self.ram_bytes is not None and self.ram_bytes < 1:
+            raise UsageError(f"ram_bytes is {self.ram_bytes}, expected a positive size")
