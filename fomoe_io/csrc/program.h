@@ -67,9 +67,10 @@ typedef struct {
     int32_t add; /* 1: output += product */
 } fomoe_product;
 
+typedef void (*fomoe_execute)(const fomoe_step *, fomoe_run *, int thread);
+
 struct fomoe_step {
-    void (*execute)(const fomoe_step *, fomoe_run *, int thread);
-    const char *name;
+    fomoe_execute execute;
     union {
         struct {
             int file; /* descriptor of the file that holds the matrix, or -1 when it is in memory */
