@@ -1,0 +1,496 @@
+"""A bounded GGUF reader: every count, offset and size is checked against the file before it is used.
+
+Reads versions 2 and 3, little-endian, single files and shards (`NAME-00001-of-0000N.gguf`, from the first one).
+The header is read once, front to back; large arrays (vocabularies) are left in the file until somebody asks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import gguf
+import numpy as np
+
+from fomoe_io.errors import FormatError
+
+MAGIC = b"GGUF"
+HEADER_LIMIT_BYTES = 256 << 20
+"""No sane header is larger: the one of a 397B model with 248,320 tokens and their merges takes 11 MB."""
+
+KEY_LIMIT_BYTES = 65535
+NAME_LIMIT_BYTES = 255
+"""Keys: the GGUF specification.  Tensor names: it says 64; some converters write a little more."""
+
+EAGER_ELEMENTS = 1024
+"""Arrays of more elements are decoded when asked for, each time."""
+
+DEFAULT_ALIGNMENT = 32
+DOWNLOAD_AGAIN = "download the file again and compare its size and checksum with the publisher's"
+
+_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+_SCALARS = {
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1", 10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies.
+
+    Attributes
+    ----------
+    name : str
+    type : gguf.GGMLQuantizationType
+    shape : tuple of int
+        In GGUF order: the fastest dimension first.
+    file : int
+        Index into the paths of the file or store.
+    offset : int
+        Absolute, in bytes.
+    bytes : int
+    """
+
+    name: str
+    type: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    file: int
+    offset: int
+    bytes: int
+
+
+def tensor_bytes(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor; rows are whole blocks.
+
+    Raises
+    ------
+    ValueError
+        When the rows are no multiple of the type's block.
+    """
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if shape[0] % block:
+        raise ValueError(f"rows of {shape[0]} elements, but {kind.name} comes in blocks of {block}")
+    total = shape[0] // block * block_bytes
+    for extent in shape[1:]:
+        total *= extent
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class _LazyArray:
+    """An array left in its file, already checked to lie inside."""
+
+    path: Path
+    key: str
+    kind: int
+    count: int
+    offset: int
+    bytes: int
+
+    def load(self) -> list[str] | np.ndarray:
+        with self.path.open("rb") as stream:
+            stream.seek(self.offset)
+            raw = stream.read(self.bytes)
+        if len(raw) != self.bytes:
+            raise FormatError(f"{self.path}: metadata key {self.key}: the file was cut while in use")
+        return _decode_strings(raw, self.count) if self.kind == _STRING else _numbers(raw, self.kind)
+
+
+class Metadata(Mapping[str, Any]):
+    """GGUF keys and values: int, float, bool, str and lists of them.
+
+    Arrays of more than `EAGER_ELEMENTS` are read from the file at each access, numbers as a numpy array and
+    strings as a list, so that a vocabulary occupies memory only while somebody holds it.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._values[key]
+        return value.load() if isinstance(value, _LazyArray) else value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def length(self, key: str) -> int:
+        """Elements of an array, without loading it."""
+        value = self._values[key]
+        return value.count if isinstance(value, _LazyArray) else len(value)
+
+
+def _decode_strings(raw: bytes | bytearray, count: int) -> list[str]:
+    """Strings that follow one another, each after its 64-bit length; bounds were checked by the scan."""
+    strings, at, unpack = [], 0, _U64.unpack_from
+    for _ in range(count):
+        end = at + 8 + unpack(raw, at)[0]
+        strings.append(raw[at + 8 : end].decode("utf-8", "replace"))
+        at = end
+    return strings
+
+
+def _numbers(raw: bytes | bytearray, kind: int) -> np.ndarray:
+    values = np.frombuffer(bytes(raw), _SCALARS[kind])
+    return values != 0 if kind == _BOOL else values
+
+
+class _Cursor:
+    """Walks over a header, loading the file as needed, never past its end or `HEADER_LIMIT_BYTES`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data = bytearray()
+        self.at = 0
+        self.what = "the GGUF header"
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def error(self, message: str, hint: str | None = None) -> FormatError:
+        return FormatError(f"{self.path}: {self.what}: {message}", hint=hint)
+
+    def load(self, end: int) -> None:
+        """Have the first `end` bytes of the file in `data`."""
+        if end > self.size:
+            raise self.error(f"would end at byte {end:,}, but the file has {self.size:,} (truncated?)", DOWNLOAD_AGAIN)
+        if end > HEADER_LIMIT_BYTES:
+            raise self.error(f"would make the header larger than {HEADER_LIMIT_BYTES >> 20} MiB (damaged?)")
+        wanted = min(max(end, 2 * len(self.data), 1 << 20), self.size, HEADER_LIMIT_BYTES)
+        while len(self.data) < wanted:
+            piece = os.pread(self._descriptor, wanted - len(self.data), len(self.data))
+            if not piece:
+                raise self.error("the file was cut while being read")
+            self.data += piece
+
+    def take(self, count: int) -> int:
+        """Step over `count` bytes and return where they start."""
+        start = self.at
+        if start + count > len(self.data):
+            self.load(start + count)
+        self.at = start + count
+        return start
+
+    def u32(self) -> int:
+        return int(_U32.unpack_from(self.data, self.take(4))[0])
+
+    def u64(self) -> int:
+        return int(_U64.unpack_from(self.data, self.take(8))[0])
+
+    def bounded(self, count: int, least_bytes: int, of: str) -> int:
+        """Check that `count` items of at least `least_bytes` each can lie in the rest of the file."""
+        if count * least_bytes > self.size - self.at:
+            raise self.error(
+                f"announces {count:,} {of}, more than the {self.size:,} bytes of the file hold", DOWNLOAD_AGAIN
+            )
+        return count
+
+    def string(self, limit: int | None = None, errors: str = "replace") -> str:
+        length = self.bounded(self.u64(), 1, "bytes of text")
+        if limit is not None and length > limit:
+            raise self.error(f"a name of {length:,} bytes, at most {limit:,} make sense (damaged?)")
+        start = self.take(length)
+        try:
+            return self.data[start : self.at].decode("utf-8", errors)
+        except UnicodeDecodeError:
+            raise self.error("a name that is not UTF-8 (damaged?)") from None
+
+    def skip_strings(self, count: int) -> None:
+        """Step over an array of strings.  A tight loop: vocabularies have hundreds of thousands."""
+        data, unpack, at, loaded = self.data, _U64.unpack_from, self.at, len(self.data)
+        for _ in range(count):
+            if at + 8 > loaded:
+                self.load(at + 8)
+                loaded = len(data)
+            at += 8 + unpack(data, at)[0]
+            if at > loaded:
+                self.load(at)
+                loaded = len(data)
+        self.at = at
+
+    def value(self, key: str) -> Any:
+        kind = self.u32()
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self._array(key)
+        if kind not in _SCALARS:
+            raise self.error(f"has value type {kind}, which GGUF does not define")
+        start = self.take(np.dtype(_SCALARS[kind]).itemsize)
+        return _numbers(self.data[start : self.at], kind)[0].item()
+
+    def _array(self, key: str) -> Any:
+        kind, count = self.u32(), self.u64()
+        if kind not in _SCALARS and kind != _STRING:
+            raise self.error(f"is an array of value type {kind}, which is not supported")
+        size = 8 if kind == _STRING else np.dtype(_SCALARS[kind]).itemsize
+        self.bounded(count, size, "array elements")
+        start = self.at
+        if kind == _STRING:
+            self.skip_strings(count)
+        else:
+            self.take(count * size)
+        if count > EAGER_ELEMENTS:
+            return _LazyArray(self.path, key, kind, count, start, self.at - start)
+        raw = self.data[start : self.at]
+        return _decode_strings(raw, count) if kind == _STRING else _numbers(raw, kind).tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """One parsed file."""
+
+    path: Path
+    bytes: int
+    metadata: dict[str, Any]
+    metadata_raw: bytes
+    tensors: list[TensorInfo]
+    header_sha256: str
+    data_offset: int
+
+
+def _read_shard(path: Path, file: int) -> _Shard:
+    cursor = _Cursor(path)
+    try:
+        version, tensor_count, key_count = _preamble(cursor)
+        first_key = cursor.at
+        values = _metadata(cursor, key_count)
+        raw = MAGIC + struct.pack("<IQQ", version, 0, key_count) + cursor.data[first_key : cursor.at]
+        tensors, data_offset = _tensors(cursor, tensor_count, values, file)
+        digest = hashlib.sha256(memoryview(cursor.data)[: cursor.at]).hexdigest()
+        return _Shard(path, cursor.size, values, raw, tensors, digest, data_offset)
+    finally:
+        cursor.close()
+
+
+def _preamble(cursor: _Cursor) -> tuple[int, int, int]:
+    """(version, tensors, keys)"""
+    if cursor.size < 24 or cursor.data[cursor.take(4) : cursor.at] != MAGIC:
+        raise FormatError(
+            f"{cursor.path} is not a GGUF file: it does not start with the letters GGUF",
+            hint="give a .gguf model, or a store made by: fomoe-layout pack MODEL.gguf --to DIR",
+        )
+    version = cursor.u32()
+    if version not in (2, 3):
+        swapped = version & 0xFFFF == 0
+        raise FormatError(
+            f"{cursor.path} has GGUF version {version}, expected 2 or 3" + (" (big-endian?)" if swapped else ""),
+            hint="convert the model again with a current llama.cpp, for a little-endian machine",
+        )
+    # Least bytes of a tensor: name length and a letter, dimensions (one), type, offset.  Of a key: length, letter,
+    # type, value.
+    tensors = cursor.bounded(cursor.u64(), 8 + 1 + 4 + 8 + 4 + 8, "tensors")
+    keys = cursor.bounded(cursor.u64(), 8 + 1 + 4 + 1, "metadata keys")
+    return version, tensors, keys
+
+
+def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for index in range(count):
+        cursor.what = f"metadata key {index + 1} of {count}"
+        key = cursor.string(KEY_LIMIT_BYTES, "strict")
+        cursor.what = f"metadata key {key!r}"
+        if key in values:
+            raise cursor.error("occurs twice (damaged?)")
+        values[key] = cursor.value(key)
+    return values
+
+
+def _tensors(cursor: _Cursor, count: int, values: dict[str, Any], file: int) -> tuple[list[TensorInfo], int]:
+    """(tensor infos, start of the data): sizes, alignment, bounds and overlaps checked."""
+    alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+        raise FormatError(f"{cursor.path}: general.alignment is {alignment!r}, expected a power of two from 8")
+    found = []
+    for index in range(count):
+        cursor.what = f"tensor {index + 1} of {count}"
+        found.append(_tensor(cursor, alignment))
+    cursor.what = "the tensor data"
+    data_offset = -(-cursor.at // alignment) * alignment
+    tensors = []
+    end_of_previous, previous = 0, ""
+    for name, kind, shape, offset, size in sorted(found, key=lambda item: item[3]):
+        if offset < end_of_previous:
+            raise FormatError(f"{cursor.path}: tensors {previous} and {name} overlap (damaged?)", hint=DOWNLOAD_AGAIN)
+        end_of_previous, previous = offset + size, name
+        if data_offset + end_of_previous > cursor.size:
+            raise FormatError(
+                f"{cursor.path}: tensor {name} ends at byte {data_offset + end_of_previous:,}, but the file has "
+                f"{cursor.size:,} (truncated?)",
+                hint=DOWNLOAD_AGAIN,
+            )
+        tensors.append(TensorInfo(name, kind, shape, file, data_offset + offset, size))
+    return tensors, data_offset
+
+
+def _tensor(
+    cursor: _Cursor, alignment: int
+) -> tuple[str, gguf.GGMLQuantizationType, tuple[int, ...], int, int]:
+    """(name, type, shape, offset in the data, bytes)"""
+    name = cursor.string(NAME_LIMIT_BYTES, "strict")
+    cursor.what = f"tensor {name}"
+    dimensions = cursor.u32()
+    if not 1 <= dimensions <= 4:
+        raise cursor.error(f"has {dimensions} dimensions, expected 1 to 4 (damaged?)")
+    shape = tuple(cursor.u64() for _ in range(dimensions))
+    if min(shape) < 1:
+        raise cursor.error(f"has shape {list(shape)}: a dimension is empty")
+    number = cursor.u32()
+    try:
+        kind = gguf.GGMLQuantizationType(number)
+        size = tensor_bytes(kind, shape)
+    except ValueError as error:
+        reason = str(error) if "blocks of" in str(error) else f"type number {number} is unknown"
+        raise cursor.error(reason, "update package gguf: pip install -U gguf") from None
+    offset = cursor.u64()
+    if offset % alignment:
+        raise cursor.error(f"starts at {offset:,}, which is no multiple of the alignment {alignment} (damaged?)")
+    if size > cursor.size or offset > cursor.size:
+        raise cursor.error(
+            f"of {size:,} bytes at {offset:,} does not fit in the {cursor.size:,} bytes of the file (truncated?)",
+            DOWNLOAD_AGAIN,
+        )
+    return name, kind, shape, offset, size
+
+
+class GGUFFile:
+    """A GGUF model, all shards together.  Use :meth:`open`.
+
+    Attributes
+    ----------
+    metadata : Metadata
+        Keys of the first shard.
+    tensors : dict of str to TensorInfo
+        `file` indexes `paths`.
+    paths : list of Path
+    file_bytes : list of int
+    data_offsets : list of int
+        Where each file's tensor data starts.
+    header_sha256 : list of str
+        Of each file's header, tensor infos included.
+    metadata_raw : bytes
+        The first shard's keys as a GGUF file of their own, without tensors.
+    """
+
+    def __init__(self, shards: list[_Shard]) -> None:
+        self.metadata = Metadata(shards[0].metadata)
+        self.metadata_raw = shards[0].metadata_raw
+        self.paths = [shard.path for shard in shards]
+        self.file_bytes = [shard.bytes for shard in shards]
+        self.data_offsets = [shard.data_offset for shard in shards]
+        self.header_sha256 = [shard.header_sha256 for shard in shards]
+        self.tensors: dict[str, TensorInfo] = {}
+        for shard in shards:
+            for tensor in shard.tensors:
+                if tensor.name in self.tensors:
+                    raise FormatError(f"{shard.path}: tensor {tensor.name} occurs twice (damaged?)")
+                self.tensors[tensor.name] = tensor
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Read the headers of a model.
+
+        Parameters
+        ----------
+        path : str or Path
+            A single file, or the first of several shards.
+
+        Raises
+        ------
+        FormatError
+            When a header is damaged or hostile, or a shard is missing or of another model.
+        """
+        first = _read_shard(_existing(Path(path)), 0)
+        count = first.metadata.get("split.count", 1)
+        if not isinstance(count, int) or count <= 1:
+            return cls([first])
+        shards = [first]
+        for index, shard_path in enumerate(_shard_paths(Path(path), first.metadata)):
+            if index:
+                shards.append(_read_shard(_existing(shard_path), index))
+                _check_shard(shards[-1], index, count)
+        total = first.metadata.get("split.tensors.count")
+        found = sum(len(shard.tensors) for shard in shards)
+        if total is not None and total != found:
+            raise FormatError(f"{path}: the shards hold {found} tensors, split.tensors.count says {total}")
+        return cls(shards)
+
+    def fingerprint(self) -> str:
+        """Identity of the weights: 32 hexadecimal digits of the headers, sizes and a sample of every file."""
+        headers = zip(self.paths, self.file_bytes, self.data_offsets, self.header_sha256, strict=True)
+        return fingerprint_of(list(headers))
+
+
+def fingerprint_of(files: list[tuple[Path, int, int, str]]) -> str:
+    """Fingerprint of (path, bytes, data offset, header sha256) in shard order.
+
+    Names do not count, so a renamed model keeps its fingerprint.  The sample (16 blocks of 4 KiB of each file's
+    data) tells fine-tunes apart whose headers are alike.
+    """
+    digest = hashlib.sha256()
+    for path, size, data_offset, header in files:
+        digest.update(f"{size} {header}\n".encode())
+        with path.open("rb") as stream:
+            for i in range(16):
+                stream.seek(data_offset + max(0, size - data_offset - 4096) * i // 15)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()[:32]
+
+
+def read_metadata(path: Path) -> Metadata:
+    """The keys of one GGUF file, whatever its tensors.
+
+    Raises
+    ------
+    FormatError
+    """
+    return Metadata(_read_shard(_existing(path), 0).metadata)
+
+
+def _existing(path: Path) -> Path:
+    if path.is_dir():
+        raise FormatError(f"{path} is a directory, expected a .gguf file")
+    if not path.exists():
+        shard = _SHARD_NAME.fullmatch(path.name)
+        hint = f"all {int(shard['count'])} shards must lie in {path.parent}" if shard else "check the path"
+        raise FormatError(f"{path} does not exist", hint=hint)
+    return path
+
+
+def _shard_paths(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
+    """Paths of all shards, from the name of the first."""
+    count, number = metadata["split.count"], metadata.get("split.no", 0)
+    name = _SHARD_NAME.fullmatch(path.name)
+    if name is None or int(name["count"]) != count:
+        raise FormatError(
+            f"{path} is one of {count} shards, but its name does not end in -00001-of-{count:05d}.gguf",
+            hint=f"rename the shards as they were published: NAME-00001-of-{count:05d}.gguf",
+        )
+    if number != 0 or int(name["number"]) != 1:
+        first = path.with_name(f"{name['stem']}-00001-of-{count:05d}.gguf")
+        raise FormatError(f"{path} is shard {number + 1} of {count}", hint=f"give the first one: {first}")
+    return [path.with_name(f"{name['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
+
+
+def _check_shard(shard: _Shard, index: int, count: int) -> None:
+    found = shard.metadata.get("split.no"), shard.metadata.get("split.count")
+    if found != (index, count):
+        raise FormatError(
+            f"{shard.path} says it is shard {found[0]} (from 0) of {found[1]}, expected {index} of {count}",
+            hint="the shards of one model must lie together under their published names",
+        )
