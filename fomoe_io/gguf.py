@@ -256,12 +256,11 @@ class _Shard:
     """One parsed file."""
 
     path: Path
-    bytes: int
+    size: int
     metadata: dict[str, Any]
     metadata_raw: bytes
     tensors: list[TensorInfo]
-    header_sha256: str
-    data_offset: int
+    header_bytes: int
 
 
 def _read_shard(path: Path, file: int) -> _Shard:
@@ -271,9 +270,8 @@ def _read_shard(path: Path, file: int) -> _Shard:
         first_key = cursor.at
         values = _metadata(cursor, key_count)
         raw = MAGIC + struct.pack("<IQQ", version, 0, key_count) + cursor.data[first_key : cursor.at]
-        tensors, data_offset = _tensors(cursor, tensor_count, values, file)
-        digest = hashlib.sha256(memoryview(cursor.data)[: cursor.at]).hexdigest()
-        return _Shard(path, cursor.size, values, raw, tensors, digest, data_offset)
+        tensors = _tensors(cursor, tensor_count, values, file)
+        return _Shard(path, cursor.size, values, raw, tensors, cursor.at)
     finally:
         cursor.close()
 
@@ -311,8 +309,8 @@ def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
     return values
 
 
-def _tensors(cursor: _Cursor, count: int, values: dict[str, Any], file: int) -> tuple[list[TensorInfo], int]:
-    """(tensor infos, start of the data): sizes, alignment, bounds and overlaps checked."""
+def _tensors(cursor: _Cursor, count: int, values: dict[str, Any], file: int) -> list[TensorInfo]:
+    """Tensor infos: sizes, alignment, bounds and overlaps checked."""
     alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
         raise FormatError(f"{cursor.path}: general.alignment is {alignment!r}, expected a power of two from 8")
@@ -320,7 +318,6 @@ def _tensors(cursor: _Cursor, count: int, values: dict[str, Any], file: int) -> 
     for index in range(count):
         cursor.what = f"tensor {index + 1} of {count}"
         found.append(_tensor(cursor, alignment))
-    cursor.what = "the tensor data"
     data_offset = -(-cursor.at // alignment) * alignment
     tensors = []
     end_of_previous, previous = 0, ""
@@ -335,7 +332,7 @@ def _tensors(cursor: _Cursor, count: int, values: dict[str, Any], file: int) -> 
                 hint=DOWNLOAD_AGAIN,
             )
         tensors.append(TensorInfo(name, kind, shape, file, data_offset + offset, size))
-    return tensors, data_offset
+    return tensors
 
 
 def _tensor(
@@ -379,10 +376,8 @@ class GGUFFile:
         `file` indexes `paths`.
     paths : list of Path
     file_bytes : list of int
-    data_offsets : list of int
-        Where each file's tensor data starts.
-    header_sha256 : list of str
-        Of each file's header, tensor infos included.
+    header_bytes : list of int
+        Up to the end of the tensor infos.
     metadata_raw : bytes
         The first shard's keys as a GGUF file of their own, without tensors.
     """
@@ -391,9 +386,8 @@ class GGUFFile:
         self.metadata = Metadata(shards[0].metadata)
         self.metadata_raw = shards[0].metadata_raw
         self.paths = [shard.path for shard in shards]
-        self.file_bytes = [shard.bytes for shard in shards]
-        self.data_offsets = [shard.data_offset for shard in shards]
-        self.header_sha256 = [shard.header_sha256 for shard in shards]
+        self.file_bytes = [shard.size for shard in shards]
+        self.header_bytes = [shard.header_bytes for shard in shards]
         self.tensors: dict[str, TensorInfo] = {}
         for shard in shards:
             for tensor in shard.tensors:
@@ -431,23 +425,23 @@ class GGUFFile:
         return cls(shards)
 
     def fingerprint(self) -> str:
-        """Identity of the weights: 32 hexadecimal digits of the headers, sizes and a sample of every file."""
-        headers = zip(self.paths, self.file_bytes, self.data_offsets, self.header_sha256, strict=True)
-        return fingerprint_of(list(headers))
+        """Identity of the weights: 32 hexadecimal digits, see :func:`fingerprint_of`."""
+        return fingerprint_of(list(zip(self.paths, self.file_bytes, self.header_bytes, strict=True)))
 
 
-def fingerprint_of(files: list[tuple[Path, int, int, str]]) -> str:
-    """Fingerprint of (path, bytes, data offset, header sha256) in shard order.
+def fingerprint_of(files: list[tuple[Path, int, int]]) -> str:
+    """Fingerprint of (path, bytes, header bytes) in shard order: sizes, headers, and a sample of the data.
 
-    Names do not count, so a renamed model keeps its fingerprint.  The sample (16 blocks of 4 KiB of each file's
-    data) tells fine-tunes apart whose headers are alike.
+    Names do not count, so a renamed model keeps its fingerprint.  The sample (16 blocks of 4 KiB of each file)
+    tells fine-tunes apart whose headers are alike.
     """
     digest = hashlib.sha256()
-    for path, size, data_offset, header in files:
-        digest.update(f"{size} {header}\n".encode())
+    for path, size, header_bytes in files:
+        digest.update(f"{size} {header_bytes}\n".encode())
         with path.open("rb") as stream:
+            digest.update(stream.read(header_bytes))
             for i in range(16):
-                stream.seek(data_offset + max(0, size - data_offset - 4096) * i // 15)
+                stream.seek(header_bytes + max(0, size - header_bytes - 4096) * i // 15)
                 digest.update(stream.read(4096))
     return digest.hexdigest()[:32]
 
