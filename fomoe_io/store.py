@@ -257,15 +257,15 @@ def experts_of(model: GGUFFile) -> dict[int, ExpertLayer]:
 def _layer_of(layer: int, tensors: dict[str, TensorInfo]) -> ExpertLayer:
     where = f"blk.{layer}.ffn_*_exps.weight"
     if set(tensors) not in ({"gate", "up", "down"}, {"gate_up", "down"}):
-        raise FormatError(f"{where}: found {', '.join(sorted(tensors))}, expected gate, up and down, or gate_up and down")
+        found = ", ".join(sorted(tensors))
+        raise FormatError(f"{where}: found {found}, expected gate, up and down, or gate_up and down")
     for tensor in tensors.values():
         if len(tensor.shape) != 3 or tensor.shape[2] > MAX_EXPERTS:
             raise FormatError(f"{tensor.name} has shape {list(tensor.shape)}, expected [columns, rows, experts]")
     n_experts = tensors["down"].shape[2]
     pieces = []
     for name in PART_NAMES:
-        tensor = tensors.get(name, tensors.get("gate_up"))
-        assert tensor is not None
+        tensor = tensors[name] if name in tensors else tensors["gate_up"]
         rows = tensor.shape[1] if name in tensors else tensor.shape[1] // 2
         part = ExpertPart(
             name, int(tensor.type), (tensor.shape[0], rows), tensor_bytes(tensor.type, (tensor.shape[0], rows))
