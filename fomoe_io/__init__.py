@@ -1,0 +1,34 @@
+"""fomoe_io: run Mixture-of-Experts models that are many times larger than memory.
+
+The public names; modules that need the compiled extensions are imported on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fomoe_io.config import EngineConfig, Tiers
+from fomoe_io.errors import FomoeError
+
+if TYPE_CHECKING:
+    from fomoe_io.engine import Engine
+    from fomoe_io.sampler import Sampler, SamplingConfig
+    from fomoe_io.session import Session
+    from fomoe_io.store import Store
+
+__all__ = ["Engine", "EngineConfig", "FomoeError", "Sampler", "SamplingConfig", "Session", "Store", "Tiers"]
+
+_LAZY = {
+    "Engine": "fomoe_io.engine",
+    "Sampler": "fomoe_io.sampler",
+    "SamplingConfig": "fomoe_io.sampler",
+    "Session": "fomoe_io.session",
+    "Store": "fomoe_io.store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,117 @@
+"""What all commands share: options of the engine, and how errors reach a user."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from fomoe_io.config import EngineConfig, Tiers
+from fomoe_io.errors import FomoeError, UsageError
+from fomoe_io.units import parse_bytes
+
+MODEL_VARIABLE = "FOMOE_MODEL"
+
+
+def run_command(program: str, main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Run a command; a user's mistake becomes one line on stderr and exit code 1, Ctrl-C 130."""
+    try:
+        return main(argv)
+    except FomoeError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of stdout has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        print(f"{program}: out of memory\n  fix: a smaller --ram, -c or -b", file=sys.stderr)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{program}: {where}{error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 1
+
+
+def package_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("fomoe_io")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """A parser whose UsageError argparse shows as its own message."""
+
+    def convert(text: str) -> object:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error).replace("\n  fix:", "; try")) from None
+
+    return convert
+
+
+def new_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """A parser with --version."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("--version", action="version", version=f"{program} {package_version()}")
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model argument."""
+    parser.add_argument(
+        "model", nargs="?", help=f"store directory or GGUF file (default: ${MODEL_VARIABLE})", metavar="MODEL"
+    )
+    parser.add_argument("-m", "--model", dest="model_option", metavar="MODEL", help="the same, as an option")
+
+
+def model_path(options: argparse.Namespace) -> Path:
+    """The model that was named.
+
+    Raises
+    ------
+    UsageError
+        None was, or two.
+    """
+    if options.model and options.model_option:
+        raise UsageError(f"two models were named: {options.model} and {options.model_option}")
+    name = options.model or options.model_option or os.environ.get(MODEL_VARIABLE)
+    if not name:
+        raise UsageError("no model was named", hint=f"a store or GGUF as the argument, or {MODEL_VARIABLE}=PATH")
+    return Path(name)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Options of :class:`EngineConfig`."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--ram", type=checked(parse_bytes), metavar="SIZE", help="bound of the whole process, such as 16G")
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="default: all processors of this process")
+    group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context (default: the model's, at most 4096)")
+    group.add_argument("-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens at once")
+    group.add_argument("--device", choices=("auto", "cpu"), default="auto", help="this version computes on the CPU")
+    group.add_argument("--reader", choices=("auto", "uring", "pread"), default="auto")
+    group.add_argument("--kernels", choices=("auto", "ggml", "portable"), default="auto")
+    group.add_argument("--policy", choices=("decayed", "lru", "lfu", "lfru"), default="decayed", help="who leaves memory")
+    group.add_argument(
+        "--tiers", type=checked(Tiers.parse), metavar="SPEC", help="simulated tiers, such as vram=20%%,dram=15%%"
+    )
+
+
+def engine_config(options: argparse.Namespace) -> EngineConfig:
+    """The configuration that the options ask for."""
+    return EngineConfig(
+        ram_bytes=options.ram,
+        threads=options.threads,
+        context_tokens=options.ctx_size,
+        batch_tokens=options.batch_size,
+        reader=options.reader,
+        kernels=options.kernels,
+        policy=options.policy,
+        tiers=options.tiers,
+    )

@@ -1,0 +1,219 @@
+"""fomoe-run: answer a prompt, or talk."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fomoe_io.chat import ChatTemplate, Message
+from fomoe_io.cli.common import add_engine_options, add_model, engine_config, model_path, new_parser, run_command
+from fomoe_io.engine import Engine
+from fomoe_io.errors import UsageError
+from fomoe_io.generation import Conversation
+from fomoe_io.sampler import Sampler, SamplingConfig
+from fomoe_io.stats import format_banner, format_footer, write_json
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = new_parser("fomoe-run", "Run a Mixture-of-Experts model; without a prompt, interactively.")
+    add_model(p)
+    p.add_argument("-p", "--prompt", help="answer this and exit")
+    p.add_argument("-f", "--file", type=Path, metavar="FILE", help="the prompt is in a file")
+    p.add_argument("-n", "--predict", type=int, default=-1, metavar="N", help="tokens at most (-1: until the end)")
+    p.add_argument("--system", metavar="TEXT", help="system message")
+    p.add_argument("--raw", action="store_true", help="no chat template: continue the text")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    p.add_argument("--ignore-eos", action="store_true", help="go on at an end-of-text token")
+    p.add_argument("--no-display-prompt", action="store_true", help="with -p or -f: print the answer only")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the statistics")
+    p.add_argument("-q", "--quiet", action="store_true", help="no banner and no statistics line")
+    d = SamplingConfig()
+    group = p.add_argument_group("sampling")
+    group.add_argument("-s", "--seed", type=int, help="default: a random one")
+    group.add_argument("--temp", type=float, default=d.temperature, help="0 is greedy")
+    group.add_argument("--top-k", type=int, default=d.top_k)
+    group.add_argument("--top-p", type=float, default=d.top_p)
+    group.add_argument("--min-p", type=float, default=d.min_p)
+    group.add_argument("--repeat-penalty", type=float, default=d.repeat_penalty)
+    group.add_argument("--repeat-last-n", type=int, default=d.repeat_last)
+    add_engine_options(p)
+    return p
+
+
+def _sampling(options: argparse.Namespace) -> SamplingConfig:
+    return SamplingConfig(
+        temperature=options.temp,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repeat_penalty=options.repeat_penalty,
+        repeat_last=options.repeat_last_n,
+        seed=options.seed,
+    )
+
+
+def _prompt(options: argparse.Namespace) -> str | None:
+    """The one-shot prompt; None means interactive."""
+    if options.prompt is not None and options.file is not None:
+        raise UsageError("a prompt was given both by -p and by -f")
+    if options.prompt is not None:
+        return str(options.prompt)
+    if options.file is not None:
+        return str(options.file.read_text(encoding="utf-8", errors="replace"))
+    return None if sys.stdin.isatty() else sys.stdin.read()
+
+
+class Chat:
+    """Text in, tokens out: the history of a conversation as the model's template writes it, or raw text."""
+
+    def __init__(self, engine: Engine, *, raw: bool, system: str | None) -> None:
+        tokenizer = engine.tokenizer
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        self._tokenizer = tokenizer
+        self._system = system
+        self.template = None
+        if not raw:
+            self.template = ChatTemplate.from_metadata(
+                engine.metadata,
+                bos_text="" if bos is None else tokenizer.token_text(bos),
+                eos_text="" if eos is None else tokenizer.token_text(eos),
+            )
+        if self.template is None and system is not None:
+            raise UsageError("a system message needs a chat template, and this run has none", hint="leave out --system")
+        self.reset()
+
+    def reset(self) -> None:
+        """Start the conversation afresh."""
+        self._messages: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
+        self._tokens: list[int] = []
+
+    def ask(self, text: str) -> list[int]:
+        """All tokens of the conversation with this question at its end."""
+        tokenizer = self._tokenizer
+        if self.template is None:
+            self._tokens += tokenizer.encode(text, add_bos=tokenizer.add_bos and not self._tokens)
+            return list(self._tokens)
+        self._messages.append({"role": "user", "content": text})
+        return tokenizer.encode(self.template.render(self._messages), special=True)
+
+    def answered(self, tokens: list[int], text: str) -> None:
+        """Remember the answer."""
+        self._tokens += tokens
+        self._messages.append({"role": "assistant", "content": text})
+
+
+def _show_progress(done: int, total: int) -> None:
+    if total > 512 and sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\rreading {total} prompt tokens: {done}/{total} ({100 * done / total:.0f} %)", end=end, file=sys.stderr)
+
+
+def _answer(
+    conversation: Conversation, tokens: list[int], sampler: Sampler, options: argparse.Namespace
+) -> tuple[list[int], str]:
+    """Generate and print; the tokens and the text, also of an answer that Ctrl-C cut short."""
+    ids: list[int] = []
+    pieces: list[str] = []
+    try:
+        for token, text in conversation.generate(
+            tokens, sampler, most=options.predict, stops=options.stop, ignore_eos=options.ignore_eos,
+            progress=_show_progress,
+        ):  # fmt: skip
+            if token >= 0:
+                ids.append(token)
+            pieces.append(text)
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        if options.interactive:
+            print(" [stopped]", end="", file=sys.stderr)
+        else:
+            raise
+    finally:
+        print(flush=True)
+    return ids, "".join(pieces)
+
+
+def _one_shot(engine: Engine, prompt: str, options: argparse.Namespace) -> None:
+    chat = Chat(engine, raw=options.raw, system=options.system)
+    tokens = chat.ask(prompt)
+    if not tokens:
+        raise UsageError("the prompt is empty", hint='-p "Once upon a time"')
+    if chat.template is None and not options.no_display_prompt:
+        print(prompt, end="", flush=True)
+    ids, text = _answer(Conversation(engine.session(), engine.tokenizer), tokens, Sampler(_sampling(options)), options)
+    if options.json:
+        write_json(options.json, {**engine.statistics(), "token_ids": ids, "text": text})
+
+
+_HELP = "/help this list   /stats statistics so far   /reset forget the conversation   /exit leave   Ctrl-C stops an answer"
+
+
+def _interactive(engine: Engine, options: argparse.Namespace) -> None:
+    from fomoe_io.cli.prompt import read_line
+
+    chat = Chat(engine, raw=options.raw, system=options.system)
+    if chat.template is None and not options.raw:
+        print("this model has no chat template: it continues your text (/help for commands)", file=sys.stderr)
+    conversation = Conversation(engine.session(), engine.tokenizer)
+    sampler = Sampler(_sampling(options))
+    while True:
+        line = read_line()
+        if line is None or line.strip() in ("/exit", "/quit"):
+            break
+        command = line.strip()
+        if not command:
+            continue
+        if command == "/help":
+            print(_HELP, file=sys.stderr)
+        elif command == "/stats":
+            print(format_footer(engine.statistics()), file=sys.stderr)
+        elif command == "/reset":
+            chat.reset()
+            conversation.reset()
+        elif command.startswith("/"):
+            print(f"no command {command}; {_HELP}", file=sys.stderr)
+        else:
+            _turn(conversation, chat, sampler, line, options)
+    if options.json:
+        write_json(options.json, engine.statistics())
+
+
+def _turn(
+    conversation: Conversation, chat: Chat, sampler: Sampler, line: str, options: argparse.Namespace
+) -> None:
+    tokens = chat.ask(line)
+    if len(tokens) >= conversation.session.context_tokens:
+        print(f"the conversation has filled the context of {conversation.session.context_tokens} tokens: /reset, or start with a larger -c", file=sys.stderr)  # noqa: E501
+        return
+    ids, text = _answer(conversation, tokens, sampler, options)
+    chat.answered(ids, text)
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """The command without its error handling."""
+    options = parser().parse_args(argv)
+    path, config, prompt = model_path(options), engine_config(options), _prompt(options)
+    options.interactive = prompt is None
+    _sampling(options)  # a mistake there should not cost the loading
+    with Engine.open(path, config) as engine:
+        if not options.quiet:
+            print("\n".join(format_banner(engine)), file=sys.stderr)
+        if prompt is None:
+            _interactive(engine, options)
+        else:
+            _one_shot(engine, prompt, options)
+        if not options.quiet:
+            print(format_footer(engine.statistics()), file=sys.stderr)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `fomoe-run`."""
+    return run_command("fomoe-run", run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

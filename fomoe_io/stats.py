@@ -1,0 +1,58 @@
+"""The banner before, and the line of statistics after a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fomoe_io.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from fomoe_io.engine import Engine
+
+
+def format_banner(engine: Engine) -> list[str]:
+    """What runs, how exact, and where its memory goes: lines for stderr."""
+    s, b, reader = engine.shape, engine.budgets, engine.reader
+    slots = min(b.slots.values())
+    how = f"{reader.name}{' O_DIRECT' if reader.direct else ', page cache (the file system refuses O_DIRECT)'}"
+    lines = [
+        f"{engine.model_name}  exact (weights unmodified, no expert substitution)",
+        f"{s.layers} layers x {s.experts} experts, top-{s.used}; {engine.store.kind} store; {how}; "
+        f"{engine.threads} threads, {engine.kernels} kernels",
+        f"memory {format_bytes(b.ram_bytes)}: weights {format_bytes(b.resident_bytes)}, "
+        f"experts {format_bytes(b.pool_bytes)} ({slots} of {s.experts} a layer), "
+        f"state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}; loaded in {format_seconds(engine.load_seconds)}",
+    ]
+    if reader.fallback_reason:
+        lines.append(f"note: {reader.fallback_reason}; reading with pread threads instead")
+    return lines
+
+
+def format_footer(statistics: Mapping[str, Any]) -> str:
+    """One line: speeds, where the experts were found, what was read."""
+    s = statistics
+    requests = max(s["expert_requests"], 1)
+    share = {tier: 100 * values["hits"] / requests for tier, values in s["tiers"].items()}
+    tiers = " ".join(f"{name.upper()} {share[name]:.0f} %" for name in ("vram", "dram", "nvme") if name != "vram" or share[name])
+    stall = s["stall_seconds"]["nvme"] / max(s["prompt_seconds"] + s["decode_seconds"], 1e-9)
+    return (
+        f"prompt {s['prompt_tokens']} tok {s['prompt_tokens_per_second']:.1f} tok/s   "
+        f"gen {s['generated_tokens']} tok {s['tokens_per_second']:.1f} tok/s   experts {tiers}   "
+        f"read {format_bytes(s['nvme_bytes_per_token'])}/tok   stall {100 * stall:.0f} %   "
+        f"peak RAM {format_bytes(s['peak_rss_bytes'])}"
+    )
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write statistics whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w") as stream:
+        json.dump(values, stream, indent=1)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
