@@ -130,8 +130,7 @@ class Engine:
             if not name.startswith("blk.") or int(name.split(".")[1]) < s.layers
         }
         self._float = self.config.activations == "float32"
-        self._check_resident(resident)
-        self._weights = Weights(resident, self.reader, float_activations=self._float)
+        self._weights = Weights(resident, float_activations=self._float)
         layers = {i: self.store.experts[i] for i in range(s.layers)}
         layouts = {i: slot_layout(layer) for i, layer in layers.items()}
         self._expert_inputs = {
@@ -142,6 +141,7 @@ class Engine:
         }
         self._build = build
         self.budgets = self._share_memory(layouts)
+        self._weights.load(self.reader)
         self._pool = aligned_memory(self.budgets.pool_bytes)
         native, _ = native_layers(s.layers, layers, layouts, self.budgets.slots, self._pool.address)
         self.reader.register_buffers(self._pool.address, self.budgets.pool_bytes)
@@ -156,13 +156,6 @@ class Engine:
         )
         self._recorder = self._record(self.budgets.batch_tokens, self._experts)
         self._warm()
-
-    def _check_resident(self, tensors: dict[str, Any]) -> None:
-        """Refuse a budget that the resident weights alone exceed before reading them."""
-        limit = self.config.ram_bytes
-        needed = sum(t.bytes for t in tensors.values() if t.name != Weights.EMBEDDING)
-        if limit is not None and resident_bytes() + needed > limit:
-            raise self._too_small(limit, resident_bytes() + needed + RESERVE_BYTES)
 
     def _tier_slots(self) -> np.ndarray:
         tiers = self.config.tiers
@@ -202,13 +195,13 @@ class Engine:
         per_token = sketch.activation_bytes + _cpu.Experts.workspace_bytes(self._experts_shape(1))
         del sketch
         least = s.used
-        base = max(resident_bytes(), peak_resident_bytes() - self._weights.bytes) + state + RESERVE_BYTES
+        base = resident_bytes() + self._weights.bytes + state + RESERVE_BYTES
         smallest = base + per_token + least * sum(layout.slot_bytes for layout in layouts.values())
         limit = self.config.ram_bytes
         if limit is None:
             limit = resident_bytes() + int(0.8 * available_bytes())
         if limit < smallest or peak_resident_bytes() > limit:
-            raise self._too_small(limit, max(smallest, peak_resident_bytes() + RESERVE_BYTES))
+            raise self._too_small(limit, max(smallest, peak_resident_bytes()))
         everything = s.experts * sum(layout.slot_bytes for layout in layouts.values())
         batch = self.config.batch_tokens
         # An eighth of what is left at most for activations: a smaller batch costs prompt speed, fewer slots cost reads.

@@ -15,7 +15,7 @@ import numpy as np
 from fomoe_io import _cpu
 from fomoe_io._cpu import Matrix
 from fomoe_io.errors import FormatError
-from fomoe_io.reader import Memory, Reader, aligned_memory
+from fomoe_io.reader import Memory, Reader, ReadRequest, aligned_memory
 
 if TYPE_CHECKING:
     from fomoe_io.gguf import TensorInfo
@@ -38,8 +38,6 @@ class Weights:
     ----------
     tensors : mapping of str to TensorInfo
         What to load; the token embedding is left on disk unless it is also the output matrix.
-    reader : Reader
-        Reads the files that the tensors lie in.
     float_activations : bool
         Matrices expand their rows to float32 instead of quantizing activations.
     """
@@ -47,26 +45,29 @@ class Weights:
     EMBEDDING = "token_embd.weight"
     OUTPUT = "output.weight"
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], reader: Reader, *, float_activations: bool) -> None:
+    def __init__(self, tensors: Mapping[str, TensorInfo], *, float_activations: bool) -> None:
         self._tensors = tensors
+        self._loaded = False
         self._float_activations = float_activations
         self._vectors: dict[str, np.ndarray] = {}
         self._addresses: dict[str, int] = {}
         self.tied = self.OUTPUT not in tensors
         loaded = [t for t in tensors.values() if self.tied or t.name != self.EMBEDDING]
-        self.bytes = sum(aligned_window(t.offset, t.bytes)[1] for t in loaded)
+        self._requests: list[ReadRequest] = []
+        windows = [(t, *aligned_window(t.offset, t.bytes)) for t in loaded]
+        self.bytes = sum(size for _, _, size in windows)
+        # address space alone: memory is taken when load() fills it
         self._memory: Memory = aligned_memory(max(self.bytes, PAGE_BYTES))
-        self._load(loaded, reader)
-
-    def _load(self, tensors: list[TensorInfo], reader: Reader) -> None:
-        requests = []
-        place = 0
-        for tensor in tensors:
-            start, size = aligned_window(tensor.offset, tensor.bytes)
-            self._addresses[tensor.name] = self._memory.address + place + tensor.offset - start
-            requests.append((tensor.file, start, self._memory.address + place, size))
+        place = self._memory.address
+        for tensor, start, size in windows:
+            self._addresses[tensor.name] = place + tensor.offset - start
+            self._requests.append((tensor.file, start, place, size))
             place += size
-        reader.read_into(requests)
+
+    def load(self, reader: Reader) -> None:
+        """Read everything; before that, matrices have addresses and vectors are zeros."""
+        reader.read_into(self._requests)
+        self._loaded = True
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -112,6 +113,8 @@ class Weights:
             elements = int(np.prod(tensor.shape))
             if elements != length:
                 raise FormatError(f"{name} has {elements} elements, expected {length}")
+            if not self._loaded:
+                return np.zeros(length, np.float32)
             view = self._memory.view[self._addresses[name] - self._memory.address :][: tensor.bytes]
             raw = np.frombuffer(view, np.uint8)
             values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(tensor.type))

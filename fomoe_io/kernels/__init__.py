@@ -1,0 +1,112 @@
+"""The GPU kernels: their sources, their signatures, and the grids they are launched with.
+
+The sources are one translation unit (``fomoe.hip`` and its headers) for hipRTC, clang and NVRTC.  Signatures are
+spelled here once more because a launch passes untyped bytes; a test compares them with what a compiler sees.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib import resources
+
+QUANTIZED_TYPES = ("q4_k", "q5_k", "q6_k", "q8_0")
+FLOAT_TYPES = ("f16", "bf16", "f32")
+TYPES = QUANTIZED_TYPES + FLOAT_TYPES
+
+MAIN_SOURCE = "fomoe.hip"
+ROUTER_EXPERTS = 1024  # router.h: the most experts a layer may have
+ROUTER_PICKS = 32  # router.h: the most picks a token may have
+MISS_BYTES = 16  # router.h: struct miss
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """How a kernel is called.
+
+    Attributes
+    ----------
+    threads : threads of a block (the kernels know their own block size)
+    signature : a letter an argument: p pointer, q 64-bit integer, i 32-bit integer, f float
+    """
+
+    threads: int
+    signature: str
+
+
+def sources() -> dict[str, str]:
+    """All files of the translation unit by name."""
+    folder = resources.files(__name__)
+    return {f.name: f.read_text() for f in folder.iterdir() if f.name.endswith((".hip", ".h"))}
+
+
+def _read_tuning() -> dict[str, int]:
+    text = resources.files(__name__).joinpath("tuning.h").read_text()
+    return {name: int(value) for name, value in re.findall(r"#define (\w+) (\d+)", text)}
+
+
+TUNING = _read_tuning()
+
+
+def kernels(tuning: dict[str, int] | None = None) -> dict[str, Kernel]:
+    """Every kernel by name, for the given overrides of ``tuning.h``."""
+    size = TUNING | (tuning or {})
+    table = {
+        "quantize_q8": Kernel(256, "ppi"),
+        "silu_mul": Kernel(256, "ppppi"),
+        "rms_norm": Kernel(512, "pppppif"),
+        "attention_merge": Kernel(256, "pppppiiii"),
+        "conv_step": Kernel(128, "ppppiii"),
+        "gated_norm": Kernel(128, "pppppiif"),
+        "route": Kernel(512, "pppiiif"),
+        "resolve_picks": Kernel(32, "pppppiii"),
+        "route_and_resolve": Kernel(512, "pppppppiiiiif"),
+        "wait_for_misses": Kernel(32, "ppp"),
+    }
+    for name in TYPES:
+        table[f"mat_vec_{name}"] = table[f"mat_mul_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiii")
+        table[f"expand_{name}"] = Kernel(32, "pppi")
+        table[f"experts_gate_up_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pqqpppiii")
+        table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiii")
+    for cache in ("f32", "f16"):
+        table[f"attention_prepare_{cache}"] = Kernel(256, "ppppppppppiiiiif")
+        for dim in (64, 128, 256):
+            table[f"attention_{cache}_{dim}"] = Kernel(256, "pppppiiif")
+    for dim in (64, 128):
+        table[f"delta_step_{dim}"] = Kernel(128, "pppppppiiiiif")
+    return table
+
+
+def up(value: int, step: int) -> int:
+    """``value / step``, rounded up."""
+    return -(-value // step)
+
+
+def q8_row_bytes(columns: int) -> int:
+    """Bytes of one vector quantized by ``quantize_q8`` (activations.h)."""
+    return (columns + columns // 4 + 15) // 16 * 16
+
+
+def mat_vec_grid(rows: int, tokens: int = 1) -> tuple[int, int, int]:
+    """Grid of ``mat_vec_*``."""
+    return up(rows, TUNING["MAT_VEC_WARPS"] * TUNING["MAT_VEC_ROWS"]), tokens, 1
+
+
+def mat_mul_grid(rows: int, tokens: int) -> tuple[int, int, int]:
+    """Grid of ``mat_mul_*``."""
+    return up(rows, TUNING["MAT_VEC_WARPS"]), up(tokens, TUNING["MAT_MUL_TOKENS"]), 1
+
+
+def gate_up_grid(rows: int, pairs: int) -> tuple[int, int, int]:
+    """Grid of ``experts_gate_up_*``; rows must be a multiple of 32."""
+    return rows // 32, pairs, 1
+
+
+def down_grid(rows: int, tokens: int = 1) -> tuple[int, int, int]:
+    """Grid of ``experts_down_*``."""
+    return up(rows, TUNING["DOWN_WARPS"] * TUNING["DOWN_ROWS"]), tokens, 1
+
+
+def attention_splits(positions: int) -> int:
+    """Parts into which the attention over so many positions is cut."""
+    return up(positions, TUNING["ATTENTION_SPLIT"])

@@ -27,7 +27,8 @@ struct u32x4 {
 #define __shared__ __attribute__((shared))
 #endif
 #define DEVICE static __device__ inline __attribute__((always_inline))
-#define KERNEL(threads) extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(threads, threads))) void
+#define DEVICE_MEMBER __device__ inline __attribute__((always_inline))
+#define KERNEL(threads, name) extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(threads, threads))) void name
 #define EXPORT_KERNEL(name)
 DEVICE int thread_index() { return __builtin_amdgcn_workitem_id_x(); }
 DEVICE int block_x() { return __builtin_amdgcn_workgroup_id_x(); }
@@ -83,7 +84,8 @@ DEVICE int dot4(int a, int b, int c) {
 
 #elif defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define DEVICE static __device__ __forceinline__
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define DEVICE_MEMBER __device__ __forceinline__
+#define KERNEL(threads, name) extern "C" __global__ void __launch_bounds__(threads) name
 #define EXPORT_KERNEL(name)
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int block_x() { return blockIdx.x; }
@@ -131,6 +133,8 @@ DEVICE int dot4(int a, int b, int c) { return __dp4a(a, b, c); }
 
 DEVICE int lane_index() { return thread_index() & 31; }
 DEVICE int warp_index() { return thread_index() >> 5; }
+DEVICE float infinity() { return as_float(0x7f800000u); }
+DEVICE float not_a_number() { return as_float(0x7fc00000u); }
 
 // Butterflies: every lane ends with the same bits, and they do not depend on which lane asks.
 template <int MASK>
@@ -164,7 +168,7 @@ DEVICE int warp_sum_int(int v) {
 DEVICE float exponential(float x) {
     const float log2e = 1.44269502f, log2e_low = 1.92596299e-8f, ln2 = 0.693147182f;
     const float t = x * log2e;
-    if (!(t > -150.f)) return t == t ? 0.f : t;  // below the smallest float; NaN stays NaN
+    if (!(magnitude(t) < 150.f)) return t < 0.f ? 0.f : t * infinity();  // 0, infinity, NaN
     const float rest = fused(x, log2e_low, fused(x, log2e, -t));
     return power_of_2(t) * fused(rest, ln2, 1.f);
 }

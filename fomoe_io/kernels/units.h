@@ -22,6 +22,9 @@ DEVICE shifted16 load_shifted16(const u8 *p) {
 }
 DEVICE u32 shifted_word(const shifted16 &s, int i, int bits) { return funnel_right(s.word[i], s.word[i + 1], bits); }
 
+// 0..63 -> -32..31 in each byte: (q + 96) ^ 128, which never carries into the next byte.
+DEVICE int centred(u32 q) { return (int)((q + 0x60606060u) ^ 0x80808080u); }
+
 // The twelve bytes of 6-bit scales and minima that Q4_K and Q5_K share, for sub-blocks 2*pair and 2*pair + 1.
 DEVICE void unpack_k_scales(const u32x4 &head, int pair, unpacked &u) {
     const bool upper = pair >= 2;
@@ -39,6 +42,7 @@ DEVICE void unpack_k_scales(const u32x4 &head, int pair, unpacked &u) {
 struct q4_k {
     static const bool is_quantized = true, has_minimum = true;
     static const int block_elements = 256, block_bytes = 144, unit_elements = 32;
+    typedef unpacked prepared;
     struct raw {
         u32x4 head, nibbles;
     };
@@ -64,6 +68,7 @@ struct q4_k {
 struct q5_k {
     static const bool is_quantized = true, has_minimum = true;
     static const int block_elements = 256, block_bytes = 176, unit_elements = 32;
+    typedef unpacked prepared;
     struct raw {
         u32x4 head, high, nibbles;
     };
@@ -91,10 +96,12 @@ struct q5_k {
 struct q6_k {
     static const bool is_quantized = true, has_minimum = false;
     static const int block_elements = 256, block_bytes = 210, unit_elements = 32;
+    typedef unpacked prepared;
     struct raw {
         shifted16 low, high;
         u32 scales;  // the two signed bytes of groups 0 and 1
         u16 d;
+        int bits;  // how far the block begins off a word: 0 or 16
     };
     static DEVICE_MEMBER raw load(const u8 *row, int unit) {
         const int i = unit & 7, half = i & 1, wide = i >> 2;
@@ -105,6 +112,7 @@ struct q6_k {
         const u8 *scales = block + 192 + 8 * wide + (i & 2) + half;
         r.scales = load1(scales) | (u32)load1(scales + 4) << 8;
         r.d = load2(block + 208);
+        r.bits = (int)((u64)block & 2) * 8;
         return r;
     }
     static DEVICE_MEMBER int element(int unit, int group) {
@@ -112,13 +120,10 @@ struct q6_k {
         return (unit >> 3) * 256 + 128 * (i >> 2) + 32 * ((i >> 1) & 1) + 64 * group + 16 * (i & 1);
     }
     static DEVICE_MEMBER void unpack(const raw &r, int unit, unpacked &u) {
-        // 210 = 2 mod 4: blocks alternate between word boundaries and the middle of a word.  Whole rows may begin
-        // off a word too (an odd number of blocks), which load_shifted16 has seen; here only the low bit matters.
-        const int shift = 2 * ((unit & 7) >> 1 & 1);  // bit pair of quarter 0 or 1
-        const int bits = r.bits;
+        const int shift = unit & 2;  // the bit pair of the first or the second quarter
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const u32 low = shifted_word(r.low, i, bits), high = shifted_word(r.high, i, bits) >> shift;
+            const u32 low = shifted_word(r.low, i, r.bits), high = shifted_word(r.high, i, r.bits) >> shift;
             u.quants[i] = centred((low & 0x0f0f0f0fu) | ((high << 4) & 0x30303030u));
             u.quants[4 + i] = centred(((low >> 4) & 0x0f0f0f0fu) | (high & 0x30303030u));
         }
@@ -128,3 +133,133 @@ struct q6_k {
         u.minimum[0] = u.minimum[1] = 0.f;
     }
 };
+
+// Q8_0: 34 bytes for 32 weights: f16 d, 32 signed bytes.
+struct q8_0 {
+    static const bool is_quantized = true, has_minimum = false;
+    static const int block_elements = 32, block_bytes = 34, unit_elements = 32;
+    typedef unpacked prepared;
+    struct raw {
+        u32 word[8];
+        u16 last, d;
+        int bits;
+    };
+    static DEVICE_MEMBER raw load(const u8 *row, int unit) {
+        const u8 *block = row + unit * block_bytes, *quants = block + 2;
+        const u8 *aligned = quants - ((u64)quants & 2);
+        raw r;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) r.word[i] = load4(aligned + 4 * i);
+        r.last = load2(quants + 30);  // not a ninth word, which could lie past the tensor's end
+        r.d = load2(block);
+        r.bits = (int)((u64)quants & 2) * 8;
+        return r;
+    }
+    static DEVICE_MEMBER int element(int unit, int group) { return unit * 32 + 16 * group; }
+    static DEVICE_MEMBER void unpack(const raw &r, int, unpacked &u) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            u.quants[i] = (int)funnel_right(r.word[i], i < 7 ? r.word[i < 7 ? i + 1 : 7] : r.last, r.bits);
+        u.scale[0] = u.scale[1] = from_half(r.d);
+        u.minimum[0] = u.minimum[1] = 0.f;
+    }
+};
+
+// Float rows: multiplied with the float activations, nothing is rounded but the sum.
+struct f32 {
+    static const bool is_quantized = false;
+    static const int block_elements = 4, block_bytes = 16, unit_elements = 4;
+    typedef u32x4 raw;
+    struct prepared {
+        float value[unit_elements];
+    };
+    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return load16(row + 16 * unit); }
+    static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
+        u.value[0] = as_float(r.x), u.value[1] = as_float(r.y);
+        u.value[2] = as_float(r.z), u.value[3] = as_float(r.w);
+    }
+};
+struct f16 {
+    static const bool is_quantized = false;
+    static const int block_elements = 8, block_bytes = 16, unit_elements = 8;
+    typedef u32x4 raw;
+    struct prepared {
+        float value[unit_elements];
+    };
+    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return load16(row + 16 * unit); }
+    static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
+        const u32 words[4] = {r.x, r.y, r.z, r.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            u.value[2 * i] = from_half((u16)words[i]);
+            u.value[2 * i + 1] = from_half((u16)(words[i] >> 16));
+        }
+    }
+};
+struct bf16 {
+    static const bool is_quantized = false;
+    static const int block_elements = 8, block_bytes = 16, unit_elements = 8;
+    typedef u32x4 raw;
+    struct prepared {
+        float value[unit_elements];
+    };
+    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return load16(row + 16 * unit); }
+    static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
+        const u32 words[4] = {r.x, r.y, r.z, r.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            u.value[2 * i] = as_float(words[i] << 16);
+            u.value[2 * i + 1] = as_float(words[i] & 0xffff0000u);
+        }
+    }
+};
+
+// sum + (the unit's weights . the activations).  Activations of quantized weights are a Q8 row (activations.h):
+// `columns` signed bytes, then a (d, d * sum) pair for every 32 of them; of float weights, `columns` floats.
+// Every multiply-add is spelled out, so that each kernel that meets the same row gives the same bits.
+template <class T>
+DEVICE float add_unit(const typename T::prepared &u, int unit, const u8 *activations, int columns, float sum) {
+    if constexpr (T::is_quantized) {
+        const float *pairs = (const float *)(activations + columns);
+#pragma unroll
+        for (int g = 0; g < 2; ++g) {
+            const int element = T::element(unit, g);
+            const u32x4 x = load16(activations + element);
+            int s = dot4(u.quants[4 * g], (int)x.x, 0);
+            s = dot4(u.quants[4 * g + 1], (int)x.y, s);
+            s = dot4(u.quants[4 * g + 2], (int)x.z, s);
+            s = dot4(u.quants[4 * g + 3], (int)x.w, s);
+            sum = fused(u.scale[g] * as_float(load4(pairs + 2 * (element >> 5))), (float)s, sum);
+        }
+        if constexpr (T::has_minimum) {
+            // 32 activations meet two units (a half each): each takes one group's share of the minimum whole.
+            const int g = unit & 1;
+            const float total = as_float(load4(pairs + 2 * (T::element(unit, g) >> 5) + 1));
+            sum = fused(-(g ? u.minimum[1] : u.minimum[0]), total, sum);
+        }
+    } else {
+        const float *x = (const float *)activations + T::unit_elements * unit;
+#pragma unroll
+        for (int i = 0; i < T::unit_elements; i += 4) {
+            const u32x4 w = load16(x + i);
+            sum = fused(u.value[i], as_float(w.x), sum);
+            sum = fused(u.value[i + 1], as_float(w.y), sum);
+            sum = fused(u.value[i + 2], as_float(w.z), sum);
+            sum = fused(u.value[i + 3], as_float(w.w), sum);
+        }
+    }
+    return sum;
+}
+
+template <class T>
+DEVICE void expand_unit(const typename T::prepared &u, int unit, float *y) {
+    if constexpr (T::is_quantized) {
+        for (int g = 0; g < 2; ++g)
+            for (int i = 0; i < 16; ++i) {
+                const float q = (float)(i8)(u.quants[4 * g + (i >> 2)] >> (8 * (i & 3)));
+                y[T::element(unit, g) + i] = fused(u.scale[g], q, -u.minimum[g]);
+            }
+    } else {
+        for (int i = 0; i < T::unit_elements; ++i) y[T::unit_elements * unit + i] = u.value[i];
+    }
+}

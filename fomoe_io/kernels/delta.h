@@ -1,0 +1,115 @@
+// The gated delta rule and the short convolution before it.
+#pragma once
+#include "norms.h"
+
+// y[c] = silu(sum_j weight[c][j] * v_j), v_0.. = the channel's last taps - 1 inputs (oldest first), then this token's.
+// x, y: [tokens][channels]; state: [taps - 1][channels], moved on by every token.  Grid (channels / 128 up).
+KERNEL(128, conv_step)
+(const float *weight, const float *x, float *state, float *y, int channels, int taps, int tokens) {
+    const int c = block_x() * 128 + thread_index();
+    if (c >= channels) return;
+    for (int t = 0; t < tokens; ++t) {
+        const float now = x[(u64)t * channels + c];
+        float sum = 0.f;
+        for (int j = 0; j < taps - 1; ++j) {
+            const float before = state[(u64)j * channels + c];
+            sum = fused(weight[c * taps + j], before, sum);
+            if (j > 0) state[(u64)(j - 1) * channels + c] = before;
+        }
+        if (taps > 1) state[(u64)(taps - 2) * channels + c] = now;
+        y[(u64)t * channels + c] = silu(fused(weight[c * taps + taps - 1], now, sum));
+    }
+}
+EXPORT_KERNEL(conv_step)
+
+#define DELTA_WARPS 4
+#define DELTA_ROWS 4
+
+// Per value head h, with q and k of unit length and q / sqrt(k_dim):
+//   state *= exp(softplus(alpha + dt) * a);  delta = sigmoid(beta) * (v - state k);  state += delta k^T;  y = state q.
+// Rows of the state (one a value element) do not meet, so a warp keeps DELTA_ROWS of them in registers for all tokens.
+// mixed: [tokens][2 * key_heads * k_dim + value_heads * v_dim] (q, k, v); alpha, beta: [tokens][value_heads];
+// state: [value_heads][v_dim][k_dim]; y: [tokens][value_heads][v_dim].  is_grouped: value head h reads key head
+// h / (value_heads / key_heads), else h % key_heads.  Grid (v_dim / 16, value_heads).
+template <int PER_LANE>
+DEVICE void delta(const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a,
+                  float *state, float *y, int key_heads, int value_heads, int v_dim, int is_grouped, int tokens,
+                  float eps) {
+    const int k_dim = 32 * PER_LANE, head = block_y(), lane = lane_index();
+    const int first = (block_x() * DELTA_WARPS + warp_index()) * DELTA_ROWS;
+    const int key_head = is_grouped ? head / (value_heads / key_heads) : head % key_heads;
+    const u64 mixed_columns = 2 * (u64)key_heads * k_dim + (u64)value_heads * v_dim;
+    float *rows = state + ((u64)head * v_dim + first) * k_dim;
+    float memory[DELTA_ROWS][PER_LANE];
+#pragma unroll
+    for (int r = 0; r < DELTA_ROWS; ++r)
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) memory[r][i] = rows[r * k_dim + 32 * i + lane];
+    for (int t = 0; t < tokens; ++t) {
+        const float *now = mixed + t * mixed_columns, *v = now + 2 * key_heads * k_dim + head * v_dim + first;
+        float q[PER_LANE], k[PER_LANE], q_squares = 0.f, k_squares = 0.f;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) {
+            q[i] = now[key_head * k_dim + 32 * i + lane];
+            k[i] = now[(key_heads + key_head) * k_dim + 32 * i + lane];
+            q_squares = fused(q[i], q[i], q_squares);
+            k_squares = fused(k[i], k[i], k_squares);
+        }
+        const float q_scale = 1.f / (square_root(warp_sum(q_squares) + eps) * square_root((float)k_dim));
+        const float k_scale = 1.f / square_root(warp_sum(k_squares) + eps);
+        const float decay = exponential(softplus(alpha[t * value_heads + head] + dt[head]) * a[head]);
+        const float rate = sigmoid(beta[t * value_heads + head]);
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) q[i] *= q_scale, k[i] *= k_scale;
+#pragma unroll
+        for (int r = 0; r < DELTA_ROWS; ++r) {
+            float recalled = 0.f, out = 0.f;
+#pragma unroll
+            for (int i = 0; i < PER_LANE; ++i) {
+                memory[r][i] *= decay;
+                recalled = fused(memory[r][i], k[i], recalled);
+            }
+            const float change = rate * (v[r] - warp_sum(recalled));
+#pragma unroll
+            for (int i = 0; i < PER_LANE; ++i) {
+                memory[r][i] = fused(change, k[i], memory[r][i]);
+                out = fused(memory[r][i], q[i], out);
+            }
+            out = warp_sum(out);
+            if (lane == 0) y[((u64)t * value_heads + head) * v_dim + first + r] = out;
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < DELTA_ROWS; ++r)
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) rows[r * k_dim + 32 * i + lane] = memory[r][i];
+}
+
+#define DELTA_KERNEL(dim)                                                                                             \
+    KERNEL(32 * DELTA_WARPS, delta_step_##dim)                                                                        \
+    (const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a, float *state,        \
+     float *y, int key_heads, int value_heads, int v_dim, int is_grouped, int tokens, float eps) {                    \
+        delta<dim / 32>(mixed, alpha, beta, dt, a, state, y, key_heads, value_heads, v_dim, is_grouped, tokens, eps); \
+    }                                                                                                                 \
+    EXPORT_KERNEL(delta_step_##dim)
+
+DELTA_KERNEL(64)
+DELTA_KERNEL(128)
+
+// y = x / sqrt(mean(x^2) + eps) * weight * silu(gate), over each head; as floats and as Q8 rows (each may be null).
+// x, gate, y: [tokens][heads][dim]; dim a multiple of 32.  Grid (heads / 4 up, tokens).
+KERNEL(128, gated_norm)
+(const float *x, const float *gate, const float *weight, float *y, u8 *q8, int heads, int dim, float eps) {
+    const int head = block_x() * 4 + warp_index(), token = block_y();
+    if (head >= heads) return;
+    const u64 row = ((u64)token * heads + head) * dim;
+    float squares = 0.f;
+    for (int i = lane_index(); i < dim; i += 32) squares = fused(x[row + i], x[row + i], squares);
+    const float scale = 1.f / square_root(warp_sum(squares) / (float)dim + eps);
+    for (int i = lane_index(); i < dim; i += 32) {
+        const float value = x[row + i] * scale * weight[i] * silu(gate[row + i]);
+        if (y) y[row + i] = value;
+        if (q8) store_q8_group(value, q8 + token * q8_row_bytes(heads * dim), heads * dim, (head * dim + i) >> 5);
+    }
+}
+EXPORT_KERNEL(gated_norm)

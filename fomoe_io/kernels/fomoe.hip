@@ -1,0 +1,11 @@
+// The one translation unit: compiled at run time by hipRTC or NVRTC, ahead of time by clang.
+#include "prelude.h"
+#include "tuning.h"
+#include "units.h"
+#include "activations.h"
+#include "mat_vec.h"
+#include "experts.h"
+#include "norms.h"
+#include "attention.h"
+#include "delta.h"
+#include "router.h"

@@ -1,0 +1,99 @@
+// Normalisation, rotary positions and what goes into the key/value cache.
+#pragma once
+#include "activations.h"
+
+template <int WARPS>
+DEVICE float block_sum(float v) {
+    __shared__ float parts[WARPS];
+    v = warp_sum(v);
+    if (lane_index() == 0) parts[warp_index()] = v;
+    sync_block();
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) sum += parts[i];
+    sync_block();
+    return sum;
+}
+
+// x += residual (when given), then y = x / sqrt(mean(x^2) + eps) * weight, as floats and as Q8 rows (each may be null).
+// x, residual, y: [tokens][columns].  Grid (tokens).
+KERNEL(512, rms_norm)(float *x, const float *residual, const float *weight, float *y, u8 *q8, int columns, float eps) {
+    const u64 row = (u64)block_x() * columns;
+    float squares = 0.f;
+    for (int i = thread_index(); i < columns; i += 512) {
+        float v = x[row + i];
+        if (residual) x[row + i] = v = v + residual[row + i];
+        squares = fused(v, v, squares);
+    }
+    const float scale = 1.f / square_root(block_sum<16>(squares) / (float)columns + eps);
+    for (int i = thread_index(); i < columns; i += 512) {
+        const float value = x[row + i] * scale * weight[i];
+        if (y) y[row + i] = value;
+        if (q8) store_q8_group(value, q8 + block_x() * q8_row_bytes(columns), columns, i >> 5);
+    }
+}
+EXPORT_KERNEL(rms_norm)
+
+struct cache_f32 {
+    typedef float element;
+    static DEVICE_MEMBER float get(float v) { return v; }
+    static DEVICE_MEMBER float put(float v) { return v; }
+};
+struct cache_f16 {
+    typedef u16 element;
+    static DEVICE_MEMBER float get(u16 v) { return from_half(v); }
+    static DEVICE_MEMBER u16 put(float v) { return to_half(v); }
+};
+
+// One block a head: query heads first, then key heads, then value heads.  Queries and keys are normalised over the head
+// (a null weight: not), then their first `rotary` elements are rotated in pairs (j, j + rotary / 2); keys and values go
+// to the cache at the token's position.
+// q: [tokens][heads] rows q_stride apart; k, v: [tokens][kv_heads][dim]; cos_sin: [tokens][rotary / 2][2];
+// q_out: [tokens][heads][dim]; caches: [positions][kv_heads][dim].  dim <= 256.  Grid (heads + 2 * kv_heads, tokens).
+template <class CACHE>
+DEVICE void prepare_head(const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm,
+                         const float *cos_sin, const int *positions, float *q_out, typename CACHE::element *k_cache,
+                         typename CACHE::element *v_cache, int heads, int kv_heads, int dim, int q_stride, int rotary,
+                         float eps) {
+    __shared__ float values[256];
+    const int token = block_y(), i = thread_index();
+    const bool is_query = block_x() < heads, is_key = !is_query && block_x() < heads + kv_heads;
+    const int head = is_query ? block_x() : (block_x() - heads) % kv_heads;
+    const u64 kv_row = ((u64)token * kv_heads + head) * dim;
+    const float *row = is_query ? q + ((u64)token * heads + head) * q_stride : (is_key ? k : v) + kv_row;
+    float x = i < dim ? row[i] : 0.f;
+    const float *norm = is_query ? q_norm : is_key ? k_norm : (const float *)0;
+    if (norm) {
+        const float squares = block_sum<8>(x * x);
+        if (i < dim) x = x / square_root(squares / (float)dim + eps) * norm[i];
+    }
+    if (is_query || is_key) {
+        values[i] = x;
+        sync_block();
+        if (i < rotary) {
+            const int half = rotary / 2, j = i < half ? i : i - half;
+            const float *turn = cos_sin + ((u64)token * half + j) * 2;
+            x = i < half ? fused(x, turn[0], -(values[i + half] * turn[1]))
+                         : fused(x, turn[0], values[i - half] * turn[1]);
+        }
+    }
+    if (i >= dim) return;
+    const u64 place = ((u64)positions[token] * kv_heads + head) * dim + i;
+    if (is_query)
+        q_out[((u64)token * heads + head) * dim + i] = x;
+    else
+        (is_key ? k_cache : v_cache)[place] = CACHE::put(x);
+}
+
+#define PREPARE_KERNEL(type)                                                                                          \
+    KERNEL(256, attention_prepare_##type)                                                                             \
+    (const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm, const float *cos_sin,  \
+     const int *positions, float *q_out, cache_##type::element *k_cache, cache_##type::element *v_cache, int heads,   \
+     int kv_heads, int dim, int q_stride, int rotary, float eps) {                                                    \
+        prepare_head<cache_##type>(q, k, v, q_norm, k_norm, cos_sin, positions, q_out, k_cache, v_cache, heads,       \
+                                   kv_heads, dim, q_stride, rotary, eps);                                             \
+    }                                                                                                                 \
+    EXPORT_KERNEL(attention_prepare_##type)
+
+PREPARE_KERNEL(f32)
+PREPARE_KERNEL(f16)

@@ -1,0 +1,35 @@
+// Sizes that trade registers, bytes in flight and balance against each other.  Tuned on an H200 (docs/gpu.md).
+// The host reads this file too (fomoe_io.kernels): one `#define NAME value` a line.  -DNAME=value overrides.
+#pragma once
+
+// mat_vec: rows that a warp computes at once, warps of a block; mat_mul: tokens that share one reading of the weights.
+#ifndef MAT_VEC_ROWS
+#define MAT_VEC_ROWS 2
+#endif
+#ifndef MAT_VEC_WARPS
+#define MAT_VEC_WARPS 4
+#endif
+#ifndef MAT_MUL_TOKENS
+#define MAT_MUL_TOKENS 8
+#endif
+
+// experts_gate_up: warps of a block, which makes 32 values.
+#ifndef GATE_UP_WARPS
+#define GATE_UP_WARPS 16
+#endif
+
+// experts_down: warps of a block, rows of a warp, experts whose loads fly together.
+#ifndef DOWN_WARPS
+#define DOWN_WARPS 4
+#endif
+#ifndef DOWN_ROWS
+#define DOWN_ROWS 2
+#endif
+#ifndef DOWN_BATCH
+#define DOWN_BATCH 2
+#endif
+
+// attention: positions of a block's share of the cache.
+#ifndef ATTENTION_SPLIT
+#define ATTENTION_SPLIT 64
+#endif
