@@ -1,0 +1,306 @@
+"""Write a synthetic qwen35moe GGUF with the layer shapes of a real model, at the speed of the disk.
+
+Weights are random valid quantization blocks (the Q4_K_M mixture of llama-quantize), so speed and memory behave as
+those of the real model; the text is noise.  Expert popularity follows a profile: one hidden channel carries a
+constant (no layer writes to it), and the router reads its bias of log(popularity) from there, beside a random part
+that changes with every token.
+
+    python bench/make_model.py --preset 35b-a3b --layers 16 -o model.gguf
+    python bench/make_model.py --preset 397b --layers 8 --popularity profile.freq -o model.gguf
+
+llama.cpp runs the file too, so both can be timed on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from fomoe_io.gguf import tensor_bytes
+
+F32, Q4_K, Q6_K = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K
+POOL_BLOCKS = 1 << 16
+"""Random blocks generated once; a tensor is written from random places of this pool."""
+
+PIECE_BLOCKS = 1 << 12
+BIAS_SHARE = 0.25
+"""Part of a normed hidden state's energy that the constant channel carries."""
+
+SUBLAYER_GAIN = 0.05
+"""What a sublayer adds to the residual stream, relative to it: small, so that the constant channel stays constant."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a model of the family (docs: the family's published configurations)."""
+
+    columns: int
+    heads: int
+    experts: int
+    used: int
+    hidden: int
+    value_heads: int
+    layers: int
+    vocabulary: int = 248320
+    kv_heads: int = 2
+    head_columns: int = 256
+    key_heads: int = 16
+    state_columns: int = 128
+    taps: int = 4
+
+
+PRESETS = {
+    "35b-a3b": Preset(columns=2048, heads=16, experts=256, used=8, hidden=512, value_heads=32, layers=40),
+    "122b-a10b": Preset(columns=3072, heads=32, experts=256, used=8, hidden=1024, value_heads=64, layers=48),
+    "397b-a17b": Preset(columns=4096, heads=32, experts=512, used=10, hidden=1024, value_heads=64, layers=60),
+}
+
+
+def popularity(source: str, layers: int, experts: int, random: np.random.Generator) -> np.ndarray:
+    """[layers, experts] shares: `zipf:S`, or a .freq file of the seed project (u32 header, u16 layer, expert, f32)."""
+    if source.startswith("zipf:"):
+        shares = np.arange(1, experts + 1) ** -float(source[5:])
+        return np.stack([random.permutation(shares / shares.sum()) for _ in range(layers)])
+    raw = Path(source).read_bytes()
+    magic, _, profile_layers, entries = struct.unpack_from("<4I", raw)
+    if magic != 0x46524551:
+        raise SystemExit(f"make_model: {source} is no .freq file")
+    table = np.frombuffer(raw, [("layer", "<u2"), ("expert", "<u2"), ("frequency", "<f4")], entries, 16)
+    counts = np.zeros((profile_layers, int(table["expert"].max()) + 1))
+    counts[table["layer"], table["expert"]] = table["frequency"]
+    rows = []
+    for layer in range(layers):
+        # a model with another number of experts gets the profile's curve, resampled by rank
+        curve = np.sort(counts[layer % profile_layers])[::-1]
+        curve = np.interp(np.linspace(0, 1, experts), np.linspace(0, 1, len(curve)), curve) + curve.sum() * 1e-5
+        rows.append(random.permutation(curve / curve.sum()))
+    return np.stack(rows)
+
+
+class BlockPool:
+    """Random blocks of a type, standard deviation `deviation` a weight, mean about zero."""
+
+    def __init__(self, kind: gguf.GGMLQuantizationType, random: np.random.Generator) -> None:
+        self.kind = kind
+        self.random = random
+        _, self.block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        self.blocks = random.integers(0, 256, (POOL_BLOCKS, self.block_bytes), dtype=np.uint8)
+        self._deviation = 0.0
+
+    def scale(self, deviation: float) -> None:
+        """Set the blocks' float16 scales.  Constants: deviation of a random block whose scale is 1, measured."""
+        if deviation == self._deviation:
+            return
+        self._deviation = deviation
+        if self.kind == Q4_K:  # w = d * scale * q - dmin * minimum; dmin = 7.5 d centres it
+            d = deviation / 286
+            self.blocks[:, :4] = np.array([d, 7.5 * d], np.float16).view(np.uint8)
+        else:  # Q6_K: w = d * scale * q
+            self.blocks[:, -2:] = np.array([deviation / 1367], np.float16).view(np.uint8)
+
+    def rows(self, count: int, blocks_a_row: int) -> Iterator[np.ndarray]:
+        """Pieces of uint8 [blocks, bytes] that make up `count` rows; the first row is all zero."""
+        first = True
+        left = count * blocks_a_row
+        while left:
+            size = min(PIECE_BLOCKS, left)
+            start = int(self.random.integers(0, POOL_BLOCKS - size + 1))
+            piece = self.blocks[start : start + size]
+            if first:
+                piece = piece.copy()
+                piece[:blocks_a_row] = 0
+                first = False
+            yield piece
+            left -= size
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor to write; `deviation` for random blocks, `values` for float32 data."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    deviation: float = 0.0
+    values: np.ndarray | None = None
+
+
+def more_bits(layer: int, layers: int) -> bool:
+    """llama-quantize's rule for the layers of Q4_K_M that get Q6_K."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+def embedding(p: Preset, random: np.random.Generator) -> np.ndarray:
+    """Q4_K blocks [vocabulary, blocks, bytes]: channel 0 constant, the rest random.
+
+    The first sub-block of a row has scale and minimum 63 and holds the constant; the others 8, so that the constant
+    has BIAS_SHARE of the energy at 2048 columns.
+    """
+    blocks = p.columns // 256
+    rows = random.integers(0, 256, (p.vocabulary, blocks, 144), dtype=np.uint8)
+    rows[:, :, :4] = np.array([1e-3, 7.5e-3], np.float16).view(np.uint8)
+    rows[:, :, 4:16] = np.array([8, 8, 8, 8, 8, 8, 8, 8, 0x88, 0x88, 0x88, 0x88], np.uint8)
+    rows[:, 0, 4] = 63  # scale of sub-block 0 (with a minimum of 63: zero is q = 7.5)
+    rows[:, 0, 8] = 63
+    rows[:, 0, 16:48] = rows[:, 0, 16:48] & 0xF0 | np.where(random.random((p.vocabulary, 32)) < 0.5, 7, 8).astype(np.uint8)
+    rows[:, 0, 16] |= 0x0F
+    return rows.reshape(-1, 144)
+
+
+def router(p: Preset, shares: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """float32 [experts, columns]: log(share) on the constant channel, noise as wide as a Gumbel variable's elsewhere."""
+    normed_constant = np.sqrt(BIAS_SHARE * p.columns)
+    noise_energy = np.sqrt((1 - BIAS_SHARE) * p.columns)
+    rows = random.standard_normal((p.experts, p.columns)) * (np.pi / np.sqrt(6) / noise_energy)
+    rows[:, 0] = (np.log(shares) - np.log(shares).mean()) / normed_constant
+    return rows.astype(np.float32)
+
+
+def layer_tensors(
+    p: Preset, layer: int, layers: int, shares: np.ndarray, random: np.random.Generator
+) -> Iterator[Tensor]:
+    """The tensors of one layer, in the order llama.cpp's converter has them roughly."""
+    d, high = p.columns, Q6_K if more_bits(layer, layers) else Q4_K
+    keys, values = p.key_heads * p.state_columns, p.value_heads * p.state_columns
+    unit, out = d**-0.5, SUBLAYER_GAIN
+    b = f"blk.{layer}."
+    ones = np.ones(d, np.float32)
+    yield Tensor(b + "attn_norm.weight", (d,), F32, values=ones)
+    yield Tensor(b + "post_attention_norm.weight", (d,), F32, values=ones)
+    if (layer + 1) % 4 == 0:
+        width = p.heads * p.head_columns
+        head = np.ones(p.head_columns, np.float32)
+        yield Tensor(b + "attn_q.weight", (d, 2 * width), Q4_K, unit)
+        yield Tensor(b + "attn_k.weight", (d, p.kv_heads * p.head_columns), Q4_K, unit)
+        yield Tensor(b + "attn_v.weight", (d, p.kv_heads * p.head_columns), high, unit)
+        yield Tensor(b + "attn_output.weight", (width, d), Q4_K, out * width**-0.5)
+        yield Tensor(b + "attn_q_norm.weight", (p.head_columns,), F32, values=head)
+        yield Tensor(b + "attn_k_norm.weight", (p.head_columns,), F32, values=head)
+    else:
+        channels = 2 * keys + values
+        yield Tensor(b + "attn_qkv.weight", (d, channels), high, unit)
+        yield Tensor(b + "attn_gate.weight", (d, values), Q4_K, unit)
+        yield Tensor(b + "ssm_beta.weight", (d, p.value_heads), Q4_K, unit)
+        yield Tensor(b + "ssm_alpha.weight", (d, p.value_heads), Q4_K, unit)
+        taps = random.standard_normal((channels, p.taps)).astype(np.float32)
+        yield Tensor(b + "ssm_conv1d.weight", (p.taps, channels), F32, values=taps)
+        yield Tensor(b + "ssm_dt.bias", (p.value_heads,), F32, values=np.zeros(p.value_heads, np.float32))
+        decay = -random.uniform(0.05, 1, p.value_heads).astype(np.float32)
+        yield Tensor(b + "ssm_a", (p.value_heads,), F32, values=decay)
+        yield Tensor(b + "ssm_norm.weight", (p.state_columns,), F32, values=np.ones(p.state_columns, np.float32))
+        yield Tensor(b + "ssm_out.weight", (values, d), Q4_K, out * values**-0.5)
+    yield Tensor(b + "ffn_gate_inp.weight", (d, p.experts), F32, values=router(p, shares, random))
+    for suffix, count in (("exps", (p.experts,)), ("shexp", ())):
+        yield Tensor(b + f"ffn_down_{suffix}.weight", (p.hidden, d, *count), high, out * p.hidden**-0.5)
+        yield Tensor(b + f"ffn_gate_{suffix}.weight", (d, p.hidden, *count), Q4_K, unit)
+        yield Tensor(b + f"ffn_up_{suffix}.weight", (d, p.hidden, *count), Q4_K, unit)
+    yield Tensor(b + "ffn_gate_inp_shexp.weight", (d, 1), F32, values=random.standard_normal(d).astype(np.float32) * unit)
+
+
+def vocabulary(size: int) -> tuple[list[str], list[int], list[str]]:
+    """Byte-level tokens, fillers, one end-of-text token; types and merges."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    words = [f"Ġ{chr(97 + i)}" for i in range(26)]
+    fillers = [f"<filler{i}>" for i in range(size - len(letters) - len(words) - 1)]
+    tokens = [*letters, *words, *fillers, "<|endoftext|>"]
+    types = [1] * (len(letters) + len(words)) + [5] * len(fillers) + [3]
+    return tokens, types, [f"Ġ {chr(97 + i)}" for i in range(26)]
+
+
+def add_metadata(writer: gguf.GGUFWriter, p: Preset, layers: int) -> None:
+    """Every key that the architecture has."""
+    tokens, types, merges = vocabulary(p.vocabulary)
+    writer.add_name(f"synthetic, {layers} layers")
+    writer.add_file_type(15)
+    writer.add_quantization_version(2)
+    a = "qwen35moe."
+    for key, value in {
+        "block_count": layers, "context_length": 262144, "embedding_length": p.columns,
+        "attention.head_count": p.heads, "attention.head_count_kv": p.kv_heads,
+        "attention.key_length": p.head_columns, "attention.value_length": p.head_columns,
+        "rope.dimension_count": 64, "expert_count": p.experts, "expert_used_count": p.used,
+        "expert_feed_forward_length": p.hidden, "expert_shared_feed_forward_length": p.hidden,
+        "ssm.conv_kernel": p.taps, "ssm.state_size": p.state_columns, "ssm.group_count": p.key_heads,
+        "ssm.time_step_rank": p.value_heads, "ssm.inner_size": p.value_heads * p.state_columns,
+        "full_attention_interval": 4,
+    }.items():  # fmt: skip
+        writer.add_uint32(a + key, value)
+    writer.add_float32(a + "attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_float32(a + "rope.freq_base", 1e7)
+    writer.add_array(a + "rope.dimension_sections", [11, 11, 10, 0])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen35")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(len(tokens) - 1)
+    writer.add_add_bos_token(False)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(PRESETS), required=True)
+    parser.add_argument("--layers", type=int, help="default: the model's own")
+    parser.add_argument("--experts", type=int, help="default: the model's own")
+    parser.add_argument("--popularity", default="zipf:0.8", help="zipf:S or a .freq file (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    options = parser.parse_args()
+    p = PRESETS[options.preset]
+    if options.experts:
+        p = Preset(**{**p.__dict__, "experts": options.experts})
+    layers = options.layers or p.layers
+    random = np.random.default_rng(options.seed)
+    shares = popularity(options.popularity, layers, p.experts, random)
+    tensors = [
+        Tensor("token_embd.weight", (p.columns, p.vocabulary), Q4_K, values=embedding(p, random)),
+        Tensor("output_norm.weight", (p.columns,), F32, values=np.ones(p.columns, np.float32)),
+        Tensor("output.weight", (p.columns, p.vocabulary), Q6_K, p.columns**-0.5),
+    ]
+    for layer in range(layers):
+        tensors += layer_tensors(p, layer, layers, shares[layer], random)
+    write(options.output, p, layers, tensors, random)
+
+
+def write(path: Path, p: Preset, layers: int, tensors: list[Tensor], random: np.random.Generator) -> None:
+    """Header by package gguf, data streamed."""
+    writer = gguf.GGUFWriter(path, "qwen35moe")
+    add_metadata(writer, p, layers)
+    for t in tensors:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[t.kind]
+        shape = (*reversed(t.shape[1:]), t.shape[0] // block * block_bytes)
+        if t.kind == F32:
+            writer.add_tensor_info(t.name, tuple(reversed(t.shape)), np.dtype(np.float32), 4 * int(np.prod(t.shape)))
+        else:
+            writer.add_tensor_info(t.name, shape, np.dtype(np.uint8), tensor_bytes(t.kind, t.shape), raw_dtype=t.kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    pools = {kind: BlockPool(kind, random) for kind in (Q4_K, Q6_K)}
+    with path.open("r+b") as stream:
+        stream.seek(0, 2)
+        stream.write(b"\0" * (-stream.tell() % 32))
+        for t in tensors:
+            if t.values is not None:
+                stream.write(np.ascontiguousarray(t.values).data)
+            else:
+                pools[t.kind].scale(t.deviation)
+                matrices = t.shape[2] if len(t.shape) == 3 else 1
+                for _ in range(matrices):
+                    for piece in pools[t.kind].rows(t.shape[1], t.shape[0] // 256):
+                        stream.write(piece.data)
+            stream.write(b"\0" * (-stream.tell() % 32))
+
+
+if __name__ == "__main__":
+    main()
