@@ -335,9 +335,7 @@ def _tensors(cursor: _Cursor, count: int, values: dict[str, Any], file: int) -> 
     return tensors
 
 
-def _tensor(
-    cursor: _Cursor, alignment: int
-) -> tuple[str, gguf.GGMLQuantizationType, tuple[int, ...], int, int]:
+def _tensor(cursor: _Cursor, alignment: int) -> tuple[str, gguf.GGMLQuantizationType, tuple[int, ...], int, int]:
     """(name, type, shape, offset in the data, bytes)"""
     name = cursor.string(NAME_LIMIT_BYTES, "strict")
     cursor.what = f"tensor {name}"

@@ -1,0 +1,96 @@
+"""`fomoe-layout index`: a store that points into the GGUF itself.  Only a manifest is written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fomoe_io.errors import StoreError
+from fomoe_io.files import write_atomically
+from fomoe_io.gguf import TensorInfo
+from fomoe_io.manifest import JOURNAL, MANIFEST, METADATA, page_up, seal
+from fomoe_io.store import Store
+from layout_tool import targets as target_tools
+from layout_tool.describe import describe_in_place
+from layout_tool.direct import write_error
+from layout_tool.pack import open_model
+from layout_tool.placement import CHUNK_BYTES, Run
+from layout_tool.progress import Progress
+from layout_tool.records import buffer_bytes, opened, read_records, read_tensor
+from layout_tool.workers import Buffers, run_tasks
+
+
+def index(model_path: Path, directory: Path, *, checksums: bool, overwrite: bool) -> int:
+    """Write the manifest of an in-place store.
+
+    Parameters
+    ----------
+    model_path : Path
+        A GGUF, or its first shard.
+    directory : Path
+    checksums : bool
+        Read the whole model once, so that `verify` can tell later whether it changed.
+    overwrite : bool
+        Replace the store that the directory holds.
+
+    Raises
+    ------
+    FomoeError
+    """
+    model, store = open_model(model_path)
+    targets = target_tools.resolve([directory])
+    if not overwrite:
+        if (targets[0] / JOURNAL).exists():
+            raise StoreError(f"{directory} holds an unfinished pack", hint="choose another directory, or --overwrite")
+        target_tools.check_unused(targets)
+    resident, records = _checksums(store) if checksums else (None, None)
+    if overwrite:
+        target_tools.clear(targets)
+    target_tools.make(targets)
+    body = describe_in_place(model, store, resident, records)
+    try:
+        write_atomically(targets[0] / METADATA, model.metadata_raw)
+        write_atomically(targets[0] / MANIFEST, seal(body))
+    except OSError as error:
+        raise write_error(error, targets[0] / MANIFEST) from error
+    print(f"index  {len(store.experts)} layers of {model.paths[0]} -> {directory}", file=sys.stderr)
+    return 0
+
+
+def id_runs(store: Store) -> list[Run]:
+    """Experts of every layer in order of their ids, as many at once as a buffer takes: good for any store."""
+    result = []
+    for number, layer in store.experts.items():
+        most = max(1, CHUNK_BYTES // layer.record_bytes)
+        for first in range(0, layer.n_experts, most):
+            ids = np.arange(first, min(first + most, layer.n_experts))
+            result.append(Run(number, ids, 0, 0, layer.record_bytes))
+    return result
+
+
+def _checksums(store: Store) -> tuple[dict[str, str], dict[int, list[str]]]:
+    resident: dict[str, str] = {}
+    records: dict[int, list[str]] = {number: [] for number in store.experts}
+    sums: dict[tuple[int, int], str] = {}
+    tasks: list[TensorInfo | Run] = [*store.resident.values(), *id_runs(store)]
+    with opened(store.paths) as files, Progress("index", sum(page_up(task.bytes) for task in tasks)) as progress:
+
+        def work(task: TensorInfo | Run, buffers: Buffers) -> Any:
+            if isinstance(task, Run):
+                return read_records(files, store.experts[task.layer], task.experts, buffers)[1]
+            return read_tensor(files, task, buffers)
+
+        def done(task: TensorInfo | Run, result: Any) -> None:
+            if isinstance(task, Run):
+                sums.update({(task.layer, int(expert)): s for expert, s in zip(task.experts, result, strict=True)})
+            else:
+                resident[task.name] = result
+            progress.add(page_up(task.bytes))
+
+        run_tasks(tasks, work, done, buffer_bytes(list(store.experts.values())))
+    for (layer, _), checksum in sorted(sums.items()):
+        records[layer].append(checksum)
+    return resident, records

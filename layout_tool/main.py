@@ -1,0 +1,129 @@
+"""fomoe-layout: from a GGUF to a store, and everything about stores."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fomoe_io.cli.common import checked, new_parser, run_command
+from fomoe_io.units import parse_bytes
+from layout_tool import collect
+from layout_tool.index import index
+from layout_tool.inspect import inspect
+from layout_tool.pack import pack
+from layout_tool.plan import plan
+from layout_tool.verify import verify
+
+PROGRAM = "fomoe-layout"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_command(PROGRAM, _main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    options = _parser().parse_args(argv)
+    return int(options.run(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser(PROGRAM, "Write the experts of a GGUF so that each is read from a drive in one request.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, help_: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.")
+
+    sub = command("plan", "what pack would write, whether it fits and how long it takes; writes nothing")
+    _add_model(sub)
+    _add_targets(sub, required=False)
+    _add_profile(sub)
+    sub.add_argument("--json", action="store_true", help="for programs")
+    sub.set_defaults(run=lambda o: plan(o.model, o.to, o.profile, as_json=o.json))
+
+    sub = command("pack", "write a store; the same command continues one that was interrupted")
+    _add_model(sub)
+    _add_targets(sub, required=True)
+    _add_profile(sub)
+    _add_overwrite(sub)
+    sub.set_defaults(run=lambda o: pack(o.model, o.to, o.profile, overwrite=o.overwrite))
+
+    sub = command("index", "write only a manifest that points into the GGUF, to run it where it lies")
+    _add_model(sub)
+    sub.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory of the store")
+    sub.add_argument("--checksums", action="store_true", help="read the model once, so that verify can check it later")
+    _add_overwrite(sub)
+    sub.set_defaults(run=lambda o: index(o.model, o.to, checksums=o.checksums, overwrite=o.overwrite))
+
+    sub = command("verify", "read every byte of a store again and compare its checksums")
+    sub.add_argument("store", type=Path, metavar="STORE")
+    sub.add_argument("--against", type=Path, metavar="MODEL.gguf", help="compare with the bytes of the GGUF, too")
+    sub.set_defaults(run=lambda o: verify(o.store, o.against))
+
+    sub = command("inspect", "one screen about a store or a GGUF")
+    sub.add_argument("store", type=Path, metavar="STORE|GGUF")
+    sub.add_argument("--json", action="store_true", help="for programs")
+    sub.set_defaults(run=lambda o: inspect(o.store, as_json=o.json))
+
+    sub = command("profile", "count which experts a text picks, for pack --profile")
+    sub.add_argument("model", type=Path, metavar="MODEL", help="store or GGUF")
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("-f", "--file", type=Path, metavar="TEXT", help="text to run through the model")
+    source.add_argument("--from", dest="source", type=Path, metavar="COUNTS", help="convert a .freq or imatrix GGUF")
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    sub.add_argument("-c", "--ctx-size", type=_positive, default=collect.CONTEXT_TOKENS, metavar="N")
+    sub.add_argument("--chunks", type=_positive, default=0, metavar="N", help="pieces of -c tokens at most")
+    sub.add_argument("--ram", type=checked(parse_bytes), metavar="SIZE", help="memory budget, such as 16G")
+    sub.set_defaults(run=_profile)
+    return parser
+
+
+def _profile(options: argparse.Namespace) -> int:
+    if options.source is not None:
+        return collect.convert(options.model, options.source, options.output)
+    return collect.collect(
+        options.model,
+        options.file,
+        options.output,
+        context=options.ctx_size,
+        chunks=options.chunks,
+        ram_bytes=options.ram,
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 1 << 22:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf", help="a GGUF file, or the first of its shards")
+
+
+def _add_targets(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--to",
+        type=Path,
+        action="append",
+        required=required,
+        default=None if required else [],
+        metavar="DIR",
+        help="directory of the store; repeat it to stripe the experts over several drives",
+    )
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile", type=Path, metavar="FILE", help="expert counts: fomoe-layout profile, .freq, or an imatrix GGUF"
+    )
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace the store that the directory holds")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

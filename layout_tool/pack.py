@@ -1,0 +1,321 @@
+"""`fomoe-layout pack`: write a store from a GGUF, resumable, checked, all at once or not at all."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fomoe_io.errors import StoreError, UsageError
+from fomoe_io.files import sync_directory, write_atomically
+from fomoe_io.gguf import GGUFFile, TensorInfo
+from fomoe_io.manifest import MANIFEST, METADATA, data_header, page_up, seal, unseal
+from fomoe_io.profile import Profile
+from fomoe_io.store import Store
+from fomoe_io.units import format_bytes, format_rate, format_seconds
+from layout_tool import targets as target_tools
+from layout_tool.describe import describe_packed
+from layout_tool.direct import DirectFile, write_error
+from layout_tool.journal import Journal, journal_header
+from layout_tool.placement import RESIDENT_FILE, Placement, Run, place, runs
+from layout_tool.progress import Progress
+from layout_tool.records import buffer_bytes, opened, read_records, read_tensor
+from layout_tool.workers import Buffers, run_tasks
+
+SYNC_SECONDS = 2.0
+"""What a kill loses at most; syncing more often costs bandwidth."""
+
+
+def open_model(path: Path) -> tuple[GGUFFile, Store]:
+    """The GGUF to pack, and its tensors in place.
+
+    Raises
+    ------
+    FormatError, UsageError
+    """
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory", hint="give the GGUF: fomoe-layout pack MODEL.gguf --to DIR")
+    model = GGUFFile.open(path)
+    return model, Store.of_gguf(model)
+
+
+def model_frequencies(source: Store, profile: Profile | None) -> dict[int, np.ndarray]:
+    """Picks per token of a model's layers; empty without a profile.
+
+    Raises
+    ------
+    FormatError
+        When the profile is of another shape.
+    """
+    if profile is None:
+        return {}
+    if profile.fingerprint not in (None, source.fingerprint):
+        print(
+            f"note: profile {profile.source} was counted on another file; used, since its layers and experts fit",
+            file=sys.stderr,
+        )
+    return profile.frequencies({number: layer.n_experts for number, layer in source.experts.items()})
+
+
+def pack(model_path: Path, directories: Sequence[Path], profile_path: Path | None, *, overwrite: bool) -> int:
+    """Write a store, or finish one that was interrupted.
+
+    Parameters
+    ----------
+    model_path : Path
+        A GGUF, or its first shard.
+    directories : sequence of Path
+        One a drive.
+    profile_path : Path or None
+    overwrite : bool
+        Replace the stores that the directories hold.
+
+    Returns
+    -------
+    int
+        Exit code.
+
+    Raises
+    ------
+    FomoeError
+    """
+    model, source = open_model(model_path)
+    profile = None if profile_path is None else Profile.load(profile_path)
+    frequencies = model_frequencies(source, profile)
+    targets = target_tools.resolve(directories)
+    placement = place(source, frequencies, _weights(targets, overwrite))
+    if not overwrite and (targets[0] / MANIFEST).exists():
+        return _already_packed(targets, placement)
+    if not overwrite and journal_header(targets[0]) is None:
+        target_tools.check_unused(targets)
+    _check_space(targets, placement, len(model.metadata_raw))
+    if overwrite:
+        target_tools.clear(targets)
+    target_tools.make(targets)
+    _Pack(model, source, placement, targets, profile).run()
+    return 0
+
+
+def _weights(targets: Sequence[Path], overwrite: bool) -> tuple[int, ...]:
+    """Of the striping: an interrupted pack keeps its own, a finished one too."""
+    if not overwrite and (targets[0] / MANIFEST).exists():
+        found = unseal(targets[0] / MANIFEST)
+        known = found.integers("weights").tolist() if found.optional("weights") else []
+    else:
+        header = None if overwrite else journal_header(targets[0])
+        known = header.get("weights") if header else []
+    usable = isinstance(known, list) and len(known) == len(targets) and all(isinstance(w, int) and w > 0 for w in known)
+    return tuple(known) if usable else target_tools.stripe_weights(targets)
+
+
+def _already_packed(targets: Sequence[Path], placement: Placement) -> int:
+    """Exit code 0 when the directories hold this very store, whole.
+
+    Raises
+    ------
+    StoreError
+        When it holds another one.
+    """
+    directory = targets[0]
+    found = unseal(directory / MANIFEST)
+    same = found.optional("id") and found.text("id") == placement.store_id
+    if not same or found.texts("targets")[1:] != [str(target) for target in targets[1:]]:
+        raise StoreError(
+            f"{directory} already holds another store ({found.text('model')})",
+            hint="choose an empty directory, or replace the store with --overwrite",
+        )
+    Store.open(directory)
+    print(f"{directory} already holds this store; to check its data: fomoe-layout verify {directory}", file=sys.stderr)
+    return 0
+
+
+def _check_space(targets: Sequence[Path], placement: Placement, metadata_bytes: int) -> None:
+    """Raise StoreError before the first byte when a drive is too full."""
+    needs = target_tools.still_needed(targets, placement, metadata_bytes)
+    short = target_tools.shortages(targets, needs)
+    if short:
+        raise StoreError("; ".join(short), hint="free space, or add a drive with another --to DIR")
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Checksums of what is written: by tensor name, and by layer and expert."""
+
+    resident: dict[str, str]
+    records: dict[int, list[str | None]]
+
+
+class _Pack:
+    """One pack under way."""
+
+    def __init__(
+        self,
+        model: GGUFFile,
+        source: Store,
+        placement: Placement,
+        targets: Sequence[Path],
+        profile: Profile | None,
+    ) -> None:
+        self._model = model
+        self._source = source
+        self._placement = placement
+        self._targets = targets
+        self._profile = profile
+        self._sums = _Sums({}, {n: [None] * layer.n_experts for n, layer in placement.experts.items()})
+        self._unsynced: list[dict[str, Any]] = []
+        self._last_sync = time.monotonic()
+        self._sources: list[DirectFile] = []
+        self._files: list[DirectFile] = []
+
+    def run(self) -> None:
+        """Write what is missing, then the manifest."""
+        journal = Journal(self._targets[0], self._placement.store_id, self._placement.weights)
+        try:
+            self._restore(journal.entries)
+            self._copy(journal)
+            self._publish()
+            journal.remove()
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command continues", file=sys.stderr)
+            raise
+        finally:
+            journal.close()
+
+    def _final_paths(self) -> list[Path]:
+        return [self._targets[file.target] / file.name for file in self._placement.files]
+
+    def _restore(self, entries: list[dict[str, Any]]) -> None:
+        """Take over what an earlier run completed, if its files are still there in full size."""
+        for index, (path, planned) in enumerate(zip(self._final_paths(), self._placement.files, strict=True)):
+            partial = path.with_name(path.name + target_tools.PARTIAL)
+            if path.exists():
+                path.rename(partial)  # killed after the renames, before the manifest
+            if not _is_ours(partial, planned.bytes, data_header(self._placement.store_id, index)):
+                return
+        for entry in entries:
+            self._record(entry)
+
+    def _remaining(self) -> list[TensorInfo | Run]:
+        tasks: list[TensorInfo | Run] = [t for t in self._placement.resident if t.name not in self._sums.resident]
+        for number, layer in self._placement.experts.items():
+            sums = self._sums.records[number]
+            tasks += [run for run in runs(layer) if any(sums[expert] is None for expert in run.experts)]
+        return tasks
+
+    def _copy(self, journal: Journal) -> None:
+        tasks = self._remaining()
+        total = sum(file.bytes for file in self._placement.files)
+        left = sum(_task_bytes(task) for task in tasks)
+        if left < total // 2 or self._sums.resident:
+            print(f"continuing: {format_bytes(total - left)} of {format_bytes(total)} are there", file=sys.stderr)
+        with ExitStack() as stack:
+            self._sources = stack.enter_context(opened(self._source.paths))
+            self._files = [stack.enter_context(self._create(index)) for index in range(len(self._placement.files))]
+            self._tell_buffered()
+            progress = stack.enter_context(Progress("pack", total, total - left))
+
+            def done(task: TensorInfo | Run, entry: dict[str, Any]) -> None:
+                self._record(entry)
+                self._unsynced.append(entry)
+                progress.add(_task_bytes(task))
+                if time.monotonic() - self._last_sync > SYNC_SECONDS:
+                    self._sync(journal)
+
+            try:
+                run_tasks(tasks, self._write, done, buffer_bytes(list(self._placement.experts.values())))
+            finally:
+                self._sync(journal)
+        print(
+            f"pack  {format_bytes(left)} in {format_seconds(progress.seconds)}  {format_rate(progress.rate)}  "
+            f"with checksums  -> {', '.join(str(target) for target in self._targets)}",
+            file=sys.stderr,
+        )
+
+    def _create(self, index: int) -> DirectFile:
+        planned, path = self._placement.files[index], self._final_paths()[index]
+        path = path.with_name(path.name + target_tools.PARTIAL)
+        try:
+            file = DirectFile(path, planned.bytes)
+        except OSError as error:
+            raise write_error(error, path) from error
+        header = np.frombuffer(data_header(self._placement.store_id, index), np.uint8)
+        page = Buffers(len(header)).out
+        page[:] = header
+        file.write(0, page)
+        return file
+
+    def _tell_buffered(self) -> None:
+        for file in (*self._sources, *self._files):
+            if not file.direct:
+                print(f"note: no direct I/O on the file system of {file.path.parent}; buffered", file=sys.stderr)
+                return
+
+    def _write(self, task: TensorInfo | Run, buffers: Buffers) -> dict[str, Any]:
+        """In a worker thread: copy a resident tensor or a run of records; returns its journal entry."""
+        if isinstance(task, Run):
+            view, sums = read_records(self._sources, self._source.experts[task.layer], task.experts, buffers)
+            self._files[task.file].write(task.offset, view)
+            return {"layer": task.layer, "experts": task.experts.tolist(), "xxh3_64": sums}
+
+        def put(at: int, data: np.ndarray) -> None:
+            whole = buffers.out[: page_up(len(data))]
+            whole[len(data) :] = 0
+            self._files[RESIDENT_FILE].write(task.offset + at, whole)
+
+        checksum = read_tensor(self._sources, self._source.resident[task.name], buffers, put)
+        return {"resident": task.name, "xxh3_64": checksum}
+
+    def _record(self, entry: dict[str, Any]) -> None:
+        if "resident" in entry:
+            self._sums.resident[entry["resident"]] = entry["xxh3_64"]
+            return
+        for expert, checksum in zip(entry["experts"], entry["xxh3_64"], strict=True):
+            self._sums.records[entry["layer"]][expert] = checksum
+
+    def _sync(self, journal: Journal) -> None:
+        for file in self._files:
+            file.sync()
+        journal.append(self._unsynced)
+        self._unsynced = []
+        self._last_sync = time.monotonic()
+
+    def _publish(self) -> None:
+        """Give the files their names, then write the manifest: from here on it is a store."""
+        final = self._final_paths()
+        for path in final:
+            path.with_name(path.name + target_tools.PARTIAL).rename(path)
+        for target in self._targets:
+            sync_directory(target)
+        records = {n: [str(checksum) for checksum in sums] for n, sums in self._sums.records.items()}
+        body = describe_packed(
+            self._model,
+            self._placement,
+            self._targets,
+            self._profile,
+            self._sums.resident,
+            records,
+            self._source.fingerprint,
+        )
+        try:
+            write_atomically(self._targets[0] / METADATA, self._model.metadata_raw)
+            write_atomically(self._targets[0] / MANIFEST, seal(body))
+        except OSError as error:
+            raise write_error(error, self._targets[0] / MANIFEST) from error
+
+
+def _is_ours(partial: Path, size: int, header: bytes) -> bool:
+    """Whether an earlier run of this pack made the file."""
+    if not partial.is_file() or partial.stat().st_size != size:
+        return False
+    with partial.open("rb") as stream:
+        return stream.read(len(header)) == header
+
+
+def _task_bytes(task: TensorInfo | Run) -> int:
+    return page_up(task.bytes)

@@ -1,0 +1,117 @@
+"""`fomoe-layout plan`: what pack would write, whether it fits and how long it takes.  Writes nothing that stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fomoe_io.profile import Profile
+from fomoe_io.store import Store
+from fomoe_io.units import format_bytes, format_rate, format_seconds
+from layout_tool import targets as target_tools
+from layout_tool.pack import model_frequencies, open_model
+from layout_tool.placement import place
+
+
+def plan(model_path: Path, directories: Sequence[Path], profile_path: Path | None, *, as_json: bool) -> int:
+    """Print the plan; exit code 1 when it does not fit.
+
+    Raises
+    ------
+    FomoeError
+    """
+    model, source = open_model(model_path)
+    profile = None if profile_path is None else Profile.load(profile_path)
+    frequencies = model_frequencies(source, profile)
+    targets = target_tools.resolve(directories)
+    weights = target_tools.stripe_weights(targets) if targets else (1,)
+    placement = place(source, frequencies, weights)
+    needs = target_tools.still_needed(targets, placement, len(model.metadata_raw)) if targets else []
+    short = target_tools.shortages(targets, needs)
+    total = sum(file.bytes for file in placement.files)
+    report = {
+        **model_report(source),
+        "shards": len(model.paths),
+        "model_bytes": sum(model.file_bytes),
+        "store_bytes": total,
+        "profile_tokens": profile.tokens if profile else 0,
+        "targets": [
+            {"path": str(target), "needs_bytes": need, "free_bytes": target_tools.free_bytes(target), "weight": weight}
+            for target, need, weight in zip(targets, needs, weights if targets else (), strict=True)
+        ],
+        "fits": not short,
+    }
+    if targets and not short:
+        report["seconds"] = round(target_tools.copy_seconds(model.paths[0], targets, needs), 1)
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        _print(report, short)
+    return 1 if short else 0
+
+
+def model_report(store: Store) -> dict[str, Any]:
+    """What a model consists of, with stable keys."""
+    layers = list(store.experts.values())
+    used = store.metadata.get(f"{store.architecture}.expert_used_count")
+    weights = sum(layer.n_experts * layer.expert_bytes for layer in layers)
+    records = sum(layer.n_experts * layer.record_bytes for layer in layers)
+    per_token = sum(layer.expert_bytes for layer in layers) * used if isinstance(used, int) else None
+    return {
+        "model": store.model_name,
+        "architecture": store.architecture,
+        "fingerprint": store.fingerprint,
+        "layers": len(layers),
+        "experts_per_layer": sorted({layer.n_experts for layer in layers}),
+        "experts_used": used,
+        "expert_bytes": weights,
+        "record_bytes": sorted({layer.record_bytes for layer in layers}),
+        "padding": records / weights - 1,
+        "resident_tensors": len(store.resident),
+        "resident_bytes": sum(tensor.bytes for tensor in store.resident.values()),
+        "bytes_per_token": per_token,
+    }
+
+
+def model_lines(report: dict[str, Any]) -> list[str]:
+    """The part of plan and inspect that describes the model."""
+    experts = "/".join(str(n) for n in report["experts_per_layer"])
+    records = " and ".join(format_bytes(size) for size in report["record_bytes"])
+    lines = [
+        f"{report['model']}  {report['architecture']}  {report['layers']} layers x {experts} experts"
+        + (f", top-{report['experts_used']}" if report["experts_used"] else ""),
+        f"  experts    {format_bytes(report['expert_bytes']):>9}  records of {records} "
+        f"(gate+up+down, 4 KiB aligned, {100 * report['padding']:.1f} % padding)",
+        f"  resident   {format_bytes(report['resident_bytes']):>9}  {report['resident_tensors']} tensors: "
+        "attention, router, shared experts, embeddings",
+    ]
+    if report["bytes_per_token"] is not None:
+        picks = report["layers"] * report["experts_used"]
+        lines.append(
+            f"  per token  {format_bytes(report['bytes_per_token']):>9}  {picks} experts, if nothing is cached"
+        )
+    return lines
+
+
+def _print(report: dict[str, Any], short: Sequence[str]) -> None:
+    lines = model_lines(report)
+    shards = "1 file" if report["shards"] == 1 else f"{report['shards']} shards"
+    lines[0] += f"   {shards}, {format_bytes(report['model_bytes'])}"
+    lines.append(f"  store      {format_bytes(report['store_bytes']):>9}")
+    if report["profile_tokens"]:
+        lines.append(f"  profile    hottest experts first, counted over {report['profile_tokens']:,} tokens")
+    for target in report["targets"]:
+        fits = "OK" if target["needs_bytes"] <= target["free_bytes"] else "TOO LITTLE"
+        lines.append(
+            f"  needs      {format_bytes(target['needs_bytes']):>9}  on {target['path']}   "
+            f"{format_bytes(target['free_bytes'])} free   {fits}"
+        )
+    lines += [f"  short      {line}" for line in short]
+    if "seconds" in report:
+        rate = report["store_bytes"] / max(report["seconds"], 1e-9)
+        lines.append(
+            f"  takes      ~{format_seconds(report['seconds'])} at {format_rate(rate)} (measured, 1 s a drive)"
+        )
+    print("\n".join(lines))

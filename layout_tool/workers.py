@@ -1,0 +1,58 @@
+"""A few threads that read, copy and write, each with buffers of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import numpy as np
+
+from fomoe_io.manifest import PAGE_BYTES
+from layout_tool.direct import aligned_buffer
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+THREADS = 4
+"""Enough for reads, hashing and writes to overlap, with a queue of four on the drive."""
+
+
+class Buffers(threading.local):
+    """Per thread: `out`, and `scratch` with room for a page before and after what fits in `out`."""
+
+    def __init__(self, size: int) -> None:
+        self.out: np.ndarray = aligned_buffer(size)
+        self.scratch: np.ndarray = aligned_buffer(size + 2 * PAGE_BYTES)
+
+
+def run_tasks(
+    tasks: Iterable[Task],
+    work: Callable[[Task, Buffers], Result],
+    done: Callable[[Task, Result], None],
+    buffer_bytes: int,
+) -> None:
+    """Run `work` on every task in a few threads and hand each result to `done` in the calling thread.
+
+    The first error stops everything: tasks already begun are finished, so no thread writes afterwards.
+    """
+    buffers = Buffers(buffer_bytes)
+    waiting: dict[Future[Result], Task] = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for task in tasks:
+                waiting[pool.submit(work, task, buffers)] = task
+                if len(waiting) >= 2 * THREADS:
+                    _collect(waiting, done)
+            while waiting:
+                _collect(waiting, done)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _collect(waiting: dict[Future[Result], Task], done: Callable[[Task, Result], None]) -> None:
+    finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+    for future in finished:
+        done(waiting.pop(future), future.result())
