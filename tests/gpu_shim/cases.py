@@ -1,0 +1,368 @@
+"""Checks of every kernel against float64 numpy.  A runner launches them: on the CPU double or on a real device."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from gpu_shim import reference as ref
+
+import fomoe_io.kernels as kernels
+
+# Float32 arithmetic in another order, and exp to 2 ulp: far below 1e-5 of the norm, far above any wrong index.
+CLOSE = 3e-6
+
+
+class Handle(Protocol):
+    pointer: int
+
+    def get(self) -> np.ndarray: ...
+
+
+class Runner(Protocol):
+    def put(self, array: np.ndarray) -> Handle: ...
+
+    def launch(self, name: str, grid: tuple[int, int, int], *arguments: Any) -> None: ...
+
+
+def poison(*shape: int) -> np.ndarray:
+    """Floats that no kernel may leave behind."""
+    return np.full(shape, np.nan, np.float32)
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def quantized(runner: Runner, x: np.ndarray) -> Handle:
+    """x as Q8 rows on the device, by the kernel itself."""
+    tokens, columns = x.shape
+    row = runner.put(np.full((tokens, kernels.q8_row_bytes(columns)), 0xAA, np.uint8))
+    runner.launch("quantize_q8", (kernels.up(columns, 256), tokens, 1), runner.put(x), row, columns)
+    return row
+
+
+def check_quantize(runner: Runner, rng: np.random.Generator, columns: int, tokens: int) -> None:
+    x = normal(rng, tokens, columns) * np.exp(normal(rng, tokens, 1))
+    x[0, :32] = 0  # a group of zeros has no scale
+    got = quantized(runner, x).get()
+    want, values, d = ref.q8(x)
+    # The scale is a division by 127: a GPU's own division may differ in the last bit, and a byte on the edge by one.
+    bytes_off = np.abs(got[:, :columns].view(np.int8).astype(int) - want[:, :columns].view(np.int8))
+    assert bytes_off.max() <= 1 and bytes_off.mean() < 1e-3
+    assert np.abs(ref.from_q8(got, columns) - x).max() <= np.abs(d).max() * 0.51
+    assert ref.error(ref.from_q8(got, columns), values) < 1e-3
+    got_pairs = np.ascontiguousarray(got[:, columns : columns + columns // 4]).view(np.float32).reshape(tokens, -1, 2)
+    sums = got[:, :columns].view(np.int8).reshape(tokens, -1, 32).sum(axis=2, dtype=np.int32)
+    np.testing.assert_allclose(got_pairs[..., 1], got_pairs[..., 0] * sums, rtol=1e-6)
+
+
+def activations(runner: Runner, name: str, x: np.ndarray) -> tuple[Handle, np.ndarray]:
+    """The vector as the type's kernels take it, and what it then stands for."""
+    if name in kernels.FLOAT_TYPES:
+        return runner.put(x), x.astype(np.float64)
+    row = quantized(runner, x)
+    return row, ref.from_q8(row.get(), x.shape[1])
+
+
+def check_mat_vec(runner: Runner, rng: np.random.Generator, name: str, rows: int, columns: int, tokens: int) -> None:
+    data, weights = ref.random_weights(rng, name, rows, columns)
+    x, values = activations(runner, name, normal(rng, tokens, columns))
+    w = runner.put(data)
+    for kernel, grid in (
+        ("mat_vec", kernels.mat_vec_grid(rows, tokens)),
+        ("mat_mul", kernels.mat_mul_grid(rows, tokens)),
+    ):
+        y = runner.put(poison(tokens, rows))
+        runner.launch(f"{kernel}_{name}", grid, w, x, y, rows, columns, tokens)
+        assert ref.error(y.get(), values @ weights.T) < CLOSE, kernel
+
+
+def check_expand(runner: Runner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
+    data, weights = ref.random_weights(rng, name, rows, columns)
+    ids = rng.integers(0, rows, 3).astype(np.int32)
+    y = runner.put(poison(3, columns))
+    grid = (kernels.up(columns, 1024), 3, 1)
+    runner.launch(f"expand_{name}", grid, runner.put(data), runner.put(ids), y, columns)
+    np.testing.assert_allclose(y.get(), weights[ids], rtol=1e-6, atol=1e-7)
+
+
+def make_records(
+    runner: Runner, rng: np.random.Generator, experts: int, gate_type: str, down_type: str, ff: int, columns: int
+) -> tuple[list[Handle], dict[str, int], list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """Experts as records (gate | up | down), the offsets in a record, and their float64 weights."""
+    records, weights, offsets = [], [], {}
+    for _ in range(experts):
+        gate, gate_values = ref.random_weights(rng, gate_type, ff, columns)
+        up, up_values = ref.random_weights(rng, gate_type, ff, columns)
+        down, down_values = ref.random_weights(rng, down_type, columns, ff)
+        offsets = {"up": gate.nbytes, "down": gate.nbytes + up.nbytes}
+        records.append(runner.put(np.concatenate([gate.ravel(), up.ravel(), down.ravel()])))
+        weights.append((gate_values, up_values, down_values))
+    return records, offsets, weights
+
+
+def check_experts(
+    runner: Runner,
+    rng: np.random.Generator,
+    gate_type: str,
+    down_type: str,
+    ff: int,
+    columns: int,
+    picks: int,
+    tokens: int,
+) -> None:
+    """All resident, then some late: right, and the same bits."""
+    experts = picks + 2
+    records, offsets, weights = make_records(runner, rng, experts, gate_type, down_type, ff, columns)
+    ids = np.stack([rng.permutation(experts)[:picks] for _ in range(tokens)])
+    share = rng.uniform(0.1, 1, (tokens, picks)).astype(np.float32)
+    x, values = activations(runner, gate_type, normal(rng, tokens, columns))
+    shared, gate = normal(rng, tokens, columns), normal(rng, tokens)
+    addresses = np.array([records[e].pointer for e in ids.ravel()], np.uint64)
+    is_late = rng.random(addresses.size) < 0.4
+    is_late[0], is_late[-1] = True, False
+    pairs, results = addresses.size, []
+    for late_mask in (np.zeros(pairs, bool), is_late):
+        here = runner.put(np.where(late_mask, np.uint64(0), addresses))
+        late = runner.put(np.where(late_mask, addresses, np.uint64(0)))
+        hidden = runner.put(np.full((pairs, kernels.q8_row_bytes(ff)), 0xAA, np.uint8))
+        floats = runner.put(poison(pairs, ff))
+        y = runner.put(poison(tokens, columns))
+        for table in (here, late) if late_mask.any() else (here,):
+            runner.launch(
+                f"experts_gate_up_{gate_type}", kernels.gate_up_grid(ff, pairs),
+                table, 0, offsets["up"], x, hidden, floats, ff, columns, picks,
+            )  # fmt: skip
+        runner.launch(
+            f"experts_down_{down_type}", kernels.down_grid(columns, tokens),
+            here, late, offsets["down"], hidden if down_type in kernels.QUANTIZED_TYPES else floats,
+            runner.put(share), runner.put(shared), runner.put(gate), y, columns, ff, picks,
+        )  # fmt: skip
+        results.append((floats.get(), hidden.get(), y.get()))
+    for first, second in zip(*results, strict=True):
+        np.testing.assert_array_equal(first, second)
+    floats_got, hidden_got, y_got = results[0]
+    want_hidden = np.empty((pairs, ff))
+    want = shared * ref.sigmoid(gate.astype(np.float64))[:, None]
+    hidden_used = ref.from_q8(hidden_got, ff) if down_type in kernels.QUANTIZED_TYPES else floats_got
+    for pair in range(pairs):
+        token, rank = divmod(pair, picks)
+        gate_w, up_w, down_w = weights[ids[token, rank]]
+        want_hidden[pair] = ref.silu(gate_w @ values[token]) * (up_w @ values[token])
+        want[token] += share[token, rank].astype(np.float64) * (down_w @ hidden_used[pair])
+    assert ref.error(floats_got, want_hidden) < CLOSE
+    np.testing.assert_allclose(ref.from_q8(hidden_got, ff), floats_got, atol=np.abs(floats_got).max() / 127 * 0.51)
+    assert ref.error(y_got, want) < CLOSE
+
+
+def check_absent_expert_is_nan(runner: Runner, rng: np.random.Generator) -> None:
+    records, offsets, _ = make_records(runner, rng, 2, "q4_k", "q4_k", 256, 256)
+    table = runner.put(np.array([records[0].pointer, 0], np.uint64))
+    hidden = quantized(runner, normal(rng, 2, 256))
+    y = runner.put(np.zeros((1, 256), np.float32))
+    share = runner.put(np.array([0.5, 0.5], np.float32))
+    runner.launch(
+        "experts_down_q4_k", kernels.down_grid(256), table, None, offsets["down"], hidden, share, None, None, y,
+        256, 256, 2,
+    )  # fmt: skip
+    assert np.isnan(y.get()).all()
+
+
+def check_rms_norm(runner: Runner, rng: np.random.Generator, columns: int, tokens: int) -> None:
+    x, residual, weight = normal(rng, tokens, columns), normal(rng, tokens, columns), normal(rng, columns)
+    for add in (None, residual):
+        device_x, y = runner.put(x), runner.put(poison(tokens, columns))
+        q8 = runner.put(np.full((tokens, kernels.q8_row_bytes(columns)), 0xAA, np.uint8))
+        r = None if add is None else runner.put(add)
+        runner.launch("rms_norm", (tokens, 1, 1), device_x, r, runner.put(weight), y, q8, columns, 1e-6)
+        total = x if add is None else x + add
+        np.testing.assert_array_equal(device_x.get(), total)
+        got = y.get()
+        assert ref.error(got, ref.rms_norm(total.astype(np.float64), weight, 1e-6)) < CLOSE
+        np.testing.assert_array_equal(q8.get(), quantized(runner, got).get())
+
+
+def check_silu_mul(runner: Runner, rng: np.random.Generator, columns: int, tokens: int) -> None:
+    gate, up = 20 * normal(rng, tokens, columns), normal(rng, tokens, columns)
+    gate[0, :4] = (-200, 200, -88, 0)
+    y = runner.put(poison(tokens, columns))
+    q8 = runner.put(np.full((tokens, kernels.q8_row_bytes(columns)), 0xAA, np.uint8))
+    grid = (kernels.up(columns, 256), tokens, 1)
+    runner.launch("silu_mul", grid, runner.put(gate), runner.put(up), y, q8, columns)
+    want = ref.silu(gate.astype(np.float64)) * up
+    np.testing.assert_allclose(y.get(), want, rtol=2e-6, atol=1e-35)
+    np.testing.assert_array_equal(q8.get(), quantized(runner, y.get()).get())
+
+
+def check_attention(
+    runner: Runner,
+    rng: np.random.Generator,
+    cache: str,
+    dim: int,
+    heads: int,
+    kv_heads: int,
+    positions: list[int],
+    rotary: int,
+    gated: bool,
+) -> None:
+    """Norm, rope, cache, attention and merge of consecutive tokens over a cache that holds what came before."""
+    tokens, context, eps = len(positions), max(positions) + 1, 1e-6
+    q_stride = 2 * dim if gated else dim
+    q, k, v = normal(rng, tokens, heads, q_stride), normal(rng, tokens, kv_heads, dim), normal(rng, tokens, kv_heads, dim)
+    q_norm, k_norm = normal(rng, dim), normal(rng, dim)
+    element = np.float32 if cache == "f32" else np.float16
+    keys, values = (normal(rng, context, kv_heads, dim).astype(element) for _ in range(2))
+    angles = np.array(positions)[:, None] * 1e4 ** (-2 * np.arange(rotary // 2) / rotary)
+    turns = np.stack([np.cos(angles), np.sin(angles)], axis=2).astype(np.float32)
+    place = runner.put(np.array(positions, np.int32))
+    device_q, device_keys, device_values = runner.put(q), runner.put(keys), runner.put(values)
+    q_out = runner.put(poison(tokens, heads, dim))
+    runner.launch(
+        f"attention_prepare_{cache}", (heads + 2 * kv_heads, tokens, 1),
+        device_q, runner.put(k), runner.put(v), runner.put(q_norm), runner.put(k_norm), runner.put(turns), place,
+        q_out, device_keys, device_values, heads, kv_heads, dim, q_stride, rotary, eps,
+    )  # fmt: skip
+    want_q = ref.rope(ref.rms_norm(q[..., :dim].astype(np.float64), q_norm, eps), angles)
+    keys, values = keys.astype(np.float64), values.astype(np.float64)
+    keys[positions] = ref.rope(ref.rms_norm(k.astype(np.float64), k_norm, eps), angles)
+    values[positions] = v
+    close = CLOSE if cache == "f32" else 5e-4  # f16 keeps 11 bits
+    assert ref.error(q_out.get(), want_q) < CLOSE
+    assert ref.error(device_keys.get(), keys) < close
+    assert ref.error(device_values.get(), values) < close
+
+    splits = kernels.attention_splits(context) + 1  # one more than this context fills
+    parts = runner.put(poison(tokens, heads, splits, dim + 2))
+    y = runner.put(poison(tokens, heads * dim))
+    q8 = runner.put(np.full((tokens, kernels.q8_row_bytes(heads * dim)), 0xAA, np.uint8))
+    runner.launch(
+        f"attention_{cache}_{dim}", (kv_heads, splits, tokens),
+        q_out, device_keys, device_values, place, parts, heads, kv_heads, splits, dim**-0.5,
+    )  # fmt: skip
+    gate = runner.put(q[..., dim:]) if gated else None
+    runner.launch("attention_merge", (heads, tokens, 1), parts, place, gate, y, q8, heads, dim, splits, dim)
+    stored = (device_keys.get().astype(np.float64), device_values.get().astype(np.float64))
+    want = ref.attention(q_out.get().astype(np.float64), *stored, np.array(positions), dim**-0.5)
+    if gated:
+        want = want * ref.sigmoid(q[..., dim:].astype(np.float64))
+    assert ref.error(y.get(), want.reshape(tokens, -1)) < 2 * CLOSE
+    np.testing.assert_array_equal(q8.get(), quantized(runner, y.get()).get())
+
+
+def check_conv(runner: Runner, rng: np.random.Generator, channels: int, taps: int, tokens: int) -> None:
+    weight, x, state = normal(rng, channels, taps), normal(rng, tokens, channels), normal(rng, taps - 1, channels)
+    device_state, y = runner.put(state), runner.put(poison(tokens, channels))
+    grid = (kernels.up(channels, 128), 1, 1)
+    runner.launch("conv_step", grid, runner.put(weight), runner.put(x), device_state, y, channels, taps, tokens)
+    row = np.concatenate([state, x]).astype(np.float64)
+    want = ref.silu(np.stack([(row[t : t + taps].T * weight).sum(axis=1) for t in range(tokens)]))
+    assert ref.error(y.get(), want) < CLOSE
+    np.testing.assert_array_equal(device_state.get(), row[tokens:].astype(np.float32))
+
+
+def check_delta(
+    runner: Runner,
+    rng: np.random.Generator,
+    k_dim: int,
+    v_dim: int,
+    key_heads: int,
+    value_heads: int,
+    is_grouped: bool,
+    tokens: int,
+) -> None:
+    width = 2 * key_heads * k_dim + value_heads * v_dim
+    mixed, state = normal(rng, tokens, width), normal(rng, value_heads, v_dim, k_dim)
+    alpha, beta = 5 * normal(rng, tokens, value_heads), normal(rng, tokens, value_heads)
+    dt, a = normal(rng, value_heads), -np.exp(normal(rng, value_heads))
+    alpha[0, 0] = 30  # softplus is the identity there
+    device_state, y = runner.put(state), runner.put(poison(tokens, value_heads, v_dim))
+    runner.launch(
+        f"delta_step_{k_dim}", (v_dim // 16, value_heads, 1),
+        runner.put(mixed), runner.put(alpha), runner.put(beta), runner.put(dt), runner.put(a), device_state, y,
+        key_heads, value_heads, v_dim, int(is_grouped), tokens, 1e-6,
+    )  # fmt: skip
+    wide = mixed.astype(np.float64)
+    q, k = (wide[:, i * key_heads * k_dim :][:, : key_heads * k_dim].reshape(tokens, key_heads, k_dim) for i in (0, 1))
+    v = wide[:, 2 * key_heads * k_dim :].reshape(tokens, value_heads, v_dim)
+    heads = np.arange(value_heads)
+    key_head_of = heads // (value_heads // key_heads) if is_grouped else heads % key_heads
+    want_state = state.astype(np.float64)
+    want = ref.delta_rule(q, k, v, alpha.astype(np.float64), beta.astype(np.float64), dt, a, want_state, key_head_of, 1e-6)
+    assert ref.error(y.get(), want) < CLOSE
+    assert ref.error(device_state.get(), want_state) < CLOSE
+
+    o, z, weight = y.get(), normal(rng, tokens, value_heads, v_dim), normal(rng, v_dim)
+    out = runner.put(poison(tokens, value_heads * v_dim))
+    q8 = runner.put(np.full((tokens, kernels.q8_row_bytes(value_heads * v_dim)), 0xAA, np.uint8))
+    runner.launch(
+        "gated_norm", (kernels.up(value_heads, 4), tokens, 1), y, runner.put(z), runner.put(weight), out, q8,
+        value_heads, v_dim, 1e-6,
+    )  # fmt: skip
+    want = ref.rms_norm(o.astype(np.float64), weight, 1e-6) * ref.silu(z.astype(np.float64))
+    assert ref.error(out.get(), want.reshape(tokens, -1)) < CLOSE
+    np.testing.assert_array_equal(q8.get(), quantized(runner, out.get()).get())
+
+
+def route_reference(logits: np.ndarray, picks: int, normalise: bool, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    ids = np.argsort(-p, axis=1, kind="stable")[:, :picks]
+    weights = np.take_along_axis(p, ids, axis=1)
+    if normalise:
+        weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 2.0**-14)
+    return ids, weights * scale
+
+
+def check_route(runner: Runner, rng: np.random.Generator, experts: int, picks: int, tokens: int) -> None:
+    logits = 3 * normal(rng, tokens, experts)
+    logits[0] = np.round(logits[0])  # ties: the lower id first
+    for normalise, scale in ((1, 1.0), (0, 2.5)):
+        ids = runner.put(np.full((tokens, picks), -1, np.int32))
+        weights = runner.put(poison(tokens, picks))
+        runner.launch("route", (tokens, 1, 1), runner.put(logits), ids, weights, experts, picks, normalise, scale)
+        want_ids, want_weights = route_reference(logits.astype(np.float64), picks, bool(normalise), scale)
+        np.testing.assert_array_equal(ids.get(), want_ids)
+        np.testing.assert_allclose(weights.get(), want_weights, rtol=1e-5)
+
+
+def check_resolve(runner: Runner, rng: np.random.Generator, experts: int, picks: int) -> None:
+    """Three layers in a row through a ring that wraps: hits resolved, misses posted in the router's order."""
+    ring_size, layers, posted_before = 2 * picks, 3, 5
+    table = rng.integers(1, 1 << 60, (layers, experts)).astype(np.uint64)
+    table[rng.random((layers, experts)) < 0.5] = 0
+    ring = runner.put(np.zeros((ring_size, 4), np.uint32))
+    posted = runner.put(np.array([posted_before], np.uint32))
+    count = posted_before
+    for layer in range(layers):
+        logits = 3 * normal(rng, 1, experts)
+        ids, weights = runner.put(np.full(picks, -1, np.int32)), runner.put(poison(picks))
+        records, again = (runner.put(np.full(picks, 77, np.uint64)) for _ in range(2))
+        row = runner.put(table[layer])
+        runner.launch(
+            "route_and_resolve", (1, 1, 1), runner.put(logits), ids, weights, row, records, ring, posted,
+            layer, ring_size, experts, picks, 1, 1.0,
+        )  # fmt: skip
+        want, _ = route_reference(logits.astype(np.float64), picks, True, 1.0)
+        np.testing.assert_array_equal(ids.get(), want[0])
+        np.testing.assert_array_equal(records.get(), table[layer, want[0]])
+        seen = ring.get()
+        for pair in np.flatnonzero(table[layer, want[0]] == 0):
+            entry = seen[count % ring_size]
+            count += 1
+            np.testing.assert_array_equal(entry, (count, layer, want[0][pair], pair))
+        assert posted.get()[0] == count
+        other = runner.put(np.zeros((ring_size, 4), np.uint32))
+        other_count = runner.put(np.zeros(1, np.uint32))
+        runner.launch("resolve_picks", (1, 1, 1), ids, row, again, other, other_count, layer, ring_size, picks)
+        np.testing.assert_array_equal(again.get(), records.get())
+    assert count > posted_before + ring_size // 2  # the ring did carry misses
+
+
+def check_nan_logits_show(runner: Runner, rng: np.random.Generator) -> None:
+    logits = normal(rng, 1, 64)
+    logits[0, 7] = np.nan
+    ids, weights = runner.put(np.full((1, 8), -1, np.int32)), runner.put(np.zeros((1, 8), np.float32))
+    runner.launch("route", (1, 1, 1), runner.put(logits), ids, weights, 64, 8, 1, 1.0)
+    assert ids.get().min() >= 0 and ids.get().max() < 64
+    assert np.isnan(weights.get()).all()

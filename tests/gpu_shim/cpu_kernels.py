@@ -1,0 +1,77 @@
+"""The kernels built for the CPU (every GPU thread a fiber), and a runner that launches them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fomoe_io.kernels as kernels
+
+SHIM = Path(__file__).resolve().parent
+PAGE = mmap.PAGESIZE
+
+
+def build(folder: Path) -> Path:
+    """Compile the kernels with g++ into ``folder``; skips where that is impossible."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the fiber switch is written for x86-64")
+    if not shutil.which("g++"):
+        pytest.skip("g++ is not installed")
+    library = folder / "libkernels.so"
+    source = Path(kernels.__file__).parent
+    command = ["g++", "-x", "c++", "-DFOMOE_GPU_ON_CPU", f"-I{SHIM}", f"-I{source}", "-O1", "-std=c++17", "-mavx2"]
+    command += ["-mfma", "-mf16c", "-fvisibility=hidden", "-shared", "-fPIC", str(source / kernels.MAIN_SOURCE)]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return library
+
+
+class Buffer:
+    """Memory that ends at a page nobody may touch, so that reading past the end is a crash, not a wrong number."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = np.ascontiguousarray(array)
+        room = -(-self.array.nbytes // PAGE) * PAGE
+        self._map = mmap.mmap(-1, room + PAGE)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mprotect(ctypes.c_void_p(base + room), ctypes.c_size_t(PAGE), 0) == 0
+        self.pointer = base + (room - self.array.nbytes) // 16 * 16
+        ctypes.memmove(self.pointer, self.array.ctypes.data, self.array.nbytes)
+
+    def get(self) -> np.ndarray:
+        """The present contents."""
+        result = np.empty_like(self.array)
+        ctypes.memmove(result.ctypes.data, self.pointer, result.nbytes)
+        return result
+
+
+class CpuRunner:
+    """Launches kernels of the CPU build; same interface as the runner of the GPU tests."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.table = kernels.kernels()
+
+    def put(self, array: np.ndarray) -> Buffer:
+        """Copy an array to where kernels can reach it."""
+        return Buffer(array)
+
+    def launch(self, name: str, grid: Sequence[int], *arguments: object) -> None:
+        """Run a kernel to its end.  Arguments: Buffer or None for pointers, numbers for the rest."""
+        c_types = {"p": ctypes.c_void_p, "q": ctypes.c_uint64, "i": ctypes.c_int32, "f": ctypes.c_float}
+        signature = self.table[name].signature
+        assert len(signature) == len(arguments), name
+        values = [
+            c_types[code](a.pointer if isinstance(a, Buffer) else a)
+            for code, a in zip(signature, arguments, strict=True)
+        ]
+        addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        getattr(self.library, f"{name}__launch")(addresses, *(int(g) for g in grid))

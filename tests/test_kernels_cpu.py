@@ -1,0 +1,148 @@
+"""Every kernel on the CPU double: fresh random inputs, odd shapes, against float64 numpy."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+import numpy as np
+import pytest
+from gpu_shim import cases
+from gpu_shim.cpu_kernels import CpuRunner, build
+
+import fomoe_io.kernels as kernels
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> CpuRunner:
+    return CpuRunner(build(tmp_path_factory.mktemp("kernels")))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    return np.random.default_rng(sum(request.node.name.encode()))
+
+
+def test_signatures_are_what_the_compiler_sees(runner: CpuRunner) -> None:
+    for name, kernel in runner.table.items():
+        signature = getattr(runner.library, f"{name}__signature")
+        signature.restype = ctypes.c_char_p
+        assert signature().decode() == kernel.signature, name
+        assert getattr(runner.library, f"{name}__block_threads")() == kernel.threads, name
+
+
+@pytest.mark.parametrize(("columns", "tokens"), [(64, 1), (256, 3), (1056, 2)])
+def test_quantize(runner: CpuRunner, rng: np.random.Generator, columns: int, tokens: int) -> None:
+    cases.check_quantize(runner, rng, columns, tokens)
+
+
+@pytest.mark.parametrize("name", kernels.TYPES)
+@pytest.mark.parametrize(("rows", "blocks", "tokens"), [(1, 1, 1), (13, 3, 1), (9, 9, 3), (3, 2, 9)])
+def test_mat_vec(
+    runner: CpuRunner, rng: np.random.Generator, name: str, rows: int, blocks: int, tokens: int
+) -> None:
+    columns = blocks * (32 if name == "q8_0" else 8 if name in kernels.FLOAT_TYPES else 256)
+    cases.check_mat_vec(runner, rng, name, rows, columns, tokens)
+
+
+@pytest.mark.parametrize("name", kernels.TYPES)
+def test_mat_vec_of_long_rows(runner: CpuRunner, rng: np.random.Generator, name: str) -> None:
+    cases.check_mat_vec(runner, rng, name, 3, 2304, 1)
+
+
+@pytest.mark.parametrize("name", kernels.TYPES)
+def test_expand(runner: CpuRunner, rng: np.random.Generator, name: str) -> None:
+    cases.check_expand(runner, rng, name, 5, 1280)
+
+
+@pytest.mark.parametrize(
+    ("gate_type", "down_type"),
+    [("q4_k", "q6_k"), ("q5_k", "q4_k"), ("q6_k", "q5_k"), ("q8_0", "q8_0"), ("f16", "f16"), ("bf16", "f32"),
+     ("f32", "q8_0")],
+)  # fmt: skip
+def test_experts(runner: CpuRunner, rng: np.random.Generator, gate_type: str, down_type: str) -> None:
+    cases.check_experts(runner, rng, gate_type, down_type, 256, 512, 3, 2)
+
+
+def test_experts_of_an_odd_number_of_blocks(runner: CpuRunner, rng: np.random.Generator) -> None:
+    cases.check_experts(runner, rng, "q6_k", "q8_0", 96, 768, 5, 1)
+
+
+def test_an_absent_expert_is_never_silence(runner: CpuRunner, rng: np.random.Generator) -> None:
+    cases.check_absent_expert_is_nan(runner, rng)
+
+
+@pytest.mark.parametrize(("columns", "tokens"), [(32, 1), (1568, 3)])
+def test_rms_norm(runner: CpuRunner, rng: np.random.Generator, columns: int, tokens: int) -> None:
+    cases.check_rms_norm(runner, rng, columns, tokens)
+
+
+def test_silu_mul(runner: CpuRunner, rng: np.random.Generator) -> None:
+    cases.check_silu_mul(runner, rng, 288, 2)
+
+
+@pytest.mark.parametrize("cache", ["f32", "f16"])
+@pytest.mark.parametrize(
+    ("dim", "heads", "kv_heads", "positions", "rotary", "gated"),
+    [(64, 3, 3, [0], 64, False), (128, 4, 2, [62, 63, 64], 32, True), (256, 12, 1, [130], 64, True)],
+)
+def test_attention(
+    runner: CpuRunner,
+    rng: np.random.Generator,
+    cache: str,
+    dim: int,
+    heads: int,
+    kv_heads: int,
+    positions: list[int],
+    rotary: int,
+    gated: bool,
+) -> None:
+    cases.check_attention(runner, rng, cache, dim, heads, kv_heads, positions, rotary, gated)
+
+
+@pytest.mark.parametrize(("channels", "taps", "tokens"), [(130, 4, 1), (64, 4, 7), (33, 2, 3)])
+def test_conv(runner: CpuRunner, rng: np.random.Generator, channels: int, taps: int, tokens: int) -> None:
+    cases.check_conv(runner, rng, channels, taps, tokens)
+
+
+@pytest.mark.parametrize(
+    ("k_dim", "v_dim", "key_heads", "value_heads", "is_grouped", "tokens"),
+    [(128, 128, 2, 4, False, 1), (64, 32, 3, 6, True, 4)],
+)
+def test_delta(
+    runner: CpuRunner,
+    rng: np.random.Generator,
+    k_dim: int,
+    v_dim: int,
+    key_heads: int,
+    value_heads: int,
+    is_grouped: bool,
+    tokens: int,
+) -> None:
+    cases.check_delta(runner, rng, k_dim, v_dim, key_heads, value_heads, is_grouped, tokens)
+
+
+@pytest.mark.parametrize(("experts", "picks", "tokens"), [(32, 4, 3), (512, 10, 2), (1000, 32, 1), (5, 5, 1)])
+def test_route(runner: CpuRunner, rng: np.random.Generator, experts: int, picks: int, tokens: int) -> None:
+    cases.check_route(runner, rng, experts, picks, tokens)
+
+
+def test_resolve(runner: CpuRunner, rng: np.random.Generator) -> None:
+    cases.check_resolve(runner, rng, 128, 8)
+
+
+def test_nan_logits_show(runner: CpuRunner, rng: np.random.Generator) -> None:
+    cases.check_nan_logits_show(runner, rng)
+
+
+@pytest.mark.parametrize("word", ["served", "stop"])
+def test_wait_for_misses(runner: CpuRunner, word: str) -> None:
+    words = {"posted": [7], "served": [4], "stop": [0]}
+    buffers = {name: runner.put(np.array(value, np.uint32)) for name, value in words.items()}
+    waiter = threading.Thread(target=runner.launch, args=("wait_for_misses", (1, 1, 1), *buffers.values()))
+    waiter.start()
+    waiter.join(0.05)
+    assert waiter.is_alive()
+    ctypes.c_uint32.from_address(buffers[word].pointer).value = 7
+    waiter.join(10)
+    assert not waiter.is_alive()
