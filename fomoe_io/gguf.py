@@ -258,7 +258,9 @@ class _Shard:
     path: Path
     size: int
     metadata: dict[str, Any]
-    metadata_raw: bytes
+    preamble: bytes
+    keys_start: int
+    keys_end: int
     tensors: list[TensorInfo]
     header_bytes: int
 
@@ -269,9 +271,10 @@ def _read_shard(path: Path, file: int) -> _Shard:
         version, tensor_count, key_count = _preamble(cursor)
         first_key = cursor.at
         values = _metadata(cursor, key_count)
-        raw = MAGIC + struct.pack("<IQQ", version, 0, key_count) + cursor.data[first_key : cursor.at]
+        keys_end = cursor.at
         tensors = _tensors(cursor, tensor_count, values, file)
-        return _Shard(path, cursor.size, values, raw, tensors, cursor.at)
+        preamble = MAGIC + struct.pack("<IQQ", version, 0, key_count)
+        return _Shard(path, cursor.size, values, preamble, first_key, keys_end, tensors, cursor.at)
     finally:
         cursor.close()
 
@@ -376,13 +379,11 @@ class GGUFFile:
     file_bytes : list of int
     header_bytes : list of int
         Up to the end of the tensor infos.
-    metadata_raw : bytes
-        The first shard's keys as a GGUF file of their own, without tensors.
     """
 
     def __init__(self, shards: list[_Shard]) -> None:
         self.metadata = Metadata(shards[0].metadata)
-        self.metadata_raw = shards[0].metadata_raw
+        self._first = shards[0]
         self.paths = [shard.path for shard in shards]
         self.file_bytes = [shard.size for shard in shards]
         self.header_bytes = [shard.header_bytes for shard in shards]
@@ -415,12 +416,20 @@ class GGUFFile:
         for index, shard_path in enumerate(_shard_paths(Path(path), first.metadata)):
             if index:
                 shards.append(_read_shard(_existing(shard_path), index))
-                _check_shard(shards[-1], index, count)
+                _check_shard(shards[-1], index, first.metadata)
         total = first.metadata.get("split.tensors.count")
         found = sum(len(shard.tensors) for shard in shards)
         if total is not None and total != found:
-            raise FormatError(f"{path}: the shards hold {found} tensors, split.tensors.count says {total}")
+            raise FormatError(
+                f"{path}: the shards hold {found} tensors, split.tensors.count says {total}", hint=DOWNLOAD_AGAIN
+            )
         return cls(shards)
+
+    def metadata_bytes(self) -> bytes:
+        """The first shard's keys as a GGUF file of their own, without tensors."""
+        with self._first.path.open("rb") as stream:
+            stream.seek(self._first.keys_start)
+            return self._first.preamble + stream.read(self._first.keys_end - self._first.keys_start)
 
     def fingerprint(self) -> str:
         """Identity of the weights: 32 hexadecimal digits, see :func:`fingerprint_of`."""
@@ -479,10 +488,12 @@ def _shard_paths(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
     return [path.with_name(f"{name['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
 
 
-def _check_shard(shard: _Shard, index: int, count: int) -> None:
-    found = shard.metadata.get("split.no"), shard.metadata.get("split.count")
-    if found != (index, count):
+def _check_shard(shard: _Shard, index: int, first: Mapping[str, Any]) -> None:
+    keys = ("split.no", "split.count", "split.tensors.count")
+    found = [shard.metadata.get(key) for key in keys]
+    if found != [index, first["split.count"], first.get("split.tensors.count")]:
         raise FormatError(
-            f"{shard.path} says it is shard {found[0]} (from 0) of {found[1]}, expected {index} of {count}",
+            f"{shard.path} is shard {found[0]} (from 0) of {found[1]} with {found[2]} tensors in all, expected {index} "
+            f"of {first['split.count']} with {first.get('split.tensors.count')}: it is of another model",
             hint="the shards of one model must lie together under their published names",
         )

@@ -62,6 +62,7 @@ def describe_in_place(
 
 
 def _head(kind: str, model: GGUFFile, fingerprint: str) -> dict[str, Any]:
+    metadata = model.metadata_bytes()
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -71,7 +72,7 @@ def _head(kind: str, model: GGUFFile, fingerprint: str) -> dict[str, Any]:
         "source": [
             {"name": path.name, "bytes": size} for path, size in zip(model.paths, model.file_bytes, strict=True)
         ],
-        "metadata": {"bytes": len(model.metadata_raw), "xxh3_64": checksum(model.metadata_raw)},
+        "metadata": {"bytes": len(metadata), "xxh3_64": checksum(metadata)},
     }
 
 

@@ -52,7 +52,7 @@ def index(model_path: Path, directory: Path, *, checksums: bool, overwrite: bool
     target_tools.make(targets)
     body = describe_in_place(model, store, resident, records)
     try:
-        write_atomically(targets[0] / METADATA, model.metadata_raw)
+        write_atomically(targets[0] / METADATA, model.metadata_bytes())
         write_atomically(targets[0] / MANIFEST, seal(body))
     except OSError as error:
         raise write_error(error, targets[0] / MANIFEST) from error

@@ -94,7 +94,7 @@ def pack(model_path: Path, directories: Sequence[Path], profile_path: Path | Non
         return _already_packed(targets, placement)
     if not overwrite and journal_header(targets[0]) is None:
         target_tools.check_unused(targets)
-    _check_space(targets, placement, len(model.metadata_raw))
+    _check_space(targets, placement, model.header_bytes[0])
     if overwrite:
         target_tools.clear(targets)
     target_tools.make(targets)
@@ -303,7 +303,7 @@ class _Pack:
             self._source.fingerprint,
         )
         try:
-            write_atomically(self._targets[0] / METADATA, self._model.metadata_raw)
+            write_atomically(self._targets[0] / METADATA, self._model.metadata_bytes())
             write_atomically(self._targets[0] / MANIFEST, seal(body))
         except OSError as error:
             raise write_error(error, self._targets[0] / MANIFEST) from error

@@ -28,7 +28,7 @@ def plan(model_path: Path, directories: Sequence[Path], profile_path: Path | Non
     targets = target_tools.resolve(directories)
     weights = target_tools.stripe_weights(targets) if targets else (1,)
     placement = place(source, frequencies, weights)
-    needs = target_tools.still_needed(targets, placement, len(model.metadata_raw)) if targets else []
+    needs = target_tools.still_needed(targets, placement, model.header_bytes[0]) if targets else []
     short = target_tools.shortages(targets, needs)
     total = sum(file.bytes for file in placement.files)
     report = {
