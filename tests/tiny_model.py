@@ -1,0 +1,174 @@
+"""Tiny random GGUF models of any shape, written with package gguf; for tests of the engine and the tools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from fomoe_io.gguf import tensor_bytes
+
+Type = gguf.GGMLQuantizationType
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Shape of a model; sizes are chosen per test, unlike the demo model's."""
+
+    architecture: str = "qwen35moe"
+    layers: int = 4
+    columns: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_columns: int = 32
+    rotated: int = 16
+    key_heads: int = 2
+    value_heads: int = 4
+    state_columns: int = 16
+    taps: int = 4
+    experts: int = 8
+    used: int = 3
+    hidden: int = 32
+    shared_hidden: int = 32
+    vocabulary: int = 300
+    tied: bool = False
+    fused: bool = False
+    weights: Type = Type.F32
+    gate: Type | None = None
+    down: Type | None = None
+
+
+def random_blocks(kind: Type, shape: tuple[int, ...], deviation: float, random: np.random.Generator) -> np.ndarray:
+    """Raw bytes of a tensor: quantized by package gguf where it can, else random blocks with sane scales."""
+    values = (random.standard_normal(tuple(reversed(shape))) * deviation).astype(np.float32)
+    if kind in (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q5_0, Type.Q4_1, Type.Q5_1):
+        return np.frombuffer(gguf.quants.quantize(values, kind).tobytes(), np.uint8)
+    size = tensor_bytes(kind, shape)
+    block = gguf.GGML_QUANT_SIZES[kind][1]
+    raw = random.integers(0, 256, (size // block, block), dtype=np.uint8)
+    half = {  # (offset, value) of the float16 scales: a random block then has about the deviation asked for
+        Type.Q4_K: [(0, deviation / 286), (2, 7.5 * deviation / 286)],
+        Type.Q5_K: [(0, deviation / 580), (2, 15.5 * deviation / 580)],
+        Type.Q6_K: [(208, deviation / 1367)],
+        Type.IQ4_NL: [(0, deviation / 70)],
+        Type.Q3_K: [(108, deviation / 41)],
+    }[kind]
+    for offset, value in half:
+        raw[:, offset : offset + 2] = np.array([value], np.float16).view(np.uint8)
+    return raw.reshape(-1)
+
+
+class _Writer:
+    def __init__(self, path: Path, shape: Tiny, random: np.random.Generator) -> None:
+        self.gguf = gguf.GGUFWriter(path, shape.architecture)
+        self.random = random
+
+    def add(self, name: str, shape: tuple[int, ...], kind: Type, deviation: float) -> None:
+        raw = random_blocks(kind, shape, deviation, self.random)
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        if kind == Type.F32:
+            self.gguf.add_tensor(name, raw.view(np.float32).reshape(tuple(reversed(shape))))
+        else:
+            rows = tuple(reversed(shape[1:]))
+            self.gguf.add_tensor(name, raw.reshape(*rows, shape[0] // block * size), raw_dtype=kind)
+
+    def vector(self, name: str, values: np.ndarray) -> None:
+        self.gguf.add_tensor(name, np.ascontiguousarray(values, np.float32))
+
+
+def vocabulary(size: int) -> tuple[list[str], list[int], list[str]]:
+    """The 256 byte tokens, fillers, and an end-of-text token; their types; a merge."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = [*letters, "Ġt", *(f"<filler{i}>" for i in range(size - 258)), "<|endoftext|>"]
+    return tokens, [1] * 257 + [5] * (size - 258) + [3], ["Ġ t"]
+
+
+def _metadata(writer: gguf.GGUFWriter, s: Tiny) -> None:
+    tokens, types, merges = vocabulary(s.vocabulary)
+    writer.add_name("tiny")
+    keys = {
+        "block_count": s.layers, "context_length": 4096, "embedding_length": s.columns,
+        "attention.head_count": s.heads, "attention.head_count_kv": s.kv_heads,
+        "attention.key_length": s.head_columns, "attention.value_length": s.head_columns,
+        "rope.dimension_count": s.rotated, "expert_count": s.experts, "expert_used_count": s.used,
+        "expert_feed_forward_length": s.hidden,
+    }  # fmt: skip
+    if s.architecture == "qwen35moe":
+        keys |= {
+            "ssm.conv_kernel": s.taps, "ssm.state_size": s.state_columns, "ssm.group_count": s.key_heads,
+            "ssm.time_step_rank": s.value_heads, "ssm.inner_size": s.value_heads * s.state_columns,
+            "full_attention_interval": 4,
+        }  # fmt: skip
+        if s.shared_hidden:
+            keys["expert_shared_feed_forward_length"] = s.shared_hidden
+    for key, value in keys.items():
+        writer.add_uint32(f"{s.architecture}.{key}", value)
+    writer.add_float32(f"{s.architecture}.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_float32(f"{s.architecture}.rope.freq_base", 10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(len(tokens) - 1)
+
+
+def write_tiny(path: Path, s: Tiny, seed: int) -> Path:
+    """Write the model; the same seed gives the same file."""
+    random = np.random.default_rng(seed)
+    w = _Writer(path, s, random)
+    _metadata(w.gguf, s)
+    unit = s.columns**-0.5
+    w.add("token_embd.weight", (s.columns, s.vocabulary), s.weights, 1.0)
+    if not s.tied:
+        w.add("output.weight", (s.columns, s.vocabulary), s.weights, unit)
+    w.vector("output_norm.weight", random.uniform(0.5, 1.5, s.columns))
+    for layer in range(s.layers):
+        _layer(w, s, layer, unit)
+    w.gguf.write_header_to_file()
+    w.gguf.write_kv_data_to_file()
+    w.gguf.write_tensors_to_file()
+    w.gguf.close()
+    return path
+
+
+def _layer(w: _Writer, s: Tiny, layer: int, unit: float) -> None:
+    b, random, kind = f"blk.{layer}.", w.random, s.weights
+    d, hybrid = s.columns, s.architecture == "qwen35moe"
+    w.vector(b + "attn_norm.weight", random.uniform(0.5, 1.5, d))
+    w.vector(b + ("post_attention_norm.weight" if hybrid else "ffn_norm.weight"), random.uniform(0.5, 1.5, d))
+    if not hybrid or (layer + 1) % 4 == 0:
+        width = s.heads * s.head_columns
+        w.add(b + "attn_q.weight", (d, 2 * width if hybrid else width), kind, unit)
+        w.add(b + "attn_k.weight", (d, s.kv_heads * s.head_columns), kind, unit)
+        w.add(b + "attn_v.weight", (d, s.kv_heads * s.head_columns), kind, unit)
+        w.add(b + "attn_output.weight", (width, d), kind, width**-0.5)
+        w.vector(b + "attn_q_norm.weight", random.uniform(0.5, 1.5, s.head_columns))
+        w.vector(b + "attn_k_norm.weight", random.uniform(0.5, 1.5, s.head_columns))
+    else:
+        keys, values = s.key_heads * s.state_columns, s.value_heads * s.state_columns
+        w.add(b + "attn_qkv.weight", (d, 2 * keys + values), kind, unit)
+        w.add(b + "attn_gate.weight", (d, values), kind, unit)
+        w.add(b + "ssm_beta.weight", (d, s.value_heads), kind, unit)
+        w.add(b + "ssm_alpha.weight", (d, s.value_heads), kind, unit)
+        w.add(b + "ssm_conv1d.weight", (s.taps, 2 * keys + values), Type.F32, 0.5)
+        w.vector(b + "ssm_dt.bias", random.standard_normal(s.value_heads))
+        w.vector(b + "ssm_a", -random.uniform(0.1, 2, s.value_heads))
+        w.vector(b + "ssm_norm.weight", random.uniform(0.5, 1.5, s.state_columns))
+        w.add(b + "ssm_out.weight", (values, d), kind, values**-0.5)
+    w.add(b + "ffn_gate_inp.weight", (d, s.experts), Type.F32, 2 * unit)
+    gate, down = s.gate or kind, s.down or kind
+    if s.fused:
+        w.add(b + "ffn_gate_up_exps.weight", (d, 2 * s.hidden, s.experts), gate, unit)
+    else:
+        w.add(b + "ffn_gate_exps.weight", (d, s.hidden, s.experts), gate, unit)
+        w.add(b + "ffn_up_exps.weight", (d, s.hidden, s.experts), kind, unit)
+    w.add(b + "ffn_down_exps.weight", (s.hidden, d, s.experts), down if layer % 2 else kind, s.hidden**-0.5)
+    if hybrid and s.shared_hidden:
+        w.add(b + "ffn_gate_shexp.weight", (d, s.shared_hidden), kind, unit)
+        w.add(b + "ffn_up_shexp.weight", (d, s.shared_hidden), kind, unit)
+        w.add(b + "ffn_down_shexp.weight", (s.shared_hidden, d), kind, s.shared_hidden**-0.5)
+        w.add(b + "ffn_gate_inp_shexp.weight", (d, 1), Type.F32, unit)
