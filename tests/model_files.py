@@ -8,6 +8,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from fomoe_io.store import Store
+
 COLUMNS, HIDDEN, EXPERTS, USED = 256, 512, 6, 2
 F16, Q4_K, Q6_K, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("F16", "Q4_K", "Q6_K", "Q8_0"))
 TYPES = ((Q4_K, Q4_K, Q6_K), (Q4_K, Q4_K, Q4_K), (Q8_0, Q8_0, F16))
@@ -26,8 +28,8 @@ def write_model(
 ) -> dict[str, np.ndarray]:
     """Write a model and return the bytes of its tensors (uint8, [..., row bytes]).
 
-    With `fused`, gate and up of the same random weights become one tensor; with `shard_tensors`, shards of so many
-    tensors are written, NAME-00001-of-0000N.gguf beside `path`.
+    With `fused`, gate and up are one tensor; with `shard_tensors`, shards of so many tensors are written,
+    NAME-00001-of-0000N.gguf beside `path`.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "qwen35moe", split_max_tensors=shard_tensors)
@@ -39,12 +41,10 @@ def write_model(
     writer.add_token_types([i % 5 for i in range(2000)])
     tensors: dict[str, np.ndarray] = {}
 
-    def add(tensor: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, data: np.ndarray | None = None) -> None:
+    def add(tensor: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> None:
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        shape = (*shape[:-1], shape[-1] // block * block_bytes)
-        data = rng.integers(0, 256, shape, np.uint8) if data is None else data
-        tensors[tensor] = data
-        writer.add_tensor(tensor, data, raw_dtype=kind)
+        tensors[tensor] = rng.integers(0, 256, (*shape[:-1], shape[-1] // block * block_bytes), np.uint8)
+        writer.add_tensor(tensor, tensors[tensor], raw_dtype=kind)
 
     add("token_embd.weight", (2000, COLUMNS), Q4_K)
     for layer, (gate, up, down) in enumerate(types):
@@ -73,3 +73,21 @@ def expert_bytes(tensors: dict[str, np.ndarray], layer: int, expert: int) -> lis
     else:
         gate, up = (tensors[f"blk.{layer}.ffn_{part}_exps.weight"][expert] for part in ("gate", "up"))
     return [part.tobytes() for part in (gate, up, tensors[f"blk.{layer}.ffn_down_exps.weight"][expert])]
+
+
+def read_expert(store: Store, layer: int, expert: int) -> list[bytes]:
+    """gate, up and down of an expert, read where the store says they are."""
+    parts = []
+    for file, offset, size in store.experts[layer].extents[expert].tolist():
+        with store.paths[file].open("rb") as stream:
+            stream.seek(offset)
+            parts.append(stream.read(size))
+    return parts
+
+
+def read_resident(store: Store, name: str) -> bytes:
+    """A resident tensor, read where the store says it is."""
+    info = store.resident[name]
+    with store.paths[info.file].open("rb") as stream:
+        stream.seek(info.offset)
+        return stream.read(info.bytes)

@@ -10,10 +10,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from model_files import write_model
 
 from fomoe_io.errors import FormatError
 from fomoe_io.gguf import EAGER_ELEMENTS, GGUFFile, read_metadata
+from tests.model_files import write_model
 
 U32, STRING, ARRAY = 4, 8, 9
 
