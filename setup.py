@@ -39,6 +39,8 @@ EXTENSIONS = [
         extra_compile_args=COMPILE_FLAGS + ["-pthread"],
         extra_link_args=["-pthread"],
     ),
+    # No HIP or CUDA header: the driver is found when the program runs.
+    Extension("fomoe_io._hip", ["fomoe_io/_hip.pyx"], extra_compile_args=COMPILE_FLAGS, extra_link_args=["-ldl"]),
     Extension(
         "fomoe_io._cpu",
         [

@@ -7,10 +7,10 @@ import threading
 
 import numpy as np
 import pytest
-from gpu_shim import cases
-from gpu_shim.cpu_kernels import CpuRunner, build
 
-import fomoe_io.kernels as kernels
+from fomoe_io import kernels
+from tests.gpu_shim import cases
+from tests.gpu_shim.cpu_kernels import CpuRunner, build
 
 
 @pytest.fixture(scope="session")

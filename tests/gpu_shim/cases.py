@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
-from gpu_shim import reference as ref
 
-import fomoe_io.kernels as kernels
+from fomoe_io import kernels
+from tests.gpu_shim import reference as ref
 
 # Float32 arithmetic in another order, and exp to 2 ulp: far below 1e-5 of the norm, far above any wrong index.
 CLOSE = 3e-6

@@ -1,0 +1,197 @@
+"""Every kernel on a real device, by the same checks as on the CPU double.  Run with -m gpu."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import pytest
+
+from fomoe_io import device, kernels
+from fomoe_io.device import Gpu
+from fomoe_io.errors import DeviceError
+from tests.gpu_shim import cases
+from tests.gpu_shim.device_runner import DeviceRunner
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Gpu:
+    try:
+        return Gpu()
+    except DeviceError as problem:
+        pytest.skip(problem.message)
+
+
+@pytest.fixture(scope="session")
+def runner(gpu: Gpu) -> DeviceRunner:
+    return DeviceRunner(gpu)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    return np.random.default_rng(sum(request.node.name.encode()))
+
+
+def test_nothing_spills(gpu: Gpu) -> None:
+    assert {name: gpu.resources(name)[1] for name in gpu.table} == dict.fromkeys(gpu.table, 0)
+
+
+@pytest.mark.parametrize(("columns", "tokens"), [(64, 1), (1056, 2), (4096, 7)])
+def test_quantize(runner: DeviceRunner, rng: np.random.Generator, columns: int, tokens: int) -> None:
+    cases.check_quantize(runner, rng, columns, tokens)
+
+
+@pytest.mark.parametrize("name", kernels.TYPES)
+@pytest.mark.parametrize(("rows", "columns", "tokens"), [(1, 256, 1), (13, 768, 3), (517, 4096, 9), (4096, 1024, 1)])
+def test_mat_vec(
+    runner: DeviceRunner, rng: np.random.Generator, name: str, rows: int, columns: int, tokens: int
+) -> None:
+    cases.check_mat_vec(runner, rng, name, rows, columns, tokens)
+
+
+@pytest.mark.parametrize("name", kernels.TYPES)
+def test_expand(runner: DeviceRunner, rng: np.random.Generator, name: str) -> None:
+    cases.check_expand(runner, rng, name, 64, 4096)
+
+
+@pytest.mark.parametrize(
+    ("gate_type", "down_type"),
+    [("q4_k", "q6_k"), ("q5_k", "q4_k"), ("q6_k", "q5_k"), ("q8_0", "q8_0"), ("f16", "f16"), ("bf16", "f32"),
+     ("f32", "q8_0")],
+)  # fmt: skip
+@pytest.mark.parametrize(("ff", "columns", "picks", "tokens"), [(256, 512, 3, 2), (512, 2048, 8, 1)])
+def test_experts(
+    runner: DeviceRunner,
+    rng: np.random.Generator,
+    gate_type: str,
+    down_type: str,
+    ff: int,
+    columns: int,
+    picks: int,
+    tokens: int,
+) -> None:
+    cases.check_experts(runner, rng, gate_type, down_type, ff, columns, picks, tokens)
+
+
+def test_experts_of_an_odd_number_of_blocks(runner: DeviceRunner, rng: np.random.Generator) -> None:
+    cases.check_experts(runner, rng, "q6_k", "q8_0", 96, 768, 5, 1)
+
+
+def test_an_absent_expert_is_never_silence(runner: DeviceRunner, rng: np.random.Generator) -> None:
+    cases.check_absent_expert_is_nan(runner, rng)
+
+
+@pytest.mark.parametrize(("columns", "tokens"), [(32, 1), (1568, 3), (4096, 1)])
+def test_rms_norm(runner: DeviceRunner, rng: np.random.Generator, columns: int, tokens: int) -> None:
+    cases.check_rms_norm(runner, rng, columns, tokens)
+
+
+def test_silu_mul(runner: DeviceRunner, rng: np.random.Generator) -> None:
+    cases.check_silu_mul(runner, rng, 1024, 3)
+
+
+@pytest.mark.parametrize("cache", ["f32", "f16"])
+@pytest.mark.parametrize(
+    ("dim", "heads", "kv_heads", "positions", "rotary", "gated"),
+    [(64, 3, 3, [0], 64, False), (128, 4, 2, [62, 63, 64], 32, True), (256, 32, 2, [1500], 64, True)],
+)
+def test_attention(
+    runner: DeviceRunner,
+    rng: np.random.Generator,
+    cache: str,
+    dim: int,
+    heads: int,
+    kv_heads: int,
+    positions: list[int],
+    rotary: int,
+    gated: bool,
+) -> None:
+    cases.check_attention(runner, rng, cache, dim, heads, kv_heads, positions, rotary, gated)
+
+
+@pytest.mark.parametrize(("channels", "taps", "tokens"), [(130, 4, 1), (12288, 4, 7), (33, 2, 3)])
+def test_conv(runner: DeviceRunner, rng: np.random.Generator, channels: int, taps: int, tokens: int) -> None:
+    cases.check_conv(runner, rng, channels, taps, tokens)
+
+
+@pytest.mark.parametrize(
+    ("k_dim", "v_dim", "key_heads", "value_heads", "is_grouped", "tokens"),
+    [(128, 128, 16, 64, False, 1), (128, 128, 2, 4, True, 9), (64, 32, 3, 6, True, 4)],
+)
+def test_delta(
+    runner: DeviceRunner,
+    rng: np.random.Generator,
+    k_dim: int,
+    v_dim: int,
+    key_heads: int,
+    value_heads: int,
+    is_grouped: bool,
+    tokens: int,
+) -> None:
+    cases.check_delta(runner, rng, k_dim, v_dim, key_heads, value_heads, is_grouped, tokens)
+
+
+@pytest.mark.parametrize(("experts", "picks", "tokens"), [(32, 4, 3), (512, 10, 2), (1000, 32, 1), (5, 5, 1)])
+def test_route(runner: DeviceRunner, rng: np.random.Generator, experts: int, picks: int, tokens: int) -> None:
+    cases.check_route(runner, rng, experts, picks, tokens)
+
+
+def test_resolve(runner: DeviceRunner, rng: np.random.Generator) -> None:
+    cases.check_resolve(runner, rng, 128, 8)
+
+
+def test_nan_logits_show(runner: DeviceRunner, rng: np.random.Generator) -> None:
+    cases.check_nan_logits_show(runner, rng)
+
+
+def test_same_input_same_bits(runner: DeviceRunner, rng: np.random.Generator) -> None:
+    """No sum depends on which block or stream came first."""
+    data, _ = cases.ref.random_weights(rng, "q4_k", 4096, 4096)
+    w, x = runner.put(data), cases.quantized(runner, cases.normal(rng, 1, 4096))
+    results = set()
+    for _ in range(20):
+        y = runner.put(cases.poison(4096))
+        runner.launch("mat_vec_q4_k", kernels.mat_vec_grid(4096), w, x, y, 4096, 4096, 1)
+        results.add(y.get().tobytes())
+    assert len(results) == 1
+
+
+def test_a_miss_is_served_without_a_synchronisation(gpu: Gpu, rng: np.random.Generator) -> None:
+    """The device posts a miss to host memory and waits; the host sees it, serves it, and the stream goes on."""
+    words = np.frombuffer(mmap.mmap(-1, 4096), np.uint32)
+    registration = gpu.register(words)
+    ring, served = registration.pointer, registration.pointer + 2048
+    experts, picks = 16, 4
+    table = gpu.upload(np.zeros(experts, np.uint64))
+    posted, records = gpu.upload(np.zeros(1, np.uint32)), gpu.upload(np.zeros(picks, np.uint64))
+    ids, weights = gpu.allocate(4 * picks), gpu.allocate(4 * picks)
+    logits = gpu.upload(cases.normal(rng, experts))
+    steps = [
+        gpu.prepare("route_and_resolve", (1, 1, 1), logits, ids, weights, table, records, ring, posted, 3, 8,
+                    experts, picks, 1, 1.0),
+        gpu.prepare("wait_for_misses", (1, 1, 1), posted, served, served + 4),
+    ]  # fmt: skip
+    graph, done = gpu.capture(steps), gpu.event()
+    syncs = device.counts()["host_syncs"]
+    graph.launch(gpu.stream)
+    gpu.stream.record(done)
+    entries = words[: 8 * 4].reshape(8, 4)
+    while entries[picks - 1, 0] != picks:
+        pass
+    assert not done.is_done()
+    assert [int(e) for e in entries[:picks, 1]] == [3] * picks
+    seen = entries[:picks, 2].tolist()
+    words[512] = picks
+    while not done.is_done():
+        pass
+    assert device.counts()["host_syncs"] == syncs
+    assert gpu.download(ids, (picks,), np.int32).tolist() == seen
+    registration.close()
+
+
+def test_out_of_memory_is_one_line(gpu: Gpu) -> None:
+    with pytest.raises(DeviceError, match="out of memory|OUT_OF_MEMORY") as caught:
+        gpu.allocate(gpu.info.memory_bytes * 2)
+    assert "--vram" in (caught.value.hint or "")
