@@ -77,6 +77,7 @@ class DirectFile:
             os.posix_fallocate(self._descriptor, 0, size)
             os.ftruncate(self._descriptor, size)
         except OSError as error:
+            self.close()
             raise write_error(error, self.path) from error
 
     def read(self, offset: int, size: int, buffer: np.ndarray) -> np.ndarray:
@@ -90,7 +91,7 @@ class DirectFile:
         start = offset // PAGE_BYTES * PAGE_BYTES
         wanted, least = page_up(offset + size - start), offset + size - start
         done = 0
-        while done < least:
+        while True:
             try:
                 count = os.preadv(self._descriptor, [buffer[done:wanted].data], start + done)
             except OSError as error:
@@ -98,11 +99,12 @@ class DirectFile:
                     f"reading {self.path} at {start + done:,} failed: {error.strerror}",
                     hint="check the drive: dmesg | tail, smartctl -a",
                 ) from error
-            if count == 0:
+            if done + count >= least:
+                return buffer[offset - start : offset - start + size]
+            # A short read is continued from a whole page; one of less than a page ends at the end of the file.
+            if count < PAGE_BYTES:
                 raise ReadError(f"{self.path} ends before byte {offset + size:,}: it was cut while in use")
-            # A direct read may stop short only at the end of the file; elsewhere it is continued from a whole page.
-            done = done + count if done + count >= least else (done + count) // PAGE_BYTES * PAGE_BYTES
-        return buffer[offset - start : offset - start + size]
+            done += count // PAGE_BYTES * PAGE_BYTES
 
     def write(self, offset: int, data: np.ndarray) -> None:
         """Write whole pages.

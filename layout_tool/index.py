@@ -16,6 +16,7 @@ from fomoe_io.store import Store
 from layout_tool import targets as target_tools
 from layout_tool.describe import describe_in_place
 from layout_tool.direct import write_error
+from layout_tool.journal import check_idle
 from layout_tool.pack import open_model
 from layout_tool.placement import CHUNK_BYTES, Run
 from layout_tool.progress import Progress
@@ -48,6 +49,7 @@ def index(model_path: Path, directory: Path, *, checksums: bool, overwrite: bool
         target_tools.check_unused(targets)
     resident, records = _checksums(store) if checksums else (None, None)
     if overwrite:
+        check_idle(targets[0])
         target_tools.clear(targets)
     target_tools.make(targets)
     body = describe_in_place(model, store, resident, records)

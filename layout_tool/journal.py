@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fomoe_io.errors import StoreError
 from fomoe_io.manifest import JOURNAL
@@ -54,11 +54,7 @@ class Journal:
             self._stream = self._path.open("a+b")
         except OSError as error:
             raise write_error(error, self._path) from error
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._stream.close()
-            raise StoreError(f"{directory} is being written by another pack", hint="wait until it is done") from None
+        _lock(self._stream, directory)
         self.entries, size = _complete_lines(self._path)
         if self.entries and self.entries[0] != header:
             self._stream.close()
@@ -83,13 +79,28 @@ class Journal:
 
     def remove(self) -> None:
         """The pack is complete."""
-        self._path.unlink()
+        self._path.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
         """Let go of the lock; idempotent."""
         with contextlib.suppress(OSError):  # a full drive has been reported already
             self._stream.close()
+
+
+def check_idle(directory: Path) -> None:
+    """Raise StoreError when another pack is writing to the directory."""
+    with contextlib.suppress(FileNotFoundError), (directory / JOURNAL).open("rb") as stream:
+        _lock(stream, directory)
+
+
+def _lock(stream: BinaryIO, directory: Path) -> None:
+    """Lock until the stream is closed, by whatever end the process meets."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stream.close()
+        raise StoreError(f"{directory} is being written by another pack", hint="wait until it is done") from None
 
 
 def _complete_lines(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -15,14 +16,14 @@ import numpy as np
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.files import sync_directory, write_atomically
 from fomoe_io.gguf import GGUFFile, TensorInfo
-from fomoe_io.manifest import MANIFEST, METADATA, data_header, page_up, seal, unseal
+from fomoe_io.manifest import JOURNAL, MANIFEST, METADATA, data_header, page_up, seal, unseal
 from fomoe_io.profile import Profile
 from fomoe_io.store import Store
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
 from layout_tool.describe import describe_packed
 from layout_tool.direct import DirectFile, write_error
-from layout_tool.journal import Journal, journal_header
+from layout_tool.journal import Journal, check_idle, journal_header
 from layout_tool.placement import RESIDENT_FILE, Placement, Run, place, runs
 from layout_tool.progress import Progress
 from layout_tool.records import buffer_bytes, opened, read_records, read_tensor
@@ -96,6 +97,7 @@ def pack(model_path: Path, directories: Sequence[Path], profile_path: Path | Non
         target_tools.check_unused(targets)
     _check_space(targets, placement, model.header_bytes[0])
     if overwrite:
+        check_idle(targets[0])
         target_tools.clear(targets)
     target_tools.make(targets)
     _Pack(model, source, placement, targets, profile).run()
@@ -131,6 +133,7 @@ def _already_packed(targets: Sequence[Path], placement: Placement) -> int:
             hint="choose an empty directory, or replace the store with --overwrite",
         )
     Store.open(directory)
+    (directory / JOURNAL).unlink(missing_ok=True)  # left by a death between the manifest and its removal
     print(f"{directory} already holds this store; to check its data: fomoe-layout verify {directory}", file=sys.stderr)
     return 0
 
@@ -199,7 +202,19 @@ class _Pack:
             if not _is_ours(partial, planned.bytes, data_header(self._placement.store_id, index)):
                 return
         for entry in entries:
-            self._record(entry)
+            if self._is_entry(entry):
+                self._record(entry)
+
+    def _is_entry(self, entry: dict[str, Any]) -> bool:
+        """Whether a line of the journal speaks of this pack's tensors and experts."""
+        if "resident" in entry:
+            name = entry["resident"]
+            return isinstance(name, str) and name in self._source.resident and _is_checksum(entry.get("xxh3_64"))
+        experts, sums = entry.get("experts"), entry.get("xxh3_64")
+        known = self._sums.records.get(entry["layer"]) if isinstance(entry.get("layer"), int) else None
+        if known is None or not isinstance(experts, list) or not isinstance(sums, list) or len(experts) != len(sums):
+            return False
+        return all(type(e) is int and 0 <= e < len(known) for e in experts) and all(map(_is_checksum, sums))
 
     def _remaining(self) -> list[TensorInfo | Run]:
         tasks: list[TensorInfo | Run] = [t for t in self._placement.resident if t.name not in self._sums.resident]
@@ -315,6 +330,10 @@ def _is_ours(partial: Path, size: int, header: bytes) -> bool:
         return False
     with partial.open("rb") as stream:
         return stream.read(len(header)) == header
+
+
+def _is_checksum(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
 
 
 def _task_bytes(task: TensorInfo | Run) -> int:
