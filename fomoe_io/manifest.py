@@ -30,6 +30,15 @@ def checksum(data: bytes | bytearray | memoryview) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
+def file_checksum(path: Path) -> str:
+    """:func:`checksum` of a whole file, a piece at a time."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def page_up(size: int) -> int:
     """`size` rounded up to whole pages."""
     return -(-size // PAGE_BYTES) * PAGE_BYTES

@@ -33,8 +33,8 @@ from fomoe_io.manifest import (
     PAGE_BYTES,
     PART_NAMES,
     Fields,
-    checksum,
     data_header,
+    file_checksum,
     page_up,
     unseal,
 )
@@ -158,7 +158,7 @@ class Store:
         path = Path(path)
         if not path.is_dir():
             return cls.of_gguf(GGUFFile.open(path))
-        return cls._of_manifest(path, unseal(_manifest_path(path)))
+        return cls.of_manifest(path, unseal(manifest_path(path)))
 
     @classmethod
     def of_gguf(cls, model: GGUFFile) -> Self:
@@ -180,7 +180,13 @@ class Store:
         )
 
     @classmethod
-    def _of_manifest(cls, directory: Path, manifest: Fields) -> Self:
+    def of_manifest(cls, directory: Path, manifest: Fields) -> Self:
+        """The store that a manifest describes, everything checked.
+
+        Raises
+        ------
+        StoreError
+        """
         kind = manifest.text("kind", "packed|in-place")
         fingerprint = manifest.text("fingerprint", "[0-9a-f]{32}")
         if kind == "packed":
@@ -293,7 +299,14 @@ def _odd_rows(tensors: dict[str, TensorInfo]) -> bool:
 # ---- stores on disk ----
 
 
-def _manifest_path(directory: Path) -> Path:
+def manifest_path(directory: Path) -> Path:
+    """Of a finished store.
+
+    Raises
+    ------
+    StoreError
+        When the directory is none.
+    """
     path = directory / MANIFEST
     if path.exists():
         return path
@@ -326,7 +339,7 @@ def _check_data_file(path: Path, size: int, header: bytes) -> None:
     if not path.is_file():
         raise StoreError(
             f"{path}, a part of the store, is missing (moved, or its drive is not mounted?)",
-            hint=f"bring {path.parent} back, or {PACK_AGAIN}",
+            hint="mount the drive, or tell where it is now: fomoe-layout relocate STORE --to DIR",
         )
     actual = path.stat().st_size
     if actual != size:
@@ -358,7 +371,7 @@ def _metadata(directory: Path, manifest: Fields) -> Metadata:
     path = directory / METADATA
     if not path.is_file() or path.stat().st_size != fields.integer("bytes"):
         raise StoreError(f"{path} is missing or has another size than its manifest says", hint=PACK_AGAIN)
-    if checksum(path.read_bytes()) != fields.text("xxh3_64"):
+    if file_checksum(path) != fields.text("xxh3_64"):
         raise StoreError(f"{path} does not match its checksum (damaged)", hint=PACK_AGAIN)
     return read_metadata(path)
 

@@ -14,6 +14,7 @@ from layout_tool.index import index
 from layout_tool.inspect import inspect
 from layout_tool.pack import pack
 from layout_tool.plan import plan
+from layout_tool.relocate import relocate
 from layout_tool.verify import verify
 
 PROGRAM = "fomoe-layout"
@@ -66,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("store", type=Path, metavar="STORE|GGUF")
     sub.add_argument("--json", action="store_true", help="for programs")
     sub.set_defaults(run=lambda o: inspect(o.store, as_json=o.json))
+
+    sub = command("relocate", "tell a striped store where its other directories are now")
+    sub.add_argument("store", type=Path, metavar="STORE", help="the directory with the manifest")
+    sub.add_argument("--to", type=Path, action="append", required=True, metavar="DIR", help="each other directory")
+    sub.set_defaults(run=lambda o: relocate(o.store, o.to))
 
     sub = command("profile", "count which experts a text picks, for pack --profile")
     sub.add_argument("model", type=Path, metavar="MODEL", help="store or GGUF")

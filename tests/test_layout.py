@@ -222,6 +222,21 @@ def test_verify(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         np.testing.assert_array_equal(indexed.experts[layer].checksums, packed.experts[layer].checksums)
 
 
+def test_relocate(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, c = (tmp_path / name for name in "abc")
+    assert main(["pack", str(model), "--to", str(a), "--to", str(b)]) == 0
+    b.rename(c)
+    before = (a / MANIFEST).read_bytes()
+    assert main(["verify", str(a)]) == 1
+    assert "fomoe-layout relocate" in capsys.readouterr().err
+    for wrong in ([], [b], [c, b], [a]):
+        arguments = [f"--to={target}" for target in wrong] or ["--to", str(tmp_path)]
+        assert main(["relocate", str(a), *arguments]) == 1
+        assert (a / MANIFEST).read_bytes() == before
+    assert main(["relocate", str(a), "--to", str(c)]) == 0
+    assert main(["verify", str(a), "--against", str(model)]) == 0
+
+
 # ---- profiles ----
 
 
@@ -278,6 +293,28 @@ def test_own_profiles_and_conversion(model: Path, tmp_path: Path) -> None:
     assert found.tokens == 2048
     assert np.array_equal([found.counts[layer] for layer in range(LAYERS)], counts)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".gguf", ".gguf", ".json"]
+
+
+def test_collecting_a_profile(demo_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fomoe_io._cpu")
+    (tmp_path / "text").write_text("The house stood on the hill, and the wind went round it all night long. " * 9)
+    command = ["profile", str(demo_model), "-f", str(tmp_path / "text"), "-c", "32", "--chunks", "3"]
+    assert main([*command, "-o", str(tmp_path / "p.json")]) == 0
+    found = Profile.load(tmp_path / "p.json")
+    assert (found.tokens, len(found.counts)) == (96, 8)
+    assert all(picks.sum() == 96 * 4 and len(picks) == 32 for picks in found.counts.values())
+    assert found.fingerprint == GGUFFile.open(demo_model).fingerprint()
+    command = ["pack", str(demo_model), "--to", str(tmp_path / "s"), "--profile", str(tmp_path / "p.json")]
+    assert main(command) == 0
+    layer = Store.open(tmp_path / "s").experts[5]
+    assert layer.frequency is not None
+    by_place = np.argsort(layer.extents[:, 0, OFFSET])
+    assert by_place[0] == found.counts[5].argmax()
+    # Collected from the packed store, the counts are the same.
+    command = ["profile", str(tmp_path / "s"), "-f", str(tmp_path / "text"), "-c", "32", "--chunks", "3"]
+    assert main([*command, "-o", str(tmp_path / "q.json")]) == 0
+    again = Profile.load(tmp_path / "q.json")
+    assert all(np.array_equal(again.counts[layer], picks) for layer, picks in found.counts.items())
 
 
 def test_shrinking_keeps_the_picks_and_the_order() -> None:

@@ -348,7 +348,7 @@ def small_drive(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 6 MiB."""
     mount(["-t", "tmpfs", "-o", "size=6M", "tmpfs"], tmp_path / "small")
     yield tmp_path / "small"
-    subprocess.run(["umount", str(tmp_path / "small")], check=True)
+    subprocess.run(["umount", "--lazy", str(tmp_path / "small")], check=True)
 
 
 def test_a_drive_that_fills_up(
@@ -376,7 +376,7 @@ def test_a_read_only_target(model: Path, tmp_path: Path, capsys: Capture) -> Non
         command = ["profile", str(model), "--from", str(tmp_path / "p.json"), "-o", str(tmp_path / "frozen" / "p")]
         refused(command, capsys, "read-only")
     finally:
-        subprocess.run(["umount", str(tmp_path / "frozen")], check=True)
+        subprocess.run(["umount", "--lazy", str(tmp_path / "frozen")], check=True)
 
 
 def test_targets_that_cannot_be(model: Path, packed: Path, tmp_path: Path, capsys: Capture) -> None:
