@@ -253,6 +253,37 @@ def test_an_unfinished_pack_of_something_else_is_left_alone(
     assert main(["verify", str(tmp_path / "half"), "--against", str(tmp_path / "other.gguf")]) == 0
 
 
+def test_an_unfinished_pack_keeps_its_striping(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another measurement of the drives must not make another store of what is half there."""
+    command = ["pack", str(model), "--to", str(tmp_path / "a"), "--to", str(tmp_path / "b")]
+    with monkeypatch.context() as patch:
+        one_thread_small_runs(patch)
+        patch.setattr(target_tools, "stripe_weights", lambda targets: (3, 1))
+        Writes(patch, 12, OSError(errno.EIO, "Input/output error"))
+        assert main(command) == 1
+    monkeypatch.setattr(target_tools, "stripe_weights", lambda targets: (1, 7))
+    writes = Writes(monkeypatch)
+    assert main(command) == 0
+    assert 0 < writes.bytes < sum(path.stat().st_size for path in tmp_path.glob("[ab]/*.bin"))
+    assert json.loads((tmp_path / "a" / MANIFEST).read_text())["weights"] == [3, 1]
+    assert main(command) == 0  # nor does it make the finished store another one
+    assert main(["verify", str(tmp_path / "a"), "--against", str(model)]) == 0
+
+
+def test_drives_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rate, read_rate = target_tools.probe(tmp_path / "not" / "yet")
+    assert write_rate > 0 and read_rate > 0
+    assert list(tmp_path.iterdir()) == []
+    mount(["-t", "tmpfs", "-o", "size=40M", "tmpfs"], tmp_path / "other")
+    try:
+        rates = {tmp_path / "one": (1e9, 2e9), tmp_path / "other": (1e9, 8e9)}
+        monkeypatch.setattr(target_tools, "probe", rates.__getitem__)
+        assert target_tools.stripe_weights(list(rates)) == (2, 8)
+        assert target_tools.stripe_weights([tmp_path / "one", tmp_path / "two"]) == (1, 1)
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path / "other")], check=True)
+
+
 def test_two_packs_at_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     original = DirectFile.write
     codes: list[int] = []
