@@ -293,7 +293,6 @@ def test_all_of_this_through_hip_python(fake: Fake) -> None:
     if importlib.util.find_spec("rocm") is None:
         pytest.skip("hip-python is not installed (pip install hip-python)")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    child = subprocess.run(
-        command, env=os.environ | {"FOMOE_TEST_PROVIDER": "hip-python"}, capture_output=True, text=True, check=False
-    )
+    setting = {"FOMOE_TEST_PROVIDER": "hip-python", "FOMOE_CACHE": str(fake.path / "cache-hip-python")}
+    child = subprocess.run(command, env=os.environ | setting, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stdout + child.stderr

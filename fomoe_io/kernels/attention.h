@@ -62,7 +62,7 @@ DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const
     }
 }
 
-// Merges the splits, multiplies with sigmoid(gate) where one is given, and writes floats and Q8 rows (each may be null).
+// Merges the splits, multiplies with sigmoid(gate) where one is given, writes floats and Q8 rows (each may be null).
 // gate: [tokens][heads] rows gate_stride apart; y: [tokens][heads * dim].  dim <= 256, a multiple of 32.
 // Grid (heads, tokens).
 KERNEL(256, attention_merge)

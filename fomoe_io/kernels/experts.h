@@ -15,7 +15,8 @@ DEVICE void gate_up(const u64 *records, u64 gate_offset, u64 up_offset, const u8
     const u8 *record = (const u8 *)records[pair];
     if (!record) return;
     const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
-    const u8 *row_data[2 * ROWS], *x_data[1] = {x + (u64)(pair / picks) * activation_row_bytes<T>(columns)};
+    const u8 *row_data[2 * ROWS];
+    const u32 token[1] = {0};
     float sums[2 * ROWS][1];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
@@ -23,7 +24,8 @@ DEVICE void gate_up(const u64 *records, u64 gate_offset, u64 up_offset, const u8
         row_data[2 * r + 1] = record + up_offset + (u64)(first + r) * row_bytes;
         sums[2 * r][0] = sums[2 * r + 1][0] = 0.f;
     }
-    dot_rows<T, 2 * ROWS, 1>(row_data, x_data, columns, sums);
+    x += (u64)(pair / picks) * activation_row_bytes<T>(columns);
+    dot_rows<T, 2 * ROWS, 1>(row_data, x, token, columns, sums);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         const float gate = warp_sum(sums[2 * r][0]), up = warp_sum(sums[2 * r + 1][0]);
@@ -37,9 +39,10 @@ DEVICE void gate_up(const u64 *records, u64 gate_offset, u64 up_offset, const u8
 }
 
 // y[token] = sum over ranks, in the router's order, of weight * (down hidden), + sigmoid(shared_gate) * shared where
-// a shared expert is given.  The record of a pair is records[pair], or late[pair] where that is 0: what the sum adds up,
+// a shared expert is given.  The record of a pair is records[pair], or late[pair] where that is 0: what is summed,
 // and in which order, does not depend on which came late.  A record found in neither gives NaN, never silence.
-// hidden: [pairs] Q8 rows (float rows for float weights); y, shared: [tokens][rows].  Grid (rows / block's rows, tokens).
+// hidden: [pairs] Q8 rows (float rows for float weights); y, shared: [tokens][rows].
+// Grid (rows / (DOWN_WARPS * DOWN_ROWS) up, tokens).
 template <class T>
 DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,
                  const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks) {

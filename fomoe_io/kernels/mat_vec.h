@@ -9,12 +9,13 @@ DEVICE u64 activation_row_bytes(int columns) {
     return T::is_quantized ? q8_row_bytes(columns) : 4 * (u64)columns;
 }
 
-// sums[r][t] += this lane's share of row r . token t.  rows[r]: where each row begins.
+// sums[r][t] += this lane's share of row r . token t.  rows[r]: where each row begins; x + token[t]: each token.
+// (Offsets, not pointers: eight pointers are more than the scalar registers of an AMD wave hold.)
 template <class T, int ROWS, int TOKENS>
-DEVICE void dot_rows(const u8 *const (&rows)[ROWS], const u8 *const (&x)[TOKENS], int columns,
+DEVICE void dot_rows(const u8 *const (&rows)[ROWS], const u8 *x, const u32 (&token)[TOKENS], int columns,
                      float (&sums)[ROWS][TOKENS]) {
     const int units = columns / T::unit_elements;
-#pragma unroll 2
+#pragma unroll TOKENS > 1 ? 1 : 2
     for (int unit = lane_index(); unit < units; unit += 32) {
         typename T::raw raw[ROWS];
 #pragma unroll
@@ -24,7 +25,7 @@ DEVICE void dot_rows(const u8 *const (&rows)[ROWS], const u8 *const (&x)[TOKENS]
             typename T::prepared u;
             T::unpack(raw[r], unit, u);
 #pragma unroll
-            for (int t = 0; t < TOKENS; ++t) sums[r][t] = add_unit<T>(u, unit, x[t], columns, sums[r][t]);
+            for (int t = 0; t < TOKENS; ++t) sums[r][t] = add_unit<T>(u, unit, x + token[t], columns, sums[r][t]);
         }
     }
 }
@@ -32,27 +33,28 @@ DEVICE void dot_rows(const u8 *const (&rows)[ROWS], const u8 *const (&x)[TOKENS]
 // x: [tokens] Q8 rows (quantized weights) or float rows; y: [tokens][rows].
 template <class T, int ROWS, int TOKENS>
 DEVICE void mat_vec(const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens) {
-    const int row = (block_x() * MAT_VEC_WARPS + warp_index()) * ROWS, token = block_y() * TOKENS;
+    const int row = (block_x() * MAT_VEC_WARPS + warp_index()) * ROWS, first = block_y() * TOKENS;
     if (row >= rows) return;
     const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
     const u64 x_bytes = activation_row_bytes<T>(columns);
-    const u8 *row_data[ROWS], *x_data[TOKENS];
+    const u8 *row_data[ROWS];
+    u32 token[TOKENS];
     float sums[ROWS][TOKENS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) row_data[r] = weights + (u64)(row + r < rows ? row + r : rows - 1) * row_bytes;
 #pragma unroll
-    for (int t = 0; t < TOKENS; ++t) x_data[t] = x + (u64)(token + t < tokens ? token + t : tokens - 1) * x_bytes;
+    for (int t = 0; t < TOKENS; ++t) token[t] = first + t < tokens ? t * (u32)x_bytes : 0;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) sums[r][t] = 0.f;
-    dot_rows<T, ROWS, TOKENS>(row_data, x_data, columns, sums);
+    dot_rows<T, ROWS, TOKENS>(row_data, x + first * x_bytes, token, columns, sums);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
 #pragma unroll
         for (int t = 0; t < TOKENS; ++t) {
             const float sum = warp_sum(sums[r][t]);
-            if (lane_index() == 0 && row + r < rows && token + t < tokens) y[(u64)(token + t) * rows + row + r] = sum;
+            if (lane_index() == 0 && row + r < rows && first + t < tokens) y[(u64)(first + t) * rows + row + r] = sum;
         }
 }
 

@@ -28,7 +28,8 @@ struct u32x4 {
 #endif
 #define DEVICE static __device__ inline __attribute__((always_inline))
 #define DEVICE_MEMBER __device__ inline __attribute__((always_inline))
-#define KERNEL(threads, name) extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(threads, threads))) void name
+#define KERNEL(threads, name) \
+    extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(threads, threads))) void name
 #define EXPORT_KERNEL(name)
 DEVICE int thread_index() { return __builtin_amdgcn_workitem_id_x(); }
 DEVICE int block_x() { return __builtin_amdgcn_workgroup_id_x(); }

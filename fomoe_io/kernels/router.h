@@ -60,6 +60,7 @@ DEVICE void pick(const float *logits, int *ids, float *weights, int experts, int
     for (int e = thread_index(); e < experts; e += ROUTER_THREADS) {
         const float mine = p[e];
         int before = 0;
+#pragma unroll 4
         for (int other = 0; other < experts; ++other) before += p[other] > mine || (p[other] == mine && other < e);
         if (before < picks) ids[before] = e, chosen[before] = mine / sum;
     }
