@@ -101,7 +101,10 @@ class _LazyArray:
             raw = stream.read(self.bytes)
         if len(raw) != self.bytes:
             raise FormatError(f"{self.path}: metadata key {self.key}: the file was cut while in use")
-        return _decode_strings(raw, self.count) if self.kind == _STRING else _numbers(raw, self.kind)
+        try:
+            return _decode_strings(raw, self.count) if self.kind == _STRING else _numbers(raw, self.kind)
+        except (struct.error, OverflowError):
+            raise FormatError(f"{self.path}: metadata key {self.key}: the file was changed while in use") from None
 
 
 class Metadata(Mapping[str, Any]):
@@ -140,6 +143,8 @@ def _decode_strings(raw: bytes | bytearray, count: int) -> list[str]:
         end = at + 8 + unpack(raw, at)[0]
         strings.append(raw[at + 8 : end].decode("utf-8", "replace"))
         at = end
+    if at != len(raw):
+        raise struct.error("the strings end elsewhere")
     return strings
 
 
@@ -466,6 +471,8 @@ def read_metadata(path: Path) -> Metadata:
 def _existing(path: Path) -> Path:
     if path.is_dir():
         raise FormatError(f"{path} is a directory, expected a .gguf file")
+    if path.exists() and not path.is_file():
+        raise FormatError(f"{path} is not a regular file")
     if not path.exists():
         shard = _SHARD_NAME.fullmatch(path.name)
         hint = f"all {int(shard['count'])} shards must lie in {path.parent}" if shard else "check the path"

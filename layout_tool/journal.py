@@ -63,10 +63,17 @@ class Journal:
                 hint="repeat the command that was interrupted, or start over with --overwrite",
             )
         os.ftruncate(self._stream.fileno(), size)
+        self._header = header
         if self.entries:
             self.entries.pop(0)
         else:
             self.append([header])
+
+    def restart(self) -> None:
+        """Forget all entries: the data they speak of is gone."""
+        self.entries = []
+        os.ftruncate(self._stream.fileno(), 0)
+        self.append([self._header])
 
     def append(self, entries: list[dict[str, Any]]) -> None:
         """Add lines and have them on the drive."""

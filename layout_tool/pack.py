@@ -180,7 +180,7 @@ class _Pack:
         """Write what is missing, then the manifest."""
         journal = Journal(self._targets[0], self._placement.store_id, self._placement.weights)
         try:
-            self._restore(journal.entries)
+            self._restore(journal)
             self._copy(journal)
             self._publish()
             journal.remove()
@@ -193,15 +193,15 @@ class _Pack:
     def _final_paths(self) -> list[Path]:
         return [self._targets[file.target] / file.name for file in self._placement.files]
 
-    def _restore(self, entries: list[dict[str, Any]]) -> None:
-        """Take over what an earlier run completed, if its files are still there in full size."""
+    def _restore(self, journal: Journal) -> None:
+        """Take over what an earlier run completed, if all its files are still there."""
         for index, (path, planned) in enumerate(zip(self._final_paths(), self._placement.files, strict=True)):
             partial = path.with_name(path.name + target_tools.PARTIAL)
             if path.exists():
                 path.rename(partial)  # killed after the renames, before the manifest
             if not _is_ours(partial, planned.bytes, data_header(self._placement.store_id, index)):
-                return
-        for entry in entries:
+                journal.restart()
+        for entry in journal.entries:
             if self._is_entry(entry):
                 self._record(entry)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -266,6 +267,28 @@ def test_absent_files_and_directories(tmp_path: Path) -> None:
         GGUFFile.open(tmp_path / "none.gguf")
     with pytest.raises(FormatError, match="is a directory"):
         GGUFFile.open(tmp_path)
+
+
+def test_an_array_that_changes_under_us(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    words = [f"word {i}" for i in range(EAGER_ELEMENTS + 1)]
+    value = struct.pack("<IQ", STRING, len(words)) + b"".join(map(string, words))
+    path.write_bytes(header([key("words", ARRAY, value)], []))
+    found = GGUFFile.open(path)
+    size = path.stat().st_size
+    for byte in (b"\xff", b"\0"):
+        path.write_bytes(byte * size)
+        with pytest.raises(FormatError, match="changed while in use"):
+            found.metadata["words"]
+    path.write_bytes(bytes(size - 9))
+    with pytest.raises(FormatError, match="cut while in use"):
+        found.metadata["words"]
+
+
+def test_pipes_are_no_models(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FormatError, match="not a regular file"):
+        GGUFFile.open(tmp_path / "pipe")
 
 
 def test_a_large_vocabulary_stays_in_the_file(tmp_path: Path) -> None:

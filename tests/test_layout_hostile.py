@@ -241,6 +241,20 @@ def test_a_damaged_unfinished_pack_is_mended(
     assert main(["verify", str(tmp_path / "half"), "--against", str(model)]) == 0
 
 
+def test_a_pack_that_lost_its_data_and_was_interrupted_again(
+    model: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = interrupted(model, tmp_path / "half", monkeypatch)
+    for path in (tmp_path / "half").glob("*.part"):
+        path.unlink()
+    with monkeypatch.context() as patch:
+        one_thread_small_runs(patch)
+        Writes(patch, 3, OSError(errno.EIO, "Input/output error"))
+        assert main(command) == 1
+    assert main(command) == 0
+    assert_equal_stores(packed, tmp_path / "half")
+
+
 def test_an_unfinished_pack_of_something_else_is_left_alone(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
