@@ -17,7 +17,6 @@ import numpy as np
 
 from fomoe_io.errors import FormatError, StoreError
 from fomoe_io.gguf import (
-    HEADER_LIMIT_BYTES,
     GGUFFile,
     Metadata,
     TensorInfo,
@@ -25,6 +24,7 @@ from fomoe_io.gguf import (
     read_metadata,
     tensor_bytes,
 )
+from fomoe_io.gguf_cursor import HEADER_LIMIT_BYTES
 from fomoe_io.manifest import (
     JOURNAL,
     MANIFEST,

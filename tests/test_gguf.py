@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from fomoe_io.errors import FormatError
-from fomoe_io.gguf import EAGER_ELEMENTS, GGUFFile, read_metadata
+from fomoe_io.gguf import GGUFFile, read_metadata
+from fomoe_io.gguf_cursor import EAGER_ELEMENTS
 from tests.model_files import write_model
 
 U32, STRING, ARRAY = 4, 8, 9
