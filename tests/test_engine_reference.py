@@ -10,8 +10,8 @@ import pytest
 
 from fomoe_io import Engine, EngineConfig, Tiers
 
-from .reference_model import ReferenceModel
-from .tiny_model import Tiny, write_tiny
+from reference_model import ReferenceModel
+from tiny_model import Tiny, write_tiny
 
 Type = gguf.GGMLQuantizationType
 TOKENS = 12
