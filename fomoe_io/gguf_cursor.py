@@ -39,6 +39,13 @@ class LazyArray:
     bytes: int
 
     def load(self) -> list[str] | np.ndarray:
+        """Read and decode it.
+
+        Raises
+        ------
+        FormatError
+            When the file is no longer what it was.
+        """
         with self.path.open("rb") as stream:
             stream.seek(self.offset)
             raw = stream.read(self.bytes)
@@ -79,9 +86,11 @@ class Cursor:
         self.size = os.fstat(self._descriptor).st_size
 
     def close(self) -> None:
+        """Close the file; `data` stays."""
         os.close(self._descriptor)
 
     def error(self, message: str, hint: str | None = None) -> FormatError:
+        """An error that names the file and `what` is being read."""
         return FormatError(f"{self.path}: {self.what}: {message}", hint=hint)
 
     def load(self, end: int) -> None:
@@ -106,9 +115,11 @@ class Cursor:
         return start
 
     def u32(self) -> int:
+        """The next unsigned 32-bit number."""
         return int(_U32.unpack_from(self.data, self.take(4))[0])
 
     def u64(self) -> int:
+        """The next unsigned 64-bit number."""
         return int(_U64.unpack_from(self.data, self.take(8))[0])
 
     def bounded(self, count: int, least_bytes: int, of: str) -> int:
@@ -120,6 +131,7 @@ class Cursor:
         return count
 
     def string(self, limit: int | None = None, errors: str = "replace") -> str:
+        """The next string; `limit` in bytes, `errors` as of bytes.decode."""
         length = self.bounded(self.u64(), 1, "bytes of text")
         if limit is not None and length > limit:
             raise self.error(f"a name of {length:,} bytes, at most {limit:,} make sense (damaged?)")
@@ -143,6 +155,7 @@ class Cursor:
         self.at = at
 
     def value(self, key: str) -> Any:
+        """The next typed value: a scalar, a string, a list, or a LazyArray when it is long."""
         kind = self.u32()
         if kind == _STRING:
             return self.string()
