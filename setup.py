@@ -31,10 +31,15 @@ def liburing_flags() -> dict[str, list[str]]:
 HEADERS = glob("fomoe_io/csrc/*.h")
 
 EXTENSIONS = [
-    Extension("fomoe_io._uring", ["fomoe_io/_uring.pyx"], depends=HEADERS, **liburing_flags()),
+    Extension(
+        "fomoe_io._uring",
+        ["fomoe_io/_uring.pyx", "fomoe_io/csrc/ring.c", "fomoe_io/csrc/read_table.c"],
+        depends=HEADERS,
+        **liburing_flags(),
+    ),
     Extension(
         "fomoe_io._pread",
-        ["fomoe_io/_pread.pyx", "fomoe_io/csrc/pread_pool.c"],
+        ["fomoe_io/_pread.pyx", "fomoe_io/csrc/pread_pool.c", "fomoe_io/csrc/read_table.c"],
         depends=HEADERS,
         extra_compile_args=COMPILE_FLAGS + ["-pthread"],
         extra_link_args=["-pthread"],

@@ -1,115 +1,95 @@
-# The pread reader: the interface of csrc/reader.h over a pool of threads (csrc/pread_pool.c).
-from libc.errno cimport EINVAL, ENODATA
+# The Python face of the pread pool (csrc/pread_pool.c).
 from libc.stdint cimport int32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free
 
 import os
 
-cdef extern from "csrc/reader.h" nogil:
-    ctypedef struct fomoe_reader:
-        pass
+import numpy as np
+
+from fomoe_io._reader cimport fomoe_read_counters, fomoe_read_options, fomoe_reader
 
 cdef extern from "csrc/pread_pool.h" nogil:
     ctypedef struct fomoe_pread_pool:
         pass
-    ctypedef struct fomoe_pread_counters:
-        uint64_t reads
-        uint64_t bytes
-        uint64_t short_reads
-        uint64_t retries
-        uint64_t errors
-        int32_t error_file
-        int32_t error_code
-        uint64_t error_offset
-    fomoe_pread_pool *fomoe_pread_pool_new(const int *, const uint64_t *, int files, int threads, int direct)
+    int fomoe_pread_pool_new(const fomoe_read_options *, const int *descriptors, int threads, int write,
+                             fomoe_pread_pool **pool)
     void fomoe_pread_pool_free(fomoe_pread_pool *)
-    void fomoe_pread_pool_table(fomoe_pread_pool *, fomoe_reader *)
-    fomoe_pread_counters fomoe_pread_pool_count(fomoe_pread_pool *)
+    void fomoe_pread_pool_table(fomoe_pread_pool *, fomoe_reader *table)
+    fomoe_read_counters fomoe_pread_pool_count(fomoe_pread_pool *)
+
+# More threads than this add nothing with reads of an expert's size (docs/io.md).
+MOST_THREADS = 16
 
 
 cdef class PreadReader:
     cdef fomoe_reader table
     cdef fomoe_pread_pool *pool
-    cdef list descriptors
-    cdef readonly list paths, file_sizes
-    cdef readonly bint direct
+    cdef fomoe_read_counters last_counters
+    cdef readonly object files
 
     name = "pread"
+    mode = "threads"
+    buffers_registered = False
+    registration_error = "pread has no registered buffers"
 
-    def __cinit__(self, paths, *, int depth=64, bint direct=True):
-        # As many threads as reads in flight are worth: 16 saturate one drive with expert-sized reads (docs/io.md).
-        cdef int threads = min(depth, 16), i
-        cdef int *fds
-        cdef uint64_t *sizes
-        self.paths = [os.fspath(path) for path in paths]
-        self.descriptors = []
-        self.direct = direct
-        fds = <int *>calloc(len(self.paths) + 1, sizeof(int))
-        sizes = <uint64_t *>calloc(len(self.paths) + 1, sizeof(uint64_t))
-        try:
-            if fds == NULL or sizes == NULL:
-                raise MemoryError
-            for i, path in enumerate(self.paths):
-                fds[i] = self._open(path)
-                self.descriptors.append(fds[i])
-                sizes[i] = os.fstat(fds[i]).st_size
-            self.file_sizes = [sizes[i] for i in range(len(self.paths))]
-            self.pool = fomoe_pread_pool_new(fds, sizes, <int>len(self.paths), threads, self.direct)
-            if self.pool == NULL:
-                raise OSError(f"{threads} reader threads could not be started")
-        finally:
-            free(fds)
-            free(sizes)
+    def __cinit__(self, files, *, int depth=64, int sub_read_bytes=0, bint write=False):
+        cdef fomoe_read_options options
+        cdef uint64_t[::1] sizes = np.array(files.sizes, np.uint64)
+        cdef int32_t[::1] drives = np.array(files.drives, np.int32)
+        cdef int32_t[::1] mirrors = np.array(files.mirrors, np.int32)
+        cdef int[::1] descriptors = np.array(files.descriptors, np.intc)
+        cdef int threads = min(depth, MOST_THREADS), error
+        self.files = files
+        options.files, options.drives, options.depth = len(sizes), files.drive_count, depth
+        options.piece_bytes = sub_read_bytes
+        options.file_bytes, options.drive, options.mirror = &sizes[0], &drives[0], &mirrors[0]
+        with nogil:
+            error = fomoe_pread_pool_new(&options, &descriptors[0], threads, write, &self.pool)
+        if error:
+            raise OSError(-error, f"{threads} reader threads could not be started: {os.strerror(-error)}")
         fomoe_pread_pool_table(self.pool, &self.table)
 
-    def _open(self, path):
-        if self.direct:
-            try:
-                return os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-            except OSError as error:
-                if error.errno != EINVAL:
-                    raise
-                self.direct = False  # the file system has no direct I/O
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
     def __dealloc__(self):
-        self.close()
+        fomoe_pread_pool_free(self.pool)
 
     def close(self):
-        """Wait for what is in flight, stop the threads, close the files."""
+        """Wait for what is in flight and stop the threads."""
         cdef fomoe_pread_pool *pool = self.pool
+        if pool == NULL:
+            return
         self.pool = NULL
         with nogil:
             fomoe_pread_pool_free(pool)
-        descriptors, self.descriptors = self.descriptors, []
-        for descriptor in descriptors or ():
-            os.close(descriptor)
+
+    cdef fomoe_pread_pool *alive(self) except NULL:
+        if self.pool == NULL:
+            raise ValueError("the reader is closed")
+        return self.pool
 
     @property
     def address(self):
-        """Address of the fomoe_reader table."""
+        self.alive()
         return <uintptr_t>&self.table
 
-    @property
-    def buffers_registered(self):
-        return False
-
     def register_buffers(self, uintptr_t address, size_t size):
-        """Nothing to register for pread."""
         return False
 
     @property
     def last_error(self):
-        """File, offset and cause of the last failed read; empty when none has failed."""
-        if self.pool == NULL:
-            return ""
-        cdef fomoe_pread_counters c = fomoe_pread_pool_count(self.pool)
-        if not c.errors:
-            return ""
-        reason = "the file ends before (cut since it was opened?)" if c.error_code == ENODATA else os.strerror(c.error_code)
-        return f"{self.paths[c.error_file]} at offset {c.error_offset}: {reason}"
+        if self.pool != NULL:
+            self.last_counters = fomoe_pread_pool_count(self.pool)
+        c = self.last_counters
+        return self.files.describe_error(c.error_file, c.error_offset, c.error_code) if c.errors else ""
 
     @property
     def counters(self):
-        cdef fomoe_pread_counters c = fomoe_pread_pool_count(self.pool)
-        return {"reads": c.reads, "bytes": c.bytes, "short_reads": c.short_reads, "retries": c.retries, "errors": c.errors}
+        cdef fomoe_read_counters c = fomoe_pread_pool_count(self.alive())
+        return {
+            "reads": c.reads,
+            "sub_reads": c.pieces,
+            "bytes": c.bytes,
+            "short_reads": c.short_reads,
+            "retries": c.retries,
+            "cancelled": c.cancelled,
+            "errors": c.errors,
+            "failovers": c.failovers,
+        }

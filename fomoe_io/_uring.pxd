@@ -1,52 +1,27 @@
-# liburing and the reader interface, as C declares them.
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+# The io_uring reader, as csrc/ring.h declares it, and the flags that liburing names.
+from libc.stdint cimport uint64_t
 
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
+from fomoe_io._reader cimport fomoe_read_counters, fomoe_read_options, fomoe_reader
 
 cdef extern from "liburing.h" nogil:
-    struct io_uring:
-        unsigned features
-    struct io_uring_params:
-        unsigned flags
-    struct io_uring_sqe:
-        uint8_t flags
-        uint64_t user_data
-    struct io_uring_cqe:
-        uint64_t user_data
-        int32_t res
+    unsigned IORING_SETUP_IOPOLL
+    unsigned IORING_SETUP_SQPOLL
     unsigned IORING_SETUP_COOP_TASKRUN
-    uint8_t IOSQE_FIXED_FILE
-    int io_uring_queue_init_params(unsigned entries, io_uring *, io_uring_params *)
-    void io_uring_queue_exit(io_uring *)
-    io_uring_sqe *io_uring_get_sqe(io_uring *)
-    void io_uring_prep_read(io_uring_sqe *, int fd, void *buf, unsigned nbytes, uint64_t offset)
-    void io_uring_prep_read_fixed(io_uring_sqe *, int fd, void *buf, unsigned nbytes, uint64_t offset, int index)
-    void io_uring_prep_cancel64(io_uring_sqe *, uint64_t user_data, int flags)
-    int io_uring_submit(io_uring *)
-    int io_uring_submit_and_wait(io_uring *, unsigned)
-    unsigned io_uring_peek_batch_cqe(io_uring *, io_uring_cqe **, unsigned)
-    void io_uring_cq_advance(io_uring *, unsigned)
-    int io_uring_register_buffers(io_uring *, const iovec *, unsigned)
-    int io_uring_unregister_buffers(io_uring *)
-    int io_uring_register_files(io_uring *, const int *, unsigned)
+    unsigned IORING_SETUP_TASKRUN_FLAG
+    unsigned IORING_SETUP_SINGLE_ISSUER
+    unsigned IORING_SETUP_DEFER_TASKRUN
 
-cdef extern from "csrc/reader.h" nogil:
-    ctypedef struct fomoe_read:
-        uint64_t tag
-        uint64_t offset
-        uint8_t *target
-        uint32_t bytes
-        uint16_t file
-        uint16_t priority
-    ctypedef struct fomoe_completion:
-        uint64_t tag
-        int32_t error
-    ctypedef struct fomoe_reader:
-        void *self
-        int (*submit)(void *, const fomoe_read *, int) noexcept nogil
-        int (*reap)(void *, fomoe_completion *, int, int) noexcept nogil
-        void (*promote)(void *, uint64_t) noexcept nogil
-        void (*cancel)(void *, uint64_t) noexcept nogil
+cdef extern from "csrc/ring.h" nogil:
+    ctypedef struct fomoe_ring:
+        pass
+    ctypedef struct fomoe_ring_counters:
+        uint64_t submits
+        uint64_t waits
+    int fomoe_ring_new(const fomoe_read_options *, const int *descriptors, unsigned setup_flags, int write,
+                       fomoe_ring **ring)
+    void fomoe_ring_free(fomoe_ring *)
+    void fomoe_ring_table(fomoe_ring *, fomoe_reader *table)
+    int fomoe_ring_register_buffers(fomoe_ring *, void *start, size_t bytes)
+    const fomoe_read_counters *fomoe_ring_reads(const fomoe_ring *)
+    const fomoe_ring_counters *fomoe_ring_calls(const fomoe_ring *)
+    const uint64_t *fomoe_ring_depths(const fomoe_ring *, int *count)

@@ -9,7 +9,8 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +18,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from fomoe_io._pread import PreadReader
-from fomoe_io._uring import UringReader
+from fomoe_io._uring import MODES, UringReader
 from fomoe_io.errors import ReadError, UsageError
+from fomoe_io.read_files import ReadFiles
 
 HUGE_PAGE_BYTES = 2 << 20
+ALIGNMENT = 4096
+"""Of offsets, sizes and targets: the largest logical block size of common drives."""
+MOST_DEPTH = 4096
+IO_URING_FIX = "sudo sysctl -w kernel.io_uring_disabled=0"
 
 ReadRequest = tuple[int, int, int, int]
 """(file index, offset, address of the target, bytes); offset, address and bytes multiples of 4096."""
@@ -30,14 +36,17 @@ class NativeReader(Protocol):
     """What `_uring.UringReader` and `_pread.PreadReader` have in common."""
 
     name: str
-    paths: list[str]
-    file_sizes: list[int]
-    direct: bool
-    address: int
+    mode: str
+    files: ReadFiles
     buffers_registered: bool
-    last_error: str
-    counters: dict[str, Any]
+    registration_error: str
 
+    @property
+    def address(self) -> int: ...
+    @property
+    def last_error(self) -> str: ...
+    @property
+    def counters(self) -> dict[str, Any]: ...
     def register_buffers(self, address: int, size: int) -> bool: ...
     def close(self) -> None: ...
 
@@ -78,10 +87,17 @@ class Reader:
 
     Attributes
     ----------
-    name : str
-        "uring" or "pread".
+    name : {"uring", "pread"}
+    mode : str
+        How the ring was set up (a key of `_uring.MODES`), or "threads".
     direct : bool
         Reads bypass the page cache.
+    depth : int
+        Reads in flight at most, for each drive.
+    drives : int
+        Drives that the files lie on.
+    paths : list of str
+    file_sizes : list of int
     fallback_reason : str or None
         Why `auto` took pread.
     """
@@ -89,14 +105,18 @@ class Reader:
     PIECE_BYTES = 4 << 20
     """Blocking reads are cut into pieces of this size, so that several are in flight."""
 
-    def __init__(self, native: NativeReader, fallback_reason: str | None = None) -> None:
+    def __init__(self, native: NativeReader, depth: int, fallback_reason: str | None = None) -> None:
         self._native = native
         self._table = _Table.from_address(native.address)
+        self._open = True
         self.fallback_reason = fallback_reason
         self.name = native.name
-        self.direct = native.direct
-        self.paths = native.paths
-        self.file_sizes = native.file_sizes
+        self.mode = native.mode
+        self.depth = depth
+        self.direct = native.files.direct
+        self.drives = native.files.drive_count
+        self.paths = native.files.paths
+        self.file_sizes = native.files.sizes
 
     @property
     def address(self) -> int:
@@ -110,7 +130,11 @@ class Reader:
 
     @property
     def counters(self) -> dict[str, Any]:
-        """Reads, bytes, short reads, retries and errors so far."""
+        """So far: reads, sub_reads, bytes, short_reads, retries, cancelled, errors, failovers.
+
+        io_uring also has submits and waits (system calls), and depths: how often the ring was left with so
+        many sub-reads in flight.
+        """
         return self._native.counters
 
     @property
@@ -119,8 +143,13 @@ class Reader:
         return self._native.buffers_registered
 
     def register_buffers(self, address: int, size: int) -> bool:
-        """Register memory that reads will land in; False when the memory limit (ulimit -l) forbids it."""
+        """Register memory that reads will land in; False, and `registration_error`, when the kernel refuses."""
         return self._native.register_buffers(address, size)
+
+    @property
+    def registration_error(self) -> str:
+        """Why memory is not registered: the limit of locked memory, or a reader that has no use for it."""
+        return self._native.registration_error
 
     def submit(self, requests: Sequence[ReadRequest], *, first_tag: int = 0, priority: int = 0) -> None:
         """Start reads, tagged `first_tag`, `first_tag` + 1, ...
@@ -181,7 +210,9 @@ class Reader:
 
     def close(self) -> None:
         """Wait for what is in flight and close the files.  Idempotent."""
+        self._open = False
         self._native.close()
+        self._native.files.close()
 
     def __enter__(self) -> Reader:
         return self
@@ -189,9 +220,22 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        if getattr(self, "_open", False):
+            warnings.warn(f"unclosed reader of {self.paths}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
 
 def open_reader(
-    paths: Sequence[str | Path], *, engine: str = "auto", depth: int = 64, direct: bool = True
+    paths: Sequence[str | Path],
+    *,
+    engine: str = "auto",
+    depth: int = 64,
+    direct: bool = True,
+    sub_read_bytes: int = 0,
+    mirrors: Mapping[int, int] | None = None,
+    mode: str = "auto",
+    write: bool = False,
 ) -> Reader:
     """Open files for reading.
 
@@ -201,28 +245,91 @@ def open_reader(
     engine : {"auto", "uring", "pread"}
         `auto` takes io_uring, or pread where the kernel refuses it (`Reader.fallback_reason` says why).
     depth : int
-        Reads in flight at most.
+        Reads in flight at most, for each drive.
     direct : bool
         O_DIRECT, where the file system has it.
+    sub_read_bytes : int
+        Longer reads are cut into pieces of this size, a multiple of 4096, which are read side by side; 0: not cut.
+    mirrors : mapping of int to int, optional
+        file index -> index of a file of `paths` with the same bytes.  A read takes the copy whose drive has less
+        to do, and the other when it fails.
+    mode : str
+        How to set up the ring: "auto" (coop, or plain on kernels before 5.19), or a key of `_uring.MODES`.
+        In mode "defer" a reader belongs to the thread that first submits to it.
+    write : bool
+        Write the targets to the files instead of reading them (benchmarks only).
 
     Raises
     ------
     UsageError
-        io_uring was asked for by name and is not available.
+        Options that do not go together, or io_uring was asked for by name and is not available.
     OSError
         A file can't be opened.
     """
-    names = [os.fspath(path) for path in paths]
-    if engine == "pread":
-        return Reader(PreadReader(names, depth=depth, direct=direct))
+    _check_options(paths, engine, depth, sub_read_bytes, mode)
+    files = ReadFiles(paths, direct=direct, mirrors=mirrors, write=write)
     try:
-        return Reader(UringReader(names, depth=depth, direct=direct))
+        if engine == "pread":
+            native: NativeReader = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
+            return Reader(native, depth)
+        try:
+            return Reader(_open_ring(files, depth, sub_read_bytes, mode, write), depth)
+        except OSError as error:
+            if engine == "uring" or mode != "auto":
+                hint = "--reader pread" if error.errno == errno.EINVAL else f"{IO_URING_FIX}, or --reader pread"
+                raise UsageError(error.strerror or str(error), hint=hint) from None
+            reason = error.strerror
+        native = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
+        return Reader(native, depth, reason)
+    except BaseException:
+        files.close()
+        raise
+
+
+def _check_options(paths: Sequence[str | Path], engine: str, depth: int, sub_read_bytes: int, mode: str) -> None:
+    if not paths:
+        raise UsageError("a reader was opened without files")
+    if engine not in ("auto", "uring", "pread"):
+        raise UsageError(f"{engine!r} is no reader", hint="auto, uring or pread")
+    if not 1 <= depth <= MOST_DEPTH:
+        raise UsageError(f"depth is {depth}, expected 1 to {MOST_DEPTH}")
+    if sub_read_bytes % ALIGNMENT or not 0 <= sub_read_bytes < 1 << 31:
+        raise UsageError(f"sub-reads of {sub_read_bytes} bytes: expected a multiple of {ALIGNMENT} below 2 GiB, or 0")
+    if mode != "auto" and (mode not in MODES or engine == "pread"):
+        raise UsageError(f"{mode!r} is no mode of {engine}", hint=f"uring has {', '.join(MODES)}")
+
+
+def _open_ring(files: ReadFiles, depth: int, sub_read_bytes: int, mode: str, write: bool) -> UringReader:
+    if mode != "auto":
+        return UringReader(files, depth=depth, sub_read_bytes=sub_read_bytes, mode=mode, write=write)
+    try:
+        return UringReader(files, depth=depth, sub_read_bytes=sub_read_bytes, mode="coop", write=write)
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EPERM, errno.ENOMEM) or error.filename is not None:
+        if error.errno != errno.EINVAL:
             raise
-        if engine == "uring":
-            raise UsageError(str(error), hint="sudo sysctl -w kernel.io_uring_disabled=0, or --reader pread") from None
-        return Reader(PreadReader(names, depth=depth, direct=direct), str(error))
+        return UringReader(files, depth=depth, sub_read_bytes=sub_read_bytes, mode="plain", write=write)
+
+
+def probe_modes(path: str | Path, *, direct: bool = True) -> dict[str, str]:
+    """Try every way to set up the ring with a real read of a file.
+
+    A set-up call that succeeds proves nothing: a drive without polled queues answers EOPNOTSUPP to the read.
+
+    Returns
+    -------
+    dict of str to str
+        Mode -> "" when it works, else the reason.
+    """
+    memory = aligned_memory(ALIGNMENT, huge_pages=False)
+    found = {}
+    for mode in MODES:
+        try:
+            with open_reader([path], engine="uring", depth=1, mode=mode, direct=direct) as reader:
+                reader.read_into([(0, 0, memory.address, ALIGNMENT)])
+            found[mode] = ""
+        except (ReadError, UsageError) as error:
+            found[mode] = error.message
+    return found
 
 
 @dataclass(slots=True)

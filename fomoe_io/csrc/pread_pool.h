@@ -2,22 +2,17 @@
 #ifndef FOMOE_PREAD_POOL_H
 #define FOMOE_PREAD_POOL_H
 
-#include "reader.h"
+#include "read_table.h"
 
 typedef struct fomoe_pread_pool fomoe_pread_pool;
 
-typedef struct {
-    uint64_t reads, bytes, short_reads, retries, errors;
-    int32_t error_file, error_code;
-    uint64_t error_offset;
-} fomoe_pread_counters;
-
-/* file_bytes: sizes when the files were opened; both arrays are copied. NULL when it can't be made. */
-fomoe_pread_pool *fomoe_pread_pool_new(const int *descriptors, const uint64_t *file_bytes, int files, int threads,
-                                       int direct);
-/* Waits for reads in flight. */
+/* threads: for each drive.  write: the targets are written to the files instead (benchmarks only).
+ * 0, or a negative errno. */
+int fomoe_pread_pool_new(const fomoe_read_options *, const int *descriptors, int threads, int write,
+                         fomoe_pread_pool **pool);
+/* Waits for reads in flight; those that wait are dropped. */
 void fomoe_pread_pool_free(fomoe_pread_pool *);
 void fomoe_pread_pool_table(fomoe_pread_pool *, fomoe_reader *table);
-fomoe_pread_counters fomoe_pread_pool_count(fomoe_pread_pool *);
+fomoe_read_counters fomoe_pread_pool_count(fomoe_pread_pool *);
 
 #endif

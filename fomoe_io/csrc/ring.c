@@ -1,0 +1,182 @@
+#include "ring.h"
+
+#include <errno.h>
+#include <liburing.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    CQE_BATCH = 64,
+    POLL_THREAD_IDLE_MS = 100, /* SQPOLL: the kernel's thread sleeps after so long without work */
+};
+static const size_t BUFFER_BYTES = 1 << 30; /* the kernel's limit of one registered buffer */
+
+struct fomoe_ring {
+    struct io_uring uring;
+    fomoe_read_table *table;
+    int drives, depth, write;
+    uintptr_t fixed_start, fixed_end; /* registered memory; empty when there is none */
+    fomoe_ring_counters counters;
+    uint64_t *depths;
+};
+
+/* ---- starting ---- */
+
+/* The registered buffer that holds all of [target, target + bytes), or -1. */
+static int buffer_of(const fomoe_ring *r, const uint8_t *target, size_t bytes) {
+    uintptr_t start = (uintptr_t)target;
+    if (start < r->fixed_start || start + bytes > r->fixed_end) return -1;
+    size_t first = (start - r->fixed_start) / BUFFER_BYTES, last = (start + bytes - 1 - r->fixed_start) / BUFFER_BYTES;
+    return first == last ? (int)first : -1;
+}
+
+static void prepare(fomoe_ring *r, struct io_uring_sqe *sqe, int32_t index) {
+    const fomoe_piece *p = fomoe_read_table_piece(r->table, index);
+    uint8_t *target = p->target + p->done;
+    uint32_t bytes = p->asked - p->done;
+    int buffer = buffer_of(r, target, bytes);
+    if (r->write && buffer >= 0)
+        io_uring_prep_write_fixed(sqe, p->file, target, bytes, p->offset + p->done, buffer);
+    else if (r->write)
+        io_uring_prep_write(sqe, p->file, target, bytes, p->offset + p->done);
+    else if (buffer >= 0)
+        io_uring_prep_read_fixed(sqe, p->file, target, bytes, p->offset + p->done, buffer);
+    else
+        io_uring_prep_read(sqe, p->file, target, bytes, p->offset + p->done);
+    sqe->flags |= IOSQE_FIXED_FILE;
+    sqe->user_data = index;
+}
+
+/* Fill the ring with what may start; how many pieces were added. */
+static int fill(fomoe_ring *r) {
+    int added = 0;
+    for (int drive = 0; drive < r->drives; drive++)
+        while (io_uring_sq_space_left(&r->uring)) {
+            int32_t index = fomoe_read_table_start(r->table, drive);
+            if (index < 0) break;
+            prepare(r, io_uring_get_sqe(&r->uring), index);
+            added++;
+        }
+    if (added) r->depths[fomoe_read_table_in_flight(r->table)]++;
+    return added;
+}
+
+/* An error of the call leaves the entries in the ring: the next submit or wait takes them along. */
+static void flush(fomoe_ring *r) {
+    r->counters.submits++;
+    io_uring_submit(&r->uring);
+}
+
+static int submit(void *self, const fomoe_read *reads, int count) {
+    fomoe_ring *r = self;
+    int error = fomoe_read_table_submit(r->table, reads, count);
+    if (!error && fill(r)) flush(r);
+    return error;
+}
+
+/* ---- finishing ---- */
+
+static void drain(fomoe_ring *r) {
+    struct io_uring_cqe *cqes[CQE_BATCH];
+    unsigned got;
+    if (r->uring.flags & IORING_SETUP_IOPOLL) io_uring_get_events(&r->uring); /* looks at the drive's queue */
+    while ((got = io_uring_peek_batch_cqe(&r->uring, cqes, CQE_BATCH))) {
+        for (unsigned i = 0; i < got; i++) fomoe_read_table_finish(r->table, (int32_t)cqes[i]->user_data, cqes[i]->res);
+        io_uring_cq_advance(&r->uring, got);
+    }
+}
+
+static int reap(void *self, fomoe_completion *completions, int max, int wait) {
+    fomoe_ring *r = self;
+    for (;;) {
+        drain(r);
+        int added = fill(r), done = fomoe_read_table_done(r->table);
+        if (done || !wait || !fomoe_read_table_in_flight(r->table)) {
+            if (added) flush(r);
+            return fomoe_read_table_collect(r->table, completions, max);
+        }
+        r->counters.waits++;
+        int error = io_uring_submit_and_wait(&r->uring, 1);
+        if (error < 0 && error != -EINTR && error != -EAGAIN && error != -EBUSY) return error;
+    }
+}
+
+static void promote(void *self, uint64_t tag) {
+    fomoe_ring *r = self;
+    fomoe_read_table_promote(r->table, tag);
+}
+
+static void cancel(void *self, uint64_t tag) {
+    fomoe_ring *r = self;
+    fomoe_read_table_cancel(r->table, tag);
+}
+
+/* ---- life ---- */
+
+int fomoe_ring_new(const fomoe_read_options *options, const int *descriptors, unsigned setup_flags, int write,
+                   fomoe_ring **ring) {
+    struct io_uring_params parameters = {.flags = setup_flags, .sq_thread_idle = POLL_THREAD_IDLE_MS};
+    fomoe_ring *r = calloc(1, sizeof *r);
+    if (!r) return -ENOMEM;
+    r->drives = options->drives;
+    r->depth = options->depth;
+    r->write = write;
+    r->table = fomoe_read_table_new(options);
+    r->depths = calloc(options->depth * options->drives + 1, sizeof *r->depths);
+    int error = !r->table || !r->depths ? -ENOMEM
+                                        : io_uring_queue_init_params(options->depth * options->drives, &r->uring, &parameters);
+    if (!error) {
+        error = io_uring_register_files(&r->uring, descriptors, options->files);
+        if (error) io_uring_queue_exit(&r->uring);
+    }
+    if (error) {
+        fomoe_read_table_free(r->table);
+        free(r->depths);
+        free(r);
+        return error;
+    }
+    *ring = r;
+    return 0;
+}
+
+void fomoe_ring_free(fomoe_ring *r) {
+    if (!r) return;
+    for (drain(r); fomoe_read_table_in_flight(r->table); drain(r))
+        io_uring_submit_and_wait(&r->uring, 1);
+    io_uring_queue_exit(&r->uring);
+    fomoe_read_table_free(r->table);
+    free(r->depths);
+    free(r);
+}
+
+void fomoe_ring_table(fomoe_ring *r, fomoe_reader *table) {
+    *table = (fomoe_reader){.self = r, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel};
+}
+
+int fomoe_ring_register_buffers(fomoe_ring *r, void *start, size_t bytes) {
+    unsigned count = (bytes + BUFFER_BYTES - 1) / BUFFER_BYTES;
+    struct iovec *pieces = calloc(count + 1, sizeof *pieces);
+    if (!pieces) return -ENOMEM;
+    for (unsigned i = 0; i < count; i++) {
+        size_t begin = i * BUFFER_BYTES;
+        pieces[i].iov_base = (uint8_t *)start + begin;
+        pieces[i].iov_len = bytes - begin < BUFFER_BYTES ? bytes - begin : BUFFER_BYTES;
+    }
+    if (r->fixed_end) io_uring_unregister_buffers(&r->uring);
+    r->fixed_start = r->fixed_end = 0;
+    int error = io_uring_register_buffers(&r->uring, pieces, count);
+    free(pieces);
+    if (error) return error;
+    r->fixed_start = (uintptr_t)start;
+    r->fixed_end = r->fixed_start + bytes;
+    return 0;
+}
+
+/* ---- counts ---- */
+
+const fomoe_read_counters *fomoe_ring_reads(const fomoe_ring *r) { return fomoe_read_table_count(r->table); }
+const fomoe_ring_counters *fomoe_ring_calls(const fomoe_ring *r) { return &r->counters; }
+const uint64_t *fomoe_ring_depths(const fomoe_ring *r, int *count) {
+    *count = r->depth * r->drives + 1;
+    return r->depths;
+}
