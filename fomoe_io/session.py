@@ -49,7 +49,8 @@ class Session:
         self.position = 0
         self._broken = False
 
-    def _room(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+    def checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The tokens as int32; UsageError when this session can't read them now."""
         ids = np.ascontiguousarray(tokens, np.int32)
         if ids.ndim != 1 or not len(ids):
             raise UsageError("a session reads one or more tokens")
@@ -88,7 +89,7 @@ class Session:
         numpy.ndarray
             float32 [vocabulary]: logits after the last token.
         """
-        ids = self._room(tokens)
+        ids = self.checked(tokens)
         started = time.monotonic()
         logits = np.empty((1, self._engine.shape.vocabulary), np.float32)
         batch = self._recorder.batch_tokens
@@ -103,7 +104,7 @@ class Session:
 
     def decode(self, token: int) -> np.ndarray:
         """Read one token; float32 [vocabulary], valid until the next call."""
-        ids = self._room([token])
+        ids = self.checked([token])
         started = time.monotonic()
         self._run(ids, self._decode_logits, 1, {})
         self._engine.generated_tokens += 1
@@ -126,7 +127,7 @@ class Session:
         numpy.ndarray
             float32 [n, vocabulary]
         """
-        ids = self._room(tokens)
+        ids = self.checked(tokens)
         started = time.monotonic()
         logits = np.empty((len(ids), self._engine.shape.vocabulary), np.float32)
         batch = self._recorder.batch_tokens

@@ -141,9 +141,11 @@ def _one_shot(engine: Engine, prompt: str, options: argparse.Namespace) -> None:
     tokens = chat.ask(prompt)
     if not tokens:
         raise UsageError("the prompt is empty", hint='-p "Once upon a time"')
+    session = engine.session()
+    session.checked(tokens)
     if chat.template is None and not options.no_display_prompt:
         print(prompt, end="", flush=True)
-    ids, text = _answer(Conversation(engine.session(), engine.tokenizer), tokens, Sampler(_sampling(options)), options)
+    ids, text = _answer(Conversation(session, engine.tokenizer), tokens, Sampler(_sampling(options)), options)
     if options.json:
         write_json(options.json, {**engine.statistics(), "token_ids": ids, "text": text})
 
