@@ -44,6 +44,12 @@ EXTENSIONS = [
         extra_compile_args=COMPILE_FLAGS + ["-pthread"],
         extra_link_args=["-pthread"],
     ),
+    Extension(
+        "fomoe_io._io_load",
+        ["fomoe_io/_io_load.pyx", "fomoe_io/csrc/io_load.c", "fomoe_io/csrc/mmap_reader.c"],
+        depends=HEADERS,
+        extra_compile_args=COMPILE_FLAGS,
+    ),
     # No HIP or CUDA header: the driver is found when the program runs.
     Extension("fomoe_io._hip", ["fomoe_io/_hip.pyx"], extra_compile_args=COMPILE_FLAGS, extra_link_args=["-ldl"]),
     Extension(

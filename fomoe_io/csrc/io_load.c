@@ -1,0 +1,134 @@
+#include "io_load.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+static uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* Values below 64 have a bin each; above, the top bit chooses the octave and the next six bits the step. */
+static int latency_bin(uint64_t ns) {
+    if (ns < 1u << FOMOE_LATENCY_STEP_BITS) return (int)ns;
+    int octave = 63 - __builtin_clzll(ns) - FOMOE_LATENCY_STEP_BITS;
+    return ((octave + 1) << FOMOE_LATENCY_STEP_BITS) + (int)((ns >> octave) & ((1 << FOMOE_LATENCY_STEP_BITS) - 1));
+}
+
+typedef struct {
+    uint64_t submitted_ns;
+    uint32_t bytes;
+} flight;
+
+typedef struct {
+    const fomoe_reader *reader;
+    const fomoe_load *load;
+    fomoe_load_counts *counts;
+    fomoe_read *reads;
+    fomoe_completion *done;
+    flight *flights; /* of each buffer */
+    int32_t *idle;   /* buffers not in use */
+    int idle_count;
+    uint64_t planned, issued;
+    int error, counting;
+} run;
+
+static void count_latency(fomoe_load_counts *c, uint64_t ns) {
+    c->latency[latency_bin(ns)]++;
+    c->latency_sum_ns += (double)ns;
+    c->latency_square_sum += (double)ns * (double)ns;
+    if (ns < c->latency_min_ns) c->latency_min_ns = ns;
+    if (ns > c->latency_max_ns) c->latency_max_ns = ns;
+}
+
+static void start(run *r) {
+    const fomoe_load *l = r->load;
+    int count = 0, in_flight = l->depth - r->idle_count;
+    while (r->idle_count && (!l->most_reads || r->issued < l->most_reads)) {
+        const fomoe_planned_read *p = &l->plan[r->planned];
+        int32_t buffer = r->idle[--r->idle_count];
+        r->planned = r->planned + 1 == l->plan_count ? 0 : r->planned + 1;
+        r->issued++;
+        r->reads[count++] = (fomoe_read){.tag = buffer, .offset = p->offset, .bytes = p->bytes, .file = p->file,
+                                         .target = l->buffers + buffer * l->buffer_bytes};
+        if (r->counting) r->counts->in_flight[in_flight + count]++;
+    }
+    if (!count) return;
+    uint64_t before = now_ns();
+    int error = r->reader->submit(r->reader->self, r->reads, count);
+    uint64_t after = now_ns();
+    if (error) {
+        r->error = r->error ? r->error : error;
+        for (int i = 0; i < count; i++) r->idle[r->idle_count++] = (int32_t)r->reads[i].tag;
+        return;
+    }
+    if (r->counting) {
+        r->counts->submit_ns += after - before;
+        r->counts->submit_calls++;
+    }
+    for (int i = 0; i < count; i++) r->flights[r->reads[i].tag] = (flight){after, r->reads[i].bytes};
+}
+
+static void finish(run *r) {
+    int count = r->reader->reap(r->reader->self, r->done, r->load->depth, 1);
+    uint64_t now = now_ns();
+    if (count <= 0) {
+        r->error = r->error ? r->error : count ? count : -EIO;
+        r->idle_count = r->load->depth; /* the reader has lost them: do not wait for ever */
+        return;
+    }
+    for (int i = 0; i < count; i++) {
+        uint64_t buffer = r->done[i].tag;
+        r->idle[r->idle_count++] = (int32_t)buffer;
+        if (r->done[i].error && !r->error) r->error = r->done[i].error;
+        if (!r->counting || r->done[i].error) continue;
+        count_latency(r->counts, now - r->flights[buffer].submitted_ns);
+        atomic_fetch_add_explicit(&r->counts->reads, 1, memory_order_relaxed);
+        atomic_fetch_add_explicit(&r->counts->bytes, r->flights[buffer].bytes, memory_order_relaxed);
+    }
+}
+
+static int drive_load(run *r) {
+    const fomoe_load *l = r->load;
+    fomoe_load_counts *c = r->counts;
+    uint64_t begin = now_ns(), counted_from = begin + l->ramp_ns;
+    uint64_t end = l->duration_ns ? counted_from + l->duration_ns : UINT64_MAX;
+    r->counting = !l->ramp_ns;
+    c->started_ns = counted_from;
+    for (;;) {
+        uint64_t now = now_ns();
+        if (!r->counting && now >= counted_from) {
+            r->counting = 1;
+            c->started_ns = now;
+        }
+        int stop = r->error || now >= end || atomic_load_explicit(&c->stop, memory_order_relaxed);
+        if (!stop) start(r);
+        if (r->idle_count == l->depth) break; /* stopped, failed, or the plan's end, and all are back */
+        finish(r);
+    }
+    c->ended_ns = now_ns();
+    return r->error;
+}
+
+int fomoe_load_run(const fomoe_reader *reader, const fomoe_load *load, fomoe_load_counts *counts) {
+    int error = -ENOMEM, depth = load->depth;
+    run r = {.reader = reader, .load = load, .counts = counts};
+    r.reads = calloc(depth, sizeof *r.reads);
+    r.done = calloc(depth, sizeof *r.done);
+    r.flights = calloc(depth, sizeof *r.flights);
+    r.idle = calloc(depth, sizeof *r.idle);
+    counts->latency_min_ns = UINT64_MAX;
+    if (r.reads && r.done && r.flights && r.idle) {
+        for (int i = depth - 1; i >= 0; i--) r.idle[r.idle_count++] = i;
+        error = drive_load(&r);
+    }
+    free(r.reads);
+    free(r.done);
+    free(r.flights);
+    free(r.idle);
+    return error;
+}
