@@ -149,13 +149,15 @@ def embedding(p: Preset, random: np.random.Generator) -> np.ndarray:
     rows[:, :, 4:16] = np.array([8, 8, 8, 8, 8, 8, 8, 8, 0x88, 0x88, 0x88, 0x88], np.uint8)
     rows[:, 0, 4] = 63  # scale of sub-block 0 (with a minimum of 63: zero is q = 7.5)
     rows[:, 0, 8] = 63
-    rows[:, 0, 16:48] = rows[:, 0, 16:48] & 0xF0 | np.where(random.random((p.vocabulary, 32)) < 0.5, 7, 8).astype(np.uint8)
+    rows[:, 0, 16:48] = rows[:, 0, 16:48] & 0xF0 | np.where(random.random((p.vocabulary, 32)) < 0.5, 7, 8).astype(
+        np.uint8
+    )
     rows[:, 0, 16] |= 0x0F
     return rows.reshape(-1, 144)
 
 
 def router(p: Preset, shares: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """float32 [experts, columns]: log(share) on the constant channel, noise as wide as a Gumbel variable's elsewhere."""
+    """float32 [experts, columns]: log(share) on the constant channel, noise as wide as a Gumbel variable elsewhere."""
     normed_constant = np.sqrt(BIAS_SHARE * p.columns)
     noise_energy = np.sqrt((1 - BIAS_SHARE) * p.columns)
     rows = random.standard_normal((p.experts, p.columns)) * (np.pi / np.sqrt(6) / noise_energy)
@@ -201,7 +203,9 @@ def layer_tensors(
         yield Tensor(b + f"ffn_down_{suffix}.weight", (p.hidden, d, *count), high, out * p.hidden**-0.5)
         yield Tensor(b + f"ffn_gate_{suffix}.weight", (d, p.hidden, *count), Q4_K, unit)
         yield Tensor(b + f"ffn_up_{suffix}.weight", (d, p.hidden, *count), Q4_K, unit)
-    yield Tensor(b + "ffn_gate_inp_shexp.weight", (d, 1), F32, values=random.standard_normal(d).astype(np.float32) * unit)
+    yield Tensor(
+        b + "ffn_gate_inp_shexp.weight", (d, 1), F32, values=random.standard_normal(d).astype(np.float32) * unit
+    )
 
 
 def vocabulary(size: int) -> tuple[list[str], list[int], list[str]]:

@@ -94,8 +94,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    print(f"{options.model.name}, {format_bytes(options.model.stat().st_size)}; load {os.getloadavg()[0]:.2f}; "
-          f"readahead {readahead_kib(options.model)} KiB; limit {format_bytes(options.limit) if options.limit else 'none'}")
+    print(
+        f"{options.model.name}, {format_bytes(options.model.stat().st_size)}; load {os.getloadavg()[0]:.2f}; readahead "
+        f"{readahead_kib(options.model)} KiB; limit {format_bytes(options.limit) if options.limit else 'none'}"
+    )
     theirs: dict[int, list[float]] = {0: []} if options.limit else {0: [], 1: []}
     mine, last = [], {}
     print("| round | " + " | ".join(f"llama.cpp repack {r}" for r in theirs) + " | fomoe_io | ratio to the faster |")
@@ -113,10 +115,13 @@ def main() -> None:
         cells = [f"{speeds[-1]:.2f}" for speeds in theirs.values()] + [f"{mine[-1]:.2f}", f"{mine[-1] / best:.2f}"]
         print(f"| {i + 1} | " + " | ".join(cells) + " |", flush=True)
     best = max(statistics.median(speeds) for speeds in theirs.values())
-    print(f"median: llama.cpp {best:.2f}, fomoe_io {statistics.median(mine):.2f}, ratio {statistics.median(mine) / best:.2f}")
-    nvme = last["statistics"]["tiers"]["nvme"]
-    print(f"ours: {nvme['reads']} records read, {format_bytes(last['statistics']['nvme_bytes_per_token'])} a token, "
-          f"peak {format_bytes(last['statistics']['peak_rss_bytes'])}, slots {last['statistics']['budgets']['slots_per_layer']}")
+    median = statistics.median(mine)
+    print(f"median: llama.cpp {best:.2f}, fomoe_io {median:.2f}, ratio {median / best:.2f}")
+    s = last["statistics"]
+    print(
+        f"ours: {s['tiers']['nvme']['reads']} records read, {format_bytes(s['nvme_bytes_per_token'])} a token, "
+        f"peak {format_bytes(s['peak_rss_bytes'])}, slots {s['budgets']['slots_per_layer']}"
+    )
 
 
 if __name__ == "__main__":

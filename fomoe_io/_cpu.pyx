@@ -20,9 +20,9 @@ def use_kernels(bytes base_path, bytes cpu_path):
 
 
 def type_info(int type):
-    """(activation type, block elements, block bytes), or None when the kernels in use do not know the type."""
+    """(activation type, block elements, block bytes), or None when the kernels in use can't multiply with the type."""
     cdef const fomoe_type *t = fomoe_type_of(type)
-    if t == NULL:
+    if t == NULL or t.dot == NULL or t.to_float == NULL:
         return None
     return t.activation_type, t.block_elements, t.block_bytes
 
@@ -55,7 +55,7 @@ cdef class Matrix:
     def __cinit__(self, uintptr_t address, int type, int rows, int columns, bint float_activations, owner):
         self.c.data = <const uint8_t *>address
         self.c.type = fomoe_type_of(type)
-        if self.c.type == NULL:
+        if type_info(type) is None:
             raise ValueError(f"no kernel for type {type}")
         self.c.row_bytes = fomoe_row_bytes(type, columns)
         self.c.rows = rows
@@ -77,24 +77,18 @@ cdef class Matrix:
 
 
 cdef class Rows:
-    """One activation row a token: its own memory, or a view of another's columns (views are of floats)."""
+    """One activation row a token, in memory of its own."""
     cdef fomoe_rows c
     cdef void *memory
-    cdef Rows base
 
-    def __cinit__(self, int columns, int tokens, int type=0, Rows base=None, int first=0):
-        if base is not None:
-            self.base = base
-            self.c = base.c
-            self.c.data += first * sizeof(float)
-        else:
-            # rows start on cache lines
-            self.c.stride = (<int64_t>fomoe_row_bytes(type, columns) + 63) // 64 * 64
-            if posix_memalign(&self.memory, 64, self.c.stride * tokens):
-                raise MemoryError
-            memset(self.memory, 0, self.c.stride * tokens)
-            self.c.data = <uint8_t *>self.memory
-            self.c.type = type
+    def __cinit__(self, int columns, int tokens, int type=0):
+        # rows start on cache lines
+        self.c.stride = (<int64_t>fomoe_row_bytes(type, columns) + 63) // 64 * 64
+        if posix_memalign(&self.memory, 64, self.c.stride * tokens):
+            raise MemoryError
+        memset(self.memory, 0, self.c.stride * tokens)
+        self.c.data = <uint8_t *>self.memory
+        self.c.type = type
         self.c.columns = columns
 
     def __dealloc__(self):
@@ -111,11 +105,6 @@ cdef class Rows:
     @property
     def stride_bytes(self):
         return self.c.stride
-
-    def view(self, int first, int columns):
-        if first < 0 or first + columns > self.c.columns or self.c.type != F32:
-            raise ValueError("not a view of these rows")
-        return Rows(columns, 0, F32, self, first)
 
 
 cdef const float *vector(array):

@@ -111,7 +111,7 @@ class Engine:
             expected = [(s.columns, s.hidden), (s.columns, s.hidden), (s.hidden, s.columns)]
             if found.n_experts != s.experts or shapes != expected:
                 raise FormatError(
-                    f"experts of layer {layer}: {found.n_experts} of shapes {shapes}, expected {s.experts} of {expected}"
+                    f"layer {layer} has {found.n_experts} experts of shapes {shapes}, expected {s.experts} of {expected}"
                 )
             for part in found.parts:
                 if _cpu.type_info(int(part.type)) is None:
@@ -134,10 +134,7 @@ class Engine:
         layers = {i: self.store.experts[i] for i in range(s.layers)}
         layouts = {i: slot_layout(layer) for i, layer in layers.items()}
         self._expert_inputs = {
-            i: tuple(
-                0 if self._float else _cpu.type_info(int(part.type))[0] for part in layer.parts[:2]
-            )
-            for i, layer in layers.items()
+            i: tuple(self._activation_type(int(part.type)) for part in layer.parts[:2]) for i, layer in layers.items()
         }
         self._build = build
         self.budgets = self._share_memory(layouts)
@@ -156,6 +153,11 @@ class Engine:
         )
         self._recorder = self._record(self.budgets.batch_tokens, self._experts)
         self._warm()
+
+    def _activation_type(self, weight_type: int) -> int:
+        """What a product with weights of this type reads: its own activation type, or floats (0)."""
+        info = _cpu.type_info(weight_type)
+        return 0 if self._float or info is None else info[0]
 
     def _tier_slots(self) -> np.ndarray:
         tiers = self.config.tiers

@@ -63,8 +63,10 @@ def slot_layout(layer: ExpertLayer) -> SlotLayout:
             last = extent_count - 1
             previous = extents[rows, last]
             previous_end = previous["offset"] + previous["bytes"]
-            joined = (previous["file"] == file[:, part]) & (start[:, part] <= previous_end) & (
-                start[:, part] >= previous["offset"]
+            joined = (
+                (previous["file"] == file[:, part])
+                & (start[:, part] <= previous_end)
+                & (start[:, part] >= previous["offset"])
             )
         else:
             joined = np.zeros(experts, bool)

@@ -6,7 +6,7 @@ for every batch of tokens without touching a Python object.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,14 +26,6 @@ class Activation:
     def form(self, matrix: Matrix) -> Rows:
         """The rows a product with `matrix` reads."""
         return self.forms[matrix.activation_type]
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertTypes:
-    """Activation types that the routed experts of a layer read (gate, up)."""
-
-    gate: int
-    up: int
 
 
 class StateLayout:
@@ -147,7 +139,3 @@ class Recorder:
     def logits(self, matrix: Matrix, x: Activation) -> None:
         """The last product: into the caller's array, for the positions that want logits."""
         self.program.mat_mul([(matrix, x.form(matrix), None, False)], True, True)
-
-
-Builder = Callable[[Recorder], None]
-"""A model's recording function."""

@@ -92,10 +92,8 @@ class Sampler:
     def _filtered(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and logits, descending, after top-k, top-p and min-p."""
         c = self.config
-        if 0 < c.top_k < len(logits):
-            ids = np.argpartition(logits, -c.top_k)[-c.top_k :]
-        else:
-            ids = np.arange(len(logits))
+        few = 0 < c.top_k < len(logits)
+        ids = np.argpartition(logits, -c.top_k)[-c.top_k :] if few else np.arange(len(logits))
         ids = ids[np.argsort(-logits[ids], kind="stable")]
         scores = logits[ids]
         probabilities = np.exp(scores.astype(np.float64) - scores[0])

@@ -67,9 +67,7 @@ class Session:
 
     def _run(self, ids: np.ndarray, logits: np.ndarray, outputs: int, records: dict[str, np.ndarray]) -> None:
         self._broken = True
-        self._check(
-            self._recorder.program.run(ids, outputs, self.position, self._memory.address, logits, **records)
-        )
+        self._check(self._recorder.program.run(ids, outputs, self.position, self._memory.address, logits, **records))
         self._broken = False
         self.position += len(ids)
 

@@ -37,7 +37,9 @@ def format_footer(statistics: Mapping[str, Any]) -> str:
     s = statistics
     requests = max(s["expert_requests"], 1)
     share = {tier: 100 * values["hits"] / requests for tier, values in s["tiers"].items()}
-    tiers = " ".join(f"{name.upper()} {share[name]:.0f} %" for name in ("vram", "dram", "nvme") if name != "vram" or share[name])
+    tiers = " ".join(
+        f"{name.upper()} {share[name]:.0f} %" for name in ("vram", "dram", "nvme") if name != "vram" or share[name]
+    )
     stall = s["stall_seconds"]["nvme"] / max(s["prompt_seconds"] + s["decode_seconds"], 1e-9)
     return (
         f"prompt {s['prompt_tokens']} tok {s['prompt_tokens_per_second']:.1f} tok/s   "

@@ -53,7 +53,9 @@ def expected(demo_model: Path) -> tuple[bytes, list[int]]:
 
 @pytest.mark.parametrize("store", ["gguf", "packed", "two", "index"])
 @pytest.mark.parametrize("reader", ["uring", "pread"])
-def test_stores_and_readers(stores: dict[str, Path], expected: tuple[bytes, list[int]], store: str, reader: str) -> None:
+def test_stores_and_readers(
+    stores: dict[str, Path], expected: tuple[bytes, list[int]], store: str, reader: str
+) -> None:
     for slots in (FEWEST, HALF, ALL):
         logits, answer, statistics = run(stores[store], tiers=slots, reader=reader)
         assert (answer, logits) == (expected[1], expected[0])
@@ -66,9 +68,7 @@ def test_stores_and_readers(stores: dict[str, Path], expected: tuple[bytes, list
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("batch", [1, 7, 64])
-def test_threads_and_batches(
-    demo_model: Path, expected: tuple[bytes, list[int]], threads: int, batch: int
-) -> None:
+def test_threads_and_batches(demo_model: Path, expected: tuple[bytes, list[int]], threads: int, batch: int) -> None:
     logits, answer, _ = run(demo_model, threads=threads, batch_tokens=batch)
     assert (answer, logits) == (expected[1], expected[0])
 

@@ -37,9 +37,7 @@ def answers() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("more", [0, 4, 16, 64])
-def test_peak_stays_below(
-    demo_model: Path, tmp_path: Path, smallest: int, more: int, answers: list[list[int]]
-) -> None:
+def test_peak_stays_below(demo_model: Path, tmp_path: Path, smallest: int, more: int, answers: list[list[int]]) -> None:
     prompt = "The river ran through the valley, and the road beside it. " * 12
     statistics = tmp_path / "statistics.json"
     result = run(

@@ -41,7 +41,9 @@ def test_prompt_file_and_stop(demo_model: Path, tmp_path: Path, capsys: pytest.C
     assert run.main(["-m", str(demo_model), "-f", str(prompt), *SHORT, "-q", "--no-display-prompt"]) == 0
     whole = capsys.readouterr().out
     stop = whole.split()[2]
-    assert run.main(["-m", str(demo_model), "-f", str(prompt), *SHORT, "-q", "--no-display-prompt", "--stop", stop]) == 0
+    assert (
+        run.main(["-m", str(demo_model), "-f", str(prompt), *SHORT, "-q", "--no-display-prompt", "--stop", stop]) == 0
+    )
     assert capsys.readouterr().out.rstrip("\n") == whole[: whole.index(stop)]
 
 
@@ -73,7 +75,9 @@ def test_mistakes_end_in_one_line(
     assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith("  fix: "))
 
 
-@pytest.mark.parametrize("arguments", [["--ram", "big"], ["--tiers", "vram=3"], ["--no-such-flag"], ["--device", "tpu"]])
+@pytest.mark.parametrize(
+    "arguments", [["--ram", "big"], ["--tiers", "vram=3"], ["--no-such-flag"], ["--device", "tpu"]]
+)
 def test_bad_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         run.main([*arguments, "-p", "x"])

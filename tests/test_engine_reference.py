@@ -7,11 +7,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-
-from fomoe_io import Engine, EngineConfig, Tiers
-
 from reference_model import ReferenceModel
 from tiny_model import Tiny, write_tiny
+
+from fomoe_io import Engine, EngineConfig, Tiers
 
 Type = gguf.GGMLQuantizationType
 TOKENS = 12
@@ -63,12 +62,25 @@ def test_float_shapes(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["gqa 1", "top-16 of 512", "qwen3moe"])
 def test_portable_kernels_and_few_slots(tmp_path: Path, name: str) -> None:
     path = write_tiny(tmp_path / "tiny.gguf", SHAPES[name], 7)
-    config = EngineConfig(context_tokens=32, kernels="portable", tiers=Tiers(0, SHAPES[name].used / SHAPES[name].experts))
+    config = EngineConfig(
+        context_tokens=32, kernels="portable", tiers=Tiers(0, SHAPES[name].used / SHAPES[name].experts)
+    )
     error, same = compare(path, config, 7)
     assert same and error < 1e-10
 
 
-QUANTIZED = [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q5_0, Type.IQ4_NL, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q3_K]
+QUANTIZED = [
+    Type.F16,
+    Type.BF16,
+    Type.Q8_0,
+    Type.Q4_0,
+    Type.Q5_0,
+    Type.IQ4_NL,
+    Type.Q4_K,
+    Type.Q5_K,
+    Type.Q6_K,
+    Type.Q3_K,
+]
 
 
 @pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)

@@ -84,7 +84,9 @@ def test_conv(channels: int, taps: int) -> None:
     padded = np.vstack([np.zeros((taps - 1, channels)), inputs])
     for t in range(9):
         y = np.empty(channels, np.float32)
-        NATIVE.fomoe_conv_step(channels, taps, pointer(w), pointer(inputs[t]), pointer(state), ctypes.c_int64(channels), pointer(y))
+        NATIVE.fomoe_conv_step(
+            channels, taps, pointer(w), pointer(inputs[t]), pointer(state), ctypes.c_int64(channels), pointer(y)
+        )
         close(y, silu((w.T.astype(np.float64) * padded[t : t + taps]).sum(0)))
     assert np.array_equal(state, inputs[-(taps - 1) :])
 
@@ -97,7 +99,17 @@ def test_delta(n: int) -> None:
         q, k, v = l2_norm(f32(random, n)), l2_norm(f32(random, n)), f32(random, n)
         q, k = q.astype(np.float32), k.astype(np.float32)
         beta, decay, out = float(random.random()), float(random.random()), np.empty(n, np.float32)
-        NATIVE.fomoe_delta_step(n, n, pointer(q), pointer(k), pointer(v), ctypes.c_float(beta), ctypes.c_float(decay), pointer(state), pointer(out))
+        NATIVE.fomoe_delta_step(
+            n,
+            n,
+            pointer(q),
+            pointer(k),
+            pointer(v),
+            ctypes.c_float(beta),
+            ctypes.c_float(decay),
+            pointer(state),
+            pointer(out),
+        )
         expected *= decay
         expected += np.outer(beta * (v - expected @ k), k)
         close(out, expected @ q, 1e-5)
@@ -110,7 +122,19 @@ def test_attention(columns: int, length: int) -> None:
     q, keys, values = f32(random, columns) * 3, f32(random, length, columns), f32(random, length, columns)
     scores, out = np.empty(length, np.float32), np.empty(columns, np.float32)
     stride = ctypes.c_int64(columns)
-    NATIVE.fomoe_attention_head(columns, columns, ctypes.c_int64(length), ctypes.c_float(0.3), pointer(q), pointer(keys), stride, pointer(values), stride, pointer(scores), pointer(out))
+    NATIVE.fomoe_attention_head(
+        columns,
+        columns,
+        ctypes.c_int64(length),
+        ctypes.c_float(0.3),
+        pointer(q),
+        pointer(keys),
+        stride,
+        pointer(values),
+        stride,
+        pointer(scores),
+        pointer(out),
+    )
     close(out, softmax(0.3 * keys.astype(np.float64) @ q) @ values, 1e-5)
 
 
@@ -120,7 +144,9 @@ def test_route(experts: int, used: int) -> None:
     for _ in range(20):
         logits = f32(random, experts) * 4
         p, ids, weights = np.empty(experts, np.float32), np.empty(used, np.int32), np.empty(used, np.float32)
-        NATIVE.fomoe_route(experts, used, pointer(logits), 1, ctypes.c_float(1), pointer(p), pointer(ids), pointer(weights))
+        NATIVE.fomoe_route(
+            experts, used, pointer(logits), 1, ctypes.c_float(1), pointer(p), pointer(ids), pointer(weights)
+        )
         expected_ids, expected = route(logits.astype(np.float64), used)
         assert np.array_equal(ids, expected_ids)
         close(weights, expected)
@@ -137,7 +163,17 @@ class NativeType(ctypes.Structure):
     )  # fmt: skip
 
 
-DOT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+DOT = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+)
 CONVERT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 PORTABLE = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from fomoe_io.cli.ppl import Total, chunk_nll
 
 MODELS = {"S": "fomoe-demo-32x8.Q4_K_M.gguf", "M": "fomoe-bench-128x8.Q4_K_M.gguf"}
 NOISE_FACTOR = 1.5
-"""How far we may be from the oracle, in units of the oracle's distance from itself (one batch against token by token)."""
+"""Allowed distance from the oracle, in units of its distance from itself (one batch against token by token)."""
 
 
 def nmse(a: np.ndarray, b: np.ndarray) -> float:

@@ -48,9 +48,7 @@ def buffer(memory: Memory) -> np.ndarray:
 
 
 @pytest.mark.parametrize("registered", [False, True])
-def test_random_batches(
-    reader: Reader, files: list[tuple[Path, np.ndarray]], registered: bool, seed: int = 17
-) -> None:
+def test_random_batches(reader: Reader, files: list[tuple[Path, np.ndarray]], registered: bool, seed: int = 17) -> None:
     """More reads than the depth, of random places and sizes, over the ends of files: every byte is right."""
     random = np.random.default_rng(seed)
     memory = aligned_memory(300 * 40 * PAGE)

@@ -90,14 +90,18 @@ def model_path(options: argparse.Namespace) -> Path:
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Options of :class:`EngineConfig`."""
     group = parser.add_argument_group("engine")
-    group.add_argument("--ram", type=checked(parse_bytes), metavar="SIZE", help="bound of the whole process, such as 16G")
+    group.add_argument(
+        "--ram", type=checked(parse_bytes), metavar="SIZE", help="bound of the whole process, such as 16G"
+    )
     group.add_argument("-t", "--threads", type=int, metavar="N", help="default: all processors of this process")
     group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context (default: the model's, at most 4096)")
     group.add_argument("-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens at once")
     group.add_argument("--device", choices=("auto", "cpu"), default="auto", help="this version computes on the CPU")
     group.add_argument("--reader", choices=("auto", "uring", "pread"), default="auto")
     group.add_argument("--kernels", choices=("auto", "ggml", "portable"), default="auto")
-    group.add_argument("--policy", choices=("decayed", "lru", "lfu", "lfru"), default="decayed", help="who leaves memory")
+    group.add_argument(
+        "--policy", choices=("decayed", "lru", "lfu", "lfru"), default="decayed", help="who leaves memory"
+    )
     group.add_argument(
         "--tiers", type=checked(Tiers.parse), metavar="SPEC", help="simulated tiers, such as vram=20%%,dram=15%%"
     )

@@ -150,7 +150,9 @@ def _one_shot(engine: Engine, prompt: str, options: argparse.Namespace) -> None:
         write_json(options.json, {**engine.statistics(), "token_ids": ids, "text": text})
 
 
-_HELP = "/help this list   /stats statistics so far   /reset forget the conversation   /exit leave   Ctrl-C stops an answer"
+_HELP = (
+    "/help this list   /stats statistics so far   /reset forget the conversation   /exit leave   Ctrl-C stops an answer"
+)
 
 
 def _interactive(engine: Engine, options: argparse.Namespace) -> None:
@@ -183,12 +185,14 @@ def _interactive(engine: Engine, options: argparse.Namespace) -> None:
         write_json(options.json, engine.statistics())
 
 
-def _turn(
-    conversation: Conversation, chat: Chat, sampler: Sampler, line: str, options: argparse.Namespace
-) -> None:
+def _turn(conversation: Conversation, chat: Chat, sampler: Sampler, line: str, options: argparse.Namespace) -> None:
     tokens = chat.ask(line)
     if len(tokens) >= conversation.session.context_tokens:
-        print(f"the conversation has filled the context of {conversation.session.context_tokens} tokens: /reset, or start with a larger -c", file=sys.stderr)  # noqa: E501
+        print(
+            f"the conversation has filled the context of {conversation.session.context_tokens} tokens: "
+            "/reset, or start with a larger -c",
+            file=sys.stderr,
+        )
         return
     ids, text = _answer(conversation, tokens, sampler, options)
     chat.answered(ids, text)

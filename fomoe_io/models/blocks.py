@@ -71,10 +71,12 @@ class Metadata:
 
     def vocabulary(self) -> int:
         """Number of tokens."""
-        tokens = self._values.get("tokenizer.ggml.tokens")
-        if tokens is None or not len(tokens):
-            raise FormatError("the model has no vocabulary (metadata key tokenizer.ggml.tokens)")
-        return len(tokens)
+        key = "tokenizer.ggml.tokens"
+        if key not in self._values:
+            raise FormatError(f"the model has no vocabulary (metadata key {key})")
+        # a store's metadata counts without decoding hundreds of thousands of strings
+        length = getattr(self._values, "length", None)
+        return int(length(key) if length else len(self._values[key]))
 
 
 def record_attention(

@@ -1,0 +1,156 @@
+from typing import Any
+
+import numpy as np
+
+FloatVector = np.ndarray | None
+
+def use_kernels(base_path: bytes | None, cpu_path: bytes | None) -> str: ...
+def type_info(type: int) -> tuple[int, int, int] | None: ...
+def row_bytes(type: int, elements: int) -> int: ...
+
+class Team:
+    threads: int
+    def __init__(self, threads: int) -> None: ...
+
+class Matrix:
+    owner: object
+    def __init__(
+        self, address: int, type: int, rows: int, columns: int, float_activations: bool, owner: object
+    ) -> None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def activation_type(self) -> int: ...
+
+class Rows:
+    def __init__(self, columns: int, tokens: int, type: int = 0) -> None: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def type(self) -> int: ...
+    @property
+    def stride_bytes(self) -> int: ...
+
+class Experts:
+    most: int
+    counts: tuple[int, ...]
+    def __init__(
+        self,
+        shape: dict[str, int],
+        layers: list[dict[str, Any] | None],
+        slots: np.ndarray,
+        policy: int,
+        decay: float,
+        reader: int,
+        keep: object,
+    ) -> None: ...
+    @staticmethod
+    def workspace_bytes(shape: dict[str, int]) -> int: ...
+    def warm(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> int: ...
+    def counters(self) -> dict[str, int]: ...
+    def picks(self) -> np.ndarray: ...
+    def scores(self, layer: int) -> np.ndarray: ...
+    def failure(self) -> tuple[int, int]: ...
+
+class Program:
+    def __init__(self, team: Team, scratch_floats: int) -> None: ...
+    @property
+    def steps(self) -> int: ...
+    def embed(self, matrix: Matrix, output: Rows, file: int, offset: int) -> None: ...
+    def norm(self, input: Rows, weight: FloatVector, epsilon: float, outputs: list[Rows], of_outputs: bool) -> None: ...
+    def quantize(self, input: Rows, output: Rows) -> None: ...
+    def mat_mul(
+        self,
+        products: list[tuple[Matrix, Rows, Rows | None, bool]],
+        of_outputs: bool = False,
+        to_logits: bool = False,
+    ) -> None: ...
+    def silu_mul(self, gate: Rows, up: Rows, output: Rows) -> None: ...
+    def conv(self, input: Rows, output: Rows, weight: FloatVector, state_offset: int, taps: int) -> None: ...
+    def delta(
+        self,
+        qkv: Rows,
+        beta: Rows,
+        alpha: Rows,
+        gate: Rows,
+        output: Rows,
+        decay_rate: FloatVector,
+        decay_bias: FloatVector,
+        norm_weight: FloatVector,
+        state_offset: int,
+        key_heads: int,
+        value_heads: int,
+        head_columns: int,
+        grouped: bool,
+        epsilon: float,
+    ) -> None: ...
+    def rope_table(self, output: Rows, base: float, rotated: int) -> None: ...
+    def kv(
+        self,
+        query: Rows,
+        key: Rows,
+        value: Rows,
+        table: Rows,
+        query_norm: FloatVector,
+        key_norm: FloatVector,
+        key_offset: int,
+        value_offset: int,
+        context: int,
+        heads: int,
+        kv_heads: int,
+        head_columns: int,
+        query_stride: int,
+        rotated: int,
+        epsilon: float,
+    ) -> None: ...
+    def attention(
+        self,
+        query: Rows,
+        output: Rows,
+        key_offset: int,
+        value_offset: int,
+        context: int,
+        heads: int,
+        kv_heads: int,
+        head_columns: int,
+        query_stride: int,
+        gated: bool,
+    ) -> None: ...
+    def route(
+        self,
+        logits: Rows,
+        ids: Rows,
+        weights: Rows,
+        layer: int,
+        count: int,
+        used: int,
+        normalise: bool,
+        scale: float,
+    ) -> None: ...
+    def experts_begin(self, experts: Experts, ids: Rows, gate_input: Rows, up_input: Rows, layer: int) -> None: ...
+    def experts(self, experts: Experts, ids: Rows, gate_input: Rows, up_input: Rows, layer: int) -> None: ...
+    def combine(
+        self,
+        experts: Experts,
+        weights: Rows,
+        output: Rows,
+        used: int,
+        shared: Rows | None,
+        shared_gate: Rows | None,
+    ) -> None: ...
+    def layer_end(self, input: Rows, layer: int) -> None: ...
+    def run(
+        self,
+        ids: np.ndarray,
+        outputs: int,
+        position: int,
+        state: int,
+        logits: np.ndarray,
+        experts: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
+        router_logits: np.ndarray | None = None,
+        layer_output: np.ndarray | None = None,
+        final_norm: np.ndarray | None = None,
+    ) -> int: ...
