@@ -142,7 +142,7 @@ class Gpu:
         if not 0 <= ordinal < count:
             raise DeviceError(f"{provider} has {count} device(s), numbered from 0: there is no {ordinal}")
         self.info = describe(ordinal)
-        self.table = kernels.kernels(dict(tuning or {}))
+        self.table = kernels.kernels(tuning)
         gpu_compile.open_compiler(provider)
         self._module = _hip.Module(ordinal, gpu_compile.compile_kernels(self.info.architecture, tuning))
         self._functions: dict[str, _hip.Function] = {}

@@ -135,6 +135,10 @@ def test_nan_logits_show(runner: CpuRunner, rng: np.random.Generator) -> None:
     cases.check_nan_logits_show(runner, rng)
 
 
+def test_read_memory(runner: CpuRunner, rng: np.random.Generator) -> None:
+    cases.check_read_memory(runner, rng, 40_016, 3)
+
+
 @pytest.mark.parametrize("word", ["served", "stop"])
 def test_wait_for_misses(runner: CpuRunner, word: str) -> None:
     words = {"posted": [7], "served": [4], "stop": [0]}

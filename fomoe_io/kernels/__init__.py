@@ -7,16 +7,18 @@ spelled here once more because a launch passes untyped bytes; a test compares th
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
 QUANTIZED_TYPES = ("q4_k", "q5_k", "q6_k", "q8_0")
 FLOAT_TYPES = ("f16", "bf16", "f32")
 TYPES = QUANTIZED_TYPES + FLOAT_TYPES
+UNIT_ELEMENTS = {"q4_k": 32, "q5_k": 32, "q6_k": 32, "q8_0": 32, "f16": 8, "bf16": 8, "f32": 4}  # units.h
 
 MAIN_SOURCE = "fomoe.hip"
-ROUTER_EXPERTS = 1024  # router.h: the most experts a layer may have
-ROUTER_PICKS = 32  # router.h: the most picks a token may have
+MOST_EXPERTS = 1024  # router.h: of a layer
+MOST_PICKS = 32  # experts.h: of a token
 MISS_BYTES = 16  # router.h: struct miss
 
 
@@ -48,9 +50,9 @@ def _read_tuning() -> dict[str, int]:
 TUNING = _read_tuning()
 
 
-def kernels(tuning: dict[str, int] | None = None) -> dict[str, Kernel]:
+def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
     """Every kernel by name, for the given overrides of ``tuning.h``."""
-    size = TUNING | (tuning or {})
+    size = TUNING | dict(tuning or {})
     table = {
         "quantize_q8": Kernel(256, "ppi"),
         "silu_mul": Kernel(256, "ppppi"),
@@ -62,9 +64,10 @@ def kernels(tuning: dict[str, int] | None = None) -> dict[str, Kernel]:
         "resolve_picks": Kernel(32, "pppppiii"),
         "route_and_resolve": Kernel(512, "pppppppiiiiif"),
         "wait_for_misses": Kernel(32, "ppp"),
+        "read_memory": Kernel(256, "pqpi"),
     }
     for name in TYPES:
-        table[f"mat_vec_{name}"] = table[f"mat_mul_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiii")
+        table[f"mat_vec_{name}"] = table[f"mat_mul_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
         table[f"expand_{name}"] = Kernel(32, "pppi")
         table[f"experts_gate_up_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pqqpppiii")
         table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiii")
@@ -87,14 +90,25 @@ def q8_row_bytes(columns: int) -> int:
     return (columns + columns // 4 + 15) // 16 * 16
 
 
-def mat_vec_grid(rows: int, tokens: int = 1) -> tuple[int, int, int]:
+def split_of(name: str, columns: int, tuning: Mapping[str, int] | None = None) -> int:
+    """The ``split`` of ``mat_vec_*`` and ``mat_mul_*``: warps that share a row, each with at least one unit a lane."""
+    split = (TUNING | dict(tuning or {}))["MAT_VEC_WARPS"]
+    while split > 1 and columns < 32 * split * UNIT_ELEMENTS[name]:
+        split //= 2
+    return split
+
+
+def mat_vec_grid(
+    rows: int, split: int, tokens: int = 1, tuning: Mapping[str, int] | None = None
+) -> tuple[int, int, int]:
     """Grid of ``mat_vec_*``."""
-    return up(rows, TUNING["MAT_VEC_WARPS"] * TUNING["MAT_VEC_ROWS"]), tokens, 1
+    size = TUNING | dict(tuning or {})
+    return up(rows, size["MAT_VEC_WARPS"] // split * size["MAT_VEC_ROWS"]), tokens, 1
 
 
-def mat_mul_grid(rows: int, tokens: int) -> tuple[int, int, int]:
+def mat_mul_grid(rows: int, split: int, tokens: int) -> tuple[int, int, int]:
     """Grid of ``mat_mul_*``."""
-    return up(rows, TUNING["MAT_VEC_WARPS"]), up(tokens, TUNING["MAT_MUL_TOKENS"]), 1
+    return up(rows, TUNING["MAT_VEC_WARPS"] // split), up(tokens, TUNING["MAT_MUL_TOKENS"]), 1
 
 
 def gate_up_grid(rows: int, pairs: int) -> tuple[int, int, int]:
@@ -102,9 +116,10 @@ def gate_up_grid(rows: int, pairs: int) -> tuple[int, int, int]:
     return rows // 32, pairs, 1
 
 
-def down_grid(rows: int, tokens: int = 1) -> tuple[int, int, int]:
+def down_grid(rows: int, tokens: int = 1, tuning: Mapping[str, int] | None = None) -> tuple[int, int, int]:
     """Grid of ``experts_down_*``."""
-    return up(rows, TUNING["DOWN_WARPS"] * TUNING["DOWN_ROWS"]), tokens, 1
+    size = TUNING | dict(tuning or {})
+    return up(rows, size["DOWN_WARPS"] * size["DOWN_ROWS"]), tokens, 1
 
 
 def attention_splits(positions: int) -> int:

@@ -3,6 +3,8 @@
 #pragma once
 #include "mat_vec.h"
 
+#define MOST_PICKS 32  // the most experts a token may have
+
 // hidden[pair] = Q8(silu(gate x) * (up x)).  A block makes 32 of the pair's `rows` values: one Q8 group, so nothing
 // but the quantized result leaves it.  A pair whose record is 0 is left alone: another launch will do it.
 // x: [tokens] Q8 or float rows; hidden: [pairs] Q8 rows.  Grid (rows / 32, pairs).
@@ -25,7 +27,7 @@ DEVICE void gate_up(const u64 *records, u64 gate_offset, u64 up_offset, const u8
         sums[2 * r][0] = sums[2 * r + 1][0] = 0.f;
     }
     x += (u64)(pair / picks) * activation_row_bytes<T>(columns);
-    dot_rows<T, 2 * ROWS, 1>(row_data, x, token, columns, sums);
+    dot_rows<T, 2 * ROWS, 1>(row_data, x, token, columns, lane_index(), 32, sums);
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         const float gate = warp_sum(sums[2 * r][0]), up = warp_sum(sums[2 * r + 1][0]);
@@ -38,75 +40,77 @@ DEVICE void gate_up(const u64 *records, u64 gate_offset, u64 up_offset, const u8
     store_q8_group(value, hidden + pair * q8_row_bytes(rows), rows, block_x());
 }
 
-// y[token] = sum over ranks, in the router's order, of weight * (down hidden), + sigmoid(shared_gate) * shared where
-// a shared expert is given.  The record of a pair is records[pair], or late[pair] where that is 0: what is summed,
-// and in which order, does not depend on which came late.  A record found in neither gives NaN, never silence.
+// y[token] = sum over ranks of weight * (down hidden), + sigmoid(shared_gate) * shared where a shared expert is given.
+// The record of a pair is records[pair], or late[pair] where that is 0: what is summed, and in which order, does not
+// depend on which came late.  A record found in neither gives NaN, never silence.
+// A warp takes the picks' rows one after another in the router's order as if they were one long row, so that short rows
+// leave no lane idle, and reduces once at the end.
 // hidden: [pairs] Q8 rows (float rows for float weights); y, shared: [tokens][rows].
 // Grid (rows / (DOWN_WARPS * DOWN_ROWS) up, tokens).
 template <class T>
 DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,
                  const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks) {
+    __shared__ u64 record_of[MOST_PICKS];
+    __shared__ float weight_of[MOST_PICKS];
     const int row = (block_x() * DOWN_WARPS + warp_index()) * DOWN_ROWS, token = block_y();
-    if (row >= rows) return;
-    const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
-    const u64 x_bytes = activation_row_bytes<T>(columns);
+    const u32 row_bytes = (u32)(columns / T::block_elements) * T::block_bytes;
+    const u32 x_bytes = (u32)activation_row_bytes<T>(columns);
     const int units = columns / T::unit_elements;
+    if (thread_index() < picks) {
+        const int pair = token * picks + thread_index();
+        const u64 here = records[pair], record = here ? here : late ? late[pair] : 0;
+        // An absent record: some address that can be read, and a weight that shows.
+        record_of[thread_index()] = record ? record + down_offset : (u64)hidden;
+        weight_of[thread_index()] = record ? weights[pair] : not_a_number();
+    }
+    sync_block();
+    if (row >= rows) return;
+    hidden += (u64)token * picks * x_bytes;
     float total[DOWN_ROWS];
     u64 offset[DOWN_ROWS];
 #pragma unroll
     for (int r = 0; r < DOWN_ROWS; ++r) {
         total[r] = 0.f;
-        offset[r] = down_offset + (u64)(row + r < rows ? row + r : rows - 1) * row_bytes;
+        offset[r] = (u64)(row + r < rows ? row + r : rows - 1) * row_bytes;
     }
-    for (int rank = 0; rank < picks; rank += DOWN_BATCH) {
-        const u8 *record[DOWN_BATCH], *x[DOWN_BATCH];
-        float sums[DOWN_BATCH][DOWN_ROWS];
+    int next_rank = lane_index() / units, next_unit = lane_index() % units;
+    while (next_rank < picks) {
+        typename T::raw raw[DOWN_BATCH][DOWN_ROWS];
+        int rank[DOWN_BATCH], unit[DOWN_BATCH];
+        bool is_real[DOWN_BATCH];
 #pragma unroll
         for (int b = 0; b < DOWN_BATCH; ++b) {
-            const int pair = token * picks + (rank + b < picks ? rank + b : picks - 1);
-            const u64 here = records[pair];
-            record[b] = (const u8 *)(here ? here : late ? late[pair] : 0);
-            x[b] = hidden + pair * x_bytes;
+            is_real[b] = next_rank < picks;
+            rank[b] = is_real[b] ? next_rank : picks - 1, unit[b] = next_unit;
+            for (next_unit += 32; next_unit >= units; next_unit -= units) ++next_rank;
+            const bool is_present = weight_of[rank[b]] == weight_of[rank[b]];
 #pragma unroll
-            for (int r = 0; r < DOWN_ROWS; ++r) sums[b][r] = 0.f;
-        }
-        for (int unit = lane_index(); unit < units; unit += 32) {
-            typename T::raw raw[DOWN_BATCH][DOWN_ROWS];
-#pragma unroll
-            for (int b = 0; b < DOWN_BATCH; ++b)
-                if (record[b])
-#pragma unroll
-                    for (int r = 0; r < DOWN_ROWS; ++r) raw[b][r] = T::load(record[b] + offset[r], unit);
-#pragma unroll
-            for (int b = 0; b < DOWN_BATCH; ++b)
-                if (record[b])
-#pragma unroll
-                    for (int r = 0; r < DOWN_ROWS; ++r) {
-                        typename T::prepared u;
-                        T::unpack(raw[b][r], unit, u);
-                        sums[b][r] = add_unit<T>(u, unit, x[b], columns, sums[b][r]);
-                    }
+            for (int r = 0; r < DOWN_ROWS; ++r)
+                raw[b][r] = T::load((const u8 *)record_of[rank[b]] + (is_present ? offset[r] : 0), unit[b]);
         }
 #pragma unroll
         for (int b = 0; b < DOWN_BATCH; ++b) {
-            if (rank + b >= picks) break;
-            const float weight = record[b] ? weights[token * picks + rank + b] : not_a_number();
+            if (!is_real[b]) break;
+            const float weight = weight_of[rank[b]];
 #pragma unroll
-            for (int r = 0; r < DOWN_ROWS; ++r) total[r] = fused(weight, warp_sum(sums[b][r]), total[r]);
+            for (int r = 0; r < DOWN_ROWS; ++r) {
+                typename T::prepared u;
+                T::unpack(raw[b][r], unit[b], u);
+                total[r] = fused(weight, add_unit<T>(u, unit[b], hidden + rank[b] * x_bytes, columns, 0.f), total[r]);
+            }
         }
     }
-    if (lane_index() > 0) return;
 #pragma unroll
     for (int r = 0; r < DOWN_ROWS; ++r) {
-        if (row + r >= rows) break;
+        const float sum = warp_sum(total[r]);
+        if (lane_index() > 0 || row + r >= rows) continue;
         const u64 i = (u64)token * rows + row + r;
-        y[i] = shared_output ? fused(shared_gate ? sigmoid(shared_gate[token]) : 1.f, shared_output[i], total[r])
-                             : total[r];
+        y[i] = shared_output ? fused(shared_gate ? sigmoid(shared_gate[token]) : 1.f, shared_output[i], sum) : sum;
     }
 }
 
 #define EXPERT_KERNELS(type)                                                                                          \
-    KERNEL(32 * GATE_UP_WARPS, experts_gate_up_##type)                                                                 \
+    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_##type)                                     \
     (const u64 *records, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows,     \
      int columns, int picks) {                                                                                        \
         gate_up<type>(records, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks);               \

@@ -9,3 +9,4 @@
 #include "attention.h"
 #include "delta.h"
 #include "router.h"
+#include "probe.h"

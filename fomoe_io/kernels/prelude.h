@@ -30,6 +30,7 @@ struct u32x4 {
 #define DEVICE_MEMBER __device__ inline __attribute__((always_inline))
 #define KERNEL(threads, name) \
     extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(threads, threads))) void name
+#define RESIDENT_KERNEL(threads, blocks, name) KERNEL(threads, name)
 #define EXPORT_KERNEL(name)
 DEVICE int thread_index() { return __builtin_amdgcn_workitem_id_x(); }
 DEVICE int block_x() { return __builtin_amdgcn_workgroup_id_x(); }
@@ -58,6 +59,7 @@ DEVICE u32x4 load16(const void *p) {
     u32_vector v = *(const GLOBAL_MEMORY u32_vector *)p;
     return {v.x, v.y, v.z, v.w};
 }
+DEVICE u32x4 load16_once(const void *p) { return load16(p); }
 DEVICE u32 load4(const void *p) { return *(const GLOBAL_MEMORY u32 *)p; }
 DEVICE u16 load2(const void *p) { return *(const GLOBAL_MEMORY u16 *)p; }
 DEVICE u8 load1(const void *p) { return *(const GLOBAL_MEMORY u8 *)p; }
@@ -87,6 +89,8 @@ DEVICE int dot4(int a, int b, int c) {
 #define DEVICE static __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
 #define KERNEL(threads, name) extern "C" __global__ void __launch_bounds__(threads) name
+// As KERNEL, with few enough registers that so many blocks fit a multiprocessor.
+#define RESIDENT_KERNEL(threads, blocks, name) extern "C" __global__ void __launch_bounds__(threads, blocks) name
 #define EXPORT_KERNEL(name)
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int block_x() { return blockIdx.x; }
@@ -114,6 +118,12 @@ DEVICE u32 exchange(u32 v) {
 DEVICE u32x4 load16(const void *p) {
     uint4 v = __ldg((const uint4 *)p);
     return {v.x, v.y, v.z, v.w};
+}
+// For weights, which no other warp will want: they leave the first cache to the activations.
+DEVICE u32x4 load16_once(const void *p) {
+    u32x4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
 }
 DEVICE u32 load4(const void *p) { return __ldg((const u32 *)p); }
 DEVICE u16 load2(const void *p) { return __ldg((const u16 *)p); }

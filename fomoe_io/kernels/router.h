@@ -1,11 +1,11 @@
 // From router logits to records: softmax, the top picks, where their experts lie, and word to the host of those that
 // lie nowhere on the device.
 #pragma once
+#include "experts.h"
 #include "norms.h"
 
 #define ROUTER_THREADS 512
 #define ROUTER_EXPERTS 1024  // the most experts a layer may have
-#define ROUTER_PICKS 32      // the most picks a token may have
 
 // Word to the host, in memory that both see.  The host waits for `sequence` to reach the number it expects; the other
 // fields are written before it.
@@ -42,7 +42,7 @@ DEVICE void resolve(const resolver &r, const int *ids, int pairs) {
 // max(sum over the picks, 2^-14) when `normalise`, times scale.  An expert's place among the picks is the number of
 // experts that go before it, so there is no loop over picks and no tie is left to chance.
 DEVICE void pick(const float *logits, int *ids, float *weights, int experts, int picks, int normalise, float scale) {
-    __shared__ float p[ROUTER_EXPERTS], most_of[ROUTER_THREADS / 32], chosen[ROUTER_PICKS];
+    __shared__ float p[ROUTER_EXPERTS], most_of[ROUTER_THREADS / 32], chosen[MOST_PICKS];
     float most = -infinity(), sum = 0.f;
     for (int e = thread_index(); e < experts; e += ROUTER_THREADS) most = larger(most, logits[e]);
     if (thread_index() < picks) {

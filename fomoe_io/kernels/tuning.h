@@ -13,9 +13,12 @@
 #define MAT_MUL_TOKENS 8
 #endif
 
-// experts_gate_up: warps of a block, which makes 32 values.
+// experts_gate_up: warps of a block, which makes 32 values, and how many blocks a multiprocessor must hold (NVIDIA).
 #ifndef GATE_UP_WARPS
-#define GATE_UP_WARPS 16
+#define GATE_UP_WARPS 8
+#endif
+#ifndef GATE_UP_RESIDENT
+#define GATE_UP_RESIDENT 3
 #endif
 
 // experts_down: warps of a block, rows of a warp, experts whose loads fly together.

@@ -4,8 +4,8 @@
 #include "prelude.h"
 
 struct unpacked {
-    int quants[8];       // 4 signed bytes each: group 0, then group 1
-    float scale[2];      // weight = scale * quant - minimum
+    int quants[8];    // 4 signed bytes each: group 0, then group 1
+    float scale[2];   // weight = scale * (quant - the type's centre) - minimum
     float minimum[2];
 };
 
@@ -21,9 +21,6 @@ DEVICE shifted16 load_shifted16(const u8 *p) {
     return s;
 }
 DEVICE u32 shifted_word(const shifted16 &s, int i, int bits) { return funnel_right(s.word[i], s.word[i + 1], bits); }
-
-// 0..63 -> -32..31 in each byte: (q + 96) ^ 128, which never carries into the next byte.
-DEVICE int centred(u32 q) { return (int)((q + 0x60606060u) ^ 0x80808080u); }
 
 // The twelve bytes of 6-bit scales and minima that Q4_K and Q5_K share, for sub-blocks 2*pair and 2*pair + 1.
 DEVICE void unpack_k_scales(const u32x4 &head, int pair, unpacked &u) {
@@ -41,14 +38,14 @@ DEVICE void unpack_k_scales(const u32x4 &head, int pair, unpacked &u) {
 // Q4_K: 144 bytes for 256 weights: f16 d, f16 dmin, 12 bytes of scales, 128 bytes of nibbles.
 struct q4_k {
     static const bool is_quantized = true, has_minimum = true;
-    static const int block_elements = 256, block_bytes = 144, unit_elements = 32;
+    static const int block_elements = 256, block_bytes = 144, unit_elements = 32, centre = 0;
     typedef unpacked prepared;
     struct raw {
         u32x4 head, nibbles;
     };
     static DEVICE_MEMBER raw load(const u8 *row, int unit) {
         const u8 *block = row + (unit >> 3) * block_bytes;
-        return {load16(block), load16(block + 16 + 16 * (unit & 7))};
+        return {load16_once(block), load16_once(block + 16 + 16 * (unit & 7))};
     }
     static DEVICE_MEMBER int element(int unit, int group) {
         return (unit >> 3) * 256 + 64 * ((unit & 7) >> 1) + 32 * group + 16 * (unit & 1);
@@ -67,14 +64,15 @@ struct q4_k {
 // Q5_K: 176 bytes: as Q4_K with 32 bytes of fifth bits (bit j for sub-block j) before the nibbles.
 struct q5_k {
     static const bool is_quantized = true, has_minimum = true;
-    static const int block_elements = 256, block_bytes = 176, unit_elements = 32;
+    static const int block_elements = 256, block_bytes = 176, unit_elements = 32, centre = 0;
     typedef unpacked prepared;
     struct raw {
         u32x4 head, high, nibbles;
     };
     static DEVICE_MEMBER raw load(const u8 *row, int unit) {
         const u8 *block = row + (unit >> 3) * block_bytes;
-        return {load16(block), load16(block + 16 + 16 * (unit & 1)), load16(block + 48 + 16 * (unit & 7))};
+        return {load16_once(block), load16_once(block + 16 + 16 * (unit & 1)),
+                load16_once(block + 48 + 16 * (unit & 7))};
     }
     static DEVICE_MEMBER int element(int unit, int group) { return q4_k::element(unit, group); }
     static DEVICE_MEMBER void unpack(const raw &r, int unit, unpacked &u) {
@@ -95,11 +93,11 @@ struct q5_k {
 // scales, f16 d.
 struct q6_k {
     static const bool is_quantized = true, has_minimum = false;
-    static const int block_elements = 256, block_bytes = 210, unit_elements = 32;
+    static const int block_elements = 256, block_bytes = 210, unit_elements = 32, centre = 32;
     typedef unpacked prepared;
     struct raw {
         shifted16 low, high;
-        u32 scales;  // the two signed bytes of groups 0 and 1
+        i8 scale[2];
         u16 d;
         int bits;  // how far the block begins off a word: 0 or 16
     };
@@ -110,7 +108,7 @@ struct q6_k {
         r.low = load_shifted16(block + 16 * i);
         r.high = load_shifted16(block + 128 + 32 * wide + 16 * half);
         const u8 *scales = block + 192 + 8 * wide + (i & 2) + half;
-        r.scales = load1(scales) | (u32)load1(scales + 4) << 8;
+        r.scale[0] = (i8)load1(scales), r.scale[1] = (i8)load1(scales + 4);
         r.d = load2(block + 208);
         r.bits = (int)((u64)block & 2) * 8;
         return r;
@@ -120,16 +118,17 @@ struct q6_k {
         return (unit >> 3) * 256 + 128 * (i >> 2) + 32 * ((i >> 1) & 1) + 64 * group + 16 * (i & 1);
     }
     static DEVICE_MEMBER void unpack(const raw &r, int unit, unpacked &u) {
-        const int shift = unit & 2;  // the bit pair of the first or the second quarter
+        // The bit pair of the first or the second quarter.  What the shift brings in from the next word is masked away.
+        const int high_bits = r.bits + (unit & 2);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const u32 low = shifted_word(r.low, i, r.bits), high = shifted_word(r.high, i, r.bits) >> shift;
-            u.quants[i] = centred((low & 0x0f0f0f0fu) | ((high << 4) & 0x30303030u));
-            u.quants[4 + i] = centred(((low >> 4) & 0x0f0f0f0fu) | (high & 0x30303030u));
+            const u32 low = shifted_word(r.low, i, r.bits), high = shifted_word(r.high, i, high_bits);
+            u.quants[i] = (int)((low & 0x0f0f0f0fu) | ((high << 4) & 0x30303030u));
+            u.quants[4 + i] = (int)(((low >> 4) & 0x0f0f0f0fu) | (high & 0x30303030u));
         }
         const float d = from_half(r.d);
-        u.scale[0] = d * (float)(i8)(r.scales & 0xff);
-        u.scale[1] = d * (float)(i8)(r.scales >> 8);
+        u.scale[0] = d * (float)r.scale[0];
+        u.scale[1] = d * (float)r.scale[1];
         u.minimum[0] = u.minimum[1] = 0.f;
     }
 };
@@ -137,7 +136,7 @@ struct q6_k {
 // Q8_0: 34 bytes for 32 weights: f16 d, 32 signed bytes.
 struct q8_0 {
     static const bool is_quantized = true, has_minimum = false;
-    static const int block_elements = 32, block_bytes = 34, unit_elements = 32;
+    static const int block_elements = 32, block_bytes = 34, unit_elements = 32, centre = 0;
     typedef unpacked prepared;
     struct raw {
         u32 word[8];
@@ -173,7 +172,7 @@ struct f32 {
     struct prepared {
         float value[unit_elements];
     };
-    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return load16(row + 16 * unit); }
+    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return load16_once(row + 16 * unit); }
     static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
         u.value[0] = as_float(r.x), u.value[1] = as_float(r.y);
         u.value[2] = as_float(r.z), u.value[3] = as_float(r.w);
@@ -186,7 +185,7 @@ struct f16 {
     struct prepared {
         float value[unit_elements];
     };
-    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return load16(row + 16 * unit); }
+    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return load16_once(row + 16 * unit); }
     static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
         const u32 words[4] = {r.x, r.y, r.z, r.w};
 #pragma unroll
@@ -203,7 +202,7 @@ struct bf16 {
     struct prepared {
         float value[unit_elements];
     };
-    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return load16(row + 16 * unit); }
+    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return load16_once(row + 16 * unit); }
     static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
         const u32 words[4] = {r.x, r.y, r.z, r.w};
 #pragma unroll
@@ -214,29 +213,41 @@ struct bf16 {
     }
 };
 
+DEVICE int sum_bytes(const u32x4 &x) {
+    const int ones = 0x01010101;
+    return dot4(ones, (int)x.w, dot4(ones, (int)x.z, dot4(ones, (int)x.y, dot4(ones, (int)x.x, 0))));
+}
+
 // sum + (the unit's weights . the activations).  Activations of quantized weights are a Q8 row (activations.h):
 // `columns` signed bytes, then a (d, d * sum) pair for every 32 of them; of float weights, `columns` floats.
 // Every multiply-add is spelled out, so that each kernel that meets the same row gives the same bits.
 template <class T>
 DEVICE float add_unit(const typename T::prepared &u, int unit, const u8 *activations, int columns, float sum) {
     if constexpr (T::is_quantized) {
-        const float *pairs = (const float *)(activations + columns);
+        const u8 *pairs = activations + columns;
+        float d[2], total = 0.f;
+        if constexpr (T::has_minimum) {
+            // The two groups' pairs stand side by side.  32 activations meet two units (a half each): each unit takes
+            // one group's share of the minimum whole.
+            const u32x4 both = load16(pairs + 8 * (T::element(unit, 0) >> 5));
+            d[0] = as_float(both.x), d[1] = as_float(both.z);
+            total = as_float(unit & 1 ? both.w : both.y);
+        } else {
+#pragma unroll
+            for (int g = 0; g < 2; ++g) d[g] = as_float(load4(pairs + 8 * (T::element(unit, g) >> 5)));
+        }
 #pragma unroll
         for (int g = 0; g < 2; ++g) {
-            const int element = T::element(unit, g);
-            const u32x4 x = load16(activations + element);
-            int s = dot4(u.quants[4 * g], (int)x.x, 0);
+            const u32x4 x = load16(activations + T::element(unit, g));
+            // The centre times the sum of the activations: the same for all rows, so it costs less than centring each.
+            int s = T::centre ? -T::centre * sum_bytes(x) : 0;
+            s = dot4(u.quants[4 * g], (int)x.x, s);
             s = dot4(u.quants[4 * g + 1], (int)x.y, s);
             s = dot4(u.quants[4 * g + 2], (int)x.z, s);
             s = dot4(u.quants[4 * g + 3], (int)x.w, s);
-            sum = fused(u.scale[g] * as_float(load4(pairs + 2 * (element >> 5))), (float)s, sum);
+            sum = fused(u.scale[g] * d[g], (float)s, sum);
         }
-        if constexpr (T::has_minimum) {
-            // 32 activations meet two units (a half each): each takes one group's share of the minimum whole.
-            const int g = unit & 1;
-            const float total = as_float(load4(pairs + 2 * (T::element(unit, g) >> 5) + 1));
-            sum = fused(-(g ? u.minimum[1] : u.minimum[0]), total, sum);
-        }
+        if constexpr (T::has_minimum) sum = fused(-(unit & 1 ? u.minimum[1] : u.minimum[0]), total, sum);
     } else {
         const float *x = (const float *)activations + T::unit_elements * unit;
 #pragma unroll
@@ -257,7 +268,7 @@ DEVICE void expand_unit(const typename T::prepared &u, int unit, float *y) {
         for (int g = 0; g < 2; ++g)
             for (int i = 0; i < 16; ++i) {
                 const float q = (float)(i8)(u.quants[4 * g + (i >> 2)] >> (8 * (i & 3)));
-                y[T::element(unit, g) + i] = fused(u.scale[g], q, -u.minimum[g]);
+                y[T::element(unit, g) + i] = fused(u.scale[g], q - (float)T::centre, -u.minimum[g]);
             }
     } else {
         for (int i = 0; i < T::unit_elements; ++i) y[T::unit_elements * unit + i] = u.value[i];

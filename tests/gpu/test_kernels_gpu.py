@@ -146,6 +146,10 @@ def test_nan_logits_show(runner: DeviceRunner, rng: np.random.Generator) -> None
     cases.check_nan_logits_show(runner, rng)
 
 
+def test_read_memory(runner: DeviceRunner, rng: np.random.Generator) -> None:
+    cases.check_read_memory(runner, rng, 10_000_016, 132)
+
+
 def test_same_input_same_bits(runner: DeviceRunner, rng: np.random.Generator) -> None:
     """No sum depends on which block or stream came first."""
     data, _ = cases.ref.random_weights(rng, "q4_k", 4096, 4096)
@@ -153,7 +157,7 @@ def test_same_input_same_bits(runner: DeviceRunner, rng: np.random.Generator) ->
     results = set()
     for _ in range(20):
         y = runner.put(cases.poison(4096))
-        runner.launch("mat_vec_q4_k", kernels.mat_vec_grid(4096), w, x, y, 4096, 4096, 1)
+        runner.launch("mat_vec_q4_k", kernels.mat_vec_grid(4096, 4), w, x, y, 4096, 4096, 1, 4)
         results.add(y.get().tobytes())
     assert len(results) == 1
 

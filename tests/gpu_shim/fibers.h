@@ -17,6 +17,7 @@
 #define KERNEL(threads, name) \
     constexpr int name##__threads = threads; \
     extern "C" __attribute__((visibility("hidden"))) void name
+#define RESIDENT_KERNEL(threads, blocks, name) KERNEL(threads, name)
 #define __shared__ static thread_local
 
 namespace fibers {
@@ -200,6 +201,7 @@ DEVICE u32x4 load16(const void *p) {
     memcpy(&v, p, 16);
     return v;
 }
+DEVICE u32x4 load16_once(const void *p) { return load16(p); }
 DEVICE u32 load4(const void *p) { return fibers::load<u32>(p); }
 DEVICE u16 load2(const void *p) { return fibers::load<u16>(p); }
 DEVICE u8 load1(const void *p) { return *(const u8 *)p; }
