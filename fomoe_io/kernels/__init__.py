@@ -18,7 +18,7 @@ UNIT_ELEMENTS = {"q4_k": 32, "q5_k": 32, "q6_k": 32, "q8_0": 32, "f16": 8, "bf16
 
 MAIN_SOURCE = "fomoe.hip"
 MOST_EXPERTS = 1024  # router.h: of a layer
-MOST_PICKS = 32  # experts.h: of a token
+MOST_PICKS = 64  # experts.h: of a token
 MISS_BYTES = 16  # router.h: struct miss
 
 

@@ -3,7 +3,7 @@
 #pragma once
 #include "mat_vec.h"
 
-#define MOST_PICKS 32  // the most experts a token may have
+#define MOST_PICKS 64  // the most experts a token may have
 
 // hidden[pair] = Q8(silu(gate x) * (up x)).  A block makes 32 of the pair's `rows` values: one Q8 group, so nothing
 // but the quantized result leaves it.  A pair whose record is 0 is left alone: another launch will do it.
@@ -56,12 +56,12 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
     const u32 row_bytes = (u32)(columns / T::block_elements) * T::block_bytes;
     const u32 x_bytes = (u32)activation_row_bytes<T>(columns);
     const int units = columns / T::unit_elements;
-    if (thread_index() < picks) {
-        const int pair = token * picks + thread_index();
+    for (int i = thread_index(); i < picks; i += 32 * DOWN_WARPS) {
+        const int pair = token * picks + i;
         const u64 here = records[pair], record = here ? here : late ? late[pair] : 0;
         // An absent record: some address that can be read, and a weight that shows.
-        record_of[thread_index()] = record ? record + down_offset : (u64)hidden;
-        weight_of[thread_index()] = record ? weights[pair] : not_a_number();
+        record_of[i] = record ? record + down_offset : (u64)hidden;
+        weight_of[i] = record ? weights[pair] : not_a_number();
     }
     sync_block();
     if (row >= rows) return;
