@@ -5,19 +5,20 @@
 #include "clones.h"
 #include "vector_ops.h"
 
-enum { LANES = 16 };
-
 CLONES static void scores_of(int n, int64_t length, float scale, const float *q, const float *keys, int64_t stride,
                              float *scores) {
     for (int64_t t = 0; t < length; t++) {
         const float *k = keys + t * stride;
-        float lane[LANES] = {0}, dot = 0;
+        fomoe_lanes lane = {0}, a, b;
+        float dot = 0;
         int i = 0;
-        for (; i + LANES <= n; i += LANES)
-            for (int j = 0; j < LANES; j++) lane[j] += q[i + j] * k[i + j];
+        for (; i + LANES <= n; i += LANES) {
+            load_lanes(&a, q + i);
+            load_lanes(&b, k + i);
+            lane += a * b;
+        }
         for (; i < n; i++) dot += q[i] * k[i];
-        for (int j = 0; j < LANES; j++) dot += lane[j];
-        scores[t] = scale * dot;
+        scores[t] = scale * (dot + sum_lanes(&lane));
     }
 }
 

@@ -9,4 +9,18 @@
 #define CLONES
 #endif
 
+/* Sixteen floats at a time, added lane by lane and the lanes in order at the end: one sum, whatever the vector width
+ * of the clone.  A vector type, because gcc 12 unrolls loops over a local array before it would vectorize them. */
+#include <string.h>
+enum { LANES = 16 };
+typedef float fomoe_lanes __attribute__((vector_size(LANES * sizeof(float))));
+
+static inline __attribute__((always_inline)) void load_lanes(fomoe_lanes *v, const float *x) { memcpy(v, x, sizeof *v); }
+
+static inline __attribute__((always_inline)) float sum_lanes(const fomoe_lanes *v) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += (*v)[i];
+    return sum;
+}
+
 #endif

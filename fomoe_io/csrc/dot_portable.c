@@ -9,6 +9,9 @@
 
 enum { F32 = 0, F16 = 1, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, Q8_K = 15, BF16 = 30, SUPER = 256 };
 
+/* Helpers must be inlined into each clone, or they stay scalar. */
+#define INLINE inline __attribute__((always_inline))
+
 typedef uint16_t half;
 typedef struct { half d; int8_t q[32]; } block_q8_0;
 typedef struct { float d; int8_t q[SUPER]; int16_t sums[SUPER / 16]; } block_q8_K;
@@ -16,7 +19,7 @@ typedef struct { half d, dmin; uint8_t scales[12]; uint8_t q[SUPER / 2]; } block
 typedef struct { half d, dmin; uint8_t scales[12]; uint8_t high[SUPER / 8]; uint8_t q[SUPER / 2]; } block_q5_K;
 typedef struct { uint8_t low[SUPER / 2]; uint8_t high[SUPER / 4]; int8_t scales[SUPER / 16]; half d; } block_q6_K;
 
-static inline float bits_float(uint32_t bits) {
+static INLINE float bits_float(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
@@ -28,7 +31,7 @@ static inline uint32_t float_bits(float value) {
     return bits;
 }
 
-static inline float half_float(half h) {
+static INLINE float half_float(half h) {
 #ifdef __FLT16_MAX__
     _Float16 value;
     memcpy(&value, &h, sizeof value);
@@ -59,7 +62,7 @@ static inline half float_half(float f) {
 #endif
 }
 
-static inline float bf16_float(uint16_t b) { return bits_float((uint32_t)b << 16); }
+static INLINE float bf16_float(uint16_t b) { return bits_float((uint32_t)b << 16); }
 
 /* ---- activations ---- */
 
@@ -126,7 +129,7 @@ static void scale_min(int j, const uint8_t *s, int *scale, int *minimum) {
 }
 
 /* Unpack a block to unsigned integers of up to 8 bits, in element order. */
-CLONES static void unpack_q4_K(const block_q4_K *b, uint8_t *q) {
+static INLINE void unpack_q4_K(const block_q4_K *b, uint8_t *q) {
     for (int j = 0; j < 4; j++)
         for (int i = 0; i < 32; i++) {
             q[64 * j + i] = b->q[32 * j + i] & 15;
@@ -134,7 +137,7 @@ CLONES static void unpack_q4_K(const block_q4_K *b, uint8_t *q) {
         }
 }
 
-CLONES static void unpack_q5_K(const block_q5_K *b, uint8_t *q) {
+static INLINE void unpack_q5_K(const block_q5_K *b, uint8_t *q) {
     for (int j = 0; j < 4; j++)
         for (int i = 0; i < 32; i++) {
             q[64 * j + i] = (b->q[32 * j + i] & 15) | (b->high[i] >> (2 * j) & 1) << 4;
@@ -142,7 +145,7 @@ CLONES static void unpack_q5_K(const block_q5_K *b, uint8_t *q) {
         }
 }
 
-CLONES static void unpack_q6_K(const block_q6_K *b, int8_t *q) {
+static INLINE void unpack_q6_K(const block_q6_K *b, int8_t *q) {
     for (int n = 0; n < 2; n++)
         for (int i = 0; i < 32; i++) {
             const uint8_t *low = b->low + 64 * n, *high = b->high + 32 * n;
@@ -204,47 +207,62 @@ static void from_bf16(const void *x, float *y, int64_t n) {
 
 /* ---- dot products ---- */
 
-enum { LANES = 16 };
-
 #define UNUSED_STRIDES (void)bs, (void)bx, (void)by, (void)nrc
-
-static inline float sum_lanes(const float *lane) {
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += lane[i];
-    return sum;
-}
 
 CLONES static void dot_f32(int n, float *s, size_t bs, const void *x, size_t bx, const void *y, size_t by, int nrc) {
     const float *a = x, *b = y;
-    float lane[LANES] = {0}, rest = 0;
+    fomoe_lanes lane = {0}, u, v;
+    float rest = 0;
     int i = 0;
     UNUSED_STRIDES;
-    for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; j++) lane[j] += a[i + j] * b[i + j];
+    for (; i + LANES <= n; i += LANES) {
+        load_lanes(&u, a + i);
+        load_lanes(&v, b + i);
+        lane += u * v;
+    }
     for (; i < n; i++) rest += a[i] * b[i];
-    *s = sum_lanes(lane) + rest;
+    *s = sum_lanes(&lane) + rest;
 }
 
 CLONES static void dot_f16(int n, float *s, size_t bs, const void *x, size_t bx, const void *y, size_t by, int nrc) {
     const half *a = x, *b = y;
-    float lane[LANES] = {0}, rest = 0;
+    float u[LANES], v[LANES], rest = 0;
+    fomoe_lanes lane = {0}, p, q;
     int i = 0;
     UNUSED_STRIDES;
-    for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; j++) lane[j] += half_float(a[i + j]) * half_float(b[i + j]);
+    for (; i + LANES <= n; i += LANES) {
+        for (int j = 0; j < LANES; j++) u[j] = half_float(a[i + j]);
+        for (int j = 0; j < LANES; j++) v[j] = half_float(b[i + j]);
+        load_lanes(&p, u);
+        load_lanes(&q, v);
+        lane += p * q;
+    }
     for (; i < n; i++) rest += half_float(a[i]) * half_float(b[i]);
-    *s = sum_lanes(lane) + rest;
+    *s = sum_lanes(&lane) + rest;
+}
+
+static INLINE void load_bf16(fomoe_lanes *v, const uint16_t *x) {
+    typedef uint16_t shorts __attribute__((vector_size(LANES * sizeof(uint16_t))));
+    typedef uint32_t words __attribute__((vector_size(LANES * sizeof(uint32_t))));
+    shorts raw;
+    memcpy(&raw, x, sizeof raw);
+    words bits = __builtin_convertvector(raw, words) << 16;
+    memcpy(v, &bits, sizeof *v);
 }
 
 CLONES static void dot_bf16(int n, float *s, size_t bs, const void *x, size_t bx, const void *y, size_t by, int nrc) {
     const uint16_t *a = x, *b = y;
-    float lane[LANES] = {0}, rest = 0;
+    fomoe_lanes lane = {0}, u, v;
+    float rest = 0;
     int i = 0;
     UNUSED_STRIDES;
-    for (; i + LANES <= n; i += LANES)
-        for (int j = 0; j < LANES; j++) lane[j] += bf16_float(a[i + j]) * bf16_float(b[i + j]);
+    for (; i + LANES <= n; i += LANES) {
+        load_bf16(&u, a + i);
+        load_bf16(&v, b + i);
+        lane += u * v;
+    }
     for (; i < n; i++) rest += bf16_float(a[i]) * bf16_float(b[i]);
-    *s = sum_lanes(lane) + rest;
+    *s = sum_lanes(&lane) + rest;
 }
 
 CLONES static void dot_q8_0(int n, float *s, size_t bs, const void *x, size_t bx, const void *y, size_t by, int nrc) {
@@ -260,7 +278,7 @@ CLONES static void dot_q8_0(int n, float *s, size_t bs, const void *x, size_t bx
 }
 
 /* sum over the 8 sub-blocks of scale * (q . y), less minimum * sum(y) */
-static inline __attribute__((always_inline)) float scaled_block(const uint8_t *q, const uint8_t *scales, half d,
+static INLINE float scaled_block(const uint8_t *q, const uint8_t *scales, half d,
                                                                 half dmin, const block_q8_K *y) {
     int total = 0, minimums = 0;
     for (int j = 0; j < 8; j++) {
@@ -280,11 +298,7 @@ CLONES static void dot_q4_K(int n, float *s, size_t bs, const void *x, size_t bx
     float sum = 0;
     UNUSED_STRIDES;
     for (int k = 0; k < n / SUPER; k++) {
-        for (int j = 0; j < 4; j++)
-            for (int i = 0; i < 32; i++) {
-                q[64 * j + i] = a[k].q[32 * j + i] & 15;
-                q[64 * j + 32 + i] = a[k].q[32 * j + i] >> 4;
-            }
+        unpack_q4_K(&a[k], q);
         sum += scaled_block(q, a[k].scales, a[k].d, a[k].dmin, &b[k]);
     }
     *s = sum;

@@ -24,9 +24,6 @@ static inline __attribute__((always_inline)) float fast_exp(float x) {
     return p * scale;
 }
 
-/* Sums run in LANES interleaved parts, so that the compiler may use vectors without changing their order. */
-enum { LANES = 16 };
-
 static inline __attribute__((always_inline)) double sum_of_squares(int n, const float *x) {
     double lane[LANES] = {0}, sum = 0;
     int i = 0;
@@ -122,24 +119,31 @@ CLONES void fomoe_delta_step(int k_dim, int v_dim, const float *q, const float *
                              float decay, float *state, float *out) {
     for (int r = 0; r < v_dim; r++) {
         float *row = state + (int64_t)r * k_dim;
-        float lane[LANES] = {0}, dot = 0;
+        fomoe_lanes lane = {0}, m, x;
+        float dot = 0, result = 0;
         int i = 0;
-        for (; i + LANES <= k_dim; i += LANES)
-            for (int j = 0; j < LANES; j++) lane[j] += row[i + j] * k[i + j];
+        for (; i + LANES <= k_dim; i += LANES) {
+            load_lanes(&m, row + i);
+            load_lanes(&x, k + i);
+            lane += m * x;
+        }
         for (; i < k_dim; i++) dot += row[i] * k[i];
-        for (int j = 0; j < LANES; j++) dot += lane[j];
-        float delta = beta * (v[r] - decay * dot), result = 0;
-        memset(lane, 0, sizeof lane);
-        for (i = 0; i + LANES <= k_dim; i += LANES)
-            for (int j = 0; j < LANES; j++) {
-                row[i + j] = row[i + j] * decay + delta * k[i + j];
-                lane[j] += row[i + j] * q[i + j];
-            }
+        dot += sum_lanes(&lane);
+        float delta = beta * (v[r] - decay * dot);
+        lane = (fomoe_lanes){0};
+        for (i = 0; i + LANES <= k_dim; i += LANES) {
+            load_lanes(&m, row + i);
+            load_lanes(&x, k + i);
+            m = m * decay + delta * x;
+            memcpy(row + i, &m, sizeof m);
+            load_lanes(&x, q + i);
+            lane += m * x;
+        }
         for (; i < k_dim; i++) {
             row[i] = row[i] * decay + delta * k[i];
             result += row[i] * q[i];
         }
-        for (int j = 0; j < LANES; j++) result += lane[j];
+        result += sum_lanes(&lane);
         out[r] = result;
     }
 }
