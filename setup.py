@@ -25,7 +25,11 @@ def liburing_flags() -> dict[str, list[str]]:
     def ask(flag: str) -> list[str]:
         return subprocess.check_output(["pkg-config", flag, "liburing"], text=True).split()
 
-    return {"extra_compile_args": COMPILE_FLAGS + ask("--cflags"), "extra_link_args": ask("--libs")}
+    return {
+        "define_macros": [("FOMOE_LIBURING_VERSION", f'"{ask("--modversion")[0]}"')],
+        "extra_compile_args": COMPILE_FLAGS + ask("--cflags"),
+        "extra_link_args": ask("--libs"),
+    }
 
 
 HEADERS = glob("fomoe_io/csrc/*.h")

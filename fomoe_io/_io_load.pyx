@@ -38,6 +38,7 @@ cdef extern from "csrc/io_load.h" nogil:
         uint64_t reads
         uint64_t bytes
         int stop
+        uint64_t issued
         uint64_t started_ns
         uint64_t ended_ns
         uint64_t submit_ns
@@ -145,6 +146,7 @@ cdef class Load:
         return {
             "reads": c.reads,
             "bytes": c.bytes,
+            "issued": c.issued,
             "started_ns": c.started_ns,
             "ended_ns": c.ended_ns,
             "submit_ns": c.submit_ns,

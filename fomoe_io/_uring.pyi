@@ -2,6 +2,9 @@ from typing import Any
 
 from fomoe_io.read_files import ReadFiles
 
+LIBURING_VERSION: str
+"""That this was built against."""
+
 MODES: dict[str, int]
 """Names of ring set-ups and their IORING_SETUP_* flags."""
 

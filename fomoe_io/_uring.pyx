@@ -9,6 +9,11 @@ import numpy as np
 from fomoe_io._reader cimport fomoe_read_counters, fomoe_read_options, fomoe_reader
 from fomoe_io._uring cimport *
 
+cdef extern from *:
+    const char *FOMOE_LIBURING_VERSION  # set by setup.py: liburing 2.3 does not name its version
+
+LIBURING_VERSION = FOMOE_LIBURING_VERSION.decode()
+
 MODES = {
     "plain": 0,
     "coop": IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,

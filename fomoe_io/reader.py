@@ -328,7 +328,7 @@ def probe_modes(path: str | Path, *, direct: bool = True) -> dict[str, str]:
                 reader.read_into([(0, 0, memory.address, ALIGNMENT)])
             found[mode] = ""
         except (ReadError, UsageError) as error:
-            found[mode] = error.message
+            found[mode] = error.message.rpartition(": ")[2]
     return found
 
 

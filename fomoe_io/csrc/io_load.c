@@ -33,7 +33,7 @@ typedef struct {
     flight *flights; /* of each buffer */
     int32_t *idle;   /* buffers not in use */
     int idle_count;
-    uint64_t planned, issued;
+    uint64_t planned;
     int error, counting;
 } run;
 
@@ -48,11 +48,11 @@ static void count_latency(fomoe_load_counts *c, uint64_t ns) {
 static void start(run *r) {
     const fomoe_load *l = r->load;
     int count = 0, in_flight = l->depth - r->idle_count;
-    while (r->idle_count && (!l->most_reads || r->issued < l->most_reads)) {
+    while (r->idle_count && (!l->most_reads || r->counts->issued < l->most_reads)) {
         const fomoe_planned_read *p = &l->plan[r->planned];
         int32_t buffer = r->idle[--r->idle_count];
         r->planned = r->planned + 1 == l->plan_count ? 0 : r->planned + 1;
-        r->issued++;
+        r->counts->issued++;
         r->reads[count++] = (fomoe_read){.tag = buffer, .offset = p->offset, .bytes = p->bytes, .file = p->file,
                                          .target = l->buffers + buffer * l->buffer_bytes};
         if (r->counting) r->counts->in_flight[in_flight + count]++;

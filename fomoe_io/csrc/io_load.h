@@ -32,6 +32,7 @@ typedef struct {
 typedef struct {
     _Atomic uint64_t reads, bytes;
     _Atomic int stop; /* set from outside */
+    uint64_t issued;  /* reads started, those of the ramp included */
     uint64_t started_ns, ended_ns;
     uint64_t submit_ns, submit_calls; /* in submit(); reads start several at a time */
     uint64_t latency_min_ns, latency_max_ns;

@@ -11,6 +11,11 @@ enum {
 };
 static const size_t BUFFER_BYTES = 1 << 30; /* the kernel's limit of one registered buffer */
 
+/* The kernel holds back what one system call submits until all of it is prepared, and virtual drives report it
+ * when all of it is done.  So much at a time keeps a drive busy while the next reads are prepared, and still
+ * spreads the call over many small reads (docs/io.md). */
+static const uint64_t FLUSH_BYTES = 16 << 10;
+
 struct fomoe_ring {
     struct io_uring uring;
     fomoe_read_table *table;
@@ -47,24 +52,32 @@ static void prepare(fomoe_ring *r, struct io_uring_sqe *sqe, int32_t index) {
     sqe->user_data = index;
 }
 
-/* Fill the ring with what may start; how many pieces were added. */
+/* An error of the call leaves the entries in the ring: the next submit or wait takes them along. */
+static void flush(fomoe_ring *r) {
+    r->counters.submits++;
+    io_uring_submit(&r->uring);
+}
+
+/* Start what may start; how many pieces are prepared and not yet handed to the kernel. */
 static int fill(fomoe_ring *r) {
-    int added = 0;
+    int waiting = 0, added = 0;
+    uint64_t bytes = 0;
     for (int drive = 0; drive < r->drives; drive++)
         while (io_uring_sq_space_left(&r->uring)) {
             int32_t index = fomoe_read_table_start(r->table, drive);
             if (index < 0) break;
             prepare(r, io_uring_get_sqe(&r->uring), index);
+            waiting++;
             added++;
+            bytes += fomoe_read_table_piece(r->table, index)->asked;
+            if (bytes >= FLUSH_BYTES) {
+                flush(r);
+                waiting = 0;
+                bytes = 0;
+            }
         }
     if (added) r->depths[fomoe_read_table_in_flight(r->table)]++;
-    return added;
-}
-
-/* An error of the call leaves the entries in the ring: the next submit or wait takes them along. */
-static void flush(fomoe_ring *r) {
-    r->counters.submits++;
-    io_uring_submit(&r->uring);
+    return waiting;
 }
 
 static int submit(void *self, const fomoe_read *reads, int count) {

@@ -1,0 +1,205 @@
+"""What a drive gives at each block size and depth: measured once, read by whoever plans reads."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from fomoe_io.errors import FormatError
+from fomoe_io.files import write_atomically
+from fomoe_io.io_job import IOJob
+from fomoe_io.io_run import run_jobs
+from fomoe_io.system_card import system_card
+
+FORMAT, VERSION = "fomoe-calibration", 1
+LIMIT_BYTES = 1 << 20
+SIZES_BYTES = (4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
+DEPTHS = (1, 4, 8, 16, 32)
+POINT_SECONDS = 1.0
+SPLIT_GAIN = 1.1
+"""Sub-reads must promise so much over whole reads: less is within what a drive's speed wanders."""
+SMALLEST_SUB_READ_BYTES = 64 << 10
+AGAIN = "fomoe-bench io --filename FILE --calibrate CALIBRATION"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measurement of random reads.
+
+    Attributes
+    ----------
+    block_bytes, depth : int
+    bytes_per_second, p50_us, p99_us, cpu_us_per_read : float
+    """
+
+    block_bytes: int
+    depth: int
+    bytes_per_second: float
+    p50_us: float
+    p99_us: float
+    cpu_us_per_read: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Measurements of one drive.
+
+    Attributes
+    ----------
+    points : tuple of Point
+    engine : str
+        Reader that measured.
+    direct : bool
+    card : dict
+        The system they were made on (system_card).
+    """
+
+    points: tuple[Point, ...]
+    engine: str
+    direct: bool
+    card: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "engine": self.engine,
+            "direct": self.direct,
+            "points": [asdict(point) for point in self.points],
+            "system": self.card,
+        }
+        write_atomically(path, (json.dumps(body, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file that :meth:`save` wrote.
+
+        Raises
+        ------
+        FormatError
+            When it is none, or damaged.
+        """
+        path = Path(path)
+        try:
+            if path.stat().st_size > LIMIT_BYTES:
+                raise ValueError("too large")
+            body = json.loads(path.read_bytes())
+            if body["format"] != FORMAT or body["version"] != VERSION:
+                raise ValueError(f"format {body['format']!r}, version {body['version']!r}")
+            points = tuple(_point(fields) for fields in body["points"])
+            if not points:
+                raise ValueError("no measurements")
+            return cls(points, str(body["engine"]), bool(body["direct"]), dict(body["system"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{path} is no calibration file: {error}", hint=AGAIN) from None
+
+    def bytes_per_second(self, block_bytes: float, depth: float) -> float:
+        """Bandwidth at a size and depth: interpolated between measurements, flat outside of them.
+
+        Parameters
+        ----------
+        block_bytes, depth : float
+        """
+        grid = {(point.block_bytes, point.depth): point.bytes_per_second for point in self.points}
+        sizes = sorted({size for size, _ in grid})
+        depths = sorted({depth for _, depth in grid})
+        small, large, s = _between(sizes, block_bytes)
+        shallow, deep, d = _between(depths, depth)
+        rows = [(1 - d) * math.log(grid[size, shallow]) + d * math.log(grid[size, deep]) for size in (small, large)]
+        return math.exp((1 - s) * rows[0] + s * rows[1])
+
+    def read_seconds(self, record_bytes: int, records: int = 1, sub_read_bytes: int = 0) -> float:
+        """Time until so many records are in memory when nothing else reads.
+
+        Parameters
+        ----------
+        record_bytes : int
+        records : int
+        sub_read_bytes : int
+            0: whole records.
+        """
+        block = min(sub_read_bytes or record_bytes, record_bytes)
+        return records * record_bytes / self.bytes_per_second(block, records * math.ceil(record_bytes / block))
+
+    def sub_read_bytes(self, record_bytes: int) -> int:
+        """Size of sub-reads that brings in a single missing record soonest; 0 when cutting it gains too little.
+
+        Parameters
+        ----------
+        record_bytes : int
+        """
+        sizes = {point.block_bytes for point in self.points}
+        candidates = [size for size in sorted(sizes) if SMALLEST_SUB_READ_BYTES <= size < record_bytes]
+        best = min(candidates, key=lambda size: self.read_seconds(record_bytes, 1, size), default=0)
+        if not best or self.read_seconds(record_bytes) < SPLIT_GAIN * self.read_seconds(record_bytes, 1, best):
+            return 0
+        return best
+
+
+def _point(fields: Any) -> Point:
+    point = Point(**{name: fields[name] for name in Point.__dataclass_fields__})
+    numbers = asdict(point).values()
+    if not all(isinstance(number, int | float) and math.isfinite(number) and number >= 0 for number in numbers):
+        raise ValueError("a measurement is no number")
+    if point.block_bytes < 1 or point.depth < 1 or point.bytes_per_second <= 0:
+        raise ValueError("a measurement is not positive")
+    return point
+
+
+def _between(values: Sequence[int], value: float) -> tuple[int, int, float]:
+    """The neighbours of a value, and how far it is from the first to the second on a logarithmic scale (0..1)."""
+    if value <= values[0]:
+        return values[0], values[0], 0.0
+    if value >= values[-1]:
+        return values[-1], values[-1], 0.0
+    above = next(i for i, candidate in enumerate(values) if candidate >= value)
+    low, high = values[above - 1], values[above]
+    return low, high, math.log(value / low) / math.log(high / low)
+
+
+def calibrate(
+    path: Path,
+    *,
+    engine: str = "auto",
+    direct: bool = True,
+    sizes: Sequence[int] = SIZES_BYTES,
+    depths: Sequence[int] = DEPTHS,
+    seconds: float = POINT_SECONDS,
+) -> Calibration:
+    """Measure random reads of a file at every size and depth.
+
+    Parameters
+    ----------
+    path : Path
+        A file of the drive, much larger than any cache of it.
+    engine : str
+    direct : bool
+    sizes, depths : sequence of int
+        Sizes larger than the file are left out.
+    seconds : float
+        For each point.
+    """
+    points, used = [], engine
+    for size in sizes:
+        if size > path.stat().st_size:
+            continue
+        for depth in depths:
+            job = IOJob(
+                filenames=(path,),
+                block_bytes=size,
+                depth=depth,
+                runtime_seconds=seconds,
+                time_based=True,
+                direct=direct,
+                engine=engine,
+            )
+            result = run_jobs([job])[0]
+            used = result.engine
+            p50, p99 = (result.percentile_ns(p) / 1e3 for p in (50, 99))
+            points.append(Point(size, depth, result.bytes_per_second, p50, p99, result.cpu_us_per_read))
+    return Calibration(tuple(points), used, direct, system_card([path]))

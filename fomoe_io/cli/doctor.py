@@ -1,0 +1,286 @@
+"""fomoe-doctor: what of this machine helps or hinders, and the command that mends it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import resource
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fomoe_io import kernels_choice, memory
+from fomoe_io._uring import LIBURING_VERSION
+from fomoe_io.cli.common import new_parser, package_version, run_command
+from fomoe_io.errors import DeviceError, FomoeError, UsageError
+from fomoe_io.reader import ALIGNMENT, IO_URING_FIX, aligned_memory, open_reader, probe_modes
+from fomoe_io.system_card import drive_of, processor, system_card
+from fomoe_io.units import format_bytes
+
+PROGRAM = "fomoe-doctor"
+OK, WARN, FAIL = "OK", "WARN", "FAIL"
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+IO_URING_DISABLED = Path("/proc/sys/kernel/io_uring_disabled")
+COOP_KERNEL = (5, 19)
+"""IORING_SETUP_COOP_TASKRUN."""
+READ_KERNEL = (5, 6)
+"""IORING_OP_READ."""
+TRIED_BUFFER_BYTES = 64 << 20
+LEAST_MEMORY_BYTES = 1 << 30
+GPU_NODES = ("/dev/kfd", "/dev/nvidia0")
+"""What the drivers of AMD and NVIDIA make."""
+PACKAGES = ("numpy", "gguf", "tokenizers", "jinja2", "xxhash", "libggml-python")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding.
+
+    Attributes
+    ----------
+    name : str
+    status : {"OK", "WARN", "FAIL"}
+        WARN: it runs, slower than it could.  FAIL: it does not run.
+    found : str
+    fix : str
+        The command that mends it; empty when there is nothing to mend.
+    """
+
+    name: str
+    status: str
+    found: str
+    fix: str = ""
+
+
+# ---- kernel ----
+
+
+def check_kernel(release: str) -> Check:
+    """Version of the kernel, such as "6.8.0-31-generic"."""
+    match = re.match(r"(\d+)\.(\d+)", release)
+    number = (int(match[1]), int(match[2])) if match else (0, 0)
+    if number < READ_KERNEL:
+        return Check("kernel", WARN, f"Linux {release}: no reads by io_uring before 5.6", "install a kernel >= 5.19")
+    if number < COOP_KERNEL:
+        found = f"Linux {release}: before 5.19, completions interrupt the reader"
+        return Check("kernel", WARN, found, "install a kernel >= 5.19")
+    return Check("kernel", OK, f"Linux {release}")
+
+
+def check_io_uring(disabled: str, modes: dict[str, str]) -> Check:
+    """The sysctl's value, and what happened to a real read in every mode (reader.probe_modes)."""
+    working = [mode for mode, problem in modes.items() if not problem]
+    refused = "; ".join(f"{mode}: {problem}" for mode, problem in modes.items() if problem)
+    if not working:
+        fix = IO_URING_FIX if disabled in ("1", "2") else "allow io_uring in the container (seccomp profile)"
+        return Check("io_uring", WARN, f"forbidden (pread threads read instead): {refused}", fix)
+    choice = "coop" if "coop" in working else "plain"
+    reason = {
+        "coop": "completions wait for the reader's next call instead of interrupting it; any thread may read",
+        "plain": "the kernel has no cooperative completions",
+    }[choice]
+    found = f"{', '.join(working)} read a file; {choice} is used: {reason}"
+    return Check("io_uring", OK, f"{found}{f' (not here: {refused})' if refused else ''}")
+
+
+def check_locked_memory(limit: int, registered: bool, problem: str) -> Check:
+    """RLIMIT_MEMLOCK in bytes (-1: none), and whether TRIED_BUFFER_BYTES could be registered."""
+    text = "no limit" if limit == resource.RLIM_INFINITY else format_bytes(limit)
+    if registered:
+        return Check("locked memory", OK, f"{text}; {format_bytes(TRIED_BUFFER_BYTES)} of buffers were registered")
+    found = f"{text}; buffers cannot be registered, each read pins its own pages: {problem}"
+    user = os.environ.get("USER", "*")
+    fix = f"echo '{user} - memlock unlimited' | sudo tee /etc/security/limits.d/fomoe.conf, then log in again"
+    return Check("locked memory", WARN, found, fix)
+
+
+def check_huge_pages(text: str) -> Check:
+    """Contents of transparent_hugepage/enabled."""
+    choice = text[text.find("[") + 1 : text.find("]")] if "[" in text else ""
+    if choice in ("always", "madvise"):
+        return Check("huge pages", OK, choice)
+    return Check(
+        "huge pages",
+        WARN,
+        f"{choice or 'not in this kernel'}: weights take more of the processor's address translation",
+        f"echo madvise | sudo tee {HUGE_PAGES}" if choice else "",
+    )
+
+
+# ---- storage ----
+
+
+@contextmanager
+def probe_file(place: Path) -> Iterator[Path]:
+    """A file to read at a place: itself, a temporary one in a directory, or the largest one there."""
+    if place.is_file() and place.stat().st_size:
+        yield place
+        return
+    if not place.is_dir():
+        raise UsageError(f"{place} is neither a directory nor a file with something in it")
+    try:
+        stream = tempfile.NamedTemporaryFile(dir=place, prefix=".fomoe-doctor.")  # noqa: SIM115
+    except OSError:
+        files = [path for path in place.iterdir() if path.is_file() and path.stat().st_size]
+        if not files:
+            raise UsageError(f"{place} is not writable and has no file to read") from None
+        yield max(files, key=lambda path: path.stat().st_size)
+        return
+    with stream:
+        stream.write(os.urandom(ALIGNMENT * 16))
+        stream.flush()
+        os.fsync(stream.fileno())
+        yield Path(stream.name)
+
+
+def check_direct(path: Path) -> Check:
+    """A real O_DIRECT read."""
+    memory_ = aligned_memory(ALIGNMENT, huge_pages=False)
+    with open_reader([path], depth=1) as reader:
+        try:
+            reader.read_into([(0, 0, memory_.address, ALIGNMENT)])
+        except FomoeError as error:
+            return Check("O_DIRECT", FAIL, error.message, "another file system: ext4 or xfs")
+        if not reader.direct:
+            kind = drive_of(path).file_system
+            found = f"{kind} refuses it: reads go through the page cache"
+            return Check("O_DIRECT", WARN, found, "a store on ext4 or xfs")
+    return Check("O_DIRECT", OK, f"works on {drive_of(path).file_system}")
+
+
+def check_drive(path: Path) -> Check:
+    """The drive: kind, scheduler, link."""
+    drive = drive_of(path)
+    if drive.rotational and not drive.device.startswith("vd"):  # a virtual drive reports what its host made up
+        return Check("drive", WARN, f"{drive.describe()}: a spinning disk", "pack the store to an NVMe drive")
+    if drive.device.startswith("nvme") and drive.scheduler not in ("", "none"):
+        fix = f"echo none | sudo tee /sys/block/{drive.device}/queue/scheduler"
+        return Check("drive", WARN, f"{drive.describe()}: a scheduler costs an NVMe drive time", fix)
+    if drive.link and drive.link != drive.link_limit:
+        found = f"{drive.describe()}: its link could be {drive.link_limit}"
+        return Check("drive", WARN, found, "move the drive to a slot with that link, or look at the BIOS settings")
+    return Check("drive", OK, drive.describe())
+
+
+# ---- compute ----
+
+
+def check_memory() -> Check:
+    """What is free."""
+    available = memory.available_bytes()
+    found = f"{format_bytes(available)} available"
+    if available < LEAST_MEMORY_BYTES:
+        fix = "end other programs, or raise the container's limit"
+        return Check("memory", WARN, f"{found}: little room for experts", fix)
+    return Check("memory", OK, found)
+
+
+def check_processor() -> Check:
+    """Processor and the kernels that compute on it."""
+    kernels = kernels_choice.use("auto")
+    found = f"{processor()}, {len(os.sched_getaffinity(0))} threads, {kernels} kernels"
+    if kernels != "ggml" and platform.machine() == "x86_64":
+        return Check("processor", WARN, found, "pip install 'libggml-python>=0.20,<0.21'")
+    return Check("processor", OK, found)
+
+
+def check_gpu() -> Check:
+    """GPU and driver."""
+    from fomoe_io import device  # loads driver libraries
+
+    try:
+        found = device.list_devices()
+    except DeviceError as error:
+        nodes = [node for node in GPU_NODES if Path(node).exists()]
+        if not nodes:
+            return Check("GPU", OK, "none: the processor computes")
+        return Check(
+            "GPU", WARN, f"{', '.join(nodes)} exist, but {error.message}", "install the driver's user libraries"
+        )
+    names = [f"{d.name} ({d.architecture}, {format_bytes(d.memory_bytes)}) by {d.provider}" for d in found]
+    return Check("GPU", OK, ", ".join(names))
+
+
+def check_versions() -> Check:
+    """Libraries."""
+    found = [f"fomoe_io {package_version()}", f"Python {platform.python_version()}", f"liburing {LIBURING_VERSION}"]
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return Check("libraries", OK, ", ".join(found))
+
+
+# ---- all of them ----
+
+
+def _tried_registration(path: Path) -> Check:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    area = aligned_memory(TRIED_BUFFER_BYTES)
+    with open_reader([path], depth=1) as reader:
+        registered = reader.register_buffers(area.address, TRIED_BUFFER_BYTES)
+        return check_locked_memory(limit, registered, reader.registration_error)
+
+
+def examine(place: Path) -> list[Check]:
+    """All checks, those of storage for the drive under a place."""
+
+    def read(path: Path) -> str:
+        return path.read_text().strip() if path.exists() else ""
+
+    with probe_file(place) as path:
+        checks: list[Callable[[], Check]] = [
+            lambda: check_kernel(platform.release()),
+            lambda: check_io_uring(read(IO_URING_DISABLED), probe_modes(path)),
+            lambda: _tried_registration(path),
+            lambda: check_direct(path),
+            lambda: check_drive(path),
+            lambda: check_huge_pages(read(HUGE_PAGES)),
+            check_memory,
+            check_processor,
+            check_gpu,
+            check_versions,
+        ]
+        return [check() for check in checks]
+
+
+def _json(checks: Sequence[Check], place: Path) -> dict[str, Any]:
+    return {"checks": [asdict(check) for check in checks], "system": system_card([place])}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 1 when something fails."""
+    return run_command(PROGRAM, _main, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser(PROGRAM, "Look at this machine: what helps, what hinders, and the command that mends it.")
+    parser.add_argument("place", nargs="?", type=Path, default=Path(), metavar="PATH", help="store, GGUF or directory")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    return parser
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    options = _parser().parse_args(argv)
+    checks = examine(options.place)
+    if options.json:
+        print(json.dumps(_json(checks, options.place), indent=1))
+    else:
+        for check in checks:
+            print(f"{check.status:5}{check.name:15}{check.found}")
+            if check.fix:
+                print(f"{'':5}{'':15}fix: {check.fix}")
+    return int(any(check.status == FAIL for check in checks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
