@@ -1,5 +1,5 @@
-/* Preloaded by test_read_faults.py: makes some reads short, interrupted or failing, for pread and for io_uring.
- * FAULT: short, eintr, eagain or eio hits every 7th read. */
+/* Preloaded by tests: makes some reads short, interrupted or failing, for pread and for io_uring.
+ * FAULT: short, eintr, eagain or eio hits every 7th read; forbidden refuses io_uring as a container does. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -27,6 +27,15 @@ ssize_t pread(int fd, void *target, size_t bytes, off_t offset) {
     return real(fd, target, bytes, offset);
 }
 ssize_t pread64(int fd, void *target, size_t bytes, off_t offset) { return pread(fd, target, bytes, offset); }
+
+int io_uring_queue_init_params(unsigned entries, struct io_uring *ring, struct io_uring_params *parameters) {
+    const char *fault = getenv("FAULT");
+    if (fault && !strcmp(fault, "forbidden")) return -EPERM;
+    void *liburing = dlopen("liburing.so.2", RTLD_LAZY | RTLD_NOLOAD);
+    int (*real)(unsigned, struct io_uring *, struct io_uring_params *) =
+        (int (*)(unsigned, struct io_uring *, struct io_uring_params *))dlsym(liburing, "io_uring_queue_init_params");
+    return real(entries, ring, parameters);
+}
 
 unsigned io_uring_peek_batch_cqe(struct io_uring *ring, struct io_uring_cqe **cqes, unsigned count) {
     static unsigned (*real)(struct io_uring *, struct io_uring_cqe **, unsigned);

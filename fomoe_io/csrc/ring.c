@@ -99,6 +99,9 @@ static void drain(fomoe_ring *r) {
     }
 }
 
+/* Whether a wait that returned this may be repeated. */
+static int worth_waiting(int result) { return result >= 0 || result == -EINTR || result == -EAGAIN || result == -EBUSY; }
+
 static int reap(void *self, fomoe_completion *completions, int max, int wait) {
     fomoe_ring *r = self;
     for (;;) {
@@ -110,7 +113,7 @@ static int reap(void *self, fomoe_completion *completions, int max, int wait) {
         }
         r->counters.waits++;
         int error = io_uring_submit_and_wait(&r->uring, 1);
-        if (error < 0 && error != -EINTR && error != -EAGAIN && error != -EBUSY) return error;
+        if (!worth_waiting(error)) return error;
     }
 }
 
@@ -155,7 +158,7 @@ int fomoe_ring_new(const fomoe_read_options *options, const int *descriptors, un
 void fomoe_ring_free(fomoe_ring *r) {
     if (!r) return;
     for (drain(r); fomoe_read_table_in_flight(r->table); drain(r))
-        io_uring_submit_and_wait(&r->uring, 1);
+        if (!worth_waiting(io_uring_submit_and_wait(&r->uring, 1))) break;
     io_uring_queue_exit(&r->uring);
     fomoe_read_table_free(r->table);
     free(r->depths);
