@@ -94,6 +94,8 @@ def test_ctrl_c_ends_a_run(demo_model: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "fomoe_io.cli.run", str(demo_model), "-p", "x", "-n", "4000", "--ignore-eos"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # a shell starts background jobs with SIGINT ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout is not None
     process.stdout.read(20)  # it is generating

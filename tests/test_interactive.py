@@ -22,6 +22,8 @@ class Terminal:
     def __init__(self, *command: str, **environment: str) -> None:
         self.process, self._descriptor = pty.fork()
         if self.process == 0:
+            # a shell starts background jobs with SIGINT ignored, and children inherit that
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execve(sys.executable, [sys.executable, *command], {**os.environ, "TERM": "xterm", **environment})
 
     def type(self, text: str) -> None:
