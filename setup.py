@@ -45,7 +45,7 @@ EXTENSIONS = [
         "fomoe_io._pread",
         ["fomoe_io/_pread.pyx", "fomoe_io/csrc/pread_pool.c", "fomoe_io/csrc/read_table.c"],
         depends=HEADERS,
-        extra_compile_args=COMPILE_FLAGS + ["-pthread"],
+        extra_compile_args=[*COMPILE_FLAGS, "-pthread"],
         extra_link_args=["-pthread"],
     ),
     Extension(
@@ -71,7 +71,7 @@ EXTENSIONS = [
             "fomoe_io/csrc/experts.c",
         ],
         depends=HEADERS,
-        extra_compile_args=COMPILE_FLAGS + ["-pthread"],
+        extra_compile_args=[*COMPILE_FLAGS, "-pthread"],
         extra_link_args=["-pthread", "-lm", "-ldl"],
     ),
 ]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from fakes import FakeRing, Faults, load_fake_ring
+
 from fomoe_io.config import EngineConfig, Tiers
 from fomoe_io.engine import Engine
 from fomoe_io.errors import ReadError

@@ -197,7 +197,7 @@ def test_registered_memory_is_shared(gpu: Gpu) -> None:
         ("hipSetDevice", 101, lambda gpu: gpu.allocate(64), r"failed: hipErrorFake \(101\)"),
     ],
 )  # fmt: skip
-def test_an_error_names_the_call(gpu: Gpu, fake: Fake, call: str, code: int, act, text: str) -> None:  # noqa: ANN001
+def test_an_error_names_the_call(gpu: Gpu, fake: Fake, call: str, code: int, act, text: str) -> None:
     before = fake.live()
     fake.fail(call, code)
     with pytest.raises(DeviceError, match=text) as caught:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from fakes import ROOT, compile_library
+
 from fomoe_io._uring import MODES
 from fomoe_io.errors import ReadError, UsageError
 from fomoe_io.read_files import ReadFiles
@@ -231,7 +231,7 @@ def test_nothing_is_left_behind(file: tuple[Path, np.ndarray], engine: str) -> N
     memory = aligned_memory(FILE_PAGES * PAGE)
 
     def count() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))  # noqa: PTH208
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
     for _ in range(3):
         before = count()
