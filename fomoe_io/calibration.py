@@ -92,8 +92,9 @@ class Calibration:
             if body["format"] != FORMAT or body["version"] != VERSION:
                 raise ValueError(f"format {body['format']!r}, version {body['version']!r}")
             points = tuple(_point(fields) for fields in body["points"])
-            if not points:
-                raise ValueError("no measurements")
+            places = {(point.block_bytes, point.depth) for point in points}
+            if not points or len(places) != len({s for s, _ in places}) * len({d for _, d in places}):
+                raise ValueError("measurements are missing")
             return cls(points, str(body["engine"]), bool(body["direct"]), dict(body["system"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"{path} is no calibration file: {error}", hint=AGAIN) from None
@@ -144,7 +145,7 @@ class Calibration:
 def _point(fields: Any) -> Point:
     point = Point(**{name: fields[name] for name in Point.__dataclass_fields__})
     numbers = asdict(point).values()
-    if not all(isinstance(number, int | float) and math.isfinite(number) and number >= 0 for number in numbers):
+    if not all(type(number) in (int, float) and math.isfinite(number) and number >= 0 for number in numbers):
         raise ValueError("a measurement is no number")
     if point.block_bytes < 1 or point.depth < 1 or point.bytes_per_second <= 0:
         raise ValueError("a measurement is not positive")

@@ -276,7 +276,10 @@ def open_reader(
             return Reader(_open_ring(files, depth, sub_read_bytes, mode, write), depth)
         except OSError as error:
             if engine == "uring" or mode != "auto":
-                hint = "--reader pread" if error.errno == errno.EINVAL else f"{IO_URING_FIX}, or --reader pread"
+                fix = {errno.ENOMEM: "ulimit -l unlimited, or ", errno.EINVAL: ""}.get(
+                    error.errno or 0, f"{IO_URING_FIX}, or "
+                )
+                hint = f"{fix}--reader pread"
                 raise UsageError(error.strerror or str(error), hint=hint) from None
             reason = error.strerror
         native = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)

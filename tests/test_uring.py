@@ -128,7 +128,7 @@ data = np.fromfile(sys.argv[1], np.uint8)
 memory = aligned_memory(len(data))
 files = ReadFiles([sys.argv[1]])
 os.setuid(65534)  # before the ring is made: the kernel looks at who made it
-resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096))
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 18, 1 << 18))
 with Reader(UringReader(files, depth=4), 4) as reader:
     print(reader.register_buffers(memory.address, len(data)), reader.registration_error)
     reader.read_into([(0, 0, memory.address, len(data))])
@@ -231,7 +231,8 @@ def test_nothing_is_left_behind(file: tuple[Path, np.ndarray], engine: str) -> N
     memory = aligned_memory(FILE_PAGES * PAGE)
 
     def count() -> tuple[int, int]:
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+        descriptors, tasks = Path("/proc/self/fd"), Path("/proc/self/task")
+        return len(list(descriptors.iterdir())), len(list(tasks.iterdir()))
 
     for _ in range(3):
         before = count()
