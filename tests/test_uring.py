@@ -142,6 +142,8 @@ def test_the_limit_of_locked_memory(file: tuple[Path, np.ndarray]) -> None:
     result = subprocess.run(
         [sys.executable, "-c", MEMORY_LIMIT, str(file[0])], env=environment, capture_output=True, text=True, timeout=60
     )
+    if "is not available: Cannot allocate memory" in result.stderr:
+        pytest.skip("this user's locked memory is taken by other processes: not even the ring fits")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("False the limit of locked memory (ulimit -l) is below 1,048,576 bytes")
 
