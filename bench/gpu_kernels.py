@@ -152,7 +152,7 @@ class Bench:
             x = self.gpu.upload(self.rng.standard_normal((tokens, columns)).astype(np.float32))
         y = self.gpu.allocate(4 * tokens * rows)
         split = kernels.split_of(name, columns, self.tuning)
-        grid = kernels.mat_vec_grid(rows, split, 1, self.tuning)
+        grid = kernels.mat_vec_grid(name, rows, split, 1, self.tuning)
         if tokens > 1:
             grid = kernels.mat_mul_grid(rows, split, tokens)
         kernel = f"{'mat_vec' if tokens == 1 else 'mat_mul'}_{name}"

@@ -14,7 +14,7 @@ from importlib import resources
 QUANTIZED_TYPES = ("q4_k", "q5_k", "q6_k", "q8_0")
 FLOAT_TYPES = ("f16", "bf16", "f32")
 TYPES = QUANTIZED_TYPES + FLOAT_TYPES
-UNIT_ELEMENTS = {"q4_k": 32, "q5_k": 32, "q6_k": 32, "q8_0": 32, "f16": 8, "bf16": 8, "f32": 4}  # units.h
+UNIT_ELEMENTS = {"q4_k": 64, "q5_k": 64, "q6_k": 32, "q8_0": 32, "f16": 8, "bf16": 8, "f32": 4}  # units.h
 
 MAIN_SOURCE = "fomoe.hip"
 MOST_EXPERTS = 1024  # router.h: of a layer
@@ -99,11 +99,12 @@ def split_of(name: str, columns: int, tuning: Mapping[str, int] | None = None) -
 
 
 def mat_vec_grid(
-    rows: int, split: int, tokens: int = 1, tuning: Mapping[str, int] | None = None
+    name: str, rows: int, split: int, tokens: int = 1, tuning: Mapping[str, int] | None = None
 ) -> tuple[int, int, int]:
     """Grid of ``mat_vec_*``."""
     size = TUNING | dict(tuning or {})
-    return up(rows, size["MAT_VEC_WARPS"] // split * size["MAT_VEC_ROWS"]), tokens, 1
+    rows_of_warp = size["MAT_VEC_ROWS"] if name in QUANTIZED_TYPES else 1
+    return up(rows, size["MAT_VEC_WARPS"] // split * rows_of_warp), tokens, 1
 
 
 def mat_mul_grid(rows: int, split: int, tokens: int) -> tuple[int, int, int]:

@@ -5,33 +5,41 @@
 
 #define MOST_PICKS 64  // the most experts a token may have
 
+template <class T>
+constexpr int gate_up_pairs = GATE_UP_PAIRS;
+template <>
+constexpr int gate_up_pairs<q6_k> = GATE_UP_PAIRS_Q6_K;
+
 // hidden[pair] = Q8(silu(gate x) * (up x)).  A block makes 32 of the pair's `rows` values: one Q8 group, so nothing
 // but the quantized result leaves it.  A pair whose record is 0 is left alone: another launch will do it.
 // x: [tokens] Q8 or float rows; hidden: [pairs] Q8 rows.  Grid (rows / 32, pairs).
 template <class T>
 DEVICE void gate_up(const u64 *records, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats,
                     int rows, int columns, int picks) {
-    const int ROWS = 32 / GATE_UP_WARPS;
+    const int ROWS = 32 / GATE_UP_WARPS, PAIRS = gate_up_pairs<T>;
     __shared__ float values[32];
     const int pair = block_y(), first = 32 * block_x() + warp_index() * ROWS;
     const u8 *record = (const u8 *)records[pair];
     if (!record) return;
     const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
-    const u8 *row_data[2 * ROWS];
     const u32 token[1] = {0};
-    float sums[2 * ROWS][1];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        row_data[2 * r] = record + gate_offset + (u64)(first + r) * row_bytes;
-        row_data[2 * r + 1] = record + up_offset + (u64)(first + r) * row_bytes;
-        sums[2 * r][0] = sums[2 * r + 1][0] = 0.f;
-    }
     x += (u64)(pair / picks) * activation_row_bytes<T>(columns);
-    dot_rows<T, 2 * ROWS, 1>(row_data, x, token, columns, lane_index(), 32, sums);
+#pragma unroll 1
+    for (int row = 0; row < ROWS; row += PAIRS) {
+        const u8 *row_data[2 * PAIRS];
+        float sums[2 * PAIRS][1];
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        const float gate = warp_sum(sums[2 * r][0]), up = warp_sum(sums[2 * r + 1][0]);
-        if (lane_index() == 0) values[warp_index() * ROWS + r] = silu(gate) * up;
+        for (int r = 0; r < PAIRS; ++r) {
+            row_data[2 * r] = record + gate_offset + (u64)(first + row + r) * row_bytes;
+            row_data[2 * r + 1] = record + up_offset + (u64)(first + row + r) * row_bytes;
+            sums[2 * r][0] = sums[2 * r + 1][0] = 0.f;
+        }
+        dot_rows<T, 2 * PAIRS, 1>(row_data, x, token, columns, lane_index(), 32, sums);
+#pragma unroll
+        for (int r = 0; r < PAIRS; ++r) {
+            const float gate = warp_sum(sums[2 * r][0]), up = warp_sum(sums[2 * r + 1][0]);
+            if (lane_index() == 0) values[warp_index() * ROWS + row + r] = silu(gate) * up;
+        }
     }
     sync_block();
     if (warp_index() > 0) return;

@@ -90,10 +90,10 @@ DEVICE void expand(const u8 *weights, const int *ids, float *y, int columns) {
 #define MAT_VEC_KERNELS(type)                                                                                         \
     KERNEL(32 * MAT_VEC_WARPS, mat_vec_##type)                                                                        \
     (const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens, int split) {                        \
-        mat_vec<type, MAT_VEC_ROWS, 1>(weights, x, y, rows, columns, tokens, split);                                  \
+        mat_vec<type, type::is_quantized ? MAT_VEC_ROWS : 1, 1>(weights, x, y, rows, columns, tokens, split);         \
     }                                                                                                                 \
     EXPORT_KERNEL(mat_vec_##type)                                                                                     \
-    KERNEL(32 * MAT_VEC_WARPS, mat_mul_##type)                                                                        \
+    RESIDENT_KERNEL(32 * MAT_VEC_WARPS, 1, mat_mul_##type)                                                            \
     (const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens, int split) {                        \
         mat_vec<type, 1, MAT_MUL_TOKENS>(weights, x, y, rows, columns, tokens, split);                                \
     }                                                                                                                 \

@@ -122,7 +122,9 @@ DEVICE u32x4 load16(const void *p) {
 // For weights, which no other warp will want: they leave the first cache to the activations.
 DEVICE u32x4 load16_once(const void *p) {
     u32x4 v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(p));
     return v;
 }
 DEVICE u32 load4(const void *p) { return __ldg((const u32 *)p); }

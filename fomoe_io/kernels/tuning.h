@@ -10,12 +10,19 @@
 #define MAT_VEC_WARPS 4
 #endif
 #ifndef MAT_MUL_TOKENS
-#define MAT_MUL_TOKENS 8
+#define MAT_MUL_TOKENS 4
 #endif
 
-// experts_gate_up: warps of a block, which makes 32 values, and how many blocks a multiprocessor must hold (NVIDIA).
+// experts_gate_up: warps of a block, which makes 32 values; (gate, up) row pairs that a warp reads at once; blocks that
+// a multiprocessor must hold (NVIDIA).
 #ifndef GATE_UP_WARPS
 #define GATE_UP_WARPS 8
+#endif
+#ifndef GATE_UP_PAIRS
+#define GATE_UP_PAIRS 2
+#endif
+#ifndef GATE_UP_PAIRS_Q6_K
+#define GATE_UP_PAIRS_Q6_K 1
 #endif
 #ifndef GATE_UP_RESIDENT
 #define GATE_UP_RESIDENT 3

@@ -1,15 +1,17 @@
-// The weight formats.  A unit is what one lane reads at once: 32 weights of a quantized row (two groups of 16
-// consecutive elements, each with one scale), or 16 bytes of a float row.
+// The weight formats.  A unit is what one lane reads at once: 64 weights of Q4_K or Q5_K (so that scales are decoded
+// once for all that they scale), 32 of Q6_K or Q8_0, or 16 bytes of a float row.
 #pragma once
 #include "prelude.h"
 
+// groups of consecutive elements with one scale: weight = scale * (quant - the type's centre) - minimum
+template <int GROUPS, int GROUP_ELEMENTS>
 struct unpacked {
-    int quants[8];    // 4 signed bytes each: group 0, then group 1
-    float scale[2];   // weight = scale * (quant - the type's centre) - minimum
-    float minimum[2];
+    int quants[GROUPS][GROUP_ELEMENTS / 4];  // 4 signed bytes each
+    float scale[GROUPS], minimum[GROUPS];
 };
 
-// 16 bytes that begin at an even address, as five aligned words (the last half used).
+// 16 bytes that begin at an even address, as five aligned words (the last half used).  (Three aligned 8-byte loads cover
+// them too, and were measured slower.)
 struct shifted16 {
     u32 word[5];
 };
@@ -23,7 +25,7 @@ DEVICE shifted16 load_shifted16(const u8 *p) {
 DEVICE u32 shifted_word(const shifted16 &s, int i, int bits) { return funnel_right(s.word[i], s.word[i + 1], bits); }
 
 // The twelve bytes of 6-bit scales and minima that Q4_K and Q5_K share, for sub-blocks 2*pair and 2*pair + 1.
-DEVICE void unpack_k_scales(const u32x4 &head, int pair, unpacked &u) {
+DEVICE void unpack_k_scales(const u32x4 &head, int pair, unpacked<2, 32> &u) {
     const bool upper = pair >= 2;
     const u32 scales = upper ? (head.w & 0x0f0f0f0fu) | ((head.y >> 2) & 0x30303030u) : head.y & 0x3f3f3f3fu;
     const u32 minima = upper ? ((head.w >> 4) & 0x0f0f0f0fu) | ((head.z >> 2) & 0x30303030u) : head.z & 0x3f3f3f3fu;
@@ -35,28 +37,31 @@ DEVICE void unpack_k_scales(const u32x4 &head, int pair, unpacked &u) {
     u.minimum[1] = least * (float)((minima >> (shift + 8)) & 0xff);
 }
 
-// Q4_K: 144 bytes for 256 weights: f16 d, f16 dmin, 12 bytes of scales, 128 bytes of nibbles.
+// Q4_K: 144 bytes for 256 weights: f16 d, f16 dmin, 12 bytes of scales, 128 bytes of nibbles.  A unit is a pair of
+// sub-blocks: the low nibbles of 32 bytes, then the high ones.
 struct q4_k {
     static const bool is_quantized = true, has_minimum = true;
-    static const int block_elements = 256, block_bytes = 144, unit_elements = 32, centre = 0;
-    typedef unpacked prepared;
+    static const int block_elements = 256, block_bytes = 144, unit_elements = 64, groups = 2, group_elements = 32;
+    static const int centre = 0;
+    typedef unpacked<2, 32> prepared;
     struct raw {
-        u32x4 head, nibbles;
+        u32x4 head, nibbles[2];
     };
     static DEVICE_MEMBER raw load(const u8 *row, int unit) {
-        const u8 *block = row + (unit >> 3) * block_bytes;
-        return {load16_once(block), load16_once(block + 16 + 16 * (unit & 7))};
+        const u8 *block = row + (unit >> 2) * block_bytes, *nibbles = block + 16 + 32 * (unit & 3);
+        return {load16(block), {load16(nibbles), load16(nibbles + 16)}};
     }
-    static DEVICE_MEMBER int element(int unit, int group) {
-        return (unit >> 3) * 256 + 64 * ((unit & 7) >> 1) + 32 * group + 16 * (unit & 1);
-    }
-    static DEVICE_MEMBER void unpack(const raw &r, int unit, unpacked &u) {
-        unpack_k_scales(r.head, (unit & 7) >> 1, u);
-        const u32 words[4] = {r.nibbles.x, r.nibbles.y, r.nibbles.z, r.nibbles.w};
+    static DEVICE_MEMBER int element(int unit, int group) { return unit * 64 + 32 * group; }
+    static DEVICE_MEMBER void unpack(const raw &r, int unit, prepared &u) {
+        unpack_k_scales(r.head, unit & 3, u);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            u.quants[i] = (int)(words[i] & 0x0f0f0f0fu);
-            u.quants[4 + i] = (int)((words[i] >> 4) & 0x0f0f0f0fu);
+        for (int half = 0; half < 2; ++half) {
+            const u32 words[4] = {r.nibbles[half].x, r.nibbles[half].y, r.nibbles[half].z, r.nibbles[half].w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                u.quants[0][4 * half + i] = (int)(words[i] & 0x0f0f0f0fu);
+                u.quants[1][4 * half + i] = (int)((words[i] >> 4) & 0x0f0f0f0fu);
+            }
         }
     }
 };
@@ -64,37 +69,42 @@ struct q4_k {
 // Q5_K: 176 bytes: as Q4_K with 32 bytes of fifth bits (bit j for sub-block j) before the nibbles.
 struct q5_k {
     static const bool is_quantized = true, has_minimum = true;
-    static const int block_elements = 256, block_bytes = 176, unit_elements = 32, centre = 0;
-    typedef unpacked prepared;
+    static const int block_elements = 256, block_bytes = 176, unit_elements = 64, groups = 2, group_elements = 32;
+    static const int centre = 0;
+    typedef unpacked<2, 32> prepared;
     struct raw {
-        u32x4 head, high, nibbles;
+        u32x4 head, high[2], nibbles[2];
     };
     static DEVICE_MEMBER raw load(const u8 *row, int unit) {
-        const u8 *block = row + (unit >> 3) * block_bytes;
-        return {load16_once(block), load16_once(block + 16 + 16 * (unit & 1)),
-                load16_once(block + 48 + 16 * (unit & 7))};
+        const u8 *block = row + (unit >> 2) * block_bytes, *nibbles = block + 48 + 32 * (unit & 3);
+        return {load16(block), {load16(block + 16), load16(block + 32)}, {load16(nibbles), load16(nibbles + 16)}};
     }
-    static DEVICE_MEMBER int element(int unit, int group) { return q4_k::element(unit, group); }
-    static DEVICE_MEMBER void unpack(const raw &r, int unit, unpacked &u) {
-        const int pair = (unit & 7) >> 1;
+    static DEVICE_MEMBER int element(int unit, int group) { return unit * 64 + 32 * group; }
+    static DEVICE_MEMBER void unpack(const raw &r, int unit, prepared &u) {
+        const int pair = unit & 3;
         unpack_k_scales(r.head, pair, u);
-        const u32 words[4] = {r.nibbles.x, r.nibbles.y, r.nibbles.z, r.nibbles.w};
-        const u32 high[4] = {r.high.x, r.high.y, r.high.z, r.high.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const u32 bits = high[i] >> (2 * pair);
-            u.quants[i] = (int)((words[i] & 0x0f0f0f0fu) | ((bits << 4) & 0x10101010u));
-            u.quants[4 + i] = (int)(((words[i] >> 4) & 0x0f0f0f0fu) | ((bits << 3) & 0x10101010u));
+        for (int half = 0; half < 2; ++half) {
+            const u32 words[4] = {r.nibbles[half].x, r.nibbles[half].y, r.nibbles[half].z, r.nibbles[half].w};
+            const u32 high[4] = {r.high[half].x, r.high[half].y, r.high[half].z, r.high[half].w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const u32 bits = high[i] >> (2 * pair);
+                u.quants[0][4 * half + i] = (int)((words[i] & 0x0f0f0f0fu) | ((bits << 4) & 0x10101010u));
+                u.quants[1][4 * half + i] = (int)(((words[i] >> 4) & 0x0f0f0f0fu) | ((bits << 3) & 0x10101010u));
+            }
         }
     }
 };
 
 // Q6_K: 210 bytes, so every other block begins off a word: 128 bytes of low nibbles, 64 of high pairs, 16 signed
-// scales, f16 d.
+// scales, f16 d.  A unit is 16 bytes of nibbles: 32 weights.  (64, which would share the high bytes, were measured
+// slower.)
 struct q6_k {
     static const bool is_quantized = true, has_minimum = false;
-    static const int block_elements = 256, block_bytes = 210, unit_elements = 32, centre = 32;
-    typedef unpacked prepared;
+    static const int block_elements = 256, block_bytes = 210, unit_elements = 32, groups = 2, group_elements = 16;
+    static const int centre = 32;
+    typedef unpacked<2, 16> prepared;
     struct raw {
         shifted16 low, high;
         i8 scale[2];
@@ -103,11 +113,10 @@ struct q6_k {
     };
     static DEVICE_MEMBER raw load(const u8 *row, int unit) {
         const int i = unit & 7, half = i & 1, wide = i >> 2;
-        const u8 *block = row + (unit >> 3) * block_bytes;
+        const u8 *block = row + (unit >> 3) * block_bytes, *scales = block + 192 + 8 * wide + (i & 2) + half;
         raw r;
         r.low = load_shifted16(block + 16 * i);
         r.high = load_shifted16(block + 128 + 32 * wide + 16 * half);
-        const u8 *scales = block + 192 + 8 * wide + (i & 2) + half;
         r.scale[0] = (i8)load1(scales), r.scale[1] = (i8)load1(scales + 4);
         r.d = load2(block + 208);
         r.bits = (int)((u64)block & 2) * 8;
@@ -117,14 +126,14 @@ struct q6_k {
         const int i = unit & 7;
         return (unit >> 3) * 256 + 128 * (i >> 2) + 32 * ((i >> 1) & 1) + 64 * group + 16 * (i & 1);
     }
-    static DEVICE_MEMBER void unpack(const raw &r, int unit, unpacked &u) {
+    static DEVICE_MEMBER void unpack(const raw &r, int unit, prepared &u) {
         // The bit pair of the first or the second quarter.  What the shift brings in from the next word is masked away.
         const int high_bits = r.bits + (unit & 2);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const u32 low = shifted_word(r.low, i, r.bits), high = shifted_word(r.high, i, high_bits);
-            u.quants[i] = (int)((low & 0x0f0f0f0fu) | ((high << 4) & 0x30303030u));
-            u.quants[4 + i] = (int)(((low >> 4) & 0x0f0f0f0fu) | (high & 0x30303030u));
+            u.quants[0][i] = (int)((low & 0x0f0f0f0fu) | ((high << 4) & 0x30303030u));
+            u.quants[1][i] = (int)(((low >> 4) & 0x0f0f0f0fu) | (high & 0x30303030u));
         }
         const float d = from_half(r.d);
         u.scale[0] = d * (float)r.scale[0];
@@ -136,8 +145,9 @@ struct q6_k {
 // Q8_0: 34 bytes for 32 weights: f16 d, 32 signed bytes.
 struct q8_0 {
     static const bool is_quantized = true, has_minimum = false;
-    static const int block_elements = 32, block_bytes = 34, unit_elements = 32, centre = 0;
-    typedef unpacked prepared;
+    static const int block_elements = 32, block_bytes = 34, unit_elements = 32, groups = 1, group_elements = 32;
+    static const int centre = 0;
+    typedef unpacked<1, 32> prepared;
     struct raw {
         u32 word[8];
         u16 last, d;
@@ -154,13 +164,13 @@ struct q8_0 {
         r.bits = (int)((u64)quants & 2) * 8;
         return r;
     }
-    static DEVICE_MEMBER int element(int unit, int group) { return unit * 32 + 16 * group; }
-    static DEVICE_MEMBER void unpack(const raw &r, int, unpacked &u) {
+    static DEVICE_MEMBER int element(int unit, int) { return unit * 32; }
+    static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            u.quants[i] = (int)funnel_right(r.word[i], i < 7 ? r.word[i < 7 ? i + 1 : 7] : r.last, r.bits);
-        u.scale[0] = u.scale[1] = from_half(r.d);
-        u.minimum[0] = u.minimum[1] = 0.f;
+            u.quants[0][i] = (int)funnel_right(r.word[i], i < 7 ? r.word[i < 7 ? i + 1 : 7] : r.last, r.bits);
+        u.scale[0] = from_half(r.d);
+        u.minimum[0] = 0.f;
     }
 };
 
@@ -225,29 +235,32 @@ template <class T>
 DEVICE float add_unit(const typename T::prepared &u, int unit, const u8 *activations, int columns, float sum) {
     if constexpr (T::is_quantized) {
         const u8 *pairs = activations + columns;
-        float d[2], total = 0.f;
+        float d[T::groups], total[T::groups];
         if constexpr (T::has_minimum) {
-            // The two groups' pairs stand side by side.  32 activations meet two units (a half each): each unit takes
-            // one group's share of the minimum whole.
+            static_assert(T::groups == 2 && T::group_elements == 32, "the pairs of both groups stand side by side");
             const u32x4 both = load16(pairs + 8 * (T::element(unit, 0) >> 5));
-            d[0] = as_float(both.x), d[1] = as_float(both.z);
-            total = as_float(unit & 1 ? both.w : both.y);
+            d[0] = as_float(both.x), total[0] = as_float(both.y);
+            d[1] = as_float(both.z), total[1] = as_float(both.w);
         } else {
 #pragma unroll
-            for (int g = 0; g < 2; ++g) d[g] = as_float(load4(pairs + 8 * (T::element(unit, g) >> 5)));
+            for (int g = 0; g < T::groups; ++g) d[g] = as_float(load4(pairs + 8 * (T::element(unit, g) >> 5)));
         }
 #pragma unroll
-        for (int g = 0; g < 2; ++g) {
-            const u32x4 x = load16(activations + T::element(unit, g));
-            // The centre times the sum of the activations: the same for all rows, so it costs less than centring each.
-            int s = T::centre ? -T::centre * sum_bytes(x) : 0;
-            s = dot4(u.quants[4 * g], (int)x.x, s);
-            s = dot4(u.quants[4 * g + 1], (int)x.y, s);
-            s = dot4(u.quants[4 * g + 2], (int)x.z, s);
-            s = dot4(u.quants[4 * g + 3], (int)x.w, s);
+        for (int g = 0; g < T::groups; ++g) {
+            int s = 0;
+#pragma unroll
+            for (int i = 0; i < T::group_elements / 4; i += 4) {
+                const u32x4 x = load16(activations + T::element(unit, g) + 4 * i);
+                // The centre times the sum of the activations is the same for all rows: cheaper than centring each.
+                if (T::centre) s -= T::centre * sum_bytes(x);
+                s = dot4(u.quants[g][i], (int)x.x, s);
+                s = dot4(u.quants[g][i + 1], (int)x.y, s);
+                s = dot4(u.quants[g][i + 2], (int)x.z, s);
+                s = dot4(u.quants[g][i + 3], (int)x.w, s);
+            }
             sum = fused(u.scale[g] * d[g], (float)s, sum);
+            if constexpr (T::has_minimum) sum = fused(-u.minimum[g], total[g], sum);
         }
-        if constexpr (T::has_minimum) sum = fused(-(unit & 1 ? u.minimum[1] : u.minimum[0]), total, sum);
     } else {
         const float *x = (const float *)activations + T::unit_elements * unit;
 #pragma unroll
@@ -265,9 +278,9 @@ DEVICE float add_unit(const typename T::prepared &u, int unit, const u8 *activat
 template <class T>
 DEVICE void expand_unit(const typename T::prepared &u, int unit, float *y) {
     if constexpr (T::is_quantized) {
-        for (int g = 0; g < 2; ++g)
-            for (int i = 0; i < 16; ++i) {
-                const float q = (float)(i8)(u.quants[4 * g + (i >> 2)] >> (8 * (i & 3)));
+        for (int g = 0; g < T::groups; ++g)
+            for (int i = 0; i < T::group_elements; ++i) {
+                const float q = (float)(i8)(u.quants[g][i >> 2] >> (8 * (i & 3)));
                 y[T::element(unit, g) + i] = fused(u.scale[g], q - (float)T::centre, -u.minimum[g]);
             }
     } else {

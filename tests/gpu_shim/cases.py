@@ -73,7 +73,7 @@ def check_mat_vec(runner: Runner, rng: np.random.Generator, name: str, rows: int
     summed = np.linalg.norm(np.abs(values) @ np.abs(weights).T)
     for split in {1, 2, kernels.split_of(name, columns)}:
         for kernel, grid in (
-            ("mat_vec", kernels.mat_vec_grid(rows, split, tokens)),
+            ("mat_vec", kernels.mat_vec_grid(name, rows, split, tokens)),
             ("mat_mul", kernels.mat_mul_grid(rows, split, tokens)),
         ):
             y = runner.put(poison(tokens, rows))
