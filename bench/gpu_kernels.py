@@ -1,7 +1,7 @@
 """The quantized kernels against the device's measured read bandwidth.
 
-Every time is the median over replays of a captured graph, divided by the launches in it, so the gaps between kernels are
-in.  Each launch of a graph reads other weights than the one before it, from a pool several times the last cache.
+Every time is the median over replays of a captured graph, divided by the launches in it, so the gaps between kernels
+are in.  Each launch of a graph reads other weights than the one before it, from a pool several times the last cache.
 Shapes are Qwen3.5-397B-A17B's: d_model 4096, experts of 1024, 10 a token.
 
     python bench/gpu_kernels.py [--quick] [--tuning DOWN_ROWS=1,DOWN_BATCH=4 ...] [--json FILE]
@@ -25,11 +25,11 @@ from fomoe_io.device import Gpu
 from fomoe_io.units import parse_bytes
 
 D_MODEL, FF, ROUTER = 4096, 1024, 512
-SIZES = {
-    name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper() if name != "q8_0" else "Q8_0"]]
-    for name in ("q4_k", "q5_k", "q6_k", "q8_0")
-} | {"f16": (1, 2), "f32": (1, 4)}  # fmt: skip
-HALVES = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "q8_0": (0,)}
+SIZES = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]] for name in kernels.QUANTIZED_TYPES} | {
+    "f16": (1, 2),
+    "f32": (1, 4),
+}
+HALVES = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "q8_0": (0,)}  # where the f16 scales stand in a block
 
 
 def matrix_bytes(name: str, rows: int, columns: int) -> int:
@@ -92,6 +92,17 @@ class Bench:
             launch = self.gpu.prepare("read_memory", (blocks, 1, 1), self.pool, nbytes, out, blocks)
             best = max(best, nbytes / self.microseconds([launch], 1) * 1e6)
         return best
+
+    def plain_read(self, nbytes: int) -> float:
+        """Microseconds of plain loads of so many bytes, launch after launch over the pool: the floor."""
+        nbytes = -(-nbytes // 4096) * 4096
+        blocks = 8 * self.gpu.info.multiprocessors
+        out = self.gpu.allocate(32 * blocks)
+        launches = [
+            self.gpu.prepare("read_memory", (blocks, 1, 1), self.pool.pointer + i * nbytes, nbytes, out, blocks)
+            for i in range(min(60, self.pool.nbytes // nbytes))
+        ]
+        return self.microseconds(launches, len(launches))
 
     def q8(self, rows: int, columns: int) -> Buffer:
         """Random vectors, quantized on the device."""
@@ -173,13 +184,15 @@ def run(tuning: dict[str, int], pool_bytes: int, is_quick: bool, pool: Buffer | 
     rows: list[dict[str, Any]] = []
 
     def add(what: str, nbytes: int, microseconds: float) -> None:
-        rate = nbytes / microseconds * 1e6
+        rate, plain = nbytes / microseconds * 1e6, bench.plain_read(nbytes)
         rows.append({"what": what, "bytes": nbytes, "microseconds": round(microseconds, 2),
-                     "gigabytes_per_second": round(rate / 1e9, 1), "share_of_read": round(rate / peak, 3)})  # fmt: skip
-        print(f"{what:52} {nbytes / 1e6:9.1f} MB {microseconds:9.2f} us {rate / 1e9:8.0f} GB/s {100 * rate / peak:5.1f} %",
-              flush=True)  # fmt: skip
+                     "gigabytes_per_second": round(rate / 1e9, 1), "share_of_read": round(rate / peak, 3),
+                     "plain_read_microseconds": round(plain, 2)})  # fmt: skip
+        shares = f"{100 * rate / peak:6.1f} % {100 * plain / microseconds:6.1f} %"
+        print(f"{what:50} {nbytes / 1e6:7.1f} MB {microseconds:7.2f} us {rate / 1e9:6.0f} GB/s {shares}", flush=True)
 
     print(f"read bandwidth {peak / 1e9:.0f} GB/s   tuning {tuning or 'of tuning.h'}")
+    print("last columns: share of that bandwidth, share of the speed of a plain read of the same bytes")
     for picks in (10, 64):
         for gate_type, down_type in (("q4_k", "q4_k"), ("q5_k", "q5_k"), ("q6_k", "q6_k"), ("q4_k", "q6_k")):
             if is_quick and gate_type != down_type:

@@ -17,7 +17,7 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``$FOMOE_CACHE``, else ``$XDG_CACHE_HOME/fomoe_io``, else ``~/.cache/fomoe_io``."""
+    """Where compiled kernels are kept: ``$FOMOE_CACHE``, or ``fomoe_io`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     if chosen := os.environ.get("FOMOE_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fomoe_io"

@@ -38,9 +38,7 @@ def test_quantize(runner: CpuRunner, rng: np.random.Generator, columns: int, tok
 
 @pytest.mark.parametrize("name", kernels.TYPES)
 @pytest.mark.parametrize(("rows", "blocks", "tokens"), [(1, 1, 1), (13, 3, 1), (9, 9, 3), (3, 2, 9)])
-def test_mat_vec(
-    runner: CpuRunner, rng: np.random.Generator, name: str, rows: int, blocks: int, tokens: int
-) -> None:
+def test_mat_vec(runner: CpuRunner, rng: np.random.Generator, name: str, rows: int, blocks: int, tokens: int) -> None:
     columns = blocks * (32 if name == "q8_0" else 8 if name in kernels.FLOAT_TYPES else 256)
     cases.check_mat_vec(runner, rng, name, rows, columns, tokens)
 

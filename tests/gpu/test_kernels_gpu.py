@@ -196,6 +196,6 @@ def test_a_miss_is_served_without_a_synchronisation(gpu: Gpu, rng: np.random.Gen
 
 
 def test_out_of_memory_is_one_line(gpu: Gpu) -> None:
-    with pytest.raises(DeviceError, match="out of memory|OUT_OF_MEMORY") as caught:
+    with pytest.raises(DeviceError, match=r"out of memory|OUT_OF_MEMORY") as caught:
         gpu.allocate(gpu.info.memory_bytes * 2)
     assert "--vram" in (caught.value.hint or "")

@@ -212,7 +212,11 @@ def check_attention(
     """Norm, rope, cache, attention and merge of consecutive tokens over a cache that holds what came before."""
     tokens, context, eps = len(positions), max(positions) + 1, 1e-6
     q_stride = 2 * dim if gated else dim
-    q, k, v = normal(rng, tokens, heads, q_stride), normal(rng, tokens, kv_heads, dim), normal(rng, tokens, kv_heads, dim)
+    q, k, v = (
+        normal(rng, tokens, heads, q_stride),
+        normal(rng, tokens, kv_heads, dim),
+        normal(rng, tokens, kv_heads, dim),
+    )
     q_norm, k_norm = normal(rng, dim), normal(rng, dim)
     element = np.float32 if cache == "f32" else np.float16
     keys, values = (normal(rng, context, kv_heads, dim).astype(element) for _ in range(2))
@@ -291,7 +295,9 @@ def check_delta(
     heads = np.arange(value_heads)
     key_head_of = heads // (value_heads // key_heads) if is_grouped else heads % key_heads
     want_state = state.astype(np.float64)
-    want = ref.delta_rule(q, k, v, alpha.astype(np.float64), beta.astype(np.float64), dt, a, want_state, key_head_of, 1e-6)
+    want = ref.delta_rule(
+        q, k, v, alpha.astype(np.float64), beta.astype(np.float64), dt, a, want_state, key_head_of, 1e-6
+    )
     assert ref.error(y.get(), want) < CLOSE
     assert ref.error(device_state.get(), want_state) < CLOSE
 
