@@ -61,7 +61,10 @@ EXTENSIONS = [
         [
             "fomoe_io/_cpu.pyx",
             "fomoe_io/csrc/dot.c",
-            "fomoe_io/csrc/dot_portable.c",
+            "fomoe_io/csrc/instructions.c",
+            "fomoe_io/csrc/instructions_baseline.c",
+            "fomoe_io/csrc/instructions_avx2.c",
+            "fomoe_io/csrc/instructions_avx512.c",
             "fomoe_io/csrc/vector_ops.c",
             "fomoe_io/csrc/attention.c",
             "fomoe_io/csrc/residency.c",

@@ -5,10 +5,11 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "dot_portable.h"
+#include "instructions.h"
 
-/* ggml's numbering leaves room; 64 covers every type of GGUF (the largest is 41 in 2026). */
-enum { TYPES = 64 };
+/* Up to MXFP4 (39), in ggml since 2025.  ggml does not say how many types it has, and asking for one beyond its tables
+ * is not checked there; NVFP4 (40) also needs scales of its own that the engine does not apply. */
+enum { TYPES = 40 };
 
 static fomoe_type types[TYPES];
 static const char *name = "none";
@@ -45,16 +46,13 @@ int fomoe_use_ggml(const char *base_path, const char *cpu_path, char *message, s
     const ggml_traits *(*traits)(int) = (const ggml_traits *(*)(int))dlsym(base, "ggml_get_type_traits");
     int64_t (*block_elements)(int) = (int64_t (*)(int))dlsym(base, "ggml_blck_size");
     size_t (*type_bytes)(int) = (size_t (*)(int))dlsym(base, "ggml_type_size");
-    const char *(*type_name)(int) = (const char *(*)(int))dlsym(base, "ggml_type_name");
-    if (!cpu_init || !cpu_traits || !traits || !block_elements || !type_bytes || !type_name) {
+    if (!cpu_init || !cpu_traits || !traits || !block_elements || !type_bytes) {
         snprintf(message, message_bytes, "%s lacks a function of ggml's interface", cpu_path);
         return -1;
     }
     cpu_init();
     memset(types, 0, sizeof types);
-    /* Numbers up to 39 have been in ggml since 2025 (MXFP4); later ones are probed by name, as asking for a number
-     * beyond the library's own count would abort. */
-    for (int t = 0; t < 40; t++) {
+    for (int t = 0; t < TYPES; t++) {
         const ggml_traits *general = traits(t);
         const ggml_cpu_traits *kernel = cpu_traits(t);
         if (!general || general->block_elements <= 0 || block_elements(t) != general->block_elements) continue;
@@ -76,8 +74,7 @@ int fomoe_use_ggml(const char *base_path, const char *cpu_path, char *message, s
 
 void fomoe_use_portable(void) {
     memset(types, 0, sizeof types);
-    for (int i = 0; i < fomoe_portable_count; i++) types[fomoe_portable_types[i].type] = fomoe_portable_types[i];
-    types[0].to_float = copy_floats;
+    for (const fomoe_type *t = fomoe_chosen_instructions()->types; t->block_elements; t++) types[t->type] = *t;
     name = "portable";
 }
 
@@ -90,6 +87,6 @@ const fomoe_type *fomoe_type_of(int32_t type) {
 
 size_t fomoe_row_bytes(int32_t type, int64_t elements) {
     const fomoe_type *t = fomoe_type_of(type);
-    if (!t) return elements * 4; /* int32 and float32 rows before kernels are chosen */
+    if (!t) return elements * sizeof(float); /* float32 and int32 rows before kernels are chosen */
     return (elements + t->block_elements - 1) / t->block_elements * t->block_bytes;
 }
