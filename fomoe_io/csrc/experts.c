@@ -222,7 +222,7 @@ static void collect(fomoe_experts *e, int layer, const fomoe_rows *ids, int toke
     e->count = 0;
     for (int t = 0; t < tokens; t++) {
         const int32_t *row = (const int32_t *)fomoe_row(ids, t);
-        fomoe_residency_touch(e->residency, layer, row, e->shape.used);
+        fomoe_residency_touch(e->residency, layer, tokens - 1 - t, row, e->shape.used);
         for (int k = 0; k < e->shape.used; k++) {
             int32_t id = row[k];
             picks[id]++;

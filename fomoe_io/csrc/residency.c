@@ -4,17 +4,22 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum { PINNED = 1, COMING = 2 }; /* bits of held */
+
 typedef struct {
     int32_t experts;
     int32_t slots[FOMOE_TIERS];
     int32_t used[FOMOE_TIERS];
     int32_t *occupant[FOMOE_TIERS]; /* slot -> expert, -1 = free */
-    int8_t *tier;                   /* expert -> tier, FOMOE_TIER_NVME when nowhere */
-    int8_t *pinned;                 /* by the step at work */
-    int32_t *slot;                  /* expert -> slot */
-    double *score;                  /* picks, decayed to the time of touched */
+    int32_t held_count;             /* experts with a bit of held: the next victims are among the others */
+    int8_t *held;                   /* PINNED by the step at work, COMING from an offer */
+    int8_t *tier;                   /* expert -> tier as others see it, FOMOE_TIER_NVME when nowhere or coming */
+    int8_t *home;                   /* expert -> tier of its slot, FOMOE_TIER_NVME when nowhere */
+    int32_t *slot;                  /* expert -> slot of its home */
+    double *score;                  /* picks (decayed: as of touched) */
+    double *worth;                  /* what the policy compares, kept at every touch; unused by LFRU */
     int64_t *touched;               /* token clock of the last pick */
-    int64_t *order;                 /* sequence of the last use: recency within a token */
+    int64_t *order;                 /* sequence of the last pick: decides among equals */
 } layer_state;
 
 struct fomoe_residency {
@@ -25,6 +30,8 @@ struct fomoe_residency {
     fomoe_residency_counters counters;
 };
 
+/* ---- life ---- */
+
 static int allocate(layer_state *l) {
     for (int t = 0; t < FOMOE_TIERS; t++) {
         l->occupant[t] = malloc((l->slots[t] + 1) * sizeof **l->occupant);
@@ -32,14 +39,18 @@ static int allocate(layer_state *l) {
         for (int i = 0; i < l->slots[t]; i++) l->occupant[t][i] = -1;
     }
     size_t n = l->experts + 1;
+    l->held = calloc(n, 1);
     l->tier = malloc(n);
-    l->pinned = calloc(n, 1);
+    l->home = malloc(n);
     l->slot = calloc(n, sizeof *l->slot);
     l->score = calloc(n, sizeof *l->score);
+    l->worth = malloc(n * sizeof *l->worth);
     l->touched = calloc(n, sizeof *l->touched);
     l->order = calloc(n, sizeof *l->order);
-    if (!l->tier || !l->pinned || !l->slot || !l->score || !l->touched || !l->order) return 0;
+    if (!l->held || !l->tier || !l->home || !l->slot || !l->score || !l->worth || !l->touched || !l->order) return 0;
     memset(l->tier, FOMOE_TIER_NVME, n);
+    memset(l->home, FOMOE_TIER_NVME, n);
+    for (size_t e = 0; e < n; e++) l->worth[e] = -HUGE_VAL;
     return 1;
 }
 
@@ -65,64 +76,73 @@ void fomoe_residency_free(fomoe_residency *r) {
     if (!r) return;
     for (int i = 0; r->layer && i < r->layers; i++) {
         layer_state *l = &r->layer[i];
-        for (int t = 0; t < FOMOE_TIERS; t++) free(l->occupant[t]);
-        free(l->tier);
-        free(l->pinned);
-        free(l->slot);
-        free(l->score);
-        free(l->touched);
-        free(l->order);
+        void *owned[] = {l->occupant[0], l->occupant[1], l->held,  l->tier,    l->home,
+                         l->slot,        l->score,       l->worth, l->touched, l->order};
+        for (size_t j = 0; j < sizeof owned / sizeof *owned; j++) free(owned[j]);
     }
     free(r->layer);
     free(r);
 }
 
+/* ---- worth ---- */
+
 void fomoe_residency_tick(fomoe_residency *r, int64_t tokens) { r->clock += tokens; }
 
-static double decayed(const fomoe_residency *r, const layer_state *l, int expert) {
-    return l->score[expert] * exp(r->log_decay * (double)(r->clock - l->touched[expert]));
+static double decayed(const fomoe_residency *r, const layer_state *l, int expert, int64_t now) {
+    return l->score[expert] * exp(r->log_decay * (double)(now - l->touched[expert]));
 }
 
-void fomoe_residency_touch(fomoe_residency *r, int layer, const int32_t *experts, int count) {
-    layer_state *l = &r->layer[layer];
-    for (int i = 0; i < count; i++) {
-        int e = experts[i];
-        l->score[e] = (r->policy == FOMOE_POLICY_DECAYED ? decayed(r, l, e) : l->score[e]) + 1;
-        l->touched[e] = r->clock;
-        l->order[e] = ++r->sequence;
-    }
-}
-
-/* The lower the worth, the sooner it goes. */
-static double worth(const fomoe_residency *r, const layer_state *l, int expert) {
+static void appraise(const fomoe_residency *r, layer_state *l, int expert) {
+    double score = l->score[expert];
     switch (r->policy) {
     case FOMOE_POLICY_LRU:
-        return (double)l->order[expert];
-    case FOMOE_POLICY_LFU:
-        return l->score[expert];
-    case FOMOE_POLICY_LFRU:
-        return l->score[expert] / (double)(r->clock - l->touched[expert] + 1);
+        l->worth[expert] = (double)l->order[expert];
+        break;
+    case FOMOE_POLICY_DECAYED:
+        /* log of the decayed frequency, less the decay since the clock's zero, which is the same for all:
+         * stays comparable without looking at it again as time goes by */
+        l->worth[expert] = score > 0 ? log(score) - r->log_decay * (double)l->touched[expert] : -HUGE_VAL;
+        break;
     default:
-        /* log of the decayed frequency less the part that is the same for all: no exp per candidate */
-        return l->score[expert] > 0 ? log(l->score[expert]) - r->log_decay * (double)l->touched[expert] : -HUGE_VAL;
+        l->worth[expert] = score;
     }
 }
 
-/* The slot of the tier's least worthy unpinned expert, -1 when all are pinned; equals: the one used longest ago. */
-static int victim(const fomoe_residency *r, const layer_state *l, int tier) {
-    int best = -1;
-    double least = HUGE_VAL;
-    for (int i = 0; i < l->slots[tier]; i++) {
-        int e = l->occupant[tier][i];
-        if (e < 0 || l->pinned[e]) continue;
-        double w = worth(r, l, e);
-        if (best < 0 || w < least || (w == least && l->order[e] < l->order[l->occupant[tier][best]])) {
-            best = i;
-            least = w;
-        }
+void fomoe_residency_touch(fomoe_residency *r, int layer, int64_t age, const int32_t *experts, int count) {
+    layer_state *l = &r->layer[layer];
+    int64_t now = r->clock - age;
+    for (int i = 0; i < count; i++) {
+        int e = experts[i];
+        l->score[e] = (r->policy == FOMOE_POLICY_DECAYED ? decayed(r, l, e, now) : l->score[e]) + 1;
+        l->touched[e] = now;
+        l->order[e] = ++r->sequence;
+        appraise(r, l, e);
     }
+}
+
+static double worth(const fomoe_residency *r, const layer_state *l, int expert) {
+    if (r->policy == FOMOE_POLICY_LFRU) return l->score[expert] / (double)(r->clock - l->touched[expert] + 1);
+    return l->worth[expert];
+}
+
+/* Whether a goes before b: worth less, or among equals picked longer ago. */
+static int goes_before(const fomoe_residency *r, const layer_state *l, int a, int b) {
+    double worth_a = worth(r, l, a), worth_b = worth(r, l, b);
+    return worth_a < worth_b || (worth_a == worth_b && l->order[a] < l->order[b]);
+}
+
+/* The slot of the tier's first to go, -1 when all are held. */
+static int victim(const fomoe_residency *r, const layer_state *l, int tier) {
+    const int32_t *occupant = l->occupant[tier];
+    int best = -1;
+    for (int i = 0; i < l->slots[tier]; i++)
+        if (occupant[i] >= 0 && !l->held[occupant[i]] &&
+            (best < 0 || goes_before(r, l, occupant[i], occupant[best])))
+            best = i;
     return best;
 }
+
+/* ---- slots ---- */
 
 static int free_slot(const layer_state *l, int tier) {
     if (l->used[tier] == l->slots[tier]) return -1;
@@ -133,52 +153,75 @@ static int free_slot(const layer_state *l, int tier) {
 
 static void put(layer_state *l, int expert, int tier, int slot) {
     l->occupant[tier][slot] = expert;
-    l->tier[expert] = tier;
+    l->home[expert] = tier;
     l->slot[expert] = slot;
+    l->tier[expert] = l->held[expert] & COMING ? FOMOE_TIER_NVME : tier;
     l->used[tier]++;
 }
 
 static void take_out(layer_state *l, int expert) {
-    int tier = l->tier[expert];
+    int tier = l->home[expert];
     l->occupant[tier][l->slot[expert]] = -1;
     l->used[tier]--;
-    l->tier[expert] = FOMOE_TIER_NVME;
+    l->home[expert] = l->tier[expert] = FOMOE_TIER_NVME;
 }
 
-/* An empty slot of DRAM: a free one, or that of its least worthy expert, who is forgotten. -1: all are pinned. */
-static int room_in_dram(fomoe_residency *r, layer_state *l) {
-    int slot = free_slot(l, FOMOE_TIER_DRAM);
-    if (slot >= 0) return slot;
-    slot = victim(r, l, FOMOE_TIER_DRAM);
-    if (slot < 0) return -1;
-    take_out(l, l->occupant[FOMOE_TIER_DRAM][slot]);
+static void hold(layer_state *l, int expert, int bit) {
+    l->held_count += !l->held[expert];
+    l->held[expert] |= bit;
+}
+
+static void let_go(layer_state *l, int expert, int bit) {
+    if (!(l->held[expert] & bit)) return;
+    l->held[expert] &= ~bit;
+    l->held_count -= !l->held[expert];
+}
+
+static void evict(fomoe_residency *r, layer_state *l, int expert) {
+    take_out(l, expert);
     r->counters.evictions++;
-    return slot;
 }
 
 static void record_move(fomoe_move *moves, int *count, int expert, int from_tier, int from_slot, int to_tier, int to_slot) {
     moves[(*count)++] = (fomoe_move){expert, from_tier, from_slot, to_tier, to_slot};
 }
 
-/* An empty slot of VRAM: a free one, or that of its least worthy expert, who goes down to DRAM when there is room. */
+/* An empty slot of DRAM: a free one, or that of its first to go, who is forgotten.  -1: all are held. */
+static int room_in_dram(fomoe_residency *r, layer_state *l) {
+    int slot = free_slot(l, FOMOE_TIER_DRAM);
+    if (slot >= 0) return slot;
+    slot = victim(r, l, FOMOE_TIER_DRAM);
+    if (slot >= 0) evict(r, l, l->occupant[FOMOE_TIER_DRAM][slot]);
+    return slot;
+}
+
+/* An empty slot of VRAM: a free one, or that of its first to go.  He goes down to DRAM, unless he is worth less than
+ * everybody there: then he is forgotten at once.  -1: all are held. */
 static int room_in_vram(fomoe_residency *r, layer_state *l, fomoe_move *moves, int *move_count) {
     int slot = free_slot(l, FOMOE_TIER_VRAM);
     if (slot >= 0) return slot;
     slot = victim(r, l, FOMOE_TIER_VRAM);
     if (slot < 0) return -1;
-    int loser = l->occupant[FOMOE_TIER_VRAM][slot], below = room_in_dram(r, l);
-    take_out(l, loser);
-    if (below >= 0) {
-        put(l, loser, FOMOE_TIER_DRAM, below);
-        record_move(moves, move_count, loser, FOMOE_TIER_VRAM, slot, FOMOE_TIER_DRAM, below);
-        r->counters.demotions++;
-    } else {
-        r->counters.evictions++;
+    int loser = l->occupant[FOMOE_TIER_VRAM][slot], below = free_slot(l, FOMOE_TIER_DRAM);
+    if (below < 0) {
+        int other = victim(r, l, FOMOE_TIER_DRAM);
+        if (other >= 0 && goes_before(r, l, l->occupant[FOMOE_TIER_DRAM][other], loser)) {
+            evict(r, l, l->occupant[FOMOE_TIER_DRAM][other]);
+            below = other;
+        }
     }
+    if (below < 0) {
+        evict(r, l, loser);
+        return slot;
+    }
+    take_out(l, loser);
+    put(l, loser, FOMOE_TIER_DRAM, below);
+    record_move(moves, move_count, loser, FOMOE_TIER_VRAM, slot, FOMOE_TIER_DRAM, below);
+    r->counters.demotions++;
     return slot;
 }
 
-/* A DRAM hit moves up: into a free slot of VRAM, or in exchange for VRAM's least worthy. */
+/* A DRAM hit moves up: into a free slot of VRAM, or in exchange for VRAM's first to go. */
 static void promote(fomoe_residency *r, layer_state *l, int expert, fomoe_move *moves, int *move_count) {
     int from = l->slot[expert], slot = free_slot(l, FOMOE_TIER_VRAM), loser = -1;
     if (slot < 0) {
@@ -197,48 +240,95 @@ static void promote(fomoe_residency *r, layer_state *l, int expert, fomoe_move *
     r->counters.demotions++;
 }
 
+/* ---- requests ---- */
+
+static int slots_of(const layer_state *l) { return l->slots[FOMOE_TIER_VRAM] + l->slots[FOMOE_TIER_DRAM]; }
+
+static int pin_all(layer_state *l, const int32_t *experts, int count) {
+    int fresh = 0;
+    for (int i = 0; i < count; i++) fresh += !l->held[experts[i]];
+    if (l->held_count + fresh > slots_of(l)) return 0;
+    for (int i = 0; i < count; i++) hold(l, experts[i], PINNED);
+    return 1;
+}
+
+/* Everybody wanted is pinned by now and there is a slot for each, so one of the two tiers has room. */
+static void bring_in(fomoe_residency *r, layer_state *l, int expert, fomoe_move *moves, int *move_count) {
+    int tier = FOMOE_TIER_VRAM, slot = room_in_vram(r, l, moves, move_count);
+    if (slot < 0) {
+        tier = FOMOE_TIER_DRAM;
+        slot = room_in_dram(r, l);
+    }
+    put(l, expert, tier, slot);
+}
+
 int fomoe_residency_resolve(fomoe_residency *r, int layer, const int32_t *experts, const int32_t *weight, int count,
                             fomoe_placement *placements, fomoe_move *moves, int *move_count) {
     layer_state *l = &r->layer[layer];
     *move_count = 0;
+    if (!pin_all(l, experts, count)) return -1;
     for (int i = 0; i < count; i++) {
-        l->pinned[experts[i]] = 1;
-        placements[i].source = l->tier[experts[i]];
-    }
-    for (int i = 0; i < count; i++) {
-        int e = experts[i], source = l->tier[e], requests = weight ? weight[i] : 1;
-        if (source == FOMOE_TIER_NVME) {
-            int tier = l->slots[FOMOE_TIER_VRAM] ? FOMOE_TIER_VRAM : FOMOE_TIER_DRAM;
-            int slot = tier == FOMOE_TIER_VRAM ? room_in_vram(r, l, moves, move_count) : -1;
-            if (slot < 0) {
-                tier = FOMOE_TIER_DRAM;
-                slot = room_in_dram(r, l);
-            }
-            if (slot < 0) return -1;
-            put(l, e, tier, slot);
-        } else if (source == FOMOE_TIER_DRAM && l->slots[FOMOE_TIER_VRAM]) {
+        int e = experts[i], requests = weight ? weight[i] : 1;
+        int source = l->held[e] & COMING ? FOMOE_TIER_COMING : l->tier[e];
+        placements[i].source = source;
+        if (source == FOMOE_TIER_NVME)
+            bring_in(r, l, e, moves, move_count);
+        else if (source == FOMOE_TIER_DRAM)
             promote(r, l, e, moves, move_count);
-        }
+        if (!requests) continue;
         r->counters.requests += requests;
-        r->counters.hits[source]++;
-        /* the other tokens of the batch find it where it now is */
-        r->counters.hits[l->tier[e]] += requests - 1;
+        r->counters.hits[source == FOMOE_TIER_COMING ? FOMOE_TIER_NVME : source]++;
+        r->counters.hits[l->home[e]] += requests - 1;
     }
-    /* last, because a later expert's demotion may have moved an earlier one's neighbour, never a pinned one itself */
-    for (int i = 0; i < count; i++)
-        placements[i] = (fomoe_placement){experts[i], placements[i].source, l->tier[experts[i]], l->slot[experts[i]]};
+    for (int i = 0; i < count; i++) {
+        placements[i].expert = experts[i];
+        placements[i].tier = l->home[experts[i]];
+        placements[i].slot = l->slot[experts[i]];
+    }
     return 0;
 }
 
 void fomoe_residency_release(fomoe_residency *r, int layer, const int32_t *experts, int count) {
-    for (int i = 0; i < count; i++) r->layer[layer].pinned[experts[i]] = 0;
+    for (int i = 0; i < count; i++) let_go(&r->layer[layer], experts[i], PINNED);
+}
+
+void fomoe_residency_substituted(fomoe_residency *r, int count) {
+    r->counters.requests += count;
+    r->counters.substitutions += count;
 }
 
 void fomoe_residency_drop(fomoe_residency *r, int layer, int32_t expert) {
     layer_state *l = &r->layer[layer];
-    if (l->tier[expert] != FOMOE_TIER_NVME) take_out(l, expert);
-    l->pinned[expert] = 0;
+    if (l->home[expert] != FOMOE_TIER_NVME) take_out(l, expert);
+    let_go(l, expert, PINNED);
+    let_go(l, expert, COMING);
 }
+
+fomoe_placement fomoe_residency_offer(fomoe_residency *r, int layer, int32_t expert, int spare) {
+    layer_state *l = &r->layer[layer];
+    fomoe_placement none = {expert, FOMOE_TIER_NVME, FOMOE_TIER_NVME, -1};
+    if (l->home[expert] != FOMOE_TIER_NVME || slots_of(l) - l->held_count - 1 < spare) return none;
+    int tier = FOMOE_TIER_DRAM, slot = free_slot(l, tier);
+    if (slot < 0) slot = free_slot(l, tier = FOMOE_TIER_VRAM);
+    if (slot < 0) {
+        tier = l->slots[FOMOE_TIER_DRAM] ? FOMOE_TIER_DRAM : FOMOE_TIER_VRAM;
+        slot = victim(r, l, tier);
+        if (slot < 0 || !goes_before(r, l, l->occupant[tier][slot], expert)) return none;
+        evict(r, l, l->occupant[tier][slot]);
+    }
+    hold(l, expert, COMING);
+    put(l, expert, tier, slot);
+    r->counters.offers++;
+    return (fomoe_placement){expert, FOMOE_TIER_NVME, tier, slot};
+}
+
+void fomoe_residency_arrived(fomoe_residency *r, int layer, int32_t expert) {
+    layer_state *l = &r->layer[layer];
+    let_go(l, expert, COMING);
+    l->tier[expert] = l->home[expert];
+}
+
+/* ---- questions ---- */
 
 int fomoe_residency_find(const fomoe_residency *r, int layer, int32_t expert, int32_t *slot) {
     const layer_state *l = &r->layer[layer];
@@ -246,14 +336,17 @@ int fomoe_residency_find(const fomoe_residency *r, int layer, int32_t expert, in
     return l->tier[expert];
 }
 
+const int8_t *fomoe_residency_tiers(const fomoe_residency *r, int layer) { return r->layer[layer].tier; }
+
 fomoe_placement fomoe_residency_seed(fomoe_residency *r, int layer, int32_t expert, double score) {
     layer_state *l = &r->layer[layer];
     fomoe_placement p = {expert, FOMOE_TIER_NVME, FOMOE_TIER_NVME, -1};
     l->score[expert] = score;
     l->touched[expert] = r->clock;
-    /* recency of seeds: the hottest is the last to go */
+    /* recency of seeds: the hottest is the last to go, and everybody picked since stands above them */
     l->order[expert] = -r->sequence++;
-    if (l->tier[expert] != FOMOE_TIER_NVME) return p;
+    appraise(r, l, expert);
+    if (l->home[expert] != FOMOE_TIER_NVME) return p;
     for (int tier = 0; tier < FOMOE_TIERS; tier++) {
         int slot = free_slot(l, tier);
         if (slot < 0) continue;
@@ -268,7 +361,7 @@ fomoe_placement fomoe_residency_seed(fomoe_residency *r, int layer, int32_t expe
 void fomoe_residency_scores(const fomoe_residency *r, int layer, double *scores) {
     const layer_state *l = &r->layer[layer];
     for (int e = 0; e < l->experts; e++)
-        scores[e] = r->policy == FOMOE_POLICY_DECAYED ? decayed(r, l, e) : l->score[e];
+        scores[e] = r->policy == FOMOE_POLICY_DECAYED ? decayed(r, l, e, r->clock) : l->score[e];
 }
 
 const fomoe_residency_counters *fomoe_residency_count(const fomoe_residency *r) { return &r->counters; }

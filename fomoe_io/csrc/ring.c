@@ -1,9 +1,12 @@
+#define _GNU_SOURCE
 #include "ring.h"
 
 #include <errno.h>
 #include <liburing.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 enum {
     CQE_BATCH = 64,
@@ -20,6 +23,7 @@ struct fomoe_ring {
     struct io_uring uring;
     fomoe_read_table *table;
     int drives, depth, write;
+    int disabled; /* a ring of one issuer starts with its first submission, and belongs to that thread */
     uintptr_t fixed_start, fixed_end; /* registered memory; empty when there is none */
     fomoe_ring_counters counters;
     uint64_t *depths;
@@ -83,8 +87,14 @@ static int fill(fomoe_ring *r) {
 static int submit(void *self, const fomoe_read *reads, int count) {
     fomoe_ring *r = self;
     int error = fomoe_read_table_submit(r->table, reads, count);
-    if (!error && fill(r)) flush(r);
-    return error;
+    if (error) return error;
+    if (r->disabled) {
+        /* io_uring_enable_rings: liburing.so.2 of version 2.3 does not export it */
+        syscall(__NR_io_uring_register, r->uring.ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0);
+        r->disabled = 0;
+    }
+    if (fill(r)) flush(r);
+    return 0;
 }
 
 /* ---- finishing ---- */
@@ -131,12 +141,15 @@ static void cancel(void *self, uint64_t tag) {
 
 int fomoe_ring_new(const fomoe_read_options *options, const int *descriptors, unsigned setup_flags, int write,
                    fomoe_ring **ring) {
-    struct io_uring_params parameters = {.flags = setup_flags, .sq_thread_idle = POLL_THREAD_IDLE_MS};
+    int one_issuer = (setup_flags & IORING_SETUP_SINGLE_ISSUER) != 0;
+    struct io_uring_params parameters = {.flags = setup_flags | (one_issuer ? IORING_SETUP_R_DISABLED : 0),
+                                         .sq_thread_idle = POLL_THREAD_IDLE_MS};
     fomoe_ring *r = calloc(1, sizeof *r);
     if (!r) return -ENOMEM;
     r->drives = options->drives;
     r->depth = options->depth;
     r->write = write;
+    r->disabled = one_issuer;
     r->table = fomoe_read_table_new(options);
     r->depths = calloc(options->depth * options->drives + 1, sizeof *r->depths);
     int error = !r->table || !r->depths ? -ENOMEM
