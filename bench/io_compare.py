@@ -76,7 +76,8 @@ def fio(seconds: float, path: Path, block: int, depth: int, memory: str = "mallo
     """One run of fio."""
     command = ["fio", "--name=job", "--readonly", "--rw=randread", "--ioengine=io_uring", "--direct=1", "--fixedbufs=1",
                "--registerfiles=1", "--time_based", f"--runtime={seconds}s", f"--filename={path}", f"--bs={block}",
-               f"--iodepth={depth}", "--norandommap", "--randrepeat=0", "--output-format=json", f"--mem={memory}"]  # fmt: skip
+               f"--iodepth={depth}",
+               "--norandommap", "--randrepeat=0", "--output-format=json", f"--mem={memory}"]  # fmt: skip
     job = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["jobs"][0]
     read = job["read"]
     busy = (job["usr_cpu"] + job["sys_cpu"]) / 100 * read["runtime"] * 1000
