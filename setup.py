@@ -70,6 +70,7 @@ EXTENSIONS = [
             "fomoe_io/csrc/residency.c",
             "fomoe_io/csrc/routing.c",
             "fomoe_io/csrc/threads.c",
+            "fomoe_io/csrc/trace.c",
             "fomoe_io/csrc/program.c",
             "fomoe_io/csrc/experts.c",
         ],

@@ -43,6 +43,14 @@ cdef extern from "csrc/residency.h" nogil:
     const fomoe_residency_counters *fomoe_residency_count(const fomoe_residency *)
     int fomoe_residency_find(const fomoe_residency *, int layer, int32_t expert, int32_t *slot)
 
+cdef extern from "csrc/trace.h" nogil:
+    ctypedef struct fomoe_trace:
+        pass
+    fomoe_trace *fomoe_trace_new(int file, int batch, int used, int most)
+    void fomoe_trace_free(fomoe_trace *)
+    void fomoe_trace_seeds(fomoe_trace *, int layer, int count, const int32_t *experts, const double *scores)
+    int fomoe_trace_flush(fomoe_trace *)
+
 cdef extern from "csrc/experts.h" nogil:
     int FOMOE_PARTS
     ctypedef struct fomoe_extent:
@@ -112,6 +120,7 @@ cdef extern from "csrc/program.h" nogil:
         uint8_t *state
         float *logits
         fomoe_record record
+        fomoe_trace *trace
     ctypedef struct fomoe_product:
         fomoe_matrix matrix
         fomoe_rows input

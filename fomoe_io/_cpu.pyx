@@ -217,14 +217,43 @@ cdef class Experts:
         return layer, expert
 
 
+cdef class Trace:
+    """Appends the records of runs to an open file, which its owner keeps open."""
+    cdef fomoe_trace *c
+
+    def __cinit__(self, int file, int batch, int used, int most):
+        self.c = fomoe_trace_new(file, batch, used, most)
+        if self.c == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        fomoe_trace_free(self.c)
+
+    def seeds(self, int layer, const int32_t[::1] experts, const double[::1] scores):
+        cdef int count = experts.shape[0]
+        if count != scores.shape[0]:
+            raise ValueError("a score for every seed")
+        if count:
+            fomoe_trace_seeds(self.c, layer, count, &experts[0], &scores[0])
+
+    def flush(self):
+        """0, or the negative errno of the first write that failed."""
+        cdef int error
+        with nogil:
+            error = fomoe_trace_flush(self.c)
+        return error
+
+
 cdef class Program:
     cdef fomoe_program *c
     cdef Team team
     cdef list keep
+    cdef Trace tracer
 
     def __cinit__(self, Team team, int64_t scratch_floats):
         self.team = team
         self.keep = []
+        self.tracer = None
         self.c = fomoe_program_new(team.c, scratch_floats)
         if self.c == NULL:
             raise MemoryError
@@ -235,6 +264,10 @@ cdef class Program:
     @property
     def steps(self):
         return fomoe_program_steps(self.c)
+
+    def trace(self, Trace trace):
+        """Write what runs from now on do; None: nothing."""
+        self.tracer = trace
 
     cdef _add(self, fomoe_step *step, tuple keep):
         self.keep.append(keep)
@@ -453,6 +486,7 @@ cdef class Program:
         r.ids = &ids[0]
         r.state = <uint8_t *>state
         r.logits = &logits[0, 0] if outputs else NULL
+        r.trace = NULL if self.tracer is None else self.tracer.c
         if experts is not None:
             r.record.experts = &experts[0, 0, 0]
         if weights is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 from fomoe_io.errors import UsageError
@@ -66,6 +67,8 @@ class EngineConfig:
         Which expert leaves memory first.
     tiers : Tiers or None
         Simulated VRAM and DRAM tiers.
+    trace : Path or None
+        Write what the router picks here (fomoe_io/trace.py).
     """
 
     ram_bytes: int | None = None
@@ -79,6 +82,7 @@ class EngineConfig:
     activations: str = "quantized"
     policy: str = "decayed"
     tiers: Tiers | None = None
+    trace: Path | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():

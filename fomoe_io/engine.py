@@ -21,9 +21,11 @@ from fomoe_io.models import model_of
 from fomoe_io.models.blocks import Shape
 from fomoe_io.program import Recorder
 from fomoe_io.reader import Reader, aligned_memory, open_reader
+from fomoe_io.residency import DECAY_PER_TOKEN, policy_number
 from fomoe_io.session import Session
 from fomoe_io.store import Store
 from fomoe_io.tokenizer import Tokenizer
+from fomoe_io.trace import TraceFile, TraceHeader, slot_pairs
 from fomoe_io.units import format_bytes
 from fomoe_io.weights import Weights
 
@@ -33,12 +35,6 @@ Measured on fomoe-run and fomoe-ppl with 8k and 248k vocabularies (tests/test_bu
 
 DEFAULT_CONTEXT_TOKENS = 4096
 """When neither the user nor the model says less: as llama.cpp's examples use; KV memory grows with it."""
-
-POLICIES = {"lru": 0, "lfu": 1, "decayed": 2, "lfru": 3}
-"""csrc/residency.h, enum fomoe_policy."""
-
-DECAY_PER_TOKEN = 0.98
-"""Of the decayed frequency: best of 0.9-0.999 on the traces of docs/caching.md."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +64,7 @@ class Engine:
         self.shape: Shape = model.shape_of(store.metadata)
         self._check_experts()
         self.tokenizer = Tokenizer.from_metadata(store.metadata)
+        self._trace: _cpu.Trace | None = None
         self.threads = config.threads or len(os.sched_getaffinity(0))
         self.context_tokens = config.context_tokens or min(self.shape.context_tokens, DEFAULT_CONTEXT_TOKENS)
         self.reader: Reader = open_reader(
@@ -142,16 +139,18 @@ class Engine:
         self._pool = aligned_memory(self.budgets.pool_bytes)
         native, _ = native_layers(s.layers, layers, layouts, self.budgets.slots, self._pool.address)
         self.reader.register_buffers(self._pool.address, self.budgets.pool_bytes)
+        tiers = self._tier_slots()
         self._experts = _cpu.Experts(
             self._experts_shape(self.budgets.batch_tokens),
             native,
-            self._tier_slots(),
-            POLICIES[self.config.policy],
+            tiers,
+            policy_number(self.config.policy),
             DECAY_PER_TOKEN,
             self.reader.address,
             (self.reader, self._pool),
         )
         self._recorder = self._record(self.budgets.batch_tokens, self._experts)
+        self._open_trace(tiers, layouts)
         self._warm()
 
     def _activation_type(self, weight_type: int) -> int:
@@ -163,6 +162,25 @@ class Engine:
         tiers = self.config.tiers
         vram = None if tiers is None else {i: round(tiers.vram * self.shape.experts) for i in self.budgets.slots}
         return tier_slots(self.shape.layers, self.budgets.slots, vram)
+
+    def _open_trace(self, tiers: np.ndarray, layouts: dict[int, SlotLayout]) -> None:
+        if self.config.trace is None:
+            return
+        s = self.shape
+        header = TraceHeader(
+            model=self.model_name,
+            fingerprint=self.store.fingerprint,
+            experts=(s.experts,) * s.layers,
+            used=s.used,
+            slots=slot_pairs(tiers),
+            policy=self.config.policy,
+            decay=DECAY_PER_TOKEN,
+            car="off",
+            expert_bytes=tuple(layouts[i].slot_bytes for i in range(s.layers)),
+        )
+        self._trace_file = TraceFile(self.config.trace, header)
+        self._trace = _cpu.Trace(self._trace_file.descriptor, self.budgets.batch_tokens, s.used, s.experts)
+        self._recorder.program.trace(self._trace)
 
     def _experts_shape(self, batch_tokens: int) -> dict[str, int]:
         s = self.shape
@@ -240,6 +258,8 @@ class Engine:
             else:
                 continue
             self._check(self._experts.warm(layer, order, scores))
+            if self._trace is not None:
+                self._trace.seeds(layer, order, scores)
 
     # ---- running ----
 
@@ -312,7 +332,13 @@ class Engine:
         }
 
     def close(self) -> None:
-        """Stop reading and give the memory back.  Idempotent."""
+        """Stop reading and give the memory back.  Idempotent.
+
+        Raises
+        ------
+        OSError
+            When the trace could not be written.
+        """
         for descriptor in self.__dict__.pop("_files", []):
             os.close(descriptor)
         for name in ("_recorder", "_experts"):
@@ -322,6 +348,9 @@ class Engine:
             owner = self.__dict__.pop(name, None)
             if owner is not None:
                 owner.close()
+        trace, self._trace = self._trace, None
+        if trace is not None:
+            self._trace_file.finish(trace.flush())
 
     def __enter__(self) -> Self:
         return self

@@ -117,7 +117,7 @@ class Residency:
 
     def resolve(
         self, layer: int, experts: Sequence[int], weights: Sequence[int] | None = None
-    ) -> tuple[list[tuple[int, int, int, int]], list[tuple[int, int, int, int, int]]]:
+    ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
         """Find or make places for distinct experts and pin them.
 
         Returns

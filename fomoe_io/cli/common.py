@@ -105,6 +105,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tiers", type=checked(Tiers.parse), metavar="SPEC", help="simulated tiers, such as vram=20%%,dram=15%%"
     )
+    group.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write the routing of every token, for fomoe-bench cache"
+    )
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:
@@ -118,4 +121,5 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         kernels=options.kernels,
         policy=options.policy,
         tiers=options.tiers,
+        trace=options.trace,
     )

@@ -26,10 +26,13 @@ struct fomoe_experts {
     int failed_layer, failed_expert;
 
     /* The batch's experts of the layer at work: resident ones first, then misses.  Thread 0 writes, between barriers. */
-    int count, hits, submitted, computed, grouped_hits, ready_count, error;
+    int count, hits, submitted, computed, released, grouped_hits, ready_count, error;
     int32_t *ids, *index, *weight;  /* expert ids; id -> place in ids, -1 = none; tokens that want it */
     int32_t *first, *members;       /* members[first[i] .. first[i+1]): token * used + rank */
     const uint8_t **slot;           /* where each expert's bytes are */
+    int8_t *source, *tier;          /* where each was found, and where it is computed from */
+    int8_t *done;                   /* computed */
+    int8_t *found;                  /* of the trace: source of every member */
     int32_t *reads_left;
     int32_t *ready; /* read, not yet computed */
     int32_t *group; /* to be computed together */
@@ -72,6 +75,10 @@ static int allocate(fomoe_experts *e) {
     e->first = malloc((most + 1) * sizeof *e->first);
     e->members = malloc(rows * sizeof *e->members);
     e->slot = malloc(most * sizeof *e->slot);
+    e->source = malloc(most);
+    e->tier = malloc(most);
+    e->done = malloc(most);
+    e->found = malloc(rows);
     e->reads_left = malloc(most * sizeof *e->reads_left);
     e->ready = malloc(most * sizeof *e->ready);
     e->group = malloc(most * sizeof *e->group);
@@ -79,7 +86,7 @@ static int allocate(fomoe_experts *e) {
     e->moves = malloc(2 * most * sizeof *e->moves);
     e->reads = malloc(FOMOE_PARTS * most * sizeof *e->reads);
     return e->gate && e->up && e->down && e->activation && e->picks && e->ids && e->index && e->weight && e->first &&
-           e->members && e->slot && e->reads_left && e->ready && e->group && e->placements && e->moves && e->reads;
+           e->members && e->slot && e->source && e->tier && e->done && e->found && e->reads_left && e->ready && e->group && e->placements && e->moves && e->reads;
 }
 
 static int allocate_physical(fomoe_experts *e) {
@@ -126,7 +133,7 @@ void fomoe_experts_free(fomoe_experts *e) {
     if (!e) return;
     void *owned[] = {e->layer, e->physical, e->physical_memory, e->gate,  e->up,         e->down,  e->activation,
                      e->picks, e->ids,      e->index,           e->weight, e->first,     e->members, (void *)e->slot,
-                     e->reads_left, e->ready, e->group,         e->placements, e->moves, e->reads};
+                     e->source, e->tier, e->done, e->found, e->reads_left, e->ready, e->group,         e->placements, e->moves, e->reads};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     free(e);
 }
@@ -181,9 +188,9 @@ static void fail(fomoe_experts *e, int layer, int i, int error) {
     }
 }
 
-/* Find places for experts [begin, end) of the batch and start the reads of those that are not there. */
-static void place(fomoe_experts *e, int layer, int begin, int end) {
-    int moves = 0, reads = 0;
+/* Find places for experts [begin, end) of the batch and add the reads of those that are not there to e->reads. */
+static void place(fomoe_experts *e, int layer, int begin, int end, int *reads) {
+    int moves = 0;
     if (begin == end) return;
     if (fomoe_residency_resolve(e->residency, layer, e->ids + begin, e->weight + begin, end - begin, e->placements,
                                 e->moves, &moves)) {
@@ -195,23 +202,38 @@ static void place(fomoe_experts *e, int layer, int begin, int end) {
         const fomoe_placement *p = &e->placements[i - begin];
         uint8_t *slot = slot_address(e, layer, p);
         e->slot[i] = slot;
+        e->source[i] = p->source;
+        e->tier[i] = p->tier;
         e->reads_left[i] = 0;
         if (p->source != FOMOE_TIER_NVME) continue;
-        e->reads_left[i] = add_reads(e, layer, e->ids[i], i, slot, e->reads + reads);
-        reads += e->reads_left[i];
+        e->reads_left[i] = add_reads(e, layer, e->ids[i], i, slot, e->reads + *reads);
+        *reads += e->reads_left[i];
     }
     e->submitted = end;
-    if (!reads) return;
-    int error = e->reader->submit(e->reader->self, e->reads, reads);
-    if (!error) return;
-    for (int i = begin; i < end; i++)
-        if (e->reads_left[i]) fail(e, layer, i, error);
 }
 
-static void submit_misses(fomoe_experts *e, int layer) {
-    int pinned = e->submitted - e->computed;
-    int room = e->layer[layer].slots - pinned, left = e->count - e->submitted;
-    if (!e->error) place(e, layer, e->submitted, e->submitted + (left < room ? left : room));
+static void submit(fomoe_experts *e, int layer, int begin, int reads) {
+    int error = reads ? e->reader->submit(e->reader->self, e->reads, reads) : 0;
+    if (error) fail(e, layer, begin, error);
+}
+
+/* The first wave: resident experts, then as many misses as there are slots. */
+static void place_first(fomoe_experts *e, int layer) {
+    int room = e->layer[layer].slots - e->hits, misses = e->count - e->hits, reads = 0;
+    place(e, layer, 0, e->hits, &reads);
+    if (!e->error) place(e, layer, e->hits, e->hits + (misses < room ? misses : room), &reads);
+    submit(e, layer, e->hits, reads);
+}
+
+/* Later waves: every expert that is done gives its slot to the next one that waits.  One at a time and in the order
+ * of the batch, whatever the order in which reads came back, so that who is evicted does not depend on the drive. */
+static void replace_done(fomoe_experts *e, int layer) {
+    int begin = e->submitted, reads = 0;
+    while (!e->error && e->released < e->submitted && e->done[e->released]) {
+        fomoe_residency_release(e->residency, layer, &e->ids[e->released++], 1);
+        if (e->submitted < e->count) place(e, layer, e->submitted, e->submitted + 1, &reads);
+    }
+    submit(e, layer, begin, reads);
 }
 
 /* ---- the plan of a layer: thread 0 ---- */
@@ -307,22 +329,36 @@ void fomoe_step_experts_begin(const fomoe_step *step, fomoe_run *run, int thread
     int layer = step->as.experts.layer;
     if (thread) return;
     if (layer == e->first_layer) fomoe_residency_tick(e->residency, run->tokens);
-    e->submitted = e->computed = e->grouped_hits = e->ready_count = e->group_count = e->error = 0;
+    e->submitted = e->computed = e->released = e->grouped_hits = e->ready_count = e->group_count = e->error = 0;
     collect(e, layer, &step->as.experts.ids, run->tokens);
     partition(e, layer);
     list_members(e, &step->as.experts.ids, run->tokens);
-    place(e, layer, 0, e->hits);
-    submit_misses(e, layer);
+    memset(e->done, 0, e->count);
+    place_first(e, layer);
     if (e->error) abandon(e, layer, run);
 }
 
-/* Release the group that was computed, keep the drive busy, choose what to compute next (or nothing: done). */
-static void next_group(fomoe_experts *e, int layer, fomoe_run *run) {
-    for (int g = 0; g < e->group_count; g++) fomoe_residency_release(e->residency, layer, &e->ids[e->group[g]], 1);
+/* Of every (token, rank): its expert's first request found it where it was, the others where it is computed from. */
+static void trace_batch(fomoe_experts *e, const fomoe_step *step, fomoe_run *run) {
+    const fomoe_rows *ids = &step->as.experts.ids;
+    for (int i = 0; i < e->count; i++)
+        for (int j = e->first[i]; j < e->first[i + 1]; j++)
+            e->found[e->members[j]] = j == e->first[i] ? e->source[i] : e->tier[i];
+    fomoe_trace_batch(run->trace, step->as.experts.layer, run->tokens, ids->data, ids->stride, e->found);
+}
+
+/* Give up the slots of the group that was computed, keep the drive busy, choose what to compute next (or nothing: all
+ * is done). */
+static void next_group(fomoe_experts *e, const fomoe_step *step, fomoe_run *run) {
+    int layer = step->as.experts.layer;
+    for (int g = 0; g < e->group_count; g++) e->done[e->group[g]] = 1;
     e->computed += e->group_count;
     e->group_count = 0;
-    if (e->computed == e->count) return;
-    submit_misses(e, layer);
+    replace_done(e, layer);
+    if (e->computed == e->count) {
+        if (run->trace) trace_batch(e, step, run);
+        return;
+    }
     if (e->submitted > e->hits) reap(e, layer, 0);
     while (!e->error && e->grouped_hits == e->hits && !e->ready_count) reap(e, layer, 1);
     if (e->error) {
@@ -411,7 +447,7 @@ static void down(fomoe_experts *e, const fomoe_step *step, fomoe_run *run, int t
 void fomoe_step_experts(const fomoe_step *step, fomoe_run *run, int thread) {
     fomoe_experts *e = step->as.experts.experts;
     for (;;) {
-        if (!thread) next_group(e, step->as.experts.layer, run);
+        if (!thread) next_group(e, step, run);
         fomoe_team_barrier(run->team);
         if (!e->group_count) return;
         gate_and_up(e, step, run, thread);

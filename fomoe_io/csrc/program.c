@@ -301,6 +301,7 @@ void fomoe_step_route(const fomoe_step *step, fomoe_run *run, int thread) {
         if (run->record.experts) memcpy(run->record.experts + row * k, ids, k * sizeof *ids);
         if (run->record.weights) memcpy(run->record.weights + row * k, weights, k * sizeof *weights);
         if (run->record.router_logits) memcpy(run->record.router_logits + row * n, logits, n * sizeof *logits);
+        if (run->trace) fomoe_trace_picks(run->trace, t, ids, weights);
     }
 }
 

@@ -13,6 +13,7 @@
 #include "dot.h"
 #include "experts.h"
 #include "threads.h"
+#include "trace.h"
 
 /* A weight matrix in memory: rows of columns elements each. */
 typedef struct {
@@ -50,6 +51,7 @@ typedef struct {
     uint8_t *state;       /* the session's memory: KV, convolution and delta-rule state */
     float *logits;        /* [outputs][vocabulary] */
     fomoe_record record;
+    fomoe_trace *trace;   /* NULL: none is written */
     /* filled by fomoe_program_run */
     fomoe_team *team;
     int32_t threads;
