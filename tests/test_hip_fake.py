@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from fomoe_io import device, gpu_compile, kernels
+from fomoe_io._hip import Buffer, Launch
 from fomoe_io.device import Gpu
 from fomoe_io.errors import DeviceError
 from tests.fake_hip.build import build as build_fake
@@ -169,18 +170,26 @@ def test_timed_events(gpu: Gpu) -> None:
     assert end.milliseconds_since(begin) > 0
 
 
+def prepare_wait(gpu: Gpu, words: int, late: Buffer) -> Launch:
+    """A wait of run 3 for one missing record; words: the answer, and far behind it the word that stops the wait."""
+    misses, run = (gpu.upload(np.array([value], np.uint32)) for value in (1, 3))
+    return gpu.prepare("wait_for_misses", (1, 1, 1), misses, words, run, words + 2048, late, 1)
+
+
 def test_registered_memory_is_shared(gpu: Gpu) -> None:
     """The host serves a miss while the device waits for it: no synchronisation, only words both can see."""
-    words = np.frombuffer(mmap.mmap(-1, 4096), np.uint32)
+    words = np.frombuffer(mmap.mmap(-1, 4096), np.uint64)
     registration = gpu.register(words)
-    posted = gpu.upload(np.array([3], np.uint32))
-    wait = gpu.prepare("wait_for_misses", (1, 1, 1), posted, registration.pointer, registration.pointer + 4)
+    late = gpu.upload(np.zeros(1, np.uint64))
     done = gpu.event()
+    wait = prepare_wait(gpu, registration.pointer, late)  # kept: freeing its buffers would wait for the stream
     wait.run(gpu.stream)
     gpu.stream.record(done)
     assert not done.is_done()
+    words[1] = 1234
     words[0] = 3
     done.synchronize()
+    assert gpu.download(late, (1,), np.uint64)[0] == 1234
     registration.close()
 
 
@@ -245,16 +254,16 @@ def test_two_devices(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_waiting_does_not_hold_the_gil(gpu: Gpu) -> None:
     words = np.frombuffer(mmap.mmap(-1, 4096), np.uint32)
     registration = gpu.register(words)
-    posted = gpu.upload(np.array([1], np.uint32))
-    gpu.prepare("wait_for_misses", (1, 1, 1), posted, registration.pointer, registration.pointer + 4).run(gpu.stream)
+    wait = prepare_wait(gpu, registration.pointer, gpu.upload(np.zeros(1, np.uint64)))
+    wait.run(gpu.stream)
 
     def serve() -> None:
-        words[0] = 1
+        words[0] = 3
 
     timer = threading.Timer(0.02, serve)  # this thread runs only if synchronize() lets it
     timer.start()
     gpu.stream.synchronize()
-    assert words[0] == 1
+    assert words[0] == 3
     timer.join()
 
 

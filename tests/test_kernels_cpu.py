@@ -137,14 +137,25 @@ def test_read_memory(runner: CpuRunner, rng: np.random.Generator) -> None:
     cases.check_read_memory(runner, rng, 40_016, 3)
 
 
-@pytest.mark.parametrize("word", ["served", "stop"])
+@pytest.mark.parametrize("word", ["answer", "stop"])
 def test_wait_for_misses(runner: CpuRunner, word: str) -> None:
-    words = {"posted": [7], "served": [4], "stop": [0]}
-    buffers = {name: runner.put(np.array(value, np.uint32)) for name, value in words.items()}
-    waiter = threading.Thread(target=runner.launch, args=("wait_for_misses", (1, 1, 1), *buffers.values()))
+    misses, run, stop = (runner.put(np.array([value], np.uint32)) for value in (2, 7, 0))
+    reply = runner.put(np.array([6 << 32 | 6, 500, 0, 700], np.uint64))  # the answer of the run before
+    late = runner.put(np.full(3, 99, np.uint64))
+    waiter = threading.Thread(
+        target=runner.launch, args=("wait_for_misses", (1, 1, 1), misses, reply, run, stop, late, 3)
+    )
     waiter.start()
     waiter.join(0.05)
     assert waiter.is_alive()
-    ctypes.c_uint32.from_address(buffers[word].pointer).value = 7
+    ctypes.c_uint32.from_address((reply if word == "answer" else stop).pointer).value = 7
     waiter.join(10)
     assert not waiter.is_alive()
+    assert late.get().tolist() == ([500, 0, 700] if word == "answer" else [0, 0, 0])
+
+
+def test_nobody_waits_when_nothing_is_missing(runner: CpuRunner) -> None:
+    misses, run, stop = (runner.put(np.array([value], np.uint32)) for value in (0, 7, 0))
+    reply, late = runner.put(np.array([6, 500], np.uint64)), runner.put(np.full(1, 99, np.uint64))
+    runner.launch("wait_for_misses", (1, 1, 1), misses, reply, run, stop, late, 1)
+    assert late.get()[0] == 0

@@ -19,7 +19,7 @@ UNIT_ELEMENTS = {"q4_k": 64, "q5_k": 64, "q6_k": 32, "q8_0": 32, "f16": 8, "bf16
 MAIN_SOURCE = "fomoe.hip"
 MOST_EXPERTS = 1024  # router.h: of a layer
 MOST_PICKS = 64  # experts.h: of a token
-MISS_BYTES = 16  # router.h: struct miss
+POST_WORDS, ANSWER_WORDS = 2, 2  # router.h: 32-bit words before the entries of struct post and struct answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,9 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "conv_step": Kernel(128, "ppppiii"),
         "gated_norm": Kernel(128, "pppppiif"),
         "route": Kernel(512, "pppiiif"),
-        "resolve_picks": Kernel(32, "pppppiii"),
-        "route_and_resolve": Kernel(512, "pppppppiiiiif"),
-        "wait_for_misses": Kernel(32, "ppp"),
+        "resolve_picks": Kernel(512, "ppppppi"),
+        "route_and_resolve": Kernel(512, "ppppppppiiif"),
+        "wait_for_misses": Kernel(256, "pppppi"),
         "read_memory": Kernel(256, "pqpi"),
     }
     for name in TYPES:

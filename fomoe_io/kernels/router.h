@@ -7,35 +7,40 @@
 #define ROUTER_THREADS 512
 #define ROUTER_EXPERTS 1024  // the most experts a layer may have
 
-// Word to the host, in memory that both see.  The host waits for `sequence` to reach the number it expects; the other
-// fields are written before it.
-struct miss {
-    u32 sequence, layer, expert, pair;
+// What a layer's router tells the host, in memory that both see: `sequence` is written last.  The host counts the picks
+// of every layer (its policy lives on them) and fetches those that are missing; nobody waits when none is.
+struct post {
+    u32 sequence, misses;  // then int ids[pairs]
 };
 
-// What the resolver needs besides the picks.
-struct resolver {
-    const u64 *record_of;     // [experts of the layer]: the record's address, 0 when it is not on the device
-    u64 *records;             // [pairs]: out
-    volatile miss *ring;      // [ring_size] in host memory
-    u32 *posted;              // how many misses have ever been posted (device memory)
-    u32 layer, ring_size;     // a power of two, at least the misses that can be outstanding
+// The host's answer: where the missing records have been put, 0 for the others.  `sequence` is written last.
+struct answer {
+    u32 sequence, unused;  // then u64 records[pairs]
 };
 
-// One thread, pairs in order, so that the host sees misses in the router's order.
-DEVICE void resolve(const resolver &r, const int *ids, int pairs) {
-    u32 count = *r.posted;
-    for (int pair = 0; pair < pairs; ++pair) {
-        const u64 record = r.record_of[ids[pair]];
-        r.records[pair] = record;
-        if (record) continue;
-        volatile miss *m = r.ring + (count & (r.ring_size - 1));
-        m->layer = r.layer, m->expert = (u32)ids[pair], m->pair = (u32)pair;
-        fence_system();
-        m->sequence = ++count;
+// The values of a layer's table for an expert without a record on the device; addresses are larger.
+#define IN_NVME 0
+#define IN_DRAM 1
+
+// ids -> records[pair] (0: not on the device), the post, and *misses for the wait.  A whole block calls it.
+// run: the number of this replay of the program, which tells one post from the last.
+DEVICE void resolve(const int *ids, const u64 *record_of, u64 *records, volatile post *message, const u32 *run,
+                    u32 *misses, int pairs) {
+    volatile int *posted = (volatile int *)(message + 1);
+    float absent = 0.f;
+    for (int pair = thread_index(); pair < pairs; pair += ROUTER_THREADS) {
+        const u64 record = record_of[ids[pair]];
+        records[pair] = record > IN_DRAM ? record : 0;
+        posted[pair] = ids[pair];
+        absent += record > IN_DRAM ? 0.f : 1.f;
     }
     fence_system();
-    *r.posted = count;
+    absent = block_sum<ROUTER_THREADS / 32>(absent);
+    if (thread_index() > 0) return;
+    *misses = (u32)absent;
+    message->misses = (u32)absent;
+    fence_system();
+    message->sequence = *run;
 }
 
 // Softmax over all logits, the picks in descending order (ties: the lower id first).  weight = p, divided by
@@ -81,31 +86,36 @@ KERNEL(ROUTER_THREADS, route)
 EXPORT_KERNEL(route)
 
 // For many tokens: the picks of all, after route.  Grid (1).
-KERNEL(32, resolve_picks)
-(const int *ids, const u64 *record_of, u64 *records, void *ring, u32 *posted, int layer, int ring_size,
- int pairs) {
-    if (thread_index() > 0) return;
-    resolve({record_of, records, (volatile miss *)ring, posted, (u32)layer, (u32)ring_size}, ids, pairs);
+KERNEL(ROUTER_THREADS, resolve_picks)
+(const int *ids, const u64 *record_of, u64 *records, void *message, const u32 *run, u32 *misses, int pairs) {
+    resolve(ids, record_of, records, (volatile post *)message, run, misses, pairs);
 }
 EXPORT_KERNEL(resolve_picks)
 
 // Both for one token, in one launch.  Grid (1).
 KERNEL(ROUTER_THREADS, route_and_resolve)
-(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *ring,
- u32 *posted, int layer, int ring_size, int experts, int picks, int normalise, float scale) {
+(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *message, const u32 *run,
+ u32 *misses, int experts, int picks, int normalise, float scale) {
     pick(logits, ids, weights, experts, picks, normalise, scale);
     sync_block();
-    if (thread_index() > 0) return;
-    resolve({record_of, records, (volatile miss *)ring, posted, (u32)layer, (u32)ring_size}, ids, picks);
+    resolve(ids, record_of, records, (volatile post *)message, run, misses, picks);
 }
 EXPORT_KERNEL(route_and_resolve)
 
-// Holds the stream until the host has served every miss posted so far (at once when there is none), or tells it to
-// stop.  served, stop: words in host memory.  Grid (1).
-KERNEL(32, wait_for_misses)(const u32 *posted, const u32 *served, const u32 *stop) {
-    if (thread_index() > 0) return;
-    const u32 goal = *posted;
-    while ((int)(goal - *(const volatile u32 *)served) > 0 && !*(const volatile u32 *)stop) pause_thread();
-    fence_system();
+// late[pair]: the records that the host has put in place, 0 for those that were there before.  Holds the stream until
+// the host has answered this run (not at all when nothing was missing), or tells it to stop (then late stays 0, and
+// what is computed from it is NaN).  reply, stop: in host memory.  Grid (1).
+KERNEL(256, wait_for_misses)
+(const u32 *misses, const void *reply, const u32 *run, const u32 *stop, u64 *late, int pairs) {
+    const volatile answer *words = (const volatile answer *)reply;
+    const volatile u64 *records = (const volatile u64 *)(words + 1);
+    const bool is_waiting = *misses > 0;
+    if (is_waiting && thread_index() == 0) {
+        while (words->sequence != *run && !*(const volatile u32 *)stop) pause_thread();
+        fence_system();
+    }
+    sync_block();
+    const bool is_answered = is_waiting && words->sequence == *run;
+    for (int pair = thread_index(); pair < pairs; pair += 256) late[pair] = is_answered ? records[pair] : 0;
 }
 EXPORT_KERNEL(wait_for_misses)

@@ -163,35 +163,36 @@ def test_same_input_same_bits(runner: DeviceRunner, rng: np.random.Generator) ->
 
 
 def test_a_miss_is_served_without_a_synchronisation(gpu: Gpu, rng: np.random.Generator) -> None:
-    """The device posts a miss to host memory and waits; the host sees it, serves it, and the stream goes on."""
+    """The device posts its picks to host memory and waits; the host sees them, answers, and the stream goes on."""
     words = np.frombuffer(mmap.mmap(-1, 4096), np.uint32)
     registration = gpu.register(words)
-    ring, served = registration.pointer, registration.pointer + 2048
+    post, reply, stop = (registration.pointer + offset for offset in (0, 1024, 2048))
     experts, picks = 16, 4
-    table = gpu.upload(np.zeros(experts, np.uint64))
-    posted, records = gpu.upload(np.zeros(1, np.uint32)), gpu.upload(np.zeros(picks, np.uint64))
-    ids, weights = gpu.allocate(4 * picks), gpu.allocate(4 * picks)
+    table, run = gpu.upload(np.zeros(experts, np.uint64)), gpu.upload(np.array([9], np.uint32))
+    misses, records = gpu.upload(np.zeros(1, np.uint32)), gpu.upload(np.zeros(picks, np.uint64))
+    ids, weights, late = gpu.allocate(4 * picks), gpu.allocate(4 * picks), gpu.allocate(8 * picks)
     logits = gpu.upload(cases.normal(rng, experts))
     steps = [
-        gpu.prepare("route_and_resolve", (1, 1, 1), logits, ids, weights, table, records, ring, posted, 3, 8,
+        gpu.prepare("route_and_resolve", (1, 1, 1), logits, ids, weights, table, records, post, run, misses,
                     experts, picks, 1, 1.0),
-        gpu.prepare("wait_for_misses", (1, 1, 1), posted, served, served + 4),
+        gpu.prepare("wait_for_misses", (1, 1, 1), misses, reply, run, stop, late, picks),
     ]  # fmt: skip
     graph, done = gpu.capture(steps), gpu.event()
     syncs = device.counts()["host_syncs"]
     graph.launch(gpu.stream)
     gpu.stream.record(done)
-    entries = words[: 8 * 4].reshape(8, 4)
-    while entries[picks - 1, 0] != picks:
+    while words[0] != 9:
         pass
     assert not done.is_done()
-    assert [int(e) for e in entries[:picks, 1]] == [3] * picks
-    seen = entries[:picks, 2].tolist()
-    words[512] = picks
+    assert words[1] == picks
+    seen = words[2 : 2 + picks].tolist()
+    words[256 + 2 : 256 + 2 + 2 * picks : 2] = np.arange(100, 100 + picks)
+    words[256] = 9
     while not done.is_done():
         pass
     assert device.counts()["host_syncs"] == syncs
     assert gpu.download(ids, (picks,), np.int32).tolist() == seen
+    assert gpu.download(late, (picks,), np.uint64).tolist() == list(range(100, 100 + picks))
     registration.close()
 
 

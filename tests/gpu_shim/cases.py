@@ -336,36 +336,30 @@ def check_route(runner: Runner, rng: np.random.Generator, experts: int, picks: i
 
 
 def check_resolve(runner: Runner, rng: np.random.Generator, experts: int, picks: int) -> None:
-    """Three layers in a row through a ring that wraps: hits resolved, misses posted in the router's order."""
-    ring_size, layers, posted_before = 2 * picks, 3, 5
-    table = rng.integers(1, 1 << 60, (layers, experts)).astype(np.uint64)
-    table[rng.random((layers, experts)) < 0.5] = 0
-    ring = runner.put(np.zeros((ring_size, 4), np.uint32))
-    posted = runner.put(np.array([posted_before], np.uint32))
-    count = posted_before
-    for layer in range(layers):
-        logits = 3 * normal(rng, 1, experts)
-        ids, weights = runner.put(np.full(picks, -1, np.int32)), runner.put(poison(picks))
-        records, again = (runner.put(np.full(picks, 77, np.uint64)) for _ in range(2))
-        row = runner.put(table[layer])
-        runner.launch(
-            "route_and_resolve", (1, 1, 1), runner.put(logits), ids, weights, row, records, ring, posted,
-            layer, ring_size, experts, picks, 1, 1.0,
-        )  # fmt: skip
-        want, _ = route_reference(logits.astype(np.float64), picks, True, 1.0)
+    """Hits resolved, all picks posted, misses counted; experts that lie in DRAM (table value 1) are misses."""
+    table = rng.integers(2, 1 << 60, experts).astype(np.uint64)
+    absent = rng.random(experts)
+    table[absent < 0.5] = 0
+    table[absent < 0.2] = 1
+    logits = 3 * normal(rng, 1, experts)
+    want, _ = route_reference(logits.astype(np.float64), picks, True, 1.0)
+    here = np.where(table[want[0]] > 1, table[want[0]], np.uint64(0))
+    misses = int((here == 0).sum())
+    assert 0 < misses < picks
+    ids, weights = runner.put(np.full(picks, -1, np.int32)), runner.put(poison(picks))
+    row, run = runner.put(table), runner.put(np.array([41], np.uint32))
+    for name in ("route_and_resolve", "resolve_picks"):
+        records, post = runner.put(np.full(picks, 77, np.uint64)), runner.put(np.zeros(2 + picks, np.uint32))
+        count = runner.put(np.array([99], np.uint32))
+        if name == "resolve_picks":
+            runner.launch(name, (1, 1, 1), ids, row, records, post, run, count, picks)
+        else:
+            runner.launch(name, (1, 1, 1), runner.put(logits), ids, weights, row, records, post, run, count, experts,
+                          picks, 1, 1.0)  # fmt: skip
         np.testing.assert_array_equal(ids.get(), want[0])
-        np.testing.assert_array_equal(records.get(), table[layer, want[0]])
-        seen = ring.get()
-        for pair in np.flatnonzero(table[layer, want[0]] == 0):
-            entry = seen[count % ring_size]
-            count += 1
-            np.testing.assert_array_equal(entry, (count, layer, want[0][pair], pair))
-        assert posted.get()[0] == count
-        other = runner.put(np.zeros((ring_size, 4), np.uint32))
-        other_count = runner.put(np.zeros(1, np.uint32))
-        runner.launch("resolve_picks", (1, 1, 1), ids, row, again, other, other_count, layer, ring_size, picks)
-        np.testing.assert_array_equal(again.get(), records.get())
-    assert count > posted_before + ring_size // 2  # the ring did carry misses
+        np.testing.assert_array_equal(records.get(), here)
+        np.testing.assert_array_equal(post.get(), [41, misses, *want[0]])
+        assert count.get()[0] == misses
 
 
 def check_nan_logits_show(runner: Runner, rng: np.random.Generator) -> None:
