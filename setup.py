@@ -57,6 +57,18 @@ EXTENSIONS = [
     # No HIP or CUDA header: the driver is found when the program runs.
     Extension("fomoe_io._hip", ["fomoe_io/_hip.pyx"], extra_compile_args=COMPILE_FLAGS, extra_link_args=["-ldl"]),
     Extension(
+        "fomoe_io._gpu",
+        [
+            "fomoe_io/_gpu.pyx",
+            "fomoe_io/csrc/device_copies.c",
+            "fomoe_io/csrc/device_experts.c",
+            "fomoe_io/csrc/residency.c",
+        ],
+        depends=HEADERS,
+        extra_compile_args=COMPILE_FLAGS,
+        extra_link_args=["-lm"],
+    ),
+    Extension(
         "fomoe_io._cpu",
         [
             "fomoe_io/_cpu.pyx",

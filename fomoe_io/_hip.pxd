@@ -67,9 +67,13 @@ cdef struct device_counters:
     uint64_t bytes_in
     uint64_t bytes_out
 
+cdef enum:
+    NOT_READY = 600  # hipErrorNotReady, CUDA_ERROR_NOT_READY
+
 cdef device_api api
 cdef device_counters counters
 cdef int check(int code, str call) except -1
+cdef void count_host_sync() noexcept nogil
 
 cdef class Buffer:
     cdef readonly int device

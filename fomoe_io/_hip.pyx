@@ -29,7 +29,6 @@ cdef enum:
     MOST_DEVICES = 64
     INVALID_DEVICE = 101  # hipErrorInvalidDevice and CUDA_ERROR_INVALID_DEVICE alike, and so are the next two
     OUT_OF_MEMORY = 2
-    NOT_READY = 600
     NON_BLOCKING = 1      # hipStreamNonBlocking, CU_STREAM_NON_BLOCKING
     NO_TIMING = 2         # hipEventDisableTiming, CU_EVENT_DISABLE_TIMING
     PORTABLE_MAPPED = 3   # hipHostRegisterPortable | Mapped, CU_MEMHOSTREGISTER_PORTABLE | DEVICEMAP
@@ -228,6 +227,10 @@ cdef int check(int code, str call) except -1:
     if code == OUT_OF_MEMORY:
         hint = "a smaller --vram, or end what else uses the device"
     raise DeviceError(f"{shown} failed: {missing or describe(code)}", hint=hint)
+
+
+cdef void count_host_sync() noexcept nogil:
+    fomoe_count(counters.host_syncs, 1)
 
 
 def counts():

@@ -10,6 +10,7 @@ from typing import Self
 from fomoe_io.errors import UsageError
 
 _CHOICES = {
+    "device": ("cpu", "auto", "hip", "cuda"),
     "reader": ("auto", "uring", "pread"),
     "kernels": ("auto", "ggml", "portable"),
     "activations": ("quantized", "float32"),
@@ -66,7 +67,11 @@ class EngineConfig:
     policy : {"lru", "lfu", "decayed", "lfru"}
         Which expert leaves memory first.
     tiers : Tiers or None
-        Simulated VRAM and DRAM tiers.
+        Most experts in VRAM and in DRAM; on a CPU both are simulated.
+    device : {"cpu", "auto", "hip", "cuda"}
+        "auto" takes a GPU when there is one.
+    vram_bytes : int or None
+        Bound of the device memory; None takes what is free.
     trace : Path or None
         Write what the router picks here (fomoe_io/trace.py).
     """
@@ -82,6 +87,8 @@ class EngineConfig:
     activations: str = "quantized"
     policy: str = "decayed"
     tiers: Tiers | None = None
+    device: str = "cpu"
+    vram_bytes: int | None = None
     trace: Path | None = None
 
     def __post_init__(self) -> None:
@@ -93,5 +100,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise UsageError(f"{name} is {value}, expected 1 to {most}")
-        if self.ram_bytes is not None and self.ram_bytes < 1:
-            raise UsageError(f"ram_bytes is {self.ram_bytes}, expected a positive size")
+        for name in ("ram_bytes", "vram_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}, expected a positive size")

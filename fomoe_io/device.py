@@ -112,6 +112,23 @@ def list_devices(kind: str = "auto") -> list[DeviceInfo]:
     return [describe(i) for i in range(_hip.device_count())]
 
 
+def open_gpu(kind: str) -> Gpu | None:
+    """The first device of ``hip``, ``cuda`` or ``auto``; None when ``auto`` finds none.
+
+    Raises
+    ------
+    DeviceError
+        A device was asked for by its API and there is none, or the one found does not work.
+    """
+    try:
+        find_provider(kind)
+    except DeviceError:
+        if kind == "auto":
+            return None
+        raise
+    return Gpu(kind)
+
+
 class Gpu:
     """An opened device with the kernels loaded.
 

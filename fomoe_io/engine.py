@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -94,7 +94,33 @@ class Engine:
         FomoeError
             FormatError or StoreError for a bad model, BudgetError when `ram_bytes` is too small.
         """
-        return cls(Store.open(Path(path)), config or EngineConfig())
+        store, config = Store.open(Path(path)), config or EngineConfig()
+        if config.device != "cpu":
+            from fomoe_io import device, device_engine  # a machine without a GPU never gets here
+
+            gpu = device.open_gpu(config.device)
+            if gpu is not None:
+                return cast(Self, device_engine.DeviceEngine(store, config, gpu))
+        return cls(store, config)
+
+    @property
+    def device_name(self) -> str:
+        """Where the model is computed."""
+        return "cpu"
+
+    @property
+    def computed_by(self) -> str:
+        """What computes, for the banner."""
+        return f"{self.threads} threads, {self.kernels} kernels"
+
+    def memory_lines(self) -> list[str]:
+        """Where the memory goes, for the banner."""
+        b, s = self.budgets, self.shape
+        return [
+            f"memory {format_bytes(b.ram_bytes)}: weights {format_bytes(b.resident_bytes)}, "
+            f"experts {format_bytes(b.pool_bytes)} ({min(b.slots.values())} of {s.experts} a layer), "
+            f"state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}"
+        ]
 
     # ---- opening ----
 
@@ -243,12 +269,15 @@ class Engine:
             f"a memory budget of {format_bytes(limit)} is too small for {self.model_name}", hint=f"--ram {mib}M"
         )
 
+    def _slots_of(self, layer: int) -> int:
+        return self.budgets.slots[layer]
+
     def _warm(self) -> None:
         """Fill free slots with the hottest experts of the profile, or with all when all fit."""
         for layer, found in self.store.experts.items():
-            slots = self.budgets.slots.get(layer)
-            if slots is None:
+            if layer >= self.shape.layers:
                 continue
+            slots = self._slots_of(layer)
             if found.frequency is not None:
                 order = hottest_first(found.frequency)[:slots]
                 scores = np.ascontiguousarray(found.frequency[order], np.float64)
@@ -296,7 +325,7 @@ class Engine:
         return {
             "model": self.model_name,
             "store": self.store.kind,
-            "device": "cpu",
+            "device": self.device_name,
             "exact": True,
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
@@ -324,7 +353,7 @@ class Engine:
                 "state_bytes": self.budgets.state_bytes,
                 "pool_bytes": self.budgets.pool_bytes,
                 "batch_tokens": self.budgets.batch_tokens,
-                "slots_per_layer": min(self.budgets.slots.values()),
+                "slots_per_layer": min(self._slots_of(layer) for layer in range(self.shape.layers)),
             },
             "threads": self.threads,
             "kernels": self.kernels,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +22,12 @@ F32 = 0
 class Activation:
     """One value a token, in every type that its consumers want (float32 is type 0)."""
 
-    forms: dict[int, Rows] = field(default_factory=dict)
+    forms: dict[int, Any] = field(default_factory=dict)
 
     def form(self, matrix: Matrix) -> Rows:
         """The rows a product with `matrix` reads."""
-        return self.forms[matrix.activation_type]
+        rows: Rows = self.forms[matrix.activation_type]
+        return rows
 
 
 class StateLayout:

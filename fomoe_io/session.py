@@ -35,12 +35,19 @@ class Session:
         self._engine = engine
         self._recorder = recorder
         self._check = check
-        self._memory = aligned_memory(max(recorder.state.bytes, 4096))
+        self._take_memory()
         self._decode_logits = np.empty((1, engine.shape.vocabulary), np.float32)
         self._broken = False
         self.position = 0
         self.context_tokens = engine.context_tokens
         self.records: dict[str, np.ndarray] = {}
+
+    def _take_memory(self) -> None:
+        self._memory = aligned_memory(max(self._recorder.state.bytes, 4096))
+
+    @property
+    def _batch_tokens(self) -> int:
+        return self._recorder.batch_tokens
 
     def reset(self) -> None:
         """Forget everything: the next token is the first."""
@@ -90,7 +97,7 @@ class Session:
         ids = self.checked(tokens)
         started = time.monotonic()
         logits = np.empty((1, self._engine.shape.vocabulary), np.float32)
-        batch = self._recorder.batch_tokens
+        batch = self._batch_tokens
         for first in range(0, len(ids), batch):
             part = ids[first : first + batch]
             self._run(part, logits, 1 if first + batch >= len(ids) else 0, {})
@@ -128,7 +135,7 @@ class Session:
         ids = self.checked(tokens)
         started = time.monotonic()
         logits = np.empty((len(ids), self._engine.shape.vocabulary), np.float32)
-        batch = self._recorder.batch_tokens
+        batch = self._batch_tokens
         pieces: dict[str, list[np.ndarray]] = {name: [] for name in record}
         for first in range(0, len(ids), batch):
             part = ids[first : first + batch]

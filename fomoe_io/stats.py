@@ -17,16 +17,13 @@ if TYPE_CHECKING:
 def format_banner(engine: Engine) -> list[str]:
     """What runs, how exact, and where its memory goes: lines for stderr."""
     s, b, reader = engine.shape, engine.budgets, engine.reader
-    slots = min(b.slots.values())
     how = f"{reader.name}{' O_DIRECT' if reader.direct else ', page cache (the file system refuses O_DIRECT)'}"
     lines = [
         f"{engine.model_name}  exact (weights unmodified, no expert substitution)",
-        f"{s.layers} layers x {s.experts} experts, top-{s.used}; {engine.store.kind} store; {how}; "
-        f"{engine.threads} threads, {engine.kernels} kernels",
-        f"memory {format_bytes(b.ram_bytes)}: weights {format_bytes(b.resident_bytes)}, "
-        f"experts {format_bytes(b.pool_bytes)} ({slots} of {s.experts} a layer), "
-        f"state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}; loaded in {format_seconds(engine.load_seconds)}",
+        f"{s.layers} layers x {s.experts} experts, top-{s.used}; {engine.store.kind} store; {how}; {engine.computed_by}",
+        *engine.memory_lines(),
     ]
+    lines[-1] += f"; loaded in {format_seconds(engine.load_seconds)}"
     if reader.fallback_reason:
         lines.append(f"note: {reader.fallback_reason}; reading with pread threads instead")
     return lines

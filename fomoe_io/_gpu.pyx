@@ -1,0 +1,248 @@
+# Replays a model on a GPU: one graph a batch, the routed experts served beside it, without the GIL.
+# Thin on purpose: what is launched is recorded in device_program.py, how experts are served is in csrc/device_experts.c.
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+import numpy as np
+
+from fomoe_io._hip cimport NOT_READY, Event, Graph, Stream, api, check, count_host_sync
+from fomoe_io.errors import DeviceError
+
+cdef extern from "csrc/reader.h" nogil:
+    ctypedef struct fomoe_reader:
+        pass
+
+cdef extern from "csrc/residency.h" nogil:
+    int FOMOE_TIERS
+    ctypedef struct fomoe_residency:
+        pass
+    ctypedef struct fomoe_residency_counters:
+        uint64_t requests
+        uint64_t hits[3]
+        uint64_t evictions
+        uint64_t promotions
+        uint64_t demotions
+    fomoe_residency *fomoe_residency_new(int layers, const int32_t *experts, const int32_t *slots, int policy, double decay)
+    void fomoe_residency_free(fomoe_residency *)
+    const fomoe_residency_counters *fomoe_residency_count(const fomoe_residency *)
+    void fomoe_residency_scores(const fomoe_residency *, int layer, double *scores)
+
+cdef extern from "csrc/device_experts.h" nogil:
+    enum:
+        FOMOE_PARTS, FOMOE_LANES, FOMOE_LANE_EVENTS, FOMOE_LANE_UP, FOMOE_LANE_DOWN
+    ctypedef struct fomoe_extent:
+        pass
+    ctypedef struct fomoe_device_calls:
+        int (*memcpy_in)(void *, const void *, size_t, void *) noexcept nogil
+        int (*memcpy_out)(void *, const void *, size_t, void *) noexcept nogil
+        int (*event_record)(void *, void *) noexcept nogil
+        int (*event_query)(void *) noexcept nogil
+        int (*stream_wait_event)(void *, void *, unsigned int) noexcept nogil
+        int (*stream_query)(void *) noexcept nogil
+        int not_ready
+    ctypedef struct fomoe_lane:
+        void *stream
+        void *events[64]
+    ctypedef struct fomoe_device_copies:
+        fomoe_device_calls calls
+        fomoe_lane lane[2]
+        uint64_t bytes[2]
+        int error
+        const char *failed_call
+    ctypedef struct fomoe_device_layer:
+        int32_t experts
+        int32_t size_class
+        const fomoe_extent *extents
+        const int32_t *extent_count
+        const uint32_t *part_offset
+        uint32_t device_offset[3]
+        uint32_t part_bytes[3]
+        uint8_t *pool[2]
+        uint64_t *table
+        const uint32_t *post
+        uint32_t *answer
+    ctypedef struct fomoe_size_class:
+        int64_t slot_bytes[2]
+        uint8_t *spare[2]
+        int32_t spares[2]
+    ctypedef struct fomoe_device_expert_counters:
+        uint64_t nvme_reads, nvme_bytes, nvme_stall_ns, copy_stall_ns, route_wait_ns, served_layers, layers
+    ctypedef struct fomoe_device_experts:
+        pass
+    fomoe_device_experts *fomoe_device_experts_new(int layers, int used, int pairs, const fomoe_device_layer *,
+                                                   int classes, const fomoe_size_class *, fomoe_residency *,
+                                                   fomoe_reader *, const fomoe_device_copies *)
+    void fomoe_device_experts_free(fomoe_device_experts *)
+    int fomoe_device_experts_serve(fomoe_device_experts *, uint32_t run, int tokens, void *compute,
+                                   volatile uint32_t *stop)
+    int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *, const double *, int count)
+    void fomoe_device_experts_settle(fomoe_device_experts *)
+    int fomoe_device_experts_tables_changed(fomoe_device_experts *)
+    const fomoe_device_expert_counters *fomoe_device_experts_count(const fomoe_device_experts *)
+    const fomoe_device_copies *fomoe_device_experts_copies(const fomoe_device_experts *)
+    const int64_t *fomoe_device_experts_picks(const fomoe_device_experts *)
+    void fomoe_device_experts_failure(const fomoe_device_experts *, int *layer, int *expert)
+
+
+cdef class DeviceExperts:
+    """The routed experts of all layers.  layers, classes: dicts that device_engine.py makes; keep: what they point to."""
+    cdef fomoe_device_experts *c
+    cdef fomoe_residency *residency
+    cdef object keep
+    cdef readonly int most, count
+
+    def __cinit__(self, list layers, list classes, slots, int used, int pairs, int policy, double decay,
+                  uintptr_t reader, list streams, list events, keep):
+        cdef fomoe_device_layer *layer = <fomoe_device_layer *>calloc(len(layers), sizeof(fomoe_device_layer))
+        cdef fomoe_size_class *size_class = <fomoe_size_class *>calloc(len(classes), sizeof(fomoe_size_class))
+        cdef int32_t[:, ::1] slot_view = slots
+        cdef int32_t[::1] experts = np.array([0 if l is None else l["experts"] for l in layers], np.int32)
+        cdef fomoe_device_copies copies
+        self.keep = (layers, classes, streams, events, keep)
+        self.count, self.most = len(layers), max(experts)
+        try:
+            if layer == NULL or size_class == NULL:
+                raise MemoryError
+            for i, source in enumerate(layers):
+                if source is not None:
+                    fill_layer(&layer[i], source)
+            for i, source in enumerate(classes):
+                for tier in range(FOMOE_TIERS):
+                    size_class[i].slot_bytes[tier] = source["slot_bytes"][tier]
+                    size_class[i].spare[tier] = <uint8_t *><uintptr_t>source["spare"][tier]
+                    size_class[i].spares[tier] = source["spares"][tier]
+            fill_copies(&copies, streams, events)
+            self.residency = fomoe_residency_new(len(layers), &experts[0], &slot_view[0, 0], policy, decay)
+            if self.residency == NULL:
+                raise MemoryError
+            self.c = fomoe_device_experts_new(len(layers), used, pairs, layer, len(classes), size_class,
+                                              self.residency, <fomoe_reader *>reader, &copies)
+            if self.c == NULL:
+                raise MemoryError
+        finally:
+            free(layer)
+            free(size_class)
+
+    def __dealloc__(self):
+        fomoe_device_experts_free(self.c)
+        fomoe_residency_free(self.residency)
+
+    def warm(self, int layer, const int32_t[::1] experts, const double[::1] scores):
+        cdef int error, count = experts.shape[0]
+        if count == 0:
+            return 0
+        with nogil:
+            error = fomoe_device_experts_warm(self.c, layer, &experts[0], &scores[0], count)
+        return self.checked(error)
+
+    cdef int checked(self, int error) except? -1:
+        """A device call that failed is raised; an error of a read is returned."""
+        cdef const fomoe_device_copies *copies = fomoe_device_experts_copies(self.c)
+        if error == 1:
+            if copies.error < 0:
+                raise DeviceError("the device finished without computing: its program was stopped")
+            check(copies.error, (<bytes>copies.failed_call).decode())
+        return error
+
+    def settle(self):
+        with nogil:
+            fomoe_device_experts_settle(self.c)
+
+    def failure(self):
+        cdef int layer = 0, expert = 0
+        fomoe_device_experts_failure(self.c, &layer, &expert)
+        return layer, expert
+
+    def counters(self):
+        cdef const fomoe_residency_counters *r = fomoe_residency_count(self.residency)
+        cdef const fomoe_device_expert_counters *e = fomoe_device_experts_count(self.c)
+        cdef const fomoe_device_copies *copies = fomoe_device_experts_copies(self.c)
+        return {
+            "requests": r.requests, "vram_hits": r.hits[0], "dram_hits": r.hits[1], "nvme_hits": r.hits[2],
+            "evictions": r.evictions, "promotions": r.promotions, "demotions": r.demotions,
+            "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes, "stall_ns": e.nvme_stall_ns,
+            "copy_stall_ns": e.copy_stall_ns, "route_wait_ns": e.route_wait_ns, "layers": e.layers,
+            "served_layers": e.served_layers, "up_bytes": copies.bytes[FOMOE_LANE_UP],
+            "down_bytes": copies.bytes[FOMOE_LANE_DOWN],
+        }
+
+    def picks(self):
+        """int64 [layers, most experts]: how often the router has picked each."""
+        cdef const int64_t *c = fomoe_device_experts_picks(self.c)
+        return np.array(<const int64_t[:self.count, :self.most]>c)
+
+    def run(self, Stream stream, Graph graph, unsigned int number, int tokens, uintptr_t header_to,
+            uintptr_t header_from, size_t header_bytes, uintptr_t tables_to, uintptr_t tables_from, size_t tables_bytes,
+            uintptr_t logits_to, uintptr_t logits_from, size_t logits_bytes, uintptr_t stop):
+        """One replay: header and changed tables in, the graph, logits out.  0 or a negative errno of a read."""
+        cdef int code, served = 0
+        cdef volatile uint32_t *stop_word = <volatile uint32_t *>stop
+        cdef str call = "hipMemcpyHtoDAsync"
+        stop_word[0] = 0
+        with nogil:
+            code = api.hipSetDevice(stream.device)
+            if code == 0:
+                code = api.hipMemcpyHtoDAsync(<void *>header_to, <void *>header_from, header_bytes, stream.handle)
+            if code == 0 and fomoe_device_experts_tables_changed(self.c):
+                code = api.hipMemcpyHtoDAsync(<void *>tables_to, <void *>tables_from, tables_bytes, stream.handle)
+        check(code, call)
+        with nogil:
+            code = graph.enqueue(stream.handle)
+        check(code, "hipGraphLaunch")
+        with nogil:
+            if logits_bytes:
+                code = api.hipMemcpyDtoHAsync(<void *>logits_to, <void *>logits_from, logits_bytes, stream.handle)
+            if code == 0:
+                served = fomoe_device_experts_serve(self.c, number, tokens, stream.handle, stop_word)
+            else:
+                stop_word[0] = 1
+        call = "hipMemcpyDtoHAsync"
+        if code == 0:
+            call = "hipStreamSynchronize"
+            with nogil:
+                code = api.hipStreamSynchronize(stream.handle)
+            count_host_sync()
+        self.checked(served)
+        check(code, call)
+        return served
+
+
+cdef int fill_layer(fomoe_device_layer *layer, dict source) except -1:
+    cdef const uint8_t[::1] extents = source["extents"].view(np.uint8).reshape(-1)
+    cdef const int32_t[::1] extent_count = source["extent_count"]
+    cdef const uint32_t[:, ::1] part_offset = source["part_offset"]
+    layer.experts = source["experts"]
+    layer.size_class = source["size_class"]
+    layer.extents = <const fomoe_extent *>&extents[0]
+    layer.extent_count = &extent_count[0]
+    layer.part_offset = &part_offset[0, 0]
+    for part in range(FOMOE_PARTS):
+        layer.device_offset[part] = source["device_offset"][part]
+        layer.part_bytes[part] = source["part_bytes"][part]
+    for tier in range(FOMOE_TIERS):
+        layer.pool[tier] = <uint8_t *><uintptr_t>source["pool"][tier]
+    layer.table = <uint64_t *><uintptr_t>source["table"]
+    layer.post = <const uint32_t *><uintptr_t>source["post"]
+    layer.answer = <uint32_t *><uintptr_t>source["answer"]
+    return 0
+
+
+cdef int fill_copies(fomoe_device_copies *copies, list streams, list events) except -1:
+    memset(copies, 0, sizeof(copies[0]))
+    copies.calls.memcpy_in = api.hipMemcpyHtoDAsync
+    copies.calls.memcpy_out = api.hipMemcpyDtoHAsync
+    copies.calls.event_record = api.hipEventRecord
+    copies.calls.event_query = api.hipEventQuery
+    copies.calls.stream_wait_event = api.hipStreamWaitEvent
+    copies.calls.stream_query = api.hipStreamQuery
+    copies.calls.not_ready = NOT_READY
+    for lane in range(FOMOE_LANES):
+        copies.lane[lane].stream = (<Stream>streams[lane]).handle
+        for i in range(FOMOE_LANE_EVENTS):
+            copies.lane[lane].events[i] = (<Event>events[lane][i]).handle
+    return 0
+
+
+LANES = FOMOE_LANES
+LANE_EVENTS = FOMOE_LANE_EVENTS

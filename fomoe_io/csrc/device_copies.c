@@ -1,0 +1,71 @@
+#include "device_copies.h"
+
+#include <sched.h>
+
+int fomoe_device_check(fomoe_device_copies *d, int code, const char *call) {
+    if (code && !d->error) {
+        d->error = code;
+        d->failed_call = call;
+    }
+    return code;
+}
+
+static void **event_of(fomoe_lane *lane, uint64_t ticket) { return &lane->events[ticket % FOMOE_LANE_EVENTS]; }
+
+/* Move `done` up to what the device says; events of one stream come in order. */
+static int is_done(fomoe_device_copies *d, int which, uint64_t ticket) {
+    fomoe_lane *lane = &d->lane[which];
+    while (lane->done < ticket && !d->error) {
+        int code = d->calls.event_query(*event_of(lane, lane->done + 1));
+        if (code == d->calls.not_ready) return 0;
+        fomoe_device_check(d, code, "hipEventQuery");
+        lane->done++;
+    }
+    return 1;
+}
+
+static void wait_for(fomoe_device_copies *d, int which, uint64_t ticket) {
+    while (!is_done(d, which, ticket)) sched_yield();
+}
+
+/* The lane's stream goes on only after another lane's ticket. */
+static void order_after(fomoe_device_copies *d, int which, int other, uint64_t ticket) {
+    if (which == other || is_done(d, other, ticket)) return;
+    fomoe_device_check(d, d->calls.stream_wait_event(d->lane[which].stream, *event_of(&d->lane[other], ticket), 0),
+                       "hipStreamWaitEvent");
+}
+
+uint64_t fomoe_copy(fomoe_device_copies *d, int which, fomoe_buffer *host, fomoe_buffer *device,
+                    const fomoe_piece *piece, int pieces) {
+    fomoe_lane *lane = &d->lane[which];
+    if (d->error) return 0;
+    for (int other = 0; other < FOMOE_LANES; other++) {
+        order_after(d, which, other, host->touched[other]);
+        order_after(d, which, other, device->touched[other]);
+    }
+    /* an event is used again only when nobody can ask for its last ticket */
+    if (lane->issued >= FOMOE_LANE_EVENTS) wait_for(d, which, lane->issued + 1 - FOMOE_LANE_EVENTS);
+    for (int i = 0; i < pieces; i++, piece++) {
+        uint8_t *h = host->address + piece->host_offset, *g = device->address + piece->device_offset;
+        if (which == FOMOE_LANE_UP)
+            fomoe_device_check(d, d->calls.memcpy_in(g, h, piece->bytes, lane->stream), "hipMemcpyHtoDAsync");
+        else
+            fomoe_device_check(d, d->calls.memcpy_out(h, g, piece->bytes, lane->stream), "hipMemcpyDtoHAsync");
+        d->bytes[which] += piece->bytes;
+    }
+    uint64_t ticket = lane->issued + 1;
+    if (fomoe_device_check(d, d->calls.event_record(*event_of(lane, ticket), lane->stream), "hipEventRecord")) return 0;
+    lane->issued = ticket;
+    host->touched[which] = device->touched[which] = ticket;
+    return ticket;
+}
+
+int fomoe_buffer_is_free(fomoe_device_copies *d, const fomoe_buffer *b) {
+    return is_done(d, FOMOE_LANE_UP, b->touched[FOMOE_LANE_UP]) && is_done(d, FOMOE_LANE_DOWN, b->touched[FOMOE_LANE_DOWN]);
+}
+
+void fomoe_buffer_wait(fomoe_device_copies *d, const fomoe_buffer *b) {
+    while (!fomoe_buffer_is_free(d, b)) sched_yield();
+}
+
+void fomoe_lane_wait(fomoe_device_copies *d, int which) { wait_for(d, which, d->lane[which].issued); }

@@ -1,0 +1,60 @@
+/* Copies between host and device on two streams of their own (up, down), ordered by tickets.
+ *
+ * A ticket is the number of a copy on its stream.  A buffer remembers the last copies that touched it; whoever wants
+ * to overwrite it waits for them: the other stream by an event, the host by asking. */
+#ifndef FOMOE_DEVICE_COPIES_H
+#define FOMOE_DEVICE_COPIES_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { FOMOE_LANE_UP = 0, FOMOE_LANE_DOWN = 1, FOMOE_LANES = 2, FOMOE_LANE_EVENTS = 64 };
+
+/* The device's calls, by HIP's names (the CUDA driver's have the same arguments). */
+typedef struct {
+    int (*memcpy_in)(void *to, const void *from, size_t bytes, void *stream);
+    int (*memcpy_out)(void *to, const void *from, size_t bytes, void *stream);
+    int (*event_record)(void *event, void *stream);
+    int (*event_query)(void *event);
+    int (*stream_wait_event)(void *stream, void *event, unsigned flags);
+    int (*stream_query)(void *stream);
+    int not_ready; /* the code of a query whose answer is: not yet */
+} fomoe_device_calls;
+
+typedef struct {
+    uint8_t *address;
+    uint64_t touched[FOMOE_LANES]; /* tickets */
+} fomoe_buffer;
+
+typedef struct {
+    void *stream;
+    void *events[FOMOE_LANE_EVENTS];
+    uint64_t issued, done;
+} fomoe_lane;
+
+typedef struct {
+    fomoe_device_calls calls;
+    fomoe_lane lane[FOMOE_LANES];
+    uint64_t bytes[FOMOE_LANES];
+    int error;               /* the first error code of a call, 0 = none */
+    const char *failed_call; /* which one */
+} fomoe_device_copies;
+
+/* One piece of a copy: offsets of the same bytes in the host's and the device's buffer. */
+typedef struct {
+    size_t host_offset, device_offset, bytes;
+} fomoe_piece;
+
+/* Start copying; both buffers are taken until the ticket (returned, 0 = an error occurred) is done. */
+uint64_t fomoe_copy(fomoe_device_copies *, int lane, fomoe_buffer *host, fomoe_buffer *device, const fomoe_piece *,
+                    int pieces);
+/* Whether all copies of a buffer are done (also when an error has occurred). */
+int fomoe_buffer_is_free(fomoe_device_copies *, const fomoe_buffer *);
+/* Wait until they are. */
+void fomoe_buffer_wait(fomoe_device_copies *, const fomoe_buffer *);
+/* Wait until a lane has done everything. */
+void fomoe_lane_wait(fomoe_device_copies *, int lane);
+/* Remember the first failure; returns code. */
+int fomoe_device_check(fomoe_device_copies *, int code, const char *call);
+
+#endif
