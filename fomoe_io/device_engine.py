@@ -103,6 +103,8 @@ class DeviceEngine(Engine):
         s = self.shape
         if self.config.activations != "quantized":
             raise UsageError("float activations are computed on the CPU alone", hint="--device cpu")
+        if self.config.trace is not None:
+            raise UsageError("traces are written by the engine on the CPU alone", hint="--device cpu")
         check_shape(s)
         self._build = build
         self._layers = {i: self.store.experts[i] for i in range(s.layers)}

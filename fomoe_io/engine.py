@@ -14,7 +14,7 @@ import numpy as np
 
 from fomoe_io import _cpu, kernels_choice
 from fomoe_io.config import EngineConfig
-from fomoe_io.errors import BudgetError, FormatError, ReadError
+from fomoe_io.errors import BudgetError, FormatError, ReadError, UsageError
 from fomoe_io.expert_slots import SlotLayout, hottest_first, native_layers, share_slots, slot_layout, tier_slots
 from fomoe_io.memory import available_bytes, peak_resident_bytes, resident_bytes
 from fomoe_io.models import model_of
@@ -101,6 +101,8 @@ class Engine:
             gpu = device.open_gpu(config.device)
             if gpu is not None:
                 return cast(Self, device_engine.DeviceEngine(store, config, gpu))
+        if config.vram_bytes is not None:
+            raise UsageError("a bound of device memory was given, and there is no GPU in use", hint="drop --vram")
         return cls(store, config)
 
     @property

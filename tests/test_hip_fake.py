@@ -4,8 +4,6 @@ hip-python looks for its library once a process, so its turn is a second pytest 
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib.util
 import mmap
 import os
@@ -22,30 +20,9 @@ from fomoe_io import device, gpu_compile, kernels
 from fomoe_io._hip import Buffer, Launch
 from fomoe_io.device import Gpu
 from fomoe_io.errors import DeviceError
-from tests.fake_hip.build import build as build_fake
+from tests.fake_hip.build import KINDS, Fake, installed_fake
 from tests.gpu_shim import cases
-from tests.gpu_shim.cpu_kernels import build as build_kernels
 from tests.gpu_shim.device_runner import DeviceRunner
-
-KINDS = ("buffers", "registrations", "streams", "events", "modules", "graphs")
-
-
-class Fake:
-    """The double's own knobs."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.library = ctypes.CDLL(str(path / "lib" / "libamdhip64.so"))
-        self.library.fake_hip_live.restype = ctypes.c_long
-
-    def fail(self, call: str, code: int, after: int = 0) -> None:
-        """The call after the next `after` ones returns code."""
-        self.library.fake_hip_fail(call.encode(), after, code)
-
-    def live(self) -> dict[str, int]:
-        gc.collect()
-        return {name: self.library.fake_hip_live(i) for i, name in enumerate(KINDS)}
-
 
 PROVIDER = os.environ.get("FOMOE_TEST_PROVIDER", "hip")
 
@@ -55,17 +32,8 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
     if "FOMOE_TEST_PROVIDER" in os.environ:
         yield Fake(Path(os.environ["ROCM_PATH"]))
         return
-    folder = tmp_path_factory.mktemp("rocm")
-    values = {
-        "ROCM_PATH": str(build_fake(folder)),
-        "FAKE_HIP_CODE": str(build_kernels(folder)),
-        "FAKE_HIP_DELAY": "300",
-        "FOMOE_CACHE": str(folder / "cache"),
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            patch.setenv(name, value)
-        yield Fake(folder)
+    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=300) as found:
+        yield found
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ class Tiny:
     weights: Type = Type.F32
     gate: Type | None = None
     down: Type | None = None
+    dense: Type | None = None  # what is not an expert
 
 
 def random_blocks(kind: Type, shape: tuple[int, ...], deviation: float, random: np.random.Generator) -> np.ndarray:
@@ -124,7 +125,7 @@ def write_tiny(path: Path, s: Tiny, seed: int) -> Path:
     unit = s.columns**-0.5
     w.add("token_embd.weight", (s.columns, s.vocabulary), s.weights, 1.0)
     if not s.tied:
-        w.add("output.weight", (s.columns, s.vocabulary), s.weights, unit)
+        w.add("output.weight", (s.columns, s.vocabulary), s.dense or s.weights, unit)
     w.vector("output_norm.weight", random.uniform(0.5, 1.5, s.columns))
     for layer in range(s.layers):
         _layer(w, s, layer, unit)
@@ -136,7 +137,7 @@ def write_tiny(path: Path, s: Tiny, seed: int) -> Path:
 
 
 def _layer(w: _Writer, s: Tiny, layer: int, unit: float) -> None:
-    b, random, kind = f"blk.{layer}.", w.random, s.weights
+    b, random, kind = f"blk.{layer}.", w.random, s.dense or s.weights
     d, hybrid = s.columns, s.architecture == "qwen35moe"
     w.vector(b + "attn_norm.weight", random.uniform(0.5, 1.5, d))
     w.vector(b + ("post_attention_norm.weight" if hybrid else "ffn_norm.weight"), random.uniform(0.5, 1.5, d))
@@ -160,13 +161,13 @@ def _layer(w: _Writer, s: Tiny, layer: int, unit: float) -> None:
         w.vector(b + "ssm_norm.weight", random.uniform(0.5, 1.5, s.state_columns))
         w.add(b + "ssm_out.weight", (values, d), kind, values**-0.5)
     w.add(b + "ffn_gate_inp.weight", (d, s.experts), Type.F32, 2 * unit)
-    gate, down = s.gate or kind, s.down or kind
+    gate, up, down = s.gate or s.weights, s.weights, s.down or s.weights
     if s.fused:
         w.add(b + "ffn_gate_up_exps.weight", (d, 2 * s.hidden, s.experts), gate, unit)
     else:
         w.add(b + "ffn_gate_exps.weight", (d, s.hidden, s.experts), gate, unit)
-        w.add(b + "ffn_up_exps.weight", (d, s.hidden, s.experts), kind, unit)
-    w.add(b + "ffn_down_exps.weight", (s.hidden, d, s.experts), down if layer % 2 else kind, s.hidden**-0.5)
+        w.add(b + "ffn_up_exps.weight", (d, s.hidden, s.experts), up, unit)
+    w.add(b + "ffn_down_exps.weight", (s.hidden, d, s.experts), down if layer % 2 else up, s.hidden**-0.5)
     if hybrid and s.shared_hidden:
         w.add(b + "ffn_gate_shexp.weight", (d, s.shared_hidden), kind, unit)
         w.add(b + "ffn_up_shexp.weight", (d, s.shared_hidden), kind, unit)

@@ -96,14 +96,22 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-t", "--threads", type=int, metavar="N", help="default: all processors of this process")
     group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context (default: the model's, at most 4096)")
     group.add_argument("-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens at once")
-    group.add_argument("--device", choices=("auto", "cpu"), default="auto", help="this version computes on the CPU")
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "hip", "cuda"), default="auto", help="auto: a GPU where there is one"
+    )
+    group.add_argument(
+        "--vram", type=checked(parse_bytes), metavar="SIZE", help="bound of device memory (default: what is free)"
+    )
     group.add_argument("--reader", choices=("auto", "uring", "pread"), default="auto")
     group.add_argument("--kernels", choices=("auto", "ggml", "portable"), default="auto")
     group.add_argument(
         "--policy", choices=("decayed", "lru", "lfu", "lfru"), default="decayed", help="who leaves memory"
     )
     group.add_argument(
-        "--tiers", type=checked(Tiers.parse), metavar="SPEC", help="simulated tiers, such as vram=20%%,dram=15%%"
+        "--tiers",
+        type=checked(Tiers.parse),
+        metavar="SPEC",
+        help="most experts in VRAM and DRAM (simulated on a CPU), such as vram=20%%,dram=15%%",
     )
     group.add_argument(
         "--trace", type=Path, metavar="FILE", help="write the routing of every token, for fomoe-bench cache"
@@ -122,4 +130,6 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         policy=options.policy,
         tiers=options.tiers,
         trace=options.trace,
+        device=options.device,
+        vram_bytes=options.vram,
     )

@@ -1,12 +1,53 @@
-"""Build the double of libamdhip64 and libhiprtc."""
+"""Build the double of libamdhip64 and libhiprtc, and put it where the package finds it."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.gpu_shim.cpu_kernels import build as build_kernels
+
+KINDS = ("buffers", "registrations", "streams", "events", "modules", "graphs")
+
+
+class Fake:
+    """The double's own knobs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.library = ctypes.CDLL(str(path / "lib" / "libamdhip64.so"))
+        self.library.fake_hip_live.restype = ctypes.c_long
+
+    def fail(self, call: str, code: int, after: int = 0) -> None:
+        """The call after the next `after` ones returns code; code 0: none."""
+        self.library.fake_hip_fail(call.encode(), after, code)
+
+    def live(self) -> dict[str, int]:
+        """What has not been given back."""
+        gc.collect()
+        return {name: self.library.fake_hip_live(i) for i, name in enumerate(KINDS)}
+
+
+@contextmanager
+def installed_fake(folder: Path, *, delay_us: int) -> Iterator[Fake]:
+    """The double built in a folder, and the environment that makes it the ROCm of this process."""
+    values = {
+        "ROCM_PATH": str(build(folder)),
+        "FAKE_HIP_CODE": str(build_kernels(folder)),
+        "FAKE_HIP_DELAY": str(delay_us),
+        "FOMOE_CACHE": str(folder / "cache"),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        yield Fake(folder)
 
 
 def build(folder: Path) -> Path:
