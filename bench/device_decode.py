@@ -1,0 +1,229 @@
+"""Decode on a GPU against its limits, measured in the same run: memory bandwidth, link, drive.
+
+    python bench/device_decode.py MODEL                                   everything in VRAM: time over the byte roofline
+    python bench/device_decode.py MODEL --tiers vram=10%,dram=7%          limited: time over the slowest resource
+    python bench/device_decode.py MODEL --profile                         which kernels the time goes to
+
+Prints one JSON object.  The byte roofline is what a token reads (its experts, the dense weights, the recurrent state
+twice) over the bandwidth of plain 16-byte loads.  The limited run is compared with the largest of three times, each
+measured here: its NVMe bytes at the reader's own rate for the same records, its bytes over the link at the rate of
+the same copies with nothing beside them, and the time of a token that misses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fomoe_io import Engine, EngineConfig
+from fomoe_io.config import Tiers
+from fomoe_io.device import Gpu
+from fomoe_io.device_engine import DeviceEngine
+from fomoe_io.units import parse_bytes
+
+REPLAYS = 15
+POOL_BYTES = 4 << 30
+
+
+def read_bandwidth(gpu: Gpu) -> float:
+    """Bytes a second of plain loads over several times the last cache; the best of a few grids."""
+    pool = gpu.allocate(min(POOL_BYTES, gpu.free_bytes() // 2))
+    best = 0.0
+    for per_processor in (4, 8, 16):
+        blocks = per_processor * gpu.info.multiprocessors
+        out = gpu.allocate(32 * blocks)
+        nbytes = pool.nbytes // 16 * 16
+        launch = gpu.prepare("read_memory", (blocks, 1, 1), pool, nbytes, out, blocks)
+        begin, end = gpu.event(is_timed=True), gpu.event(is_timed=True)
+        for _ in range(5):
+            gpu.stream.record(begin)
+            launch.run(gpu.stream)
+            gpu.stream.record(end)
+            end.synchronize()
+            best = max(best, nbytes / end.milliseconds_since(begin) * 1e3)
+    return best
+
+
+def link_bandwidth(engine: DeviceEngine) -> tuple[float, float]:
+    """Bytes a second of record-sized copies from the pinned slots up and, beside them, down."""
+    gpu, record = engine.gpu, next(iter(engine._records.values())).slot_bytes[0]
+    target = gpu.allocate(record * 16)
+    count = min(16, engine.budgets.pool_bytes // record)
+    up, down = gpu.new_stream(), gpu.new_stream()
+    rates = []
+    for both in (False, True):
+        best = 0.0
+        for _ in range(5):
+            started = time.perf_counter()
+            for i in range(64):
+                place = engine._pool.address + i % count * record
+                up.copy_in(target.pointer + i % 8 * record, place, record)
+                if both:
+                    down.copy_out(place, target.pointer + (8 + i % 8) * record, record)
+            up.synchronize()
+            best = max(best, 64 * record / (time.perf_counter() - started))
+            down.synchronize()
+        rates.append(best)
+    return rates[0], rates[1]
+
+
+def drive_bandwidth(engine: DeviceEngine, seconds: float) -> float:
+    """Bytes a second of random experts read as the engine reads them: a layer's misses at a time, and at full depth."""
+    random = np.random.default_rng(5)
+    rates = []
+    started, total = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        requests = []
+        place = engine._pool.address
+        for _ in range(2 * engine.shape.used):
+            layer, expert = int(random.integers(engine.shape.layers)), int(random.integers(engine.shape.experts))
+            layout = engine._layouts[layer]
+            for extent in layout.extents[expert][: layout.extent_count[expert]]:
+                size = int(extent["bytes"])
+                target = place + int(extent["slot_offset"])
+                requests.append((int(extent["file"]), int(extent["offset"]), target, size))
+                total += size
+            place += layout.slot_bytes
+            if place + layout.slot_bytes > engine._pool.address + engine.budgets.pool_bytes:
+                place = engine._pool.address
+        engine.reader.read_into(requests)
+    rates.append(total / (time.perf_counter() - started))
+    return max(rates)
+
+
+def token_bytes(engine: DeviceEngine) -> dict[str, int]:
+    """What a token reads: dense weights without the output matrix, experts, state (read and written), output matrix."""
+    planned = engine._weights._planned
+    output = "token_embd.weight" if engine._weights.tied else "output.weight"
+    dense = sum(p.tensor.bytes for name, p in planned.items() if name != output)
+    experts = sum(engine.shape.used * sum(r.part_bytes) for r in engine._records.values())
+    state = 2 * sum(size for _, size in engine._programs[1].state.zeroed)
+    return {"dense": dense, "experts": experts, "state": state, "output": planned[output].tensor.bytes}
+
+
+def decode(engine: DeviceEngine, tokens: np.ndarray, outputs: int) -> list[float]:
+    """Seconds of each token."""
+    times = []
+    session = engine.session()
+    for i, token in enumerate(tokens):
+        started = time.perf_counter()
+        engine.run_batch(np.array([token], np.int32), i, outputs)
+        times.append(time.perf_counter() - started)
+    session.close()
+    return times
+
+
+def profile(engine: DeviceEngine) -> dict[str, dict[str, float]]:
+    """Microseconds of each kernel of a token, each launch timed alone (so without its overlap with neighbours)."""
+    gpu = engine.gpu
+    launches = [(s, gpu.prepare(s.kernel, s.grid, *s.arguments)) for s in engine._programs[1].launches(1)]
+    skipped = ("wait_for_misses",)
+    begin, end = gpu.event(is_timed=True), gpu.event(is_timed=True)
+    total: dict[str, list[float]] = defaultdict(list)
+    for spec, launch in launches:
+        if spec.kernel in skipped:
+            continue
+        graph = gpu.capture([launch] * 10)
+        samples = []
+        for _ in range(4):
+            gpu.stream.record(begin)
+            graph.launch(gpu.stream)
+            gpu.stream.record(end)
+            end.synchronize()
+            samples.append(end.milliseconds_since(begin) * 100)
+        total[spec.kernel].append(min(samples))
+    return {
+        name: {"launches": len(times), "us_total": round(sum(times), 1), "us_each": round(sum(times) / len(times), 2)}
+        for name, times in sorted(total.items(), key=lambda item: -sum(item[1]))
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--device", default="auto", choices=("auto", "hip", "cuda"))
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--warmup", type=int, default=16)
+    parser.add_argument("--tiers", type=Tiers.parse)
+    parser.add_argument("--vram", type=parse_bytes)
+    parser.add_argument("--ram", type=parse_bytes)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--resident-ms", type=float, help="of a token that misses nothing, from an unlimited run")
+    parser.add_argument("-o", "--output", type=Path)
+    options = parser.parse_args()
+    config = EngineConfig(
+        device=options.device, tiers=options.tiers, vram_bytes=options.vram, ram_bytes=options.ram, context_tokens=2048
+    )
+    engine = Engine.open(options.model, config)
+    if not isinstance(engine, DeviceEngine):
+        raise SystemExit("device_decode: there is no GPU in use")
+    with engine:
+        result = measure(engine, options)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.output:
+        options.output.write_text(text + "\n")
+
+
+def measure(engine: DeviceEngine, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one configuration."""
+    s, gpu = engine.shape, engine.gpu
+    tokens = np.random.default_rng(1).integers(0, s.vocabulary, options.warmup + options.tokens)
+    decode(engine, tokens[: options.warmup], 1)
+    decode(engine, tokens[:4], 0)
+    engine.reset_statistics()
+    times = decode(engine, tokens[options.warmup :], 1)
+    statistics_ = engine.statistics()
+    bare = decode(engine, tokens[options.warmup :], 0)
+    nbytes = token_bytes(engine)
+    bandwidth = read_bandwidth(gpu)
+    layer_us = statistics.median(bare) / s.layers * 1e6
+    layer_bytes = (nbytes["dense"] + nbytes["experts"] + nbytes["state"]) / s.layers
+    result = {
+        "device": str(gpu), "driver": gpu.driver(), "model": engine.model_name, "layers": s.layers,
+        "slots": {"vram": int(engine.budgets.slots[0][0]), "dram": int(engine.budgets.slots[0][1])},
+        "read_bandwidth_gb_s": bandwidth / 1e9, "token_bytes": nbytes,
+        "token_ms": {"median": statistics.median(times) * 1e3, "mean": statistics.mean(times) * 1e3,
+                     "min": min(times) * 1e3, "max": max(times) * 1e3},
+        "tokens_per_second": len(times) / sum(times),
+        "layer_us": layer_us, "layer_roofline_us": layer_bytes / bandwidth * 1e6,
+        "layer_over_roofline": layer_us / (layer_bytes / bandwidth * 1e6),
+        "token_over_roofline": statistics.median(times) / (sum(nbytes.values()) / bandwidth),
+        "launches_per_layer": len(engine._programs[1].body) / s.layers,
+        "statistics": statistics_,
+    }  # fmt: skip
+    if options.tiers or options.vram:
+        result["limits"] = limits(engine, options, statistics_, sum(times) / len(times))
+    if options.profile:
+        result["profile"] = profile(engine)
+    return result
+
+
+def limits(engine: DeviceEngine, options: argparse.Namespace, s: dict[str, Any], token_s: float) -> dict[str, Any]:
+    """The resources of a limited run, and the token's time over the slowest."""
+    up, up_beside_down = link_bandwidth(engine)
+    drive = drive_bandwidth(engine, 2.0)
+    count = options.tokens
+    parts = {
+        "nvme": s["tiers"]["nvme"]["bytes"] / count / drive,
+        "link": s["link"]["up_bytes"] / count / (up_beside_down if s["link"]["down_bytes"] else up),
+    }
+    if options.resident_ms:
+        parts["resident"] = options.resident_ms / 1e3
+    return {
+        "drive_gb_s": drive / 1e9, "link_up_gb_s": up / 1e9, "link_up_beside_down_gb_s": up_beside_down / 1e9,
+        "ms": {name: 1e3 * seconds for name, seconds in parts.items()},
+        "token_over_slowest": token_s / max(parts.values()),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
