@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -48,26 +49,29 @@ class Comparison:
     ours: list[Run]
     theirs: list[Run]
 
-    def ratio(self) -> float:
-        """Median of ours / theirs, pair by pair."""
-        return statistics.median(a.rate / b.rate for a, b in zip(self.ours, self.theirs, strict=True))
+    def ratios(self, name: str) -> list[float]:
+        """Ours / theirs, pair by pair, of `rate` or `cpu`."""
+        return [getattr(a, name) / getattr(b, name) for a, b in zip(self.ours, self.theirs, strict=True)]
 
     def row(self) -> str:
         """A line of the table."""
         middle = [statistics.median(getattr(run, name) for run in runs)
                   for name in ("rate", "cpu") for runs in (self.ours, self.theirs)]  # fmt: skip
-        rates = [a.rate / b.rate for a, b in zip(self.ours, self.theirs, strict=True)]
+        rates, costs = self.ratios("rate"), self.ratios("cpu")
         return (
             f"| {self.case} | {middle[0]:,.0f} | {middle[1]:,.0f} "
-            f"| **{self.ratio():.2f}** ({min(rates):.2f}-{max(rates):.2f}) "
-            f"| {middle[2]:.1f} | {middle[3]:.1f} | {middle[2] / middle[3]:.2f} |"
+            f"| **{statistics.median(rates):.2f}** ({min(rates):.2f}-{max(rates):.2f}) "
+            f"| {middle[2]:.1f} | {middle[3]:.1f} | **{statistics.median(costs):.2f}** ({min(costs):.2f}-{max(costs):.2f}) |"
         )
 
 
 def ours(seconds: float, *options: str) -> Run:
-    """One run of fomoe-bench io."""
+    """One run of fomoe-bench io.
+
+    Places are drawn anew for each run, as fio's are (randrepeat=0): a host may remember those of the run before.
+    """
     command = [sys.executable, "-m", "fomoe_io.cli.bench", "io", "--output-format=json", "--eta=never",
-               f"--runtime={seconds}s", "--time_based", *options]  # fmt: skip
+               f"--runtime={seconds}s", "--time_based", f"--randseed={random.randrange(1 << 31)}", *options]  # fmt: skip
     job = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["jobs"][0]
     return Run(job["read"]["bw_bytes"] / 1e6, job["fomoe"]["cpu_us_per_read"])
 
@@ -77,7 +81,7 @@ def fio(seconds: float, path: Path, block: int, depth: int, memory: str = "mallo
     command = ["fio", "--name=job", "--readonly", "--rw=randread", "--ioengine=io_uring", "--direct=1", "--fixedbufs=1",
                "--registerfiles=1", "--time_based", f"--runtime={seconds}s", f"--filename={path}", f"--bs={block}",
                f"--iodepth={depth}",
-               "--norandommap", "--randrepeat=0", "--output-format=json", f"--mem={memory}"]  # fmt: skip
+               "--randrepeat=0", "--output-format=json", f"--mem={memory}"]  # fmt: skip
     job = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["jobs"][0]
     read = job["read"]
     busy = (job["usr_cpu"] + job["sys_cpu"]) / 100 * read["runtime"] * 1000

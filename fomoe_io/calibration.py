@@ -1,4 +1,7 @@
-"""What a drive gives at each block size and depth: measured once, read by whoever plans reads."""
+"""What a drive gives at each block size and depth: measured once (io_calibrate), read by whoever plans reads.
+
+The engine takes its sub-reads and depth from it, `fomoe-layout pack` the striping.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,15 @@ from typing import Any, Self
 
 from fomoe_io.errors import FormatError
 from fomoe_io.files import write_atomically
-from fomoe_io.io_job import IOJob
-from fomoe_io.io_run import run_jobs
-from fomoe_io.system_card import system_card
 
 FORMAT, VERSION = "fomoe-calibration", 1
 LIMIT_BYTES = 1 << 20
-SIZES_BYTES = (4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
-DEPTHS = (1, 4, 8, 16, 32)
-POINT_SECONDS = 1.0
 SPLIT_GAIN = 1.1
 """Sub-reads must promise so much over whole reads: less is within what a drive's speed wanders."""
 SMALLEST_SUB_READ_BYTES = 64 << 10
+SATURATED = 0.95
+"""Share of the best bandwidth from which on more depth brings nothing but waiting: prefetches in the drive's queue hold
+up the demands behind them."""
 AGAIN = "fomoe-bench io --filename FILE --calibrate CALIBRATION"
 
 
@@ -141,6 +141,20 @@ class Calibration:
             return 0
         return best
 
+    def depth(self, block_bytes: int) -> int:
+        """The least measured depth that gives reads of this size all the bandwidth there is.
+
+        Parameters
+        ----------
+        block_bytes : int
+        """
+        rates = {depth: self.bytes_per_second(block_bytes, depth) for depth in {point.depth for point in self.points}}
+        return min(depth for depth, rate in rates.items() if rate >= SATURATED * max(rates.values()))
+
+    def best_bytes_per_second(self, block_bytes: int) -> float:
+        """Bandwidth of reads of this size at the depth that suits them."""
+        return self.bytes_per_second(block_bytes, self.depth(block_bytes))
+
 
 def _point(fields: Any) -> Point:
     point = Point(**{name: fields[name] for name in Point.__dataclass_fields__})
@@ -161,46 +175,3 @@ def _between(values: Sequence[int], value: float) -> tuple[int, int, float]:
     above = next(i for i, candidate in enumerate(values) if candidate >= value)
     low, high = values[above - 1], values[above]
     return low, high, math.log(value / low) / math.log(high / low)
-
-
-def calibrate(
-    path: Path,
-    *,
-    engine: str = "auto",
-    direct: bool = True,
-    sizes: Sequence[int] = SIZES_BYTES,
-    depths: Sequence[int] = DEPTHS,
-    seconds: float = POINT_SECONDS,
-) -> Calibration:
-    """Measure random reads of a file at every size and depth.
-
-    Parameters
-    ----------
-    path : Path
-        A file of the drive, much larger than any cache of it.
-    engine : str
-    direct : bool
-    sizes, depths : sequence of int
-        Sizes larger than the file are left out.
-    seconds : float
-        For each point.
-    """
-    points, used = [], engine
-    for size in sizes:
-        if size > path.stat().st_size:
-            continue
-        for depth in depths:
-            job = IOJob(
-                filenames=(path,),
-                block_bytes=size,
-                depth=depth,
-                runtime_seconds=seconds,
-                time_based=True,
-                direct=direct,
-                engine=engine,
-            )
-            result = run_jobs([job])[0]
-            used = result.engine
-            p50, p99 = (result.percentile_ns(p) / 1e3 for p in (50, 99))
-            points.append(Point(size, depth, result.bytes_per_second, p50, p99, result.cpu_us_per_read))
-    return Calibration(tuple(points), used, direct, system_card([path]))

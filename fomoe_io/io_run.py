@@ -18,7 +18,7 @@ from fomoe_io.errors import ReadError, UsageError
 from fomoe_io.io_job import IOJob, IOResult
 from fomoe_io.io_plan import block_plan, random_picks, read_trace, record_plan
 from fomoe_io.read_files import ReadFiles
-from fomoe_io.reader import ALIGNMENT, Memory, Reader, aligned_memory, open_reader
+from fomoe_io.reader import ALIGNMENT, HUGE_PAGE_BYTES, Memory, Reader, aligned_memory, open_reader
 from fomoe_io.store import Store
 from fomoe_io.units import format_bytes
 
@@ -109,7 +109,8 @@ def _prepare(job: IOJob, number: int) -> _Thread:
     if job.size_bytes and job.store and not job.time_based:
         most = int(np.searchsorted(np.cumsum(plan["bytes"]), job.size_bytes)) + 1
     stride = -(-int(plan["bytes"].max()) // ALIGNMENT) * ALIGNMENT
-    memory = aligned_memory(job.depth * stride)
+    # whole huge pages, though the buffers be small: pieces of small pages make a read cost more
+    memory = aligned_memory(-(-job.depth * stride // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES)
     limits: dict[str, Any] = {
         "depth": job.depth,
         "memory": memory,

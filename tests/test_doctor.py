@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from fomoe_io import system_card as card_module
-from fomoe_io.calibration import Calibration, Point, calibrate
+from fomoe_io.calibration import Calibration, Point
 from fomoe_io.cli import doctor
 from fomoe_io.cli.bench import main as bench
 from fomoe_io.errors import FormatError
+from fomoe_io.io_calibrate import calibrate
 from fomoe_io.system_card import Drive, drive_of, system_card
 
 # ---- doctor ----

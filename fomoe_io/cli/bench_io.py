@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fomoe_io.calibration import DEPTHS, POINT_SECONDS, SIZES_BYTES, calibrate
 from fomoe_io.cli.common import checked, new_parser, package_version, run_command
 from fomoe_io.errors import UsageError
 from fomoe_io.files import write_atomically
+from fomoe_io.io_calibrate import DEPTHS, POINT_SECONDS, SIZES_BYTES, calibrate
 from fomoe_io.io_job import DIRECTIONS, ENGINES, IOJob, IOResult
 from fomoe_io.io_job_file import parse_engine, parse_flag, parse_seconds, read_job_file
 from fomoe_io.io_report import format_result, json_results
