@@ -61,7 +61,8 @@ class Comparison:
         return (
             f"| {self.case} | {middle[0]:,.0f} | {middle[1]:,.0f} "
             f"| **{statistics.median(rates):.2f}** ({min(rates):.2f}-{max(rates):.2f}) "
-            f"| {middle[2]:.1f} | {middle[3]:.1f} | **{statistics.median(costs):.2f}** ({min(costs):.2f}-{max(costs):.2f}) |"
+            f"| {middle[2]:.1f} | {middle[3]:.1f} "
+            f"| **{statistics.median(costs):.2f}** ({min(costs):.2f}-{max(costs):.2f}) |"
         )
 
 
@@ -71,7 +72,8 @@ def ours(seconds: float, *options: str) -> Run:
     Places are drawn anew for each run, as fio's are (randrepeat=0): a host may remember those of the run before.
     """
     command = [sys.executable, "-m", "fomoe_io.cli.bench", "io", "--output-format=json", "--eta=never",
-               f"--runtime={seconds}s", "--time_based", f"--randseed={random.randrange(1 << 31)}", *options]  # fmt: skip
+               f"--runtime={seconds}s", "--time_based", f"--randseed={random.randrange(1 << 31)}",
+               *options]  # fmt: skip
     job = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["jobs"][0]
     return Run(job["read"]["bw_bytes"] / 1e6, job["fomoe"]["cpu_us_per_read"])
 

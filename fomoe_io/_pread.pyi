@@ -30,9 +30,7 @@ class PreadReader:
     buffers_registered: bool
     registration_error: str
 
-    def __init__(
-        self, files: ReadFiles, *, depth: int = 64, sub_read_bytes: int = 0, write: bool = False
-    ) -> None: ...
+    def __init__(self, files: ReadFiles, *, depth: int = 64, sub_read_bytes: int = 0, write: bool = False) -> None: ...
     @property
     def address(self) -> int:
         """Address of the fomoe_reader table."""

@@ -151,6 +151,12 @@ class Calibration:
         rates = {depth: self.bytes_per_second(block_bytes, depth) for depth in {point.depth for point in self.points}}
         return min(depth for depth, rate in rates.items() if rate >= SATURATED * max(rates.values()))
 
+    def reads(self, record_bytes: int) -> tuple[int, int]:
+        """Depth and size of sub-reads (0: none) that suit records of this size."""
+        sub_read = self.sub_read_bytes(record_bytes)
+        block = sub_read or record_bytes
+        return max(self.depth(block), math.ceil(record_bytes / block)), sub_read
+
     def best_bytes_per_second(self, block_bytes: int) -> float:
         """Bandwidth of reads of this size at the depth that suits them."""
         return self.bytes_per_second(block_bytes, self.depth(block_bytes))

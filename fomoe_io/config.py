@@ -57,8 +57,10 @@ class EngineConfig:
     batch_tokens : int
         Most tokens of a prompt computed at once (less under a tight budget; results do not depend on it).
     reader : {"auto", "uring", "pread"}
-    ring_depth : int
-        Reads in flight at most.
+    ring_depth : int or None
+        Reads in flight at most, for each drive; None takes what the calibration says, or 64.
+    calibration : str or None
+        File of `fomoe-bench io --calibrate`: sizes of sub-reads and the depth come from it.
     direct : bool
         O_DIRECT where the file system allows it.
     kernels : {"auto", "ggml", "portable"}
@@ -81,7 +83,8 @@ class EngineConfig:
     context_tokens: int | None = None
     batch_tokens: int = 512
     reader: str = "auto"
-    ring_depth: int = 64
+    ring_depth: int | None = None
+    calibration: str | None = None
     direct: bool = True
     kernels: str = "auto"
     activations: str = "quantized"

@@ -13,6 +13,7 @@ from typing import Any, Self, cast
 import numpy as np
 
 from fomoe_io import _cpu, kernels_choice
+from fomoe_io.calibration import Calibration
 from fomoe_io.config import EngineConfig
 from fomoe_io.errors import BudgetError, FormatError, ReadError, UsageError
 from fomoe_io.expert_slots import SlotLayout, hottest_first, native_layers, share_slots, slot_layout, tier_slots
@@ -32,6 +33,9 @@ from fomoe_io.weights import Weights
 RESERVE_BYTES = 24 << 20
 """Left free of a budget for what Python still allocates after opening: logits, sampling, prompt history.
 Measured on fomoe-run and fomoe-ppl with 8k and 248k vocabularies (tests/test_budget.py holds it)."""
+
+DEFAULT_DEPTH = 64
+"""Reads in flight, for each drive, without a calibration: more than any drive needs for reads of an expert's size."""
 
 DEFAULT_CONTEXT_TOKENS = 4096
 """When neither the user nor the model says less: as llama.cpp's examples use; KV memory grows with it."""
@@ -67,9 +71,7 @@ class Engine:
         self._trace: _cpu.Trace | None = None
         self.threads = config.threads or len(os.sched_getaffinity(0))
         self.context_tokens = config.context_tokens or min(self.shape.context_tokens, DEFAULT_CONTEXT_TOKENS)
-        self.reader: Reader = open_reader(
-            store.paths, engine=config.reader, depth=config.ring_depth, direct=config.direct
-        )
+        self.reader: Reader = self._open_reader()
         self._team = _cpu.Team(self.threads)
         self._files = [os.open(path, os.O_RDONLY) for path in store.paths]
         try:
@@ -126,6 +128,23 @@ class Engine:
 
     # ---- opening ----
 
+    def _open_reader(self) -> Reader:
+        """A reader of all data files and their mirrors, as the calibration says where there is one."""
+        config = self.config
+        depth, sub_read_bytes = DEFAULT_DEPTH, 0
+        if config.calibration is not None:
+            largest = max(int(slot_layout(layer).extents["bytes"].max()) for layer in self.store.experts.values())
+            depth, sub_read_bytes = Calibration.load(config.calibration).reads(largest)
+        paths, mirrors = self.store.copies()
+        return open_reader(
+            paths,
+            engine=config.reader,
+            depth=config.ring_depth or depth,
+            direct=config.direct,
+            sub_read_bytes=sub_read_bytes,
+            mirrors=mirrors,
+        )
+
     def _check_experts(self) -> None:
         s = self.shape
         for layer in range(s.layers):
@@ -136,7 +155,8 @@ class Engine:
             expected = [(s.columns, s.hidden), (s.columns, s.hidden), (s.hidden, s.columns)]
             if found.n_experts != s.experts or shapes != expected:
                 raise FormatError(
-                    f"layer {layer} has {found.n_experts} experts of shapes {shapes}, expected {s.experts} of {expected}"
+                    f"layer {layer} has {found.n_experts} experts of shapes {shapes}, "
+                    f"expected {s.experts} of {expected}"
                 )
             for part in found.parts:
                 if _cpu.type_info(int(part.type)) is None:
@@ -359,7 +379,14 @@ class Engine:
             },
             "threads": self.threads,
             "kernels": self.kernels,
-            "reader": {"engine": self.reader.name, "direct": self.reader.direct},
+            "reader": {
+                "engine": self.reader.name,
+                "mode": self.reader.mode,
+                "direct": self.reader.direct,
+                "depth": self.reader.depth,
+                "sub_read_bytes": self.reader.sub_read_bytes,
+                "failovers": self.reader.counters["failovers"],
+            },
         }
 
     def close(self) -> None:

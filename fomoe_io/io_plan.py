@@ -14,10 +14,13 @@ from fomoe_io._io_load import PLAN
 from fomoe_io.errors import FormatError, UsageError
 from fomoe_io.expert_slots import slot_layout
 from fomoe_io.store import ExpertLayer, Store
+from fomoe_io.trace import MAGIC, Trace
 
 MOST_PLANNED = 1 << 20
 """Longer plans are walked again: a million reads are more than any cache of a drive remembers."""
 TRACE_LIMIT_BYTES = 1 << 30
+FOUND_NVME = 2
+"""LayerTrace.found of an expert that was read."""
 RANDOM_TOKENS = 64
 RANDOM_PICKS = 8
 """Without a trace: tokens drawn, and experts a layer for each, as current models have it."""
@@ -58,16 +61,20 @@ def block_plan(file_bytes: Sequence[int], block_bytes: int, *, random: bool, see
 
 
 def read_trace(path: Path) -> list[tuple[int, int]]:
-    """(layer, expert) of every pick in a routing trace.
+    """(layer, expert) of the records that a routing trace asks for, in its order.
 
-    The trace is CSV, plain or .xz: lines that start with # are comments, the first other line names the columns,
-    of which `layer` and `expert` are used.
+    A file of `fomoe-run --trace` gives what that run read from the drive.  Anything else is CSV, plain or .xz, and
+    gives every pick: lines that start with # are comments, the first other line names the columns, of which `layer`
+    and `expert` are used.
 
     Raises
     ------
     FormatError
-        When it is not.
+        When it is neither, or asks for nothing.
     """
+    with path.open("rb") as stream:
+        if stream.read(len(MAGIC)) == MAGIC:
+            return _reads_of(Trace.load(path), path)
     try:
         data = path.read_bytes() if path.suffix != ".xz" else _unpacked(path)
         rows = csv.reader(line for line in io.StringIO(data.decode()) if not line.startswith("#"))
@@ -79,6 +86,22 @@ def read_trace(path: Path) -> list[tuple[int, int]]:
     if not picks:
         raise FormatError(f"{path}: the trace has no picks")
     return picks
+
+
+def _reads_of(trace: Trace, path: Path) -> list[tuple[int, int]]:
+    """What was found nowhere but on the drive, batch by batch, layer by layer."""
+    order, picks = [], []
+    for number, layer in trace.layers.items():
+        if layer.found is None:
+            raise FormatError(f"{path} does not say what was read: it comes from another program's cache")
+        batch = np.repeat(np.arange(len(layer.tokens)), layer.tokens)
+        token, rank = np.nonzero(layer.found == FOUND_NVME)
+        order.append(np.stack([batch[token], np.full(len(token), number)]))
+        picks += [(number, int(expert)) for expert in layer.chosen[token, rank]]
+    if not picks:
+        raise FormatError(f"{path}: the run read no expert from the drive", hint="record it with a smaller --ram")
+    batches, layers = np.concatenate(order, axis=1)
+    return [picks[i] for i in np.lexsort((layers, batches))]
 
 
 def _unpacked(path: Path) -> bytes:

@@ -88,14 +88,15 @@ def lay_out(job: IOJob) -> list[str]:
     return notes
 
 
-def _plan(job: IOJob, seed: int) -> tuple[np.ndarray, list[Path]]:
+def _plan(job: IOJob, seed: int) -> tuple[np.ndarray, list[Path], dict[int, int]]:
+    """Reads, the files they are of, and which of these are mirrors of one another."""
     if job.store:
         store = Store.open(job.store)
         picks = read_trace(job.trace) if job.trace else random_picks(store.experts, seed)
-        return record_plan(store, picks), store.paths
+        return record_plan(store, picks), *store.copies()
     sizes = [path.stat().st_size if path.is_file() else _device_bytes(path) for path in job.filenames]
     usable = [min(size, job.size_bytes or size) for size in sizes]
-    return block_plan(usable, job.block_bytes, random=job.rw.startswith("rand"), seed=seed), list(job.filenames)
+    return block_plan(usable, job.block_bytes, random=job.rw.startswith("rand"), seed=seed), list(job.filenames), {}
 
 
 def _device_bytes(path: Path) -> int:
@@ -104,7 +105,7 @@ def _device_bytes(path: Path) -> int:
 
 
 def _prepare(job: IOJob, number: int) -> _Thread:
-    plan, paths = _plan(job, job.seed + number)
+    plan, paths, mirrors = _plan(job, job.seed + number)
     most = 0 if job.time_based else len(plan)
     if job.size_bytes and job.store and not job.time_based:
         most = int(np.searchsorted(np.cumsum(plan["bytes"]), job.size_bytes)) + 1
@@ -140,6 +141,7 @@ def _prepare(job: IOJob, number: int) -> _Thread:
         direct=job.direct,
         mode=job.mode,
         sub_read_bytes=job.sub_read_bytes,
+        mirrors=mirrors,
         write=job.writes,
     )
     if job.fixed_buffers:

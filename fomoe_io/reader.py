@@ -26,6 +26,8 @@ HUGE_PAGE_BYTES = 2 << 20
 ALIGNMENT = 4096
 """Of offsets, sizes and targets: the largest logical block size of common drives."""
 MOST_DEPTH = 4096
+UNSUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES}
+"""Answers to a read that speak of the ring, not of the drive."""
 IO_URING_FIX = "sudo sysctl -w kernel.io_uring_disabled=0"
 
 ReadRequest = tuple[int, int, int, int]
@@ -94,6 +96,8 @@ class Reader:
         Reads bypass the page cache.
     depth : int
         Reads in flight at most, for each drive.
+    sub_read_bytes : int
+        Longer reads are cut into pieces of this size; 0: not cut.
     drives : int
         Drives that the files lie on.
     paths : list of str
@@ -105,7 +109,9 @@ class Reader:
     PIECE_BYTES = 4 << 20
     """Blocking reads are cut into pieces of this size, so that several are in flight."""
 
-    def __init__(self, native: NativeReader, depth: int, fallback_reason: str | None = None) -> None:
+    def __init__(
+        self, native: NativeReader, depth: int, sub_read_bytes: int = 0, fallback_reason: str | None = None
+    ) -> None:
         self._native = native
         self._table = _Table.from_address(native.address)
         self._open = True
@@ -113,6 +119,7 @@ class Reader:
         self.name = native.name
         self.mode = native.mode
         self.depth = depth
+        self.sub_read_bytes = sub_read_bytes
         self.direct = native.files.direct
         self.drives = native.files.drive_count
         self.paths = native.files.paths
@@ -254,7 +261,8 @@ def open_reader(
         file index -> index of a file of `paths` with the same bytes.  A read takes the copy whose drive has less
         to do, and the other when it fails.
     mode : str
-        How to set up the ring: "auto" (coop, or plain on kernels before 5.19), or a key of `_uring.MODES`.
+        How to set up the ring: "auto" (coop, or plain on kernels before 5.19), or a key of `_uring.MODES`.  A page
+        is read with it first, and `auto` goes on to pread when that is refused.
         In mode "defer" a reader belongs to the thread that first submits to it.
     write : bool
         Write the targets to the files instead of reading them (benchmarks only).
@@ -271,19 +279,19 @@ def open_reader(
     try:
         if engine == "pread":
             native: NativeReader = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
-            return Reader(native, depth)
+            return Reader(native, depth, sub_read_bytes)
         try:
-            return Reader(_open_ring(files, depth, sub_read_bytes, mode, write), depth)
+            return Reader(_open_ring(files, depth, sub_read_bytes, mode, write), depth, sub_read_bytes)
         except OSError as error:
             if engine == "uring" or mode != "auto":
-                fix = {errno.ENOMEM: "ulimit -l unlimited, or ", errno.EINVAL: ""}.get(
+                fix = {errno.ENOMEM: "ulimit -l unlimited, or ", errno.EINVAL: "", errno.EOPNOTSUPP: ""}.get(
                     error.errno or 0, f"{IO_URING_FIX}, or "
                 )
                 hint = f"{fix}--reader pread"
                 raise UsageError(error.strerror or str(error), hint=hint) from None
             reason = error.strerror
         native = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
-        return Reader(native, depth, reason)
+        return Reader(native, depth, sub_read_bytes, reason)
     except BaseException:
         files.close()
         raise
@@ -303,34 +311,67 @@ def _check_options(paths: Sequence[str | Path], engine: str, depth: int, sub_rea
 
 
 def _open_ring(files: ReadFiles, depth: int, sub_read_bytes: int, mode: str, write: bool) -> UringReader:
-    if mode != "auto":
-        return UringReader(files, depth=depth, sub_read_bytes=sub_read_bytes, mode=mode, write=write)
+    """A ring in a mode that has made a real read of the first file.
+
+    Raises
+    ------
+    OSError
+        No such mode works here.
+    """
+    for candidate in ("coop", "plain") if mode == "auto" else (mode,):
+        try:
+            if not write:
+                _try_mode(files, candidate)
+            return UringReader(files, depth=depth, sub_read_bytes=sub_read_bytes, mode=candidate, write=write)
+        except OSError as error:
+            if error.errno != errno.EINVAL or candidate in ("plain", mode):
+                raise
+    raise AssertionError("the loop returns or raises")
+
+
+def _try_mode(files: ReadFiles, mode: str) -> None:
+    """Read a page with a ring of its own.
+
+    A set-up call that succeeds proves nothing: a drive without polled queues answers EOPNOTSUPP to the read, and a
+    container may forbid io_uring_enter alone.
+
+    Raises
+    ------
+    OSError
+        The mode does not work here.  What only says that the drive or the file is damaged is left to the first read
+        that somebody wants.
+    """
+    native = UringReader(files, depth=1, mode=mode)
+    memory = aligned_memory(ALIGNMENT, huge_pages=False)
     try:
-        return UringReader(files, depth=depth, sub_read_bytes=sub_read_bytes, mode="coop", write=write)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return UringReader(files, depth=depth, sub_read_bytes=sub_read_bytes, mode="plain", write=write)
+        table = _Table.from_address(native.address)
+        read, done = _Read(0, 0, memory.address, ALIGNMENT, 0, 0), _Completion()
+        if not files.sizes[0]:
+            return
+        code = table.submit(table.self, ctypes.addressof(read), 1)
+        if not code:
+            count = table.reap(table.self, ctypes.addressof(done), 1, 1)
+            code = done.error if count > 0 else count
+        if -code in UNSUPPORTED:
+            raise OSError(-code, f"io_uring ({mode}) is not available: {os.strerror(-code)}")
+    finally:
+        native.close()
 
 
 def probe_modes(path: str | Path, *, direct: bool = True) -> dict[str, str]:
     """Try every way to set up the ring with a real read of a file.
-
-    A set-up call that succeeds proves nothing: a drive without polled queues answers EOPNOTSUPP to the read.
 
     Returns
     -------
     dict of str to str
         Mode -> "" when it works, else the reason.
     """
-    memory = aligned_memory(ALIGNMENT, huge_pages=False)
     found = {}
     for mode in MODES:
         try:
-            with open_reader([path], engine="uring", depth=1, mode=mode, direct=direct) as reader:
-                reader.read_into([(0, 0, memory.address, ALIGNMENT)])
+            open_reader([path], engine="uring", depth=1, mode=mode, direct=direct).close()
             found[mode] = ""
-        except (ReadError, UsageError) as error:
+        except UsageError as error:
             found[mode] = error.message.rpartition(": ")[2]
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -120,6 +120,10 @@ class Store:
     paths : list of Path
         Data files; `TensorInfo.file` and the extents index it.
     file_bytes : list of int
+    mirrors : list of Path or None
+        For each data file the same bytes on another drive; None where there are none, or they can't be used.
+    lost_copies : list of str
+        What is wrong with copies of mirrored files that can't be used.
     resident : dict of str to TensorInfo
         Everything that is not a routed expert.
     resident_checksums : dict of str to int or None
@@ -143,6 +147,17 @@ class Store:
     experts: dict[int, ExpertLayer]
     fingerprint: str
     profile_tokens: int = 0
+    mirrors: list[Path | None] = field(default_factory=list)
+    lost_copies: list[str] = field(default_factory=list)
+
+    def copies(self) -> tuple[list[Path], dict[int, int]]:
+        """Every file to open, data files first; and for each that is mirrored the number of its other copy."""
+        paths, other = list(self.paths), {}
+        for number, mirror in enumerate(self.mirrors):
+            if mirror is not None:
+                other[number], other[len(paths)] = len(paths), number
+                paths.append(mirror)
+        return paths, other
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -189,8 +204,10 @@ class Store:
         """
         kind = manifest.text("kind", "packed|in-place")
         fingerprint = manifest.text("fingerprint", "[0-9a-f]{32}")
+        mirrors: list[Path | None] = []
+        lost: list[str] = []
         if kind == "packed":
-            paths, sizes = _packed_files(directory, manifest)
+            paths, mirrors, sizes, lost = _packed_files(directory, manifest)
         else:
             paths, sizes = _source_files(manifest, fingerprint)
         metadata = _metadata(directory, manifest)
@@ -215,6 +232,8 @@ class Store:
             experts=experts,
             fingerprint=fingerprint,
             profile_tokens=profile,
+            mirrors=mirrors,
+            lost_copies=lost,
         )
 
 
@@ -320,19 +339,34 @@ def manifest_path(directory: Path) -> Path:
     raise StoreError(f"{directory} is not a store: it has no {MANIFEST}", hint=hint)
 
 
-def _packed_files(directory: Path, manifest: Fields) -> tuple[list[Path], list[int]]:
-    """Data files of a packed store, each present, of the right size and of this very store."""
+def _packed_files(directory: Path, manifest: Fields) -> tuple[list[Path], list[Path | None], list[int], list[str]]:
+    """Data files of a packed store and their mirrors, each present, of the right size and of this very store.
+
+    Of a mirrored file one copy is enough: it becomes the file, and what is wrong with the other is told.
+    """
     store_id = manifest.text("id", "[0-9a-f]{32}")
     targets = [directory, *(Path(text) for text in manifest.texts("targets")[1:])]
-    paths, sizes = [], []
+    second = Path(manifest.text("mirror")) if manifest.optional("mirror") else None
+    paths: list[Path] = []
+    mirrors: list[Path | None] = []
+    sizes, lost = [], []
     for index, fields in enumerate(manifest.objects("files")):
         target = targets[fields.integer("target", 0, len(targets) - 1)]
-        path = target / fields.text("name", r"[A-Za-z0-9][A-Za-z0-9._-]*")
-        size = fields.integer("bytes", PAGE_BYTES)
-        _check_data_file(path, size, data_header(store_id, index))
-        paths.append(path)
+        name, size = fields.text("name", r"[A-Za-z0-9][A-Za-z0-9._-]*"), fields.integer("bytes", PAGE_BYTES)
+        usable, problems = [], []
+        for copy in [target / name, *([second / name] if second else [])]:
+            try:
+                _check_data_file(copy, size, data_header(store_id, index))
+                usable.append(copy)
+            except StoreError as problem:
+                problems.append(problem)
+        if not usable:
+            raise problems[0]
+        lost += [problem.message for problem in problems]
+        paths.append(usable[0])
+        mirrors.append(usable[1] if len(usable) > 1 else None)
         sizes.append(size)
-    return paths, sizes
+    return paths, mirrors, sizes, lost
 
 
 def _check_data_file(path: Path, size: int, header: bytes) -> None:

@@ -38,6 +38,8 @@ def _report(store: Store) -> dict[str, Any]:
         "kind": store.kind,
         **model_report(store),
         "files": [{"path": str(path), "bytes": size} for path, size in zip(store.paths, store.file_bytes, strict=True)],
+        "mirrors": [str(path) for path in store.mirrors if path is not None],
+        "lost_copies": store.lost_copies,
         "expert_types": dict(types),
         "checksums": has_checksums(store),
         "profile_tokens": store.profile_tokens,
@@ -77,4 +79,6 @@ def _lines(report: dict[str, Any]) -> list[str]:
             f"{100 * report['hottest_tenth_share']:.0f} % of the picks"
         )
     lines += [f"  file       {format_bytes(file['bytes']):>9}  {file['path']}" for file in report["files"]]
+    lines += [f"  mirror                {path}" for path in report["mirrors"]]
+    lines += [f"  lost copy             {problem}" for problem in report["lost_copies"]]
     return lines

@@ -12,6 +12,7 @@ from fomoe_io.units import parse_bytes
 from layout_tool import collect
 from layout_tool.index import index
 from layout_tool.inspect import inspect
+from layout_tool.mirror import mirror
 from layout_tool.pack import pack
 from layout_tool.plan import plan
 from layout_tool.relocate import relocate
@@ -41,15 +42,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(sub)
     _add_targets(sub, required=False)
     _add_profile(sub)
+    _add_calibration(sub)
     sub.add_argument("--json", action="store_true", help="for programs")
-    sub.set_defaults(run=lambda o: plan(o.model, o.to, o.profile, as_json=o.json))
+    sub.set_defaults(run=lambda o: plan(o.model, o.to, o.profile, o.calibration, as_json=o.json))
 
     sub = command("pack", "write a store; the same command continues one that was interrupted")
     _add_model(sub)
     _add_targets(sub, required=True)
     _add_profile(sub)
+    _add_calibration(sub)
     _add_overwrite(sub)
-    sub.set_defaults(run=lambda o: pack(o.model, o.to, o.profile, overwrite=o.overwrite))
+    sub.set_defaults(run=lambda o: pack(o.model, o.to, o.profile, o.calibration, overwrite=o.overwrite))
 
     sub = command("index", "write only a manifest that points into the GGUF, to run it where it lies")
     _add_model(sub)
@@ -72,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("store", type=Path, metavar="STORE", help="the directory with the manifest")
     sub.add_argument("--to", type=Path, action="append", required=True, metavar="DIR", help="each other directory")
     sub.set_defaults(run=lambda o: relocate(o.store, o.to))
+
+    sub = command("mirror", "copy a store's data to another drive, which then serves reads too and takes over")
+    sub.add_argument("store", type=Path, metavar="STORE", help="the directory with the manifest")
+    sub.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory on the other drive")
+    sub.set_defaults(run=lambda o: mirror(o.store, o.to))
 
     sub = command("profile", "count which experts a text picks, for pack --profile")
     sub.add_argument("model", type=Path, metavar="MODEL", help="store or GGUF")
@@ -124,6 +132,17 @@ def _add_targets(parser: argparse.ArgumentParser, *, required: bool) -> None:
 def _add_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", type=Path, metavar="FILE", help="expert counts: fomoe-layout profile, .freq, or an imatrix GGUF"
+    )
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="of each --to in turn, from fomoe-bench io --calibrate: stripe by it instead of a quick probe",
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fomoe_io.calibration import Calibration
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.files import sync_directory, write_atomically
 from fomoe_io.gguf import GGUFFile, TensorInfo
@@ -64,7 +65,25 @@ def model_frequencies(source: Store, profile: Profile | None) -> dict[int, np.nd
     return profile.frequencies({number: layer.n_experts for number, layer in source.experts.items()})
 
 
-def pack(model_path: Path, directories: Sequence[Path], profile_path: Path | None, *, overwrite: bool) -> int:
+def striping(source: Store, targets: Sequence[Path], calibrations: Sequence[Path]) -> tuple[int, ...]:
+    """Records each target gets in turn, by the calibrations of their drives, or a quick probe.
+
+    Raises
+    ------
+    FormatError, UsageError
+    """
+    largest = max(layer.record_bytes for layer in source.experts.values())
+    return target_tools.stripe_weights(targets, [Calibration.load(path) for path in calibrations], largest)
+
+
+def pack(
+    model_path: Path,
+    directories: Sequence[Path],
+    profile_path: Path | None,
+    calibrations: Sequence[Path] = (),
+    *,
+    overwrite: bool,
+) -> int:
     """Write a store, or finish one that was interrupted.
 
     Parameters
@@ -74,6 +93,8 @@ def pack(model_path: Path, directories: Sequence[Path], profile_path: Path | Non
     directories : sequence of Path
         One a drive.
     profile_path : Path or None
+    calibrations : sequence of Path
+        Of each directory's drive, for the striping; empty: the drives are probed.
     overwrite : bool
         Replace the stores that the directories hold.
 
@@ -90,7 +111,8 @@ def pack(model_path: Path, directories: Sequence[Path], profile_path: Path | Non
     profile = None if profile_path is None else Profile.load(profile_path)
     frequencies = model_frequencies(source, profile)
     targets = target_tools.resolve(directories)
-    placement = place(source, frequencies, _weights(targets, overwrite))
+    weights = _known_weights(targets, overwrite) or striping(source, targets, calibrations)
+    placement = place(source, frequencies, weights)
     if not overwrite and (targets[0] / MANIFEST).exists():
         return _already_packed(targets, placement)
     if not overwrite and journal_header(targets[0]) is None:
@@ -104,8 +126,8 @@ def pack(model_path: Path, directories: Sequence[Path], profile_path: Path | Non
     return 0
 
 
-def _weights(targets: Sequence[Path], overwrite: bool) -> tuple[int, ...]:
-    """Of the striping: an interrupted pack keeps its own, a finished one too."""
+def _known_weights(targets: Sequence[Path], overwrite: bool) -> tuple[int, ...]:
+    """Of the striping: an interrupted pack keeps its own, a finished one too; empty when there is none."""
     if not overwrite and (targets[0] / MANIFEST).exists():
         found = unseal(targets[0] / MANIFEST)
         known = found.integers("weights").tolist() if found.optional("weights") else []
@@ -113,7 +135,7 @@ def _weights(targets: Sequence[Path], overwrite: bool) -> tuple[int, ...]:
         header = None if overwrite else journal_header(targets[0])
         known = header.get("weights") if header else []
     usable = isinstance(known, list) and len(known) == len(targets) and all(isinstance(w, int) and w > 0 for w in known)
-    return tuple(known) if usable else target_tools.stripe_weights(targets)
+    return tuple(known) if usable else ()
 
 
 def _already_packed(targets: Sequence[Path], placement: Placement) -> int:

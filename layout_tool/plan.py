@@ -11,11 +11,18 @@ from fomoe_io.profile import Profile
 from fomoe_io.store import Store
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
-from layout_tool.pack import model_frequencies, open_model
+from layout_tool.pack import model_frequencies, open_model, striping
 from layout_tool.placement import place
 
 
-def plan(model_path: Path, directories: Sequence[Path], profile_path: Path | None, *, as_json: bool) -> int:
+def plan(
+    model_path: Path,
+    directories: Sequence[Path],
+    profile_path: Path | None,
+    calibrations: Sequence[Path] = (),
+    *,
+    as_json: bool,
+) -> int:
     """Print the plan; exit code 1 when it does not fit.
 
     Raises
@@ -26,7 +33,7 @@ def plan(model_path: Path, directories: Sequence[Path], profile_path: Path | Non
     profile = None if profile_path is None else Profile.load(profile_path)
     frequencies = model_frequencies(source, profile)
     targets = target_tools.resolve(directories)
-    weights = target_tools.stripe_weights(targets) if targets else (1,)
+    weights = striping(source, targets, calibrations) if targets else (1,)
     placement = place(source, frequencies, weights)
     needs = target_tools.still_needed(targets, placement, model.header_bytes[0]) if targets else []
     short = target_tools.shortages(targets, needs)

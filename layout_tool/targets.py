@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fomoe_io.calibration import Calibration
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.manifest import JOURNAL, MANIFEST, METADATA
 from fomoe_io.units import format_bytes
@@ -136,11 +137,34 @@ def make(targets: Sequence[Path]) -> None:
             raise write_error(error, target) from error
 
 
-def stripe_weights(targets: Sequence[Path]) -> tuple[int, ...]:
-    """Records each target gets in turn: as its drive reads, in eighths of the fastest; equal on one drive."""
+def stripe_weights(
+    targets: Sequence[Path], calibrations: Sequence[Calibration] = (), record_bytes: int = PROBE_BLOCK_BYTES
+) -> tuple[int, ...]:
+    """Records each target gets in turn: as its drive reads, in eighths of the fastest; equal on one drive.
+
+    Parameters
+    ----------
+    targets : sequence of Path
+    calibrations : sequence of Calibration
+        Of each target; empty: the drives are probed.
+    record_bytes : int
+        What is read at once, where there are calibrations.
+
+    Raises
+    ------
+    UsageError
+        Neither no calibration nor one for each target.
+    """
+    if calibrations and len(calibrations) != len(targets):
+        raise UsageError(
+            f"{len(calibrations)} calibrations for {len(targets)} directories", hint="--calibration FILE for each --to"
+        )
     if len({existing_parent(target).stat().st_dev for target in targets}) == 1:
         return (1,) * len(targets)
-    rates = [probe(target)[1] for target in targets]
+    if calibrations:
+        rates = [calibration.best_bytes_per_second(record_bytes) for calibration in calibrations]
+    else:
+        rates = [probe(target)[1] for target in targets]
     weights = [max(1, round(8 * rate / max(rates))) for rate in rates]
     return (1,) * len(targets) if len(set(weights)) == 1 else tuple(weights)
 

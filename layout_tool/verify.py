@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ SHOWN = 10
 
 
 def verify(path: Path, against: Path | None) -> int:
-    """Check a store.
+    """Check a store, its mirror too.
 
     Parameters
     ----------
@@ -50,7 +51,10 @@ def verify(path: Path, against: Path | None) -> int:
             f"{path} was indexed without checksums",
             hint=f"fomoe-layout index MODEL.gguf --to {path} --checksums --overwrite, or verify --against MODEL.gguf",
         )
-    damaged = _Check(store, original).run()
+    damaged = list(store.lost_copies) + _Check(store, original).run()
+    if any(store.mirrors):
+        second = [mirror or path for mirror, path in zip(store.mirrors, store.paths, strict=True)]
+        damaged += _Check(replace(store, paths=second), original).run()
     if damaged:
         for line in damaged[:SHOWN]:
             print(line, file=sys.stderr)

@@ -1,5 +1,6 @@
 /* Preloaded by tests: makes some reads short, interrupted or failing, for pread and for io_uring.
- * FAULT: short, eintr, eagain or eio hits every 7th read; forbidden refuses io_uring as a container does. */
+ * FAULT: short, eintr, eagain or eio hits every 7th read; forbidden refuses io_uring as a container does; unsupported
+ * sets up a ring whose reads are refused. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -44,7 +45,9 @@ unsigned io_uring_peek_batch_cqe(struct io_uring *ring, struct io_uring_cqe **cq
         real = (unsigned (*)(struct io_uring *, struct io_uring_cqe **, unsigned))dlsym(liburing, "io_uring_peek_batch_cqe");
     }
     unsigned got = real(ring, cqes, count);
+    const char *fault = getenv("FAULT");
     for (unsigned i = 0; i < got; i++) {
+        if (fault && !strcmp(fault, "unsupported")) cqes[i]->res = -EOPNOTSUPP;
         if (cqes[i]->res <= 0) continue;
         if (cqes[i]->res > 4096 && due("short")) cqes[i]->res = cqes[i]->res / 2 / 512 * 512;
         if (due("eintr")) cqes[i]->res = -EINTR;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import lzma
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fomoe_io import io_peers
+from fomoe_io import Engine, EngineConfig, Tiers, io_peers
 from fomoe_io._io_load import LATENCY_BINS, PLAN
 from fomoe_io.cli.bench import main as bench
 from fomoe_io.errors import FormatError, UsageError
@@ -163,6 +164,29 @@ def test_a_store_by_trace(capsys: pytest.CaptureFixture[str], demo_model: Path, 
         0
     ]
     assert 1 << 20 <= drawn["read"]["io_bytes"] < 2 << 20
+
+
+def test_a_trace_of_our_own(capsys: pytest.CaptureFixture[str], demo_model: Path, tmp_path: Path) -> None:
+    """What the recorded run read from the drive is read again: as many experts, the same bytes."""
+    path = tmp_path / "routing.trace"
+    config = EngineConfig(context_tokens=64, threads=1, trace=path, tiers=Tiers(0, 0.2))
+    with Engine.open(demo_model, config) as engine:
+        session = engine.session()
+        for token in range(300, 312):
+            session.evaluate(np.array([token]))
+        nvme = engine.statistics()["tiers"]["nvme"]
+    picks = read_trace(path)
+    assert len(picks) == nvme["hits"] > 0
+    layers = [layer for layer, _ in picks]
+    passes = 1 + sum(after < before for before, after in itertools.pairwise(layers))
+    assert passes <= 12  # layer after layer, token after token
+    job = results(capsys, "--store", str(demo_model), "--trace", str(path), "--iodepth", "4")["jobs"][0]
+    assert job["read"]["io_bytes"] == nvme["bytes"]
+    whole = EngineConfig(context_tokens=64, threads=1, trace=tmp_path / "all.trace", tiers=Tiers(0, 1))
+    with Engine.open(demo_model, whole) as engine:
+        engine.session().evaluate(np.array([1]))
+    with pytest.raises(FormatError, match="read no expert from the drive"):
+        read_trace(tmp_path / "all.trace")
 
 
 def test_the_text(capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path) -> None:

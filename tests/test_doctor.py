@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fomoe_io import Engine, EngineConfig, Store, Tiers
 from fomoe_io import system_card as card_module
 from fomoe_io.calibration import Calibration, Point
 from fomoe_io.cli import doctor
 from fomoe_io.cli.bench import main as bench
 from fomoe_io.errors import FormatError
+from fomoe_io.expert_slots import slot_layout
 from fomoe_io.io_calibrate import calibrate
 from fomoe_io.system_card import Drive, drive_of, system_card
 
@@ -165,6 +167,41 @@ def test_sub_reads() -> None:
     flat = made_up({(size, depth): 2e9 for size in sizes for depth in (1, 4, 16)})
     assert flat.sub_read_bytes(4 << 20) == 0
     assert pays.sub_read_bytes(32 << 10) == 0
+
+
+def test_depth() -> None:
+    """As deep as bandwidth asks for, no deeper, and room for all pieces of one record."""
+    rates = {1: 1e9, 4: 3e9, 8: 5.8e9, 16: 6e9, 32: 5.9e9}
+    c = made_up({(size, depth): rate for size in (1 << 20, 4 << 20) for depth, rate in rates.items()})
+    assert c.depth(4 << 20) == 8 and c.best_bytes_per_second(4 << 20) == pytest.approx(5.8e9)
+    assert c.reads(16 << 20) == (16, 1 << 20)  # deeper than bandwidth asks for: all pieces at once
+    shallow = made_up({(size, depth): 2e9 * min(depth, 4) for size in (64 << 10, 8 << 20) for depth in (1, 4)})
+    assert shallow.reads(8 << 20) == (128, 64 << 10)
+
+
+def test_the_engine_reads_as_calibrated(demo_model: Path, tmp_path: Path) -> None:
+    """Sub-reads and depth of the file are used, and change nothing but the reads."""
+    sizes = (4 << 10, 64 << 10, 1 << 20)
+    made_up({(size, depth): 1e8 * depth for size in sizes for depth in (1, 4)}).save(tmp_path / "c.json")
+
+    def logits(**options: object) -> tuple[bytes, dict[str, int]]:
+        config = EngineConfig(context_tokens=32, threads=1, tiers=Tiers(0, 0.2), **options)  # type: ignore[arg-type]
+        with Engine.open(demo_model, config) as engine:
+            found = engine.session().evaluate(np.arange(50, 60)).tobytes()
+            return found, {**engine.statistics()["reader"], **engine.reader.counters}
+
+    plain, before = logits()
+    cut, after = logits(calibration=str(tmp_path / "c.json"))
+    assert cut == plain
+    assert (before["depth"], before["sub_read_bytes"]) == (64, 0)
+    largest = max(int(slot_layout(layer).extents["bytes"].max()) for layer in Store.open(demo_model).experts.values())
+    depth, sub_read = Calibration.load(tmp_path / "c.json").reads(largest)
+    assert (after["depth"], after["sub_read_bytes"]) == (depth, sub_read)
+    if sub_read:
+        assert after["sub_reads"] > before["sub_reads"]
+    assert logits(calibration=str(tmp_path / "c.json"), ring_depth=3)[1]["depth"] == 3
+    with pytest.raises(FormatError, match="is no calibration file"):
+        logits(calibration=str(demo_model))
 
 
 def test_round_trip_and_damage(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fomoe_io.errors import StoreError
+from fomoe_io.calibration import Calibration, Point
+from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.manifest import JOURNAL, MANIFEST, PAGE_BYTES
 from fomoe_io.profile import Profile
 from fomoe_io.store import Store
@@ -272,10 +273,10 @@ def test_an_unfinished_pack_keeps_its_striping(model: Path, tmp_path: Path, monk
     command = ["pack", str(model), "--to", str(tmp_path / "a"), "--to", str(tmp_path / "b")]
     with monkeypatch.context() as patch:
         one_thread_small_runs(patch)
-        patch.setattr(target_tools, "stripe_weights", lambda targets: (3, 1))
+        patch.setattr(target_tools, "stripe_weights", lambda *_: (3, 1))
         Writes(patch, 12, OSError(errno.EIO, "Input/output error"))
         assert main(command) == 1
-    monkeypatch.setattr(target_tools, "stripe_weights", lambda targets: (1, 7))
+    monkeypatch.setattr(target_tools, "stripe_weights", lambda *_: (1, 7))
     writes = Writes(monkeypatch)
     assert main(command) == 0
     assert 0 < writes.bytes < sum(path.stat().st_size for path in tmp_path.glob("[ab]/*.bin"))
@@ -294,6 +295,16 @@ def test_drives_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(target_tools, "probe", rates.__getitem__)
         assert target_tools.stripe_weights(list(rates)) == (2, 8)
         assert target_tools.stripe_weights([tmp_path / "one", tmp_path / "two"]) == (1, 1)
+        slow, fast = (
+            Calibration(
+                tuple(Point(size, depth, rate * depth * size, 1, 1, 1) for size in (1, 1 << 22) for depth in (1, 2)),
+                "uring", True, {},
+            )
+            for rate in (1, 4)
+        )  # fmt: skip
+        assert target_tools.stripe_weights(list(rates), [fast, slow], 1 << 20) == (8, 2)
+        with pytest.raises(UsageError, match="1 calibrations for 2 directories"):
+            target_tools.stripe_weights(list(rates), [fast], 1 << 20)
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path / "other")], check=True)
 

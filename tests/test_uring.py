@@ -161,16 +161,26 @@ except UsageError as error:
 """
 
 
-def test_a_kernel_that_forbids_io_uring(file: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "reason", "fix"),
+    [
+        ("forbidden", "Operation not permitted", "  fix: sudo sysctl -w kernel.io_uring_disabled=0"),
+        ("unsupported", "Operation not supported", "  fix: --reader pread"),
+    ],
+)
+def test_a_kernel_without_io_uring(
+    file: tuple[Path, np.ndarray], tmp_path: Path, fault: str, reason: str, fix: str
+) -> None:
+    """Refused when the ring is set up, or only when it reads."""
     shim = compile_library(tmp_path / "shim.so", [ROOT / "tests/fault_shim.c"], "-ldl")
-    environment = {**os.environ, "LD_PRELOAD": str(shim), "FAULT": "forbidden", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "LD_PRELOAD": str(shim), "FAULT": fault, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-c", FORBIDDEN, str(file[0])], env=environment, capture_output=True, text=True, timeout=60
     )
     lines = result.stdout.splitlines()
-    assert lines[0] == "pread | io_uring (coop) is not available: Operation not permitted", result.stderr
-    assert lines[1] == "io_uring (coop) is not available: Operation not permitted"
-    assert lines[2].startswith("  fix: sudo sysctl -w kernel.io_uring_disabled=0")
+    assert lines[0] == f"pread | io_uring (coop) is not available: {reason}", result.stderr
+    assert lines[1] == f"io_uring (coop) is not available: {reason}"
+    assert lines[2].startswith(fix)
 
 
 def test_a_deferring_ring_belongs_to_one_thread(file: tuple[Path, np.ndarray]) -> None:

@@ -103,6 +103,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--vram", type=checked(parse_bytes), metavar="SIZE", help="bound of device memory (default: what is free)"
     )
     group.add_argument("--reader", choices=("auto", "uring", "pread"), default="auto")
+    group.add_argument("--calibration", metavar="FILE", help="how to read: from fomoe-bench io --calibrate FILE")
     group.add_argument("--kernels", choices=("auto", "ggml", "portable"), default="auto")
     group.add_argument(
         "--policy", choices=("decayed", "lru", "lfu", "lfru"), default="decayed", help="who leaves memory"
@@ -126,6 +127,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         context_tokens=options.ctx_size,
         batch_tokens=options.batch_size,
         reader=options.reader,
+        calibration=options.calibration,
         kernels=options.kernels,
         policy=options.policy,
         tiers=options.tiers,
