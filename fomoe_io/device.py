@@ -7,6 +7,7 @@ itself, the CUDA driver (the same calls under other names).  Importing this modu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,6 +130,24 @@ def open_gpu(kind: str) -> Gpu | None:
     return Gpu(kind)
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A launch of a graph with two branches.
+
+    Attributes
+    ----------
+    launch : Launch
+    beside : it runs on the second branch
+    forks : the second branch may go on from here
+    joins : what the second branch has done must be done before this
+    """
+
+    launch: Launch
+    beside: bool = False
+    forks: bool = False
+    joins: bool = False
+
+
 class Gpu:
     """An opened device with the kernels loaded.
 
@@ -229,16 +248,32 @@ class Gpu:
 
     def capture(self, launches: Sequence[Launch], stream: Stream | None = None) -> Graph:
         """The launches, in order, as one graph."""
+        return self.capture_steps([Step(launch) for launch in launches], stream)
+
+    def capture_steps(self, steps: Sequence[Step], stream: Stream | None = None) -> Graph:
+        """Launches of two branches as one graph; every branch keeps its order."""
         stream = stream or self.stream
+        beside, forked, joined = self.new_stream(), self.event(), self.event()
+        is_open = False
         stream.begin_capture()
         try:
-            for launch in launches:
-                launch.run(stream)
+            for step in steps:
+                if step.joins and is_open:
+                    beside.record(joined)
+                    stream.wait(joined)
+                    is_open = False
+                if step.beside and not is_open:
+                    beside.wait(forked)
+                    is_open = True
+                step.launch.run(beside if step.beside else stream)
+                if step.forks:
+                    stream.record(forked)
         except DeviceError:
             # An open capture would refuse everything after it.
-            stream.end_capture([])
+            with suppress(DeviceError):
+                stream.end_capture([])
             raise
-        return stream.end_capture(list(launches))
+        return stream.end_capture([step.launch for step in steps])
 
     def resources(self, name: str) -> tuple[int, int]:
         """(registers of a thread, bytes of its spills and stack) of a kernel."""

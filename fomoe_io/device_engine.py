@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import gguf
 import numpy as np
 
 from fomoe_io import _gpu, device
-from fomoe_io.device import Gpu
+from fomoe_io.device import Gpu, Step
 from fomoe_io.device_memory import (
     MOST_BATCH_TOKENS,
     Header,
@@ -28,7 +29,7 @@ from fomoe_io.device_program import Arena, DeviceExpertLayer, DeviceRecorder, Ma
 from fomoe_io.device_session import DeviceSession
 from fomoe_io.device_weights import DeviceWeights
 from fomoe_io.engine import RESERVE_BYTES, Engine
-from fomoe_io.errors import BudgetError, UsageError
+from fomoe_io.errors import BudgetError, ReadError, UsageError
 from fomoe_io.expert_slots import share_slots, slot_layout
 from fomoe_io.memory import available_bytes, peak_resident_bytes, resident_bytes
 from fomoe_io.reader import aligned_memory
@@ -117,6 +118,9 @@ class DeviceEngine(Engine):
         self.budgets = self._share_memory()
         self._allocate()
         self._weights.load(self.reader, self.gpu)
+        rope = rope_values(self.shape.rope_base, self.shape.rotated, self.context_tokens)
+        self.gpu.stream.copy_in(self._rope_address, rope.ctypes.data, rope.nbytes)
+        self.gpu.stream.synchronize()
         self._warm()
 
     # ---- memory ----
@@ -137,11 +141,12 @@ class DeviceEngine(Engine):
         self._weights_arena = self._weights._arena
         memory = Memory(Arena(bases[1]), Arena(bases[2]), batch_tokens, self.context_tokens)
         self._embedding_table = self._weights.embedding(s.columns, s.vocabulary)[0]
-        self._header = Header(batch_tokens, s.rotated, self._embedding_table.row_bytes)
+        self._header = Header(batch_tokens, self._embedding_table.row_bytes)
         header = memory.arena.take(self._header.bytes)
         memory.scratch["positions"] = header + self._header.positions
         memory.scratch["embedding"] = header + self._header.embedding
-        memory.row_at("rope", s.rotated, header + self._header.rope)
+        self._rope_address = memory.words("rope", 4 * self.context_tokens * s.rotated)
+        memory.row_at("rope", s.rotated, self._rope_address)
         self._header_address = header
         self._mail = Mail(batch_tokens * s.used, s.layers)
         self._tables_address = memory.words("tables", 8 * s.layers * s.experts)
@@ -250,6 +255,8 @@ class DeviceEngine(Engine):
         self._shared = aligned_memory(total)
         self._shared_words = np.frombuffer(self._shared.view, np.uint8)
         self._shared_words[:] = 0
+        start = self._shared_offsets["header"]
+        self._header_view = self._shared.view[start : start + self._header.bytes]
         self._registrations = [gpu.register(self._shared_words)]
         self._pool = aligned_memory(max(b.pool_bytes, 4096))
         self._registrations.append(gpu.register(np.frombuffer(self._pool.view, np.uint8)))
@@ -294,8 +301,10 @@ class DeviceEngine(Engine):
         key = (tokens, outputs)
         if key not in self._graphs:
             specs = self._programs[tokens].launches(outputs)
-            launches = [self.gpu.prepare(spec.kernel, spec.grid, *spec.arguments) for spec in specs]
-            self._graphs[key] = self.gpu.capture(launches)
+            steps = [
+                Step(self.gpu.prepare(s.kernel, s.grid, *s.arguments), s.beside, s.forks, s.joins) for s in specs
+            ]
+            self._graphs[key] = self.gpu.capture_steps(steps)
         return self._graphs[key]
 
     def _part(self, name: str, offset: int, size: int) -> np.ndarray:
@@ -303,24 +312,23 @@ class DeviceEngine(Engine):
         return self._shared_words[start : start + size]
 
     def _fill_header(self, ids: np.ndarray, position: int) -> None:
-        h, s = self._header, self.shape
-        positions = np.arange(position, position + len(ids), dtype=np.int32)
+        h, view = self._header, self._header_view
         self._run_number = self._run_number % 0xFFFFFFFF + 1  # 0 is what posts and answers hold before the first run
-        self._part("header", 0, 4).view(np.uint32)[0] = self._run_number
-        self._part("header", h.positions, 4 * len(ids)).view(np.int32)[:] = positions
-        rope = rope_values(s.rope_base, s.rotated, positions)
-        self._part("header", h.rope, rope.nbytes)[:] = rope.view(np.uint8).reshape(-1)
+        struct.pack_into("<I", view, 0, self._run_number)
+        struct.pack_into(f"<{len(ids)}i", view, h.positions, *range(position, position + len(ids)))
         table, file, offset, _ = self._programs[1].embedding  # type: ignore[misc]
-        rows = self._part("header", h.embedding, len(ids) * table.row_bytes)
-        for i, token in enumerate(ids):
-            place = offset + int(token) * table.file_row_bytes
-            raw = os.pread(file, table.file_row_bytes, place)
-            if len(raw) != table.file_row_bytes:
-                raise OSError(f"the token embeddings end early, at byte {place + len(raw)}")
-            values = np.frombuffer(raw, np.uint8)
-            if table.file_row_bytes != table.row_bytes or table.kernel == "f32":
-                values = gguf.quants.dequantize(values, gguf.GGMLQuantizationType(table.type)).view(np.uint8).reshape(-1)
-            rows[i * table.row_bytes : (i + 1) * table.row_bytes] = values
+        for i, token in enumerate(ids.tolist()):
+            row = view[h.embedding + i * table.row_bytes :][: table.row_bytes]
+            place = offset + token * table.file_row_bytes
+            if table.row_bytes == table.file_row_bytes:
+                got = os.preadv(file, [row], place)
+            else:
+                raw = np.frombuffer(os.pread(file, table.file_row_bytes, place), np.uint8)
+                got = len(raw)
+                if got == table.file_row_bytes:
+                    row[:] = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(table.type)).tobytes()
+            if got != table.file_row_bytes:
+                raise ReadError(f"the token embeddings end early, at byte {place + got} of the model")
 
     def run_batch(self, ids: np.ndarray, position: int, outputs: int) -> np.ndarray:
         """Replay the program for as many tokens as it was recorded for.
@@ -407,6 +415,7 @@ class DeviceEngine(Engine):
         for registration in self.__dict__.pop("_registrations", []):
             registration.close()
         self.__dict__.pop("_shared_words", None)
+        self.__dict__.pop("_header_view", None)
         for buffer in self.__dict__.pop("_buffers", []):
             buffer.free()
         self.__dict__.pop("_streams", None)

@@ -79,7 +79,7 @@ def check_shape(s: Shape) -> None:
         ("experts a layer", s.experts, range(1, kernels.MOST_EXPERTS + 1)),
         ("experts a token", s.used, range(1, kernels.MOST_PICKS + 1)),
         ("expert width", s.hidden, range(32, 1 << 24, 32)),
-        ("model width", s.columns, range(32, 1 << 24, 32)),
+        ("model width", s.columns, range(32, kernels.NORM_MOST_COLUMNS + 1, 32)),
         ("head size", s.head_columns, (64, 128, 256)),
     ]
     if s.state_columns:
@@ -125,10 +125,9 @@ class Mail:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the host sends before each run, as offsets in one block: run number, positions, (cos, sin), embeddings."""
+    """What the host sends before each run, as offsets in one block: run number, positions, embeddings."""
 
     tokens: int
-    rotated: int
     row_bytes: int
 
     @property
@@ -137,14 +136,9 @@ class Header:
         return ALIGNMENT_BYTES
 
     @property
-    def rope(self) -> int:
-        """float32 [tokens, rotated / 2, 2]"""
-        return self.positions + up(4 * self.tokens, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-    @property
     def embedding(self) -> int:
         """uint8 [tokens, row_bytes]"""
-        return self.rope + up(4 * self.tokens * self.rotated, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return self.positions + up(4 * self.tokens, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
     @property
     def bytes(self) -> int:
@@ -152,10 +146,10 @@ class Header:
         return self.embedding + up(self.tokens * self.row_bytes, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def rope_values(base: float, rotated: int, positions: np.ndarray) -> np.ndarray:
-    """float32 [n, rotated / 2, 2]: cos and sin of position * base^(-2 j / rotated)."""
+def rope_values(base: float, rotated: int, positions: int) -> np.ndarray:
+    """float32 [positions, rotated / 2, 2]: cos and sin of position * base^(-2 j / rotated)."""
     frequency = base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
-    angle = positions[:, None].astype(np.float64) * frequency
+    angle = np.arange(positions, dtype=np.float64)[:, None] * frequency
     return np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
 
 

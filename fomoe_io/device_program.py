@@ -6,7 +6,8 @@ needs, and once more on the device gives its launches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,11 +83,14 @@ class EmbeddingTable:
 
 @dataclass(slots=True)
 class LaunchSpec:
-    """A launch that has not been bound to a device yet."""
+    """A launch that has not been bound to a device yet; the last three are those of :class:`device.Step`."""
 
     kernel: str
     grid: tuple[int, int, int]
     arguments: list[Any]
+    beside: bool = False
+    forks: bool = False
+    joins: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,13 +217,22 @@ class DeviceRecorder:
         self._layer = -1
         self.positions = memory.words("positions", 4 * memory.batch_tokens)
         self.logits_address = memory.words("logits", 4 * vocabulary * memory.batch_tokens)
-        self.rope: tuple[float, int, int] | None = None  # base, rotated, address
         self.embedding: tuple[EmbeddingTable, int, int, int] | None = None  # table, file, offset, address
 
     def _add(self, kernel: str, grid: tuple[int, int, int], *arguments: Any) -> LaunchSpec:
         spec = LaunchSpec(kernel, grid, list(arguments))
         self.body.append(spec)
         return spec
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is recorded inside reads the last norm alone, and may run beside all that follows until `combine`."""
+        norm = next(spec for spec in reversed(self.body) if spec.kernel == "rms_norm")
+        norm.forks = True
+        first = len(self.body)
+        yield
+        for spec in self.body[first:]:
+            spec.beside = True
 
     # ---- dense ----
 
@@ -298,9 +311,18 @@ class DeviceRecorder:
         return LaunchSpec(f"{family}_{matrix.kernel}", grid, arguments)
 
     def mat_mul(self, products: Sequence[tuple[DeviceMatrix, Activation, DeviceRows]]) -> None:
-        """output = matrix @ input, for each."""
-        for matrix, x, y in products:
-            self.body.append(self._product(matrix, x.forms[matrix.activation_type].address, y.address, self.tokens))
+        """output = matrix @ input, for each; one token's products of one format and input share a launch."""
+        alike: dict[tuple[str, int], list[tuple[DeviceMatrix, int, int]]] = {}
+        for matrix, activation, y in products:
+            x = activation.forms[matrix.activation_type].address
+            alike.setdefault((matrix.kernel, x), []).append((matrix, x, y.address))
+        for group in alike.values():
+            for i in range(0, len(group), kernels.MAT_VEC_MANY):
+                part = group[i : i + kernels.MAT_VEC_MANY]
+                if self.tokens > 1 or len(part) == 1:
+                    self.body += [self._product(matrix, x, y, self.tokens) for matrix, x, y in part]
+                else:
+                    self.body.append(_many(part))
 
     def mat_mul_add(self, matrix: DeviceMatrix, x: Activation, output: DeviceRows) -> None:
         """output += matrix @ x; the sum is made by the norm that reads it next."""
@@ -323,8 +345,7 @@ class DeviceRecorder:
     # ---- attention ----
 
     def rope_table(self, table: DeviceRows, base: float, rotated: int) -> None:
-        """The host sends (cos, sin) of each token's position with the header."""
-        self.rope = (base, rotated, table.address)
+        """(cos, sin) of every position; the engine fills the table once."""
 
     def kv(
         self, query: DeviceRows, key: DeviceRows, value: DeviceRows, table: DeviceRows, query_norm: int, key_norm: int,
@@ -348,8 +369,8 @@ class DeviceRecorder:
         splits = kernels.attention_splits(context)
         parts = self.memory.words("attention", 4 * self.batch_tokens * heads * splits * (head_columns + 2))
         self._add(
-            f"attention_f32_{head_columns}", (kv_heads, splits, self.tokens), self._rotated_query[query.address].address,
-            key_cache, value_cache, self.positions, parts, heads, kv_heads, splits, head_columns**-0.5,
+            f"attention_f32_{head_columns}", kernels.attention_grid(heads, kv_heads, splits, self.tokens),
+            self._rotated_query[query.address].address, key_cache, value_cache, self.positions, parts, heads, kv_heads, splits, head_columns**-0.5,
         )  # fmt: skip
         gate = query.address + 4 * head_columns if gated else None
         self._makers[output.address] = self._add(
@@ -446,11 +467,12 @@ class DeviceRecorder:
         e, hidden, total = experts[self._layer], self.hidden, self.rows("added", output.columns)
         floats = e.down_kernel in kernels.FLOAT_TYPES
         x = self.rows("hidden", used * hidden).address if floats else self.memory.words("hidden_q8", 0)
-        self._add(
+        down = self._add(
             f"experts_down_{e.down_kernel}", kernels.down_grid(output.columns, self.tokens), self._records(used),
             self._late(used), e.device_offset[2], x, weights.address, shared and shared.address,
             shared_gate and shared_gate.address, total.address, output.columns, hidden, used,
         )  # fmt: skip
+        down.joins = True
         self._add_later(output, total)
 
     def layer_end(self, x: DeviceRows, layer: int) -> None:
@@ -464,3 +486,17 @@ class DeviceRecorder:
         for spec in specs:
             spec.arguments = [None if isinstance(a, str) else a for a in spec.arguments]
         return specs
+
+
+def _many(products: Sequence[tuple[DeviceMatrix, int, int]]) -> LaunchSpec:
+    """One launch for one token's products of several matrices of one format with one input."""
+    first, x, _ = products[0]
+    split = kernels.split_of(first.kernel, first.columns)
+    blocks = sum(kernels.mat_vec_grid(m.kernel, m.rows, split)[0] for m, _, _ in products)
+    unused = kernels.MAT_VEC_MANY - len(products)
+    weights = [m.address for m, _, _ in products] + [None] * unused
+    outputs = [y for _, _, y in products] + [None] * unused
+    rows = [m.rows for m, _, _ in products] + [0] * unused
+    return LaunchSpec(
+        f"mat_vec_many_{first.kernel}", (blocks, 1, 1), [*weights, *outputs, *rows, x, first.columns, 1, split]
+    )

@@ -6,7 +6,8 @@ for every batch of tokens without touching a Python object.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +130,11 @@ class Recorder:
         for rows in result.forms.values():
             self.program.silu_mul(gate, up, rows)
         return result
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is recorded inside depends on the last norm alone; here the steps still follow one another."""
+        yield
 
     def mat_mul(self, products: Sequence[tuple[Matrix, Activation, Rows]]) -> None:
         """Products that depend on nothing but earlier steps, as one step: output = matrix @ input."""

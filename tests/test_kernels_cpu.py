@@ -49,6 +49,12 @@ def test_mat_vec_of_long_rows(runner: CpuRunner, rng: np.random.Generator, name:
 
 
 @pytest.mark.parametrize("name", kernels.TYPES)
+@pytest.mark.parametrize("rows", [[5, 1, 13, 8], [16, 3], [1]])
+def test_mat_vec_many(runner: CpuRunner, rng: np.random.Generator, name: str, rows: list[int]) -> None:
+    cases.check_mat_vec_many(runner, rng, name, rows, 512)
+
+
+@pytest.mark.parametrize("name", kernels.TYPES)
 def test_expand(runner: CpuRunner, rng: np.random.Generator, name: str) -> None:
     cases.check_expand(runner, rng, name, 5, 1280)
 

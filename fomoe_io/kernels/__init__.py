@@ -68,6 +68,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
     }
     for name in TYPES:
         table[f"mat_vec_{name}"] = table[f"mat_mul_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
+        table[f"mat_vec_many_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "ppppppppiiiipiii")
         table[f"expand_{name}"] = Kernel(32, "pppi")
         table[f"experts_gate_up_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pqqpppiii")
         table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiii")
@@ -107,6 +108,10 @@ def mat_vec_grid(
     return up(rows, size["MAT_VEC_WARPS"] // split * rows_of_warp), tokens, 1
 
 
+MAT_VEC_MANY = 4  # mat_vec.h: matrices of a mat_vec_many launch
+NORM_MOST_COLUMNS = 16384  # norms.h
+
+
 def mat_mul_grid(rows: int, split: int, tokens: int) -> tuple[int, int, int]:
     """Grid of ``mat_mul_*``."""
     return up(rows, TUNING["MAT_VEC_WARPS"] // split), up(tokens, TUNING["MAT_MUL_TOKENS"]), 1
@@ -121,6 +126,14 @@ def down_grid(rows: int, tokens: int = 1, tuning: Mapping[str, int] | None = Non
     """Grid of ``experts_down_*``."""
     size = TUNING | dict(tuning or {})
     return up(rows, size["DOWN_WARPS"] * size["DOWN_ROWS"]), tokens, 1
+
+
+ATTENTION_WARPS = 8  # attention.h: query heads of a block
+
+
+def attention_grid(heads: int, kv_heads: int, splits: int, tokens: int = 1) -> tuple[int, int, int]:
+    """Grid of ``attention_*``."""
+    return kv_heads * up(heads // kv_heads, ATTENTION_WARPS), splits, tokens
 
 
 def attention_splits(positions: int) -> int:

@@ -19,6 +19,38 @@ DEVICE void store_q8_group(float value, u8 *row, int columns, int group) {
     }
 }
 
+// Four floats at a 16-byte boundary.
+struct alignas(16) quad {
+    float v[4];
+};
+
+// The same for eight neighbouring lanes that hold four elements each, the first at `first`.
+DEVICE void store_q8_quad(const quad &value, u8 *row, int columns, int first) {
+    float most = 0.f;
+    for (int i = 0; i < 4; ++i) most = larger(most, magnitude(value.v[i]));
+    most = larger(most, exchange_float<4>(most));
+    most = larger(most, exchange_float<2>(most));
+    most = larger(most, exchange_float<1>(most));
+    const float d = most / 127.f;
+    int total = 0;
+    u32 bytes = 0;
+    for (int i = 0; i < 4; ++i) {
+        const int q = most > 0.f ? (int)nearest(value.v[i] / d) : 0;
+        total += q;
+        bytes |= (u32)(u8)(i8)q << (8 * i);
+    }
+    total += (int)exchange<4>((u32)total);
+    total += (int)exchange<2>((u32)total);
+    total += (int)exchange<1>((u32)total);
+    if (first >= columns) return;
+    *(u32 *)(row + first) = bytes;
+    if (lane_index() % 8 == 0) {
+        float *pair = (float *)(row + columns) + first / 16;
+        pair[0] = d;
+        pair[1] = d * (float)total;
+    }
+}
+
 // x: [tokens][columns] floats -> q8: [tokens] Q8 rows.  Grid (columns / 256 rounded up, tokens).
 KERNEL(256, quantize_q8)(const float *x, u8 *q8, int columns) {
     const int group = block_x() * 8 + warp_index(), token = block_y();

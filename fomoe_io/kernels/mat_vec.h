@@ -34,10 +34,10 @@ DEVICE void dot_rows(const u8 *const (&rows)[ROWS], const u8 *x, const u32 (&tok
 // x: [tokens] Q8 rows (quantized weights) or float rows; y: [tokens][rows].  `split` warps (a divisor of MAT_VEC_WARPS)
 // share the columns of a row, so that few or long rows still fill the device.
 template <class T, int ROWS, int TOKENS>
-DEVICE void mat_vec(const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens, int split) {
+DEVICE void mat_vec(const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens, int split, int block) {
     __shared__ float parts[MAT_VEC_WARPS][ROWS][TOKENS];
     const int part = warp_index() % split, first = block_y() * TOKENS;
-    const int row = (block_x() * (MAT_VEC_WARPS / split) + warp_index() / split) * ROWS;
+    const int row = (block * (MAT_VEC_WARPS / split) + warp_index() / split) * ROWS;
     const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
     const u64 x_bytes = activation_row_bytes<T>(columns);
     const u8 *row_data[ROWS];
@@ -72,6 +72,25 @@ DEVICE void mat_vec(const u8 *weights, const u8 *x, float *y, int rows, int colu
         }
 }
 
+// Up to four matrices of one format that read the same x, in one launch: the blocks of the first come first.
+// Unused ones have no rows.  Grid (blocks of all, tokens).
+#define MAT_VEC_MANY 4
+template <class T, int ROWS>
+DEVICE void mat_vec_many(const u8 *const (&weights)[MAT_VEC_MANY], float *const (&y)[MAT_VEC_MANY],
+                         const int (&rows)[MAT_VEC_MANY], const u8 *x, int columns, int tokens, int split) {
+    const int rows_of_block = MAT_VEC_WARPS / split * ROWS;
+    const u8 *w = weights[0];
+    float *out = y[0];
+    int count = rows[0], block = block_x(), start = 0;
+#pragma unroll
+    for (int i = 0; i < MAT_VEC_MANY; ++i) {
+        if (block_x() >= start) w = weights[i], out = y[i], count = rows[i], block = block_x() - start;
+        start += (rows[i] + rows_of_block - 1) / rows_of_block;
+        if (block_x() < start) break;
+    }
+    mat_vec<T, ROWS, 1>(w, x, out, count, columns, tokens, split, block);
+}
+
 // ids: the rows to expand, one a token (null: row 0, 1, ...).  y: [tokens][columns].  Grid (columns / 1024 up, tokens).
 template <class T>
 DEVICE void expand(const u8 *weights, const int *ids, float *y, int columns) {
@@ -90,12 +109,21 @@ DEVICE void expand(const u8 *weights, const int *ids, float *y, int columns) {
 #define MAT_VEC_KERNELS(type)                                                                                         \
     KERNEL(32 * MAT_VEC_WARPS, mat_vec_##type)                                                                        \
     (const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens, int split) {                        \
-        mat_vec<type, type::is_quantized ? MAT_VEC_ROWS : 1, 1>(weights, x, y, rows, columns, tokens, split);         \
+        mat_vec<type, type::is_quantized ? MAT_VEC_ROWS : 1, 1>(weights, x, y, rows, columns, tokens, split,          \
+                                                                block_x());                                           \
     }                                                                                                                 \
     EXPORT_KERNEL(mat_vec_##type)                                                                                     \
+    KERNEL(32 * MAT_VEC_WARPS, mat_vec_many_##type)                                                                   \
+    (const u8 *w0, const u8 *w1, const u8 *w2, const u8 *w3, float *y0, float *y1, float *y2, float *y3, int rows0,   \
+     int rows1, int rows2, int rows3, const u8 *x, int columns, int tokens, int split) {                              \
+        mat_vec_many<type, type::is_quantized ? MAT_VEC_ROWS : 1>({w0, w1, w2, w3}, {y0, y1, y2, y3},                 \
+                                                                  {rows0, rows1, rows2, rows3}, x, columns, tokens,   \
+                                                                  split);                                             \
+    }                                                                                                                 \
+    EXPORT_KERNEL(mat_vec_many_##type)                                                                                \
     RESIDENT_KERNEL(32 * MAT_VEC_WARPS, 1, mat_mul_##type)                                                            \
     (const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens, int split) {                        \
-        mat_vec<type, 1, MAT_MUL_TOKENS>(weights, x, y, rows, columns, tokens, split);                                \
+        mat_vec<type, 1, MAT_MUL_TOKENS>(weights, x, y, rows, columns, tokens, split, block_x());                     \
     }                                                                                                                 \
     EXPORT_KERNEL(mat_mul_##type)                                                                                     \
     KERNEL(32, expand_##type)(const u8 *weights, const int *ids, float *y, int columns) {                             \

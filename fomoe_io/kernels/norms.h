@@ -15,21 +15,40 @@ DEVICE float block_sum(float v) {
     return sum;
 }
 
+#define NORM_THREADS 512
+#define NORM_ROUNDS 8  // quads of a thread: NORM_MOST_COLUMNS / (4 * NORM_THREADS)
+
 // x += residual (when given), then y = x / sqrt(mean(x^2) + eps) * weight, as floats and as Q8 rows (each may be null).
-// x, residual, y: [tokens][columns].  Grid (tokens).
-KERNEL(512, rms_norm)(float *x, const float *residual, const float *weight, float *y, u8 *q8, int columns, float eps) {
+// x, residual, y: [tokens][columns]; columns a multiple of 32, at most 16384: a row stays in registers.  Grid (tokens).
+KERNEL(NORM_THREADS, rms_norm)
+(float *x, const float *residual, const float *weight, float *y, u8 *q8, int columns, float eps) {
     const u64 row = (u64)block_x() * columns;
+    quad values[NORM_ROUNDS];
     float squares = 0.f;
-    for (int i = thread_index(); i < columns; i += 512) {
-        float v = x[row + i];
-        if (residual) x[row + i] = v = v + residual[row + i];
-        squares = fused(v, v, squares);
+#pragma unroll
+    for (int r = 0; r < NORM_ROUNDS; ++r) {
+        const int i = 4 * (thread_index() + r * NORM_THREADS);
+        if (i >= columns) break;
+        values[r] = *(const quad *)(x + row + i);
+        if (residual) {
+            const quad more = *(const quad *)(residual + row + i);
+            for (int j = 0; j < 4; ++j) values[r].v[j] += more.v[j];
+            *(quad *)(x + row + i) = values[r];
+        }
+        for (int j = 0; j < 4; ++j) squares = fused(values[r].v[j], values[r].v[j], squares);
     }
-    const float scale = 1.f / square_root(block_sum<16>(squares) / (float)columns + eps);
-    for (int i = thread_index(); i < columns; i += 512) {
-        const float value = x[row + i] * scale * weight[i];
-        if (y) y[row + i] = value;
-        if (q8) store_q8_group(value, q8 + block_x() * q8_row_bytes(columns), columns, i >> 5);
+    const float scale = 1.f / square_root(block_sum<NORM_THREADS / 32>(squares) / (float)columns + eps);
+#pragma unroll
+    for (int r = 0; r < NORM_ROUNDS; ++r) {
+        const int i = 4 * (thread_index() + r * NORM_THREADS);
+        if (i - 4 * lane_index() >= columns) break;  // whole warps leave: the others exchange
+        quad value = {};
+        if (i < columns) {
+            const quad w = *(const quad *)(weight + i);
+            for (int j = 0; j < 4; ++j) value.v[j] = values[r].v[j] * scale * w.v[j];
+            if (y) *(quad *)(y + row + i) = value;
+        }
+        if (q8) store_q8_quad(value, q8 + block_x() * q8_row_bytes(columns), columns, i);
     }
 }
 EXPORT_KERNEL(rms_norm)
@@ -48,7 +67,7 @@ struct cache_f16 {
 // One block a head: query heads first, then key heads, then value heads.  Queries and keys are normalised over the head
 // (a null weight: not), then their first `rotary` elements are rotated in pairs (j, j + rotary / 2); keys and values go
 // to the cache at the token's position.
-// q: [tokens][heads] rows q_stride apart; k, v: [tokens][kv_heads][dim]; cos_sin: [tokens][rotary / 2][2];
+// q: [tokens][heads] rows q_stride apart; k, v: [tokens][kv_heads][dim]; cos_sin: [positions][rotary / 2][2];
 // q_out: [tokens][heads][dim]; caches: [positions][kv_heads][dim].  dim <= 256.  Grid (heads + 2 * kv_heads, tokens).
 template <class CACHE>
 DEVICE void prepare_head(const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm,
@@ -72,7 +91,7 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
         sync_block();
         if (i < rotary) {
             const int half = rotary / 2, j = i < half ? i : i - half;
-            const float *turn = cos_sin + ((u64)token * half + j) * 2;
+            const float *turn = cos_sin + ((u64)positions[token] * half + j) * 2;
             x = i < half ? fused(x, turn[0], -(values[i + half] * turn[1]))
                          : fused(x, turn[0], values[i - half] * turn[1]);
         }

@@ -42,6 +42,10 @@ DEVICE void sync_block() {
     __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 }
 DEVICE void fence_system() { __builtin_amdgcn_fence(__ATOMIC_SEQ_CST, ""); }
+// The counter's value before one is added to it; the counter lies in the block's shared memory.
+DEVICE int take_place(int *counter) {
+    return __hip_atomic_fetch_add(counter, 1, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_WORKGROUP);
+}
 DEVICE void pause_thread() { __builtin_amdgcn_s_sleep(8); }
 DEVICE float from_half(u16 h) { return (float)__builtin_bit_cast(_Float16, h); }
 DEVICE u16 to_half(float f) { return __builtin_bit_cast(u16, (_Float16)f); }
@@ -98,6 +102,7 @@ DEVICE int block_y() { return blockIdx.y; }
 DEVICE int block_z() { return blockIdx.z; }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void fence_system() { __threadfence_system(); }
+DEVICE int take_place(int *counter) { return atomicAdd(counter, 1); }
 DEVICE void pause_thread() { __nanosleep(200); }
 DEVICE float from_half(u16 h) {
     float f;

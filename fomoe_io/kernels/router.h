@@ -6,6 +6,7 @@
 
 #define ROUTER_THREADS 512
 #define ROUTER_EXPERTS 1024  // the most experts a layer may have
+#define ROUTER_GROUPS (ROUTER_THREADS / 4)  // at least MOST_PICKS
 
 // What a layer's router tells the host, in memory that both see: `sequence` is written last.  The host counts the picks
 // of every layer (its policy lives on them) and fetches those that are missing; nobody waits when none is.
@@ -44,12 +45,17 @@ DEVICE void resolve(const int *ids, const u64 *record_of, u64 *records, volatile
 }
 
 // Softmax over all logits, the picks in descending order (ties: the lower id first).  weight = p, divided by
-// max(sum over the picks, 2^-14) when `normalise`, times scale.  An expert's place among the picks is the number of
-// experts that go before it, so there is no loop over picks and no tie is left to chance.
+// max(sum over the picks, 2^-14) when `normalise`, times scale.
+//
+// The largest of every ROUTER_GROUPS-th part are compared first: their picks-th is passed by at least as many experts
+// as are wanted, and by few others.  An expert's place is the number of those that go before it, so there is no loop
+// over picks, and no tie or order of arrival is left to chance.
 DEVICE void pick(const float *logits, int *ids, float *weights, int experts, int picks, int normalise, float scale) {
-    __shared__ float p[ROUTER_EXPERTS], most_of[ROUTER_THREADS / 32], chosen[MOST_PICKS];
-    float most = -infinity(), sum = 0.f;
+    __shared__ float p[ROUTER_EXPERTS], most_of[ROUTER_THREADS / 32], chosen[MOST_PICKS], best_of[ROUTER_GROUPS], least;
+    __shared__ int candidates[ROUTER_EXPERTS], count;
+    float most = -infinity(), sum = 0.f, best = -1.f;
     for (int e = thread_index(); e < experts; e += ROUTER_THREADS) most = larger(most, logits[e]);
+    if (thread_index() == 0) count = 0;
     if (thread_index() < picks) {
         // A NaN among the logits leaves places untaken: valid ids and a weight that shows.
         ids[thread_index()] = thread_index();
@@ -60,13 +66,34 @@ DEVICE void pick(const float *logits, int *ids, float *weights, int experts, int
     sync_block();
 #pragma unroll
     for (int i = 0; i < ROUTER_THREADS / 32; ++i) most = larger(most, most_of[i]);
-    for (int e = thread_index(); e < experts; e += ROUTER_THREADS) sum += p[e] = exponential(logits[e] - most);
-    sum = block_sum<ROUTER_THREADS / 32>(sum);
     for (int e = thread_index(); e < experts; e += ROUTER_THREADS) {
+        const float mine = exponential(logits[e] - most);
+        p[e] = mine, sum += mine, best = larger(best, mine);
+    }
+    best = larger(best, exchange_float<1>(best));
+    best = larger(best, exchange_float<2>(best));
+    if (thread_index() % 4 == 0) best_of[thread_index() / 4] = best;
+    sum = block_sum<ROUTER_THREADS / 32>(sum);
+    if (thread_index() < ROUTER_GROUPS) {
+        int before = 0;
+#pragma unroll 8
+        for (int other = 0; other < ROUTER_GROUPS; ++other)
+            before += best_of[other] > best_of[thread_index()] ||
+                      (best_of[other] == best_of[thread_index()] && other < thread_index());
+        if (before == picks - 1) least = best_of[thread_index()];
+    }
+    sync_block();
+    for (int e = thread_index(); e < experts; e += ROUTER_THREADS)
+        if (p[e] >= least) candidates[take_place(&count)] = e;
+    sync_block();
+    for (int i = thread_index(); i < count; i += ROUTER_THREADS) {
+        const int e = candidates[i];
         const float mine = p[e];
         int before = 0;
-#pragma unroll 4
-        for (int other = 0; other < experts; ++other) before += p[other] > mine || (p[other] == mine && other < e);
+        for (int j = 0; j < count; ++j) {
+            const int other = candidates[j];
+            before += p[other] > mine || (p[other] == mine && other < e);
+        }
         if (before < picks) ids[before] = e, chosen[before] = mine / sum;
     }
     sync_block();

@@ -41,5 +41,5 @@
 
 // attention: positions of a block's share of the cache.
 #ifndef ATTENTION_SPLIT
-#define ATTENTION_SPLIT 64
+#define ATTENTION_SPLIT 32
 #endif

@@ -145,12 +145,16 @@ def record_experts(
         x, w.vector(f"{prefix}.{norm}.weight", s.columns), s.epsilon, name="normed", feeds=feeds, types=expert_inputs
     )
     logits, ids, weights = p.rows("router_logits", s.experts), p.rows("experts", s.used), p.rows("weights", s.used)
-    p.mat_mul([(router, h, logits)])
+    products = [(router, h, logits)]
+    if shared and shared.scalar is not None:
+        products.append((shared.scalar, h, p.rows("shared_scalar", 1)))
+    p.mat_mul(products)
     p.program.route(logits, ids, weights, layer, s.experts, s.used, True, s.expert_scale)
     inputs = h.forms[expert_inputs[0]], h.forms[expert_inputs[1]]
     if p.experts_pool is not None:
         p.program.experts_begin(p.experts_pool, ids, *inputs, layer)
-    y, y_gate = _record_shared(p, s, shared, h)
+    with p.beside():
+        y, y_gate = _record_shared(p, s, shared, h)
     if p.experts_pool is not None:
         p.program.experts(p.experts_pool, ids, *inputs, layer)
         p.program.combine(p.experts_pool, weights, x, s.used, y, y_gate)
@@ -164,10 +168,7 @@ def _record_shared(
         return None, None
     gate, up = p.rows("shared_gate", s.shared_hidden), p.rows("shared_up", s.shared_hidden)
     scalar, y = p.rows("shared_scalar", 1), p.rows("shared", s.columns)
-    products = [(shared.gate, h, gate), (shared.up, h, up)]
-    if shared.scalar is not None:
-        products.append((shared.scalar, h, scalar))
-    p.mat_mul(products)
+    p.mat_mul([(shared.gate, h, gate), (shared.up, h, up)])
     p.mat_mul([(shared.down, p.silu_mul(gate, up, name="shared_activation", feeds=[shared.down]), y)])
     return y, scalar if shared.scalar is not None else None
 

@@ -19,7 +19,8 @@
 #define API __attribute__((visibility("default")))
 
 enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_HANDLE = 400,
-       NOT_FOUND = 500, NOT_READY = 600, NOT_REGISTERED = 713, CAPTURE_UNSUPPORTED = 900 };
+       NOT_FOUND = 500, NOT_READY = 600, NOT_REGISTERED = 713, CAPTURE_UNSUPPORTED = 900,
+       CAPTURE_UNJOINED = 904 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
@@ -74,7 +75,7 @@ typedef struct stream {
     pthread_mutex_t lock;
     pthread_cond_t work, idle;
     tasks queue, *capture;
-    int busy, is_ending, device;
+    int busy, is_ending, device, unjoined; /* unjoined: captured work that no other stream waits for yet */
     struct stream *next;
 } stream;
 
@@ -122,6 +123,7 @@ static int enqueue(stream *s, void (*run)(void *), const void *payload, size_t b
     task *t = make_task(run, payload, bytes);
     pthread_mutex_lock(&s->lock);
     append(s->capture ? s->capture : &s->queue, t);
+    s->unjoined = s->capture != NULL;
     pthread_cond_signal(&s->work);
     pthread_mutex_unlock(&s->lock);
     return OK;
@@ -197,6 +199,7 @@ typedef struct {
     pthread_cond_t reached;
     uint64_t recorded, passed;
     double seconds;
+    stream *captured_on; /* recorded during a capture: not in time, but in the graph */
 } event;
 typedef struct {
     event *e;
@@ -236,6 +239,8 @@ API int hipEventDestroy(event *e) {
 }
 API int hipEventRecord(event *e, stream *s) {
     ENTER;
+    e->captured_on = s->capture ? s : NULL;
+    if (s->capture) return OK;
     return enqueue(s, pass, &(mark){e, ++e->recorded}, sizeof(mark));
 }
 API int hipEventSynchronize(event *e) {
@@ -257,6 +262,11 @@ API int hipEventElapsedTime(float *ms, event *from, event *to) {
 }
 API int hipStreamWaitEvent(stream *s, event *e, unsigned flags) {
     ENTER;
+    if (e->captured_on) { /* the stream joins the capture; the graph runs in the order of the calls */
+        s->capture = e->captured_on->capture;
+        e->captured_on->unjoined = 0;
+        return OK;
+    }
     return enqueue(s, await, &(mark){e, e->recorded}, sizeof(mark));
 }
 
@@ -466,8 +476,17 @@ API int hipStreamBeginCapture(stream *s, int mode) {
 }
 API int hipStreamEndCapture(stream *s, tasks **graph) {
     ENTER;
-    *graph = s->capture;
-    s->capture = NULL;
+    tasks *captured = s->capture;
+    int is_open = 0;
+    pthread_mutex_lock(&lock);
+    for (stream *other = all_streams; other; other = other->next)
+        if (other->capture == captured) {
+            is_open |= other != s && other->unjoined;
+            other->capture = NULL;
+        }
+    pthread_mutex_unlock(&lock);
+    if (is_open) return CAPTURE_UNJOINED;
+    *graph = captured;
     born(GRAPHS);
     return OK;
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from fomoe_io import Engine, EngineConfig, device
 from fomoe_io.config import Tiers
 from fomoe_io.errors import DeviceError
-from tests.test_oracle import MODELS, divergence, log_sum_exp, nmse
+from tests.test_oracle import MODELS, divergence, nmse
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -43,32 +42,28 @@ def test_float_models_equal_llama_cpp(shared: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-def test_trained_models_within_the_rounding_of_activations(shared: Path, name: str) -> None:
-    """Activations are rounded to 8 bits in blocks of 32 (llama.cpp's CPU: 256), so the distance from its float
-    activations must not exceed its own quantized run's; summed over three texts as tests/test_oracle.py does."""
+def test_trained_models_within_the_references_tolerance(shared: Path, name: str) -> None:
+    """Activations are rounded to 8 bits in blocks of 32, llama.cpp's on a CPU in blocks of 256: another scheme.
+
+    The bounds are those that ../shared/reference/README.md suggests for that (number 3): text 3 is out of the domain.
+    """
     model = next((p for p in (shared / "models" / MODELS[name], ROOT / "models" / MODELS[name]) if p.exists()), None)
     if model is None:
         pytest.skip(f"{MODELS[name]} is not here")
     v = np.load(shared / f"reference/{name}-vectors.npz")
-    noise = json.loads((shared / "reference/noise.json").read_text())[name]
-    measured = {"median": 0.0, "kl": 0.0}
-    allowed = dict(measured)
     with open_engine(model) as engine:
         session = engine.session()
-        for i in (1, 2, 3):
+        for i, (median, kl, agreement) in {1: (0.08, 8e-3, 0.93), 2: (0.08, 8e-3, 0.93), 3: (0.16, 0.05, 0.85)}.items():
             session.reset()
-            logits = session.evaluate(v[f"t{i}_ids"])
-            ids = v[f"t{i}_f32act_top20_ids"].astype(np.int64)
+            logits = session.evaluate(v[f"t{i}_ids"], record=("experts",))
+            ids = v[f"t{i}_top20_ids"].astype(np.int64)
             found = np.take_along_axis(logits, ids, 1)
-            measured["median"] += float(np.median(np.abs(found - v[f"t{i}_f32act_top20_logits"])))
-            top, lse = v[f"t{i}_f32act_top20_logits"], v[f"t{i}_f32act_lse"]
-            measured["kl"] += float(divergence(logits, ids, top, lse).mean())
-            own = noise[f"text{i}"]["f32_activations_prefill"]
-            allowed["median"] += own["abs_diff_median"]
-            allowed["kl"] += own["kl_mean"]
-    assert np.isfinite(log_sum_exp(logits)).all()
-    for key, value in measured.items():
-        assert value <= allowed[key], (measured, allowed)
+            assert np.median(np.abs(found - v[f"t{i}_top20_logits"])) <= median
+            assert divergence(logits, ids, v[f"t{i}_top20_logits"], v[f"t{i}_lse"]).mean() <= kl
+            assert (logits.argmax(1) == ids[:, 0]).mean() >= agreement
+            if i == 1:
+                differ = np.sort(session.records["experts"], -1) != np.sort(v["t1_moe_topk"], -1)
+                assert differ.any(-1).mean() <= {"S": 0.1, "M": 0.2}[name]
 
 
 def test_bits_do_not_depend_on_memory() -> None:

@@ -52,6 +52,12 @@ def test_mat_vec(
 
 
 @pytest.mark.parametrize("name", kernels.TYPES)
+@pytest.mark.parametrize("rows", [[5, 1, 13, 8], [16, 3], [1]])
+def test_mat_vec_many(runner: DeviceRunner, rng: np.random.Generator, name: str, rows: list[int]) -> None:
+    cases.check_mat_vec_many(runner, rng, name, rows, 512)
+
+
+@pytest.mark.parametrize("name", kernels.TYPES)
 def test_expand(runner: DeviceRunner, rng: np.random.Generator, name: str) -> None:
     cases.check_expand(runner, rng, name, 64, 4096)
 

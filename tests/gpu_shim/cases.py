@@ -81,6 +81,24 @@ def check_mat_vec(runner: Runner, rng: np.random.Generator, name: str, rows: int
             assert np.linalg.norm(y.get() - want) < 1e-6 * summed, (kernel, split)
 
 
+def check_mat_vec_many(runner: Runner, rng: np.random.Generator, name: str, rows: list[int], columns: int) -> None:
+    """Several matrices in one launch give the very bits of one launch each."""
+    split = kernels.split_of(name, columns)
+    x, _ = activations(runner, name, normal(rng, 1, columns))
+    weights = [runner.put(ref.random_weights(rng, name, count, columns)[0]) for count in rows]
+    alone, together = ([runner.put(poison(count)) for count in rows] for _ in range(2))
+    for w, y, count in zip(weights, alone, rows, strict=True):
+        runner.launch(f"mat_vec_{name}", kernels.mat_vec_grid(name, count, split), w, x, y, count, columns, 1, split)
+    unused = kernels.MAT_VEC_MANY - len(rows)
+    blocks = sum(kernels.mat_vec_grid(name, count, split)[0] for count in rows)
+    runner.launch(
+        f"mat_vec_many_{name}", (blocks, 1, 1), *weights, *[None] * unused, *together, *[None] * unused, *rows,
+        *[0] * unused, x, columns, 1, split,
+    )  # fmt: skip
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(a.get(), b.get())
+
+
 def check_expand(runner: Runner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
     data, weights = ref.random_weights(rng, name, rows, columns)
     ids = rng.integers(0, rows, 3).astype(np.int32)
@@ -220,8 +238,9 @@ def check_attention(
     q_norm, k_norm = normal(rng, dim), normal(rng, dim)
     element = np.float32 if cache == "f32" else np.float16
     keys, values = (normal(rng, context, kv_heads, dim).astype(element) for _ in range(2))
-    angles = np.array(positions)[:, None] * 1e4 ** (-2 * np.arange(rotary // 2) / rotary)
-    turns = np.stack([np.cos(angles), np.sin(angles)], axis=2).astype(np.float32)
+    every = np.arange(context)[:, None] * 1e4 ** (-2 * np.arange(rotary // 2) / rotary)
+    turns = np.stack([np.cos(every), np.sin(every)], axis=2).astype(np.float32)
+    angles = every[positions]
     place = runner.put(np.array(positions, np.int32))
     device_q, device_keys, device_values = runner.put(q), runner.put(keys), runner.put(values)
     q_out = runner.put(poison(tokens, heads, dim))
@@ -244,7 +263,7 @@ def check_attention(
     y = runner.put(poison(tokens, heads * dim))
     q8 = runner.put(np.full((tokens, kernels.q8_row_bytes(heads * dim)), 0xAA, np.uint8))
     runner.launch(
-        f"attention_{cache}_{dim}", (kv_heads, splits, tokens),
+        f"attention_{cache}_{dim}", kernels.attention_grid(heads, kv_heads, splits, tokens),
         q_out, device_keys, device_values, place, parts, heads, kv_heads, splits, dim**-0.5,
     )  # fmt: skip
     gate = runner.put(q[..., dim:]) if gated else None
