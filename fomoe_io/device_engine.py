@@ -215,6 +215,7 @@ class DeviceEngine(Engine):
             if found is None or min(found.values()) < min(2 * batch * s.used, s.experts):
                 break
             batch, fixed, slots = 2 * batch, wider, found
+        self._fixed_bytes(batch)  # the last sketch may have been of a wider batch
         table = np.zeros((s.layers, 2), np.int32)
         for layer, count in slots.items():
             table[layer, VRAM] = count
