@@ -120,6 +120,20 @@ def decode(engine: DeviceEngine, tokens: np.ndarray, outputs: int) -> list[float
     return times
 
 
+def replay_ms(engine: DeviceEngine, outputs: int) -> float:
+    """Milliseconds of a token's graph on the device alone (nothing may be missing: nobody would answer)."""
+    gpu, graph = engine.gpu, engine._graph(1, outputs)
+    begin, end = gpu.event(is_timed=True), gpu.event(is_timed=True)
+    samples = []
+    for _ in range(REPLAYS):
+        gpu.stream.record(begin)
+        graph.launch(gpu.stream)
+        gpu.stream.record(end)
+        end.synchronize()
+        samples.append(end.milliseconds_since(begin))
+    return statistics.median(samples)
+
+
 def profile(engine: DeviceEngine) -> dict[str, dict[str, float]]:
     """Microseconds of each kernel of a token, each launch timed alone (so without its overlap with neighbours)."""
     gpu = engine.gpu
@@ -202,6 +216,8 @@ def measure(engine: DeviceEngine, options: argparse.Namespace) -> dict[str, Any]
     }  # fmt: skip
     if options.tiers or options.vram:
         result["limits"] = limits(engine, options, statistics_, sum(times) / len(times))
+    if not statistics_["layers_served"]["with_misses"]:
+        result["graph_ms"] = {"all": replay_ms(engine, 1), "without logits": replay_ms(engine, 0)}
     if options.profile:
         result["profile"] = profile(engine)
     return result

@@ -60,7 +60,7 @@ cdef extern from "csrc/device_experts.h" nogil:
         uint32_t part_bytes[3]
         uint8_t *pool[2]
         uint64_t *table
-        const uint32_t *post
+        const uint64_t *post
         uint32_t *answer
     ctypedef struct fomoe_size_class:
         int64_t slot_bytes[2]
@@ -223,7 +223,7 @@ cdef int fill_layer(fomoe_device_layer *layer, dict source) except -1:
     for tier in range(FOMOE_TIERS):
         layer.pool[tier] = <uint8_t *><uintptr_t>source["pool"][tier]
     layer.table = <uint64_t *><uintptr_t>source["table"]
-    layer.post = <const uint32_t *><uintptr_t>source["post"]
+    layer.post = <const uint64_t *><uintptr_t>source["post"]
     layer.answer = <uint32_t *><uintptr_t>source["answer"]
     return 0
 

@@ -33,6 +33,8 @@ struct fomoe_device_experts {
     /* the layer at work */
     int count;
     int32_t *ids, *index, *weight;
+    int32_t *posted; /* [pairs] */
+    int misses;
     fomoe_placement *placements;
     fomoe_move *moves;
     fomoe_buffer **landing; /* where each expert's read goes */
@@ -128,6 +130,7 @@ static int take_memory(fomoe_device_experts *e, int64_t buffers, int64_t slots, 
     e->spare_memory = calloc((int64_t)e->classes * FOMOE_TIERS * (slots + spares + 1), sizeof *e->spare_memory);
     e->picks = calloc((int64_t)e->layers * e->max_experts + 1, sizeof *e->picks);
     e->ids = calloc(pairs, sizeof *e->ids);
+    e->posted = calloc(pairs, sizeof *e->posted);
     e->index = malloc(e->max_experts * sizeof *e->index);
     e->weight = calloc(pairs, sizeof *e->weight);
     e->placements = calloc(pairs, sizeof *e->placements);
@@ -136,7 +139,7 @@ static int take_memory(fomoe_device_experts *e, int64_t buffers, int64_t slots, 
     e->record = calloc(pairs, sizeof *e->record);
     e->reads_left = calloc(pairs, sizeof *e->reads_left);
     e->transient = calloc(pairs, sizeof *e->transient);
-    return e->buffers && e->slot && e->slot_memory && e->spare && e->spare_memory && e->picks && e->ids && e->index &&
+    return e->buffers && e->slot && e->slot_memory && e->spare && e->spare_memory && e->picks && e->ids && e->posted && e->index &&
            e->weight && e->placements && e->moves && e->landing && e->record && e->reads_left && e->transient;
 }
 
@@ -194,7 +197,7 @@ fail:
 void fomoe_device_experts_free(fomoe_device_experts *e) {
     if (!e) return;
     void *owned[] = {e->layer,  e->class,      e->buffers, (void *)e->slot,    (void *)e->slot_memory, e->spare,
-                     e->ids,    e->index,      e->weight,  e->placements,      e->moves,               e->picks,
+                     e->ids,    e->posted,     e->index, e->weight,  e->placements,      e->moves,               e->picks,
                      e->reads_left, (void *)e->spare_memory, (void *)e->landing, (void *)e->record, (void *)e->transient};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     free(e);
@@ -417,36 +420,44 @@ static void answer(fomoe_device_experts *e, int layer, uint32_t run, const int32
 
 static void serve(fomoe_device_experts *e, int layer, uint32_t run, int tokens) {
     const fomoe_device_layer *l = &e->layer[layer];
-    const int32_t *ids = (const int32_t *)(l->post + 2);
     int pairs = tokens * e->used;
     for (int pair = 0; pair < pairs; pair++)
-        if (ids[pair] < 0 || ids[pair] >= l->experts) {
-            fail(e, layer, ids[pair], -ERANGE);
+        if (e->posted[pair] < 0 || e->posted[pair] >= l->experts) {
+            fail(e, layer, e->posted[pair], -ERANGE);
             return;
         }
-    collect(e, layer, ids, tokens);
+    collect(e, layer, e->posted, tokens);
     bring(e, layer);
     e->counters.layers++;
-    if (!has_failed(e, layer) && l->post[1]) answer(e, layer, run, ids, pairs);
-    if (l->post[1] || e->error) rewrite_table(e, layer);
+    if (!has_failed(e, layer) && e->misses) answer(e, layer, run, e->posted, pairs);
+    if (e->misses || e->error) rewrite_table(e, layer);
     for (int i = 0; i < e->count; i++) e->index[e->ids[i]] = -1;
 }
 
-/* Spin until the layer's router has posted; notice a device that will never do it. */
-static void wait_for_post(fomoe_device_experts *e, int layer, uint32_t run, void *compute) {
-    const uint32_t *post = e->layer[layer].post;
-    uint64_t start = now_ns();
-    for (uint32_t spins = 1; __atomic_load_n(post, __ATOMIC_ACQUIRE) != run; spins++) {
+/* Spin until a word of a post is this run's; notice a device that will never write it. */
+static uint32_t wait_for_word(fomoe_device_experts *e, int layer, const uint64_t *word, uint32_t run, void *compute) {
+    uint64_t value;
+    for (uint32_t spins = 1; (value = __atomic_load_n(word, __ATOMIC_ACQUIRE)) >> 32 != run; spins++) {
         if (spins % SPINS_BETWEEN_QUERIES) continue;
         int code = e->copies.calls.stream_query(compute);
-        if (!code && __atomic_load_n(post, __ATOMIC_ACQUIRE) != run) code = -1; /* done, and yet it has said nothing */
+        /* done, and yet it has said nothing */
+        if (!code && __atomic_load_n(word, __ATOMIC_ACQUIRE) >> 32 != run) code = -1;
         if (code && code != e->copies.calls.not_ready) {
             fomoe_device_check(&e->copies, code, "hipStreamQuery");
             fail(e, layer, -1, 1);
-            return;
+            return 0;
         }
         sched_yield();
     }
+    return (uint32_t)value;
+}
+
+static void wait_for_post(fomoe_device_experts *e, int layer, uint32_t run, int tokens, void *compute) {
+    const uint64_t *post = e->layer[layer].post;
+    uint64_t start = now_ns();
+    e->misses = (int)wait_for_word(e, layer, post, run, compute);
+    for (int pair = 0; pair < tokens * e->used && !e->error; pair++)
+        e->posted[pair] = (int32_t)wait_for_word(e, layer, post + 1 + pair, run, compute);
     e->counters.route_wait_ns += now_ns() - start;
 }
 
@@ -455,7 +466,7 @@ int fomoe_device_experts_serve(fomoe_device_experts *e, uint32_t run, int tokens
     fomoe_residency_tick(e->residency, tokens);
     for (int layer = 0; layer < e->layers && !e->error; layer++) {
         if (!e->layer[layer].experts) continue;
-        wait_for_post(e, layer, run, compute);
+        wait_for_post(e, layer, run, tokens, compute);
         if (!e->error) serve(e, layer, run, tokens);
     }
     if (e->error) *stop = 1;

@@ -20,7 +20,7 @@ typedef struct {
     uint32_t device_offset[FOMOE_PARTS], part_bytes[FOMOE_PARTS];
     uint8_t *pool[FOMOE_TIERS]; /* slots of VRAM and of DRAM */
     uint64_t *table;            /* [experts]: the host's copy of record_of */
-    const uint32_t *post;       /* host memory that the device writes: sequence, misses, ids */
+    const uint64_t *post;       /* host memory that the device writes: misses, experts; the run in the upper halves */
     uint32_t *answer;           /* host memory that the device reads: sequence, unused, records */
 } fomoe_device_layer;
 

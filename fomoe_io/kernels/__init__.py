@@ -19,7 +19,7 @@ UNIT_ELEMENTS = {"q4_k": 64, "q5_k": 64, "q6_k": 32, "q8_0": 32, "f16": 8, "bf16
 MAIN_SOURCE = "fomoe.hip"
 MOST_EXPERTS = 1024  # router.h: of a layer
 MOST_PICKS = 64  # experts.h: of a token
-POST_WORDS, ANSWER_WORDS = 2, 2  # router.h: 32-bit words before the entries of struct post and struct answer
+ANSWER_WORDS = 2  # router.h: 32-bit words before the entries of struct answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def down_grid(rows: int, tokens: int = 1, tuning: Mapping[str, int] | None = Non
     return up(rows, size["DOWN_WARPS"] * size["DOWN_ROWS"]), tokens, 1
 
 
-ATTENTION_WARPS = 8  # attention.h: query heads of a block
+ATTENTION_WARPS, ATTENTION_SPLIT = 8, 32  # attention.h: query heads and positions of a block
 
 
 def attention_grid(heads: int, kv_heads: int, splits: int, tokens: int = 1) -> tuple[int, int, int]:
@@ -138,4 +138,4 @@ def attention_grid(heads: int, kv_heads: int, splits: int, tokens: int = 1) -> t
 
 def attention_splits(positions: int) -> int:
     """Parts into which the attention over so many positions is cut."""
-    return up(positions, TUNING["ATTENTION_SPLIT"])
+    return up(positions, ATTENTION_SPLIT)

@@ -1,59 +1,72 @@
-// Attention of one token over its cache, in two steps: every block takes ATTENTION_SPLIT positions of one key head for
-// up to ATTENTION_WARPS of its query heads, then the parts are merged.  The cut depends on the position alone, so the bits do too.
+// Attention of one token over its cache, in two steps: every block takes 32 positions of one key head for up to
+// ATTENTION_WARPS of its query heads, then the parts are merged.  The cut depends on the position alone, so the bits do
+// too.  A block keeps its keys, then its values, in shared memory: a warp is a head, and while scores are computed a
+// lane is a position.
 #pragma once
 #include "norms.h"
 #include "tuning.h"
 
 #define ATTENTION_WARPS 8
-#define ATTENTION_BATCH 8  // positions whose scores a warp has in flight
+#define ATTENTION_SPLIT 32
 
 // parts: [tokens][heads][splits][dim + 2]: weighted values, their largest score, the sum of weights.  Splits past the
 // token's position are left unwritten.  q: [tokens][heads][dim]; caches: [positions][kv_heads][dim].
-// Grid (kv_heads * blocks of a key head, splits, tokens); splits covers the longest context, so that a captured graph fits every position.
+// Grid (kv_heads * blocks of a key head, splits, tokens); splits covers the longest context, so that a captured graph
+// fits every position.
 template <class CACHE, int PER_LANE>
 DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const typename CACHE::element *v_cache,
                    const int *positions, float *parts, int heads, int kv_heads, int splits, float scale) {
-    const int dim = 32 * PER_LANE, group = heads / kv_heads, token = block_z(), split = block_y(), lane = lane_index();
+    const int dim = 32 * PER_LANE, row = dim + 4;  // four floats apart, rows start in different banks
+    __shared__ quad tile_quads[ATTENTION_SPLIT * row / 4], query_quads[ATTENTION_WARPS][dim / 4];
+    __shared__ float weight_of[ATTENTION_WARPS][ATTENTION_SPLIT];
+    float *tile = tile_quads[0].v, *query_row = query_quads[warp_index()][0].v;
+    const int group = heads / kv_heads, token = block_z(), split = block_y(), lane = lane_index();
     const int blocks = (group + ATTENTION_WARPS - 1) / ATTENTION_WARPS, kv_head = block_x() / blocks;
     const int g = block_x() % blocks * ATTENTION_WARPS + warp_index();
     const int length = positions[token] + 1, begin = split * ATTENTION_SPLIT;
-    if (begin >= length || g >= group) return;
-    const int end = begin + ATTENTION_SPLIT < length ? begin + ATTENTION_SPLIT : length;
-    const u64 stride = (u64)kv_heads * dim;
-    const typename CACHE::element *keys = k_cache + (u64)kv_head * dim, *values = v_cache + (u64)kv_head * dim;
-    const u64 head = (u64)token * heads + kv_head * group + g;
-    float query[PER_LANE], sum[PER_LANE], most = -infinity(), weight_sum = 0.f;
+    if (begin >= length) return;
+    const u64 head = (u64)token * heads + kv_head * group + (g < group ? g : 0);
+    quad keys[PER_LANE], values[PER_LANE];
 #pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) query[i] = q[head * dim + 32 * i + lane] * scale, sum[i] = 0.f;
-    for (int p = begin; p < end; p += ATTENTION_BATCH) {
-        float score[ATTENTION_BATCH], batch_most = most;
+    for (int r = 0; r < PER_LANE; ++r) {
+        const int i = 4 * (thread_index() + 32 * ATTENTION_WARPS * r), p = begin + i / dim;
+        const u64 at = ((u64)(p < length ? p : length - 1) * kv_heads + kv_head) * dim + i % dim;
+        keys[r] = CACHE::get_quad(k_cache + at);
+        values[r] = CACHE::get_quad(v_cache + at);
+    }
 #pragma unroll
-        for (int b = 0; b < ATTENTION_BATCH; ++b) {
-            const u64 at = (u64)(p + b < end ? p + b : end - 1) * stride;
-            float dot = 0.f;
+    for (int r = 0; r < PER_LANE; ++r) {
+        const int i = 4 * (thread_index() + 32 * ATTENTION_WARPS * r);
+        tile_quads[(i / dim * row + i % dim) / 4] = keys[r];
+    }
 #pragma unroll
-            for (int i = 0; i < PER_LANE; ++i) dot = fused(query[i], CACHE::get(keys[at + 32 * i + lane]), dot);
-            score[b] = dot;
-        }
+    for (int i = 0; i < PER_LANE; ++i) query_row[32 * i + lane] = q[head * dim + 32 * i + lane] * scale;
+    sync_block();
+    float score = 0.f;
+#pragma unroll 8
+    for (int c = 0; c < dim; c += 4) {
+        const quad key = tile_quads[(lane * row + c) / 4], query = query_quads[warp_index()][c / 4];
+        for (int j = 0; j < 4; ++j) score = fused(query.v[j], key.v[j], score);
+    }
+    if (begin + lane >= length) score = -infinity();
+    const float most = warp_max(score), weight = exponential(score - most), weight_sum = warp_sum(weight);
+    weight_of[warp_index()][lane] = weight;
+    sync_block();
 #pragma unroll
-        for (int b = 0; b < ATTENTION_BATCH; ++b) {
-            score[b] = p + b < end ? warp_sum(score[b]) : -infinity();
-            batch_most = larger(batch_most, score[b]);
-        }
-        const float shrink = exponential(most - batch_most);
-        most = batch_most;
-        weight_sum *= shrink;
+    for (int r = 0; r < PER_LANE; ++r) {
+        const int i = 4 * (thread_index() + 32 * ATTENTION_WARPS * r);
+        tile_quads[(i / dim * row + i % dim) / 4] = values[r];
+    }
+    sync_block();
+    if (g >= group) return;
+    float sum[PER_LANE];
 #pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) sum[i] *= shrink;
+    for (int i = 0; i < PER_LANE; ++i) sum[i] = 0.f;
+#pragma unroll 4
+    for (int p = 0; p < ATTENTION_SPLIT; ++p) {
+        const float w = weight_of[warp_index()][p];
 #pragma unroll
-        for (int b = 0; b < ATTENTION_BATCH; ++b) {
-            const float weight = exponential(score[b] - most);  // past the end: 0
-            weight_sum += weight;
-            const u64 at = (u64)(p + b < end ? p + b : end - 1) * stride;
-#pragma unroll
-            for (int i = 0; i < PER_LANE; ++i)
-                sum[i] = fused(weight, CACHE::get(values[at + 32 * i + lane]), sum[i]);
-        }
+        for (int i = 0; i < PER_LANE; ++i) sum[i] = fused(w, tile[p * row + 32 * i + lane], sum[i]);
     }
     float *part = parts + (head * splits + split) * (dim + 2);
 #pragma unroll

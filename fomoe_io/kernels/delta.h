@@ -104,12 +104,22 @@ KERNEL(128, gated_norm)
     if (head >= heads) return;
     const u64 row = ((u64)token * heads + head) * dim;
     float squares = 0.f;
-    for (int i = lane_index(); i < dim; i += 32) squares = fused(x[row + i], x[row + i], squares);
+    for (int i = 4 * lane_index(); i < dim; i += 128) {
+        const quad v = *(const quad *)(x + row + i);
+        for (int j = 0; j < 4; ++j) squares = fused(v.v[j], v.v[j], squares);
+    }
     const float scale = 1.f / square_root(warp_sum(squares) / (float)dim + eps);
-    for (int i = lane_index(); i < dim; i += 32) {
-        const float value = x[row + i] * scale * weight[i] * silu(gate[row + i]);
-        if (y) y[row + i] = value;
-        if (q8) store_q8_group(value, q8 + token * q8_row_bytes(heads * dim), heads * dim, (head * dim + i) >> 5);
+    for (int first = 0; first < dim; first += 128) {
+        const int i = first + 4 * lane_index();
+        quad value = {};
+        if (i < dim) {
+            const quad v = *(const quad *)(x + row + i), g = *(const quad *)(gate + row + i);
+            const quad w = *(const quad *)(weight + i);
+            for (int j = 0; j < 4; ++j) value.v[j] = v.v[j] * scale * w.v[j] * silu(g.v[j]);
+            if (y) *(quad *)(y + row + i) = value;
+        }
+        // lanes past the head's end (i >= dim) store nothing: their place is past the row's end, too
+        if (q8) store_q8_quad(value, q8 + token * q8_row_bytes(heads * dim), heads * dim, i < dim ? head * dim + i : heads * dim);
     }
 }
 EXPORT_KERNEL(gated_norm)

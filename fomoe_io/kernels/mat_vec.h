@@ -16,7 +16,7 @@ template <class T, int ROWS, int TOKENS>
 DEVICE void dot_rows(const u8 *const (&rows)[ROWS], const u8 *x, const u32 (&token)[TOKENS], int columns, int first,
                      int step, float (&sums)[ROWS][TOKENS]) {
     const int units = columns / T::unit_elements;
-#pragma unroll ROWS * TOKENS > 2 ? 1 : 2
+#pragma unroll ROWS * TOKENS > 2 ? 1 : ROWS * TOKENS > 1 ? 2 : 4
     for (int unit = first; unit < units; unit += step) {
         typename T::raw raw[ROWS];
 #pragma unroll

@@ -55,12 +55,18 @@ EXPORT_KERNEL(rms_norm)
 
 struct cache_f32 {
     typedef float element;
-    static DEVICE_MEMBER float get(float v) { return v; }
+    static DEVICE_MEMBER quad get_quad(const float *p) { return *(const quad *)p; }
     static DEVICE_MEMBER float put(float v) { return v; }
+};
+struct alignas(8) half_quad {
+    u16 v[4];
 };
 struct cache_f16 {
     typedef u16 element;
-    static DEVICE_MEMBER float get(u16 v) { return from_half(v); }
+    static DEVICE_MEMBER quad get_quad(const u16 *p) {
+        const half_quad h = *(const half_quad *)p;
+        return {{from_half(h.v[0]), from_half(h.v[1]), from_half(h.v[2]), from_half(h.v[3])}};
+    }
     static DEVICE_MEMBER u16 put(float v) { return to_half(v); }
 };
 

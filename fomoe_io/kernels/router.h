@@ -8,11 +8,11 @@
 #define ROUTER_EXPERTS 1024  // the most experts a layer may have
 #define ROUTER_GROUPS (ROUTER_THREADS / 4)  // at least MOST_PICKS
 
-// What a layer's router tells the host, in memory that both see: `sequence` is written last.  The host counts the picks
-// of every layer (its policy lives on them) and fetches those that are missing; nobody waits when none is.
-struct post {
-    u32 sequence, misses;  // then int ids[pairs]
-};
+// What a layer's router tells the host, in memory that both see: a 64-bit word with the number of misses, then one for
+// each pair with its expert.  Every word carries the run's number in its upper half, so their order does not matter and
+// nobody waits for a fence.  The host counts the picks of every layer (its policy lives on them) and fetches those that
+// are missing.
+DEVICE u64 posted(const u32 *run, u32 value) { return (u64)*run << 32 | value; }
 
 // The host's answer: where the missing records have been put, 0 for the others.  `sequence` is written last.
 struct answer {
@@ -25,23 +25,19 @@ struct answer {
 
 // ids -> records[pair] (0: not on the device), the post, and *misses for the wait.  A whole block calls it.
 // run: the number of this replay of the program, which tells one post from the last.
-DEVICE void resolve(const int *ids, const u64 *record_of, u64 *records, volatile post *message, const u32 *run,
-                    u32 *misses, int pairs) {
-    volatile int *posted = (volatile int *)(message + 1);
+DEVICE void resolve(const int *ids, const u64 *record_of, u64 *records, volatile u64 *post, const u32 *run, u32 *misses,
+                    int pairs) {
     float absent = 0.f;
     for (int pair = thread_index(); pair < pairs; pair += ROUTER_THREADS) {
         const u64 record = record_of[ids[pair]];
         records[pair] = record > IN_DRAM ? record : 0;
-        posted[pair] = ids[pair];
+        post[1 + pair] = posted(run, (u32)ids[pair]);
         absent += record > IN_DRAM ? 0.f : 1.f;
     }
-    fence_system();
     absent = block_sum<ROUTER_THREADS / 32>(absent);
     if (thread_index() > 0) return;
     *misses = (u32)absent;
-    message->misses = (u32)absent;
-    fence_system();
-    message->sequence = *run;
+    post[0] = posted(run, (u32)absent);
 }
 
 // Softmax over all logits, the picks in descending order (ties: the lower id first).  weight = p, divided by
@@ -114,18 +110,18 @@ EXPORT_KERNEL(route)
 
 // For many tokens: the picks of all, after route.  Grid (1).
 KERNEL(ROUTER_THREADS, resolve_picks)
-(const int *ids, const u64 *record_of, u64 *records, void *message, const u32 *run, u32 *misses, int pairs) {
-    resolve(ids, record_of, records, (volatile post *)message, run, misses, pairs);
+(const int *ids, const u64 *record_of, u64 *records, void *post, const u32 *run, u32 *misses, int pairs) {
+    resolve(ids, record_of, records, (volatile u64 *)post, run, misses, pairs);
 }
 EXPORT_KERNEL(resolve_picks)
 
 // Both for one token, in one launch.  Grid (1).
 KERNEL(ROUTER_THREADS, route_and_resolve)
-(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *message, const u32 *run,
+(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *post, const u32 *run,
  u32 *misses, int experts, int picks, int normalise, float scale) {
     pick(logits, ids, weights, experts, picks, normalise, scale);
     sync_block();
-    resolve(ids, record_of, records, (volatile post *)message, run, misses, picks);
+    resolve(ids, record_of, records, (volatile u64 *)post, run, misses, picks);
 }
 EXPORT_KERNEL(route_and_resolve)
 

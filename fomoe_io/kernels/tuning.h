@@ -38,8 +38,3 @@
 #ifndef DOWN_BATCH
 #define DOWN_BATCH 2
 #endif
-
-// attention: positions of a block's share of the cache.
-#ifndef ATTENTION_SPLIT
-#define ATTENTION_SPLIT 32
-#endif

@@ -368,7 +368,7 @@ def check_resolve(runner: Runner, rng: np.random.Generator, experts: int, picks:
     ids, weights = runner.put(np.full(picks, -1, np.int32)), runner.put(poison(picks))
     row, run = runner.put(table), runner.put(np.array([41], np.uint32))
     for name in ("route_and_resolve", "resolve_picks"):
-        records, post = runner.put(np.full(picks, 77, np.uint64)), runner.put(np.zeros(2 + picks, np.uint32))
+        records, post = runner.put(np.full(picks, 77, np.uint64)), runner.put(np.zeros(1 + picks, np.uint64))
         count = runner.put(np.array([99], np.uint32))
         if name == "resolve_picks":
             runner.launch(name, (1, 1, 1), ids, row, records, post, run, count, picks)
@@ -377,7 +377,7 @@ def check_resolve(runner: Runner, rng: np.random.Generator, experts: int, picks:
                           picks, 1, 1.0)  # fmt: skip
         np.testing.assert_array_equal(ids.get(), want[0])
         np.testing.assert_array_equal(records.get(), here)
-        np.testing.assert_array_equal(post.get(), [41, misses, *want[0]])
+        np.testing.assert_array_equal(post.get(), (41 << 32) + np.array([misses, *want[0]], np.uint64))
         assert count.get()[0] == misses
 
 
