@@ -85,6 +85,7 @@ EXTENSIONS = [
             "fomoe_io/csrc/trace.c",
             "fomoe_io/csrc/program.c",
             "fomoe_io/csrc/experts.c",
+            "fomoe_io/csrc/car.c",
         ],
         depends=HEADERS,
         extra_compile_args=[*COMPILE_FLAGS, "-pthread"],

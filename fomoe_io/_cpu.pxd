@@ -37,6 +37,8 @@ cdef extern from "csrc/residency.h" nogil:
         uint64_t evictions
         uint64_t promotions
         uint64_t demotions
+        uint64_t substitutions
+        uint64_t offers
     fomoe_residency *fomoe_residency_new(int layers, const int32_t *experts, const int32_t *slots, int policy, double decay)
     void fomoe_residency_free(fomoe_residency *)
     void fomoe_residency_scores(const fomoe_residency *, int layer, double *scores)
@@ -50,6 +52,10 @@ cdef extern from "csrc/trace.h" nogil:
     void fomoe_trace_free(fomoe_trace *)
     void fomoe_trace_seeds(fomoe_trace *, int layer, int count, const int32_t *experts, const double *scores)
     int fomoe_trace_flush(fomoe_trace *)
+
+cdef extern from "csrc/car.h" nogil:
+    ctypedef struct fomoe_car:
+        pass
 
 cdef extern from "csrc/experts.h" nogil:
     int FOMOE_PARTS
@@ -86,6 +92,7 @@ cdef extern from "csrc/experts.h" nogil:
     fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *, const fomoe_expert_layer *, fomoe_residency *, fomoe_reader *)
     void fomoe_experts_free(fomoe_experts *)
     int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *)
+    void fomoe_experts_set_car(fomoe_experts *, const fomoe_car *)
     const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *)
     const int64_t *fomoe_experts_picks(const fomoe_experts *)
     int fomoe_experts_warm(fomoe_experts *, int layer, const int32_t *experts, const double *scores, int count)
@@ -119,6 +126,7 @@ cdef extern from "csrc/program.h" nogil:
         const int32_t *ids
         uint8_t *state
         float *logits
+        int32_t substitute
         fomoe_record record
         fomoe_trace *trace
     ctypedef struct fomoe_product:
@@ -212,10 +220,13 @@ cdef extern from "csrc/program.h" nogil:
         int32_t normalise
         float scale
     ctypedef struct experts_step:
+        fomoe_rows logits
+        fomoe_rows weights
         fomoe_rows ids
         fomoe_rows input[2]
         fomoe_experts *experts
         int32_t layer
+        int32_t normalise
     ctypedef struct combine_step:
         fomoe_rows weights
         fomoe_rows output

@@ -192,12 +192,17 @@ cdef class Experts:
             error = fomoe_experts_warm(self.c, layer, &experts[0], &scores[0], count)
         return error
 
+    def set_car(self, uintptr_t car):
+        """The address of a fomoe_car, which is copied."""
+        fomoe_experts_set_car(self.c, <const fomoe_car *>car)
+
     def counters(self):
         cdef const fomoe_residency_counters *r = fomoe_residency_count(self.residency)
         cdef const fomoe_expert_counters *e = fomoe_experts_count(self.c)
         return {
             "requests": r.requests, "vram_hits": r.hits[0], "dram_hits": r.hits[1], "nvme_hits": r.hits[2],
             "evictions": r.evictions, "promotions": r.promotions, "demotions": r.demotions,
+            "substitutions": r.substitutions,
             "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes, "stall_ns": e.stall_ns, "groups": e.groups,
         }
 
@@ -248,6 +253,7 @@ cdef class Program:
     cdef fomoe_program *c
     cdef Team team
     cdef list keep
+    cdef tuple routed
     cdef Trace tracer
 
     def __cinit__(self, Team team, int64_t scratch_floats):
@@ -432,24 +438,34 @@ cdef class Program:
         s.arguments.route.used = used
         s.arguments.route.normalise = normalise
         s.arguments.route.scale = scale
+        self.routed = logits, weights, normalise
         self._add(&s, (logits, ids, weights))
 
-    def _experts(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer, bint begin):
+    def experts_begin(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer):
+        """After the layer's route, whose logits and weights it may change."""
+        cdef fomoe_step s
+        cdef Rows logits, weights
+        logits, weights, normalise = self.routed
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_experts_begin
+        s.arguments.experts.experts = experts.c
+        s.arguments.experts.logits = logits.c
+        s.arguments.experts.ids = ids.c
+        s.arguments.experts.weights = weights.c
+        s.arguments.experts.layer = layer
+        s.arguments.experts.normalise = normalise
+        self._add(&s, (experts, logits, ids, weights, gate_input, up_input))
+
+    def experts(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer):
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
-        s.execute = fomoe_step_experts_begin if begin else fomoe_step_experts
+        s.execute = fomoe_step_experts
         s.arguments.experts.experts = experts.c
         s.arguments.experts.ids = ids.c
         s.arguments.experts.input[0] = gate_input.c
         s.arguments.experts.input[1] = up_input.c
         s.arguments.experts.layer = layer
         self._add(&s, (experts, ids, gate_input, up_input))
-
-    def experts_begin(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer):
-        self._experts(experts, ids, gate_input, up_input, layer, True)
-
-    def experts(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer):
-        self._experts(experts, ids, gate_input, up_input, layer, False)
 
     def combine(self, Experts experts, Rows weights, Rows output, int used, Rows shared, Rows shared_gate):
         cdef fomoe_step s
@@ -475,7 +491,7 @@ cdef class Program:
 
     def run(self, const int32_t[::1] ids, int outputs, int64_t position, uintptr_t state, float[:, ::1] logits,
             int32_t[:, :, ::1] experts=None, float[:, :, ::1] weights=None, float[:, :, ::1] router_logits=None,
-            float[:, :, ::1] layer_output=None, float[:, ::1] final_norm=None):
+            float[:, :, ::1] layer_output=None, float[:, ::1] final_norm=None, bint substitute=False):
         """0, or a negative errno.  logits: [outputs, vocabulary]; the rest are records, [layers, tokens, ...]."""
         cdef fomoe_run r
         cdef int error
@@ -486,6 +502,7 @@ cdef class Program:
         r.ids = &ids[0]
         r.state = <uint8_t *>state
         r.logits = &logits[0, 0] if outputs else NULL
+        r.substitute = substitute
         r.trace = NULL if self.tracer is None else self.tracer.c
         if experts is not None:
             r.record.experts = &experts[0, 0, 0]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from fomoe_io.car import CarRule
 from fomoe_io.errors import UsageError
 
 _CHOICES = {
@@ -74,6 +75,8 @@ class EngineConfig:
         "auto" takes a GPU when there is one.
     vram_bytes : int or None
         Bound of the device memory; None takes what is free.
+    car : CarRule or None
+        Cache-aware routing of single tokens; None is exact.
     trace : Path or None
         Write what the router picks here (fomoe_io/trace.py).
     """
@@ -92,6 +95,7 @@ class EngineConfig:
     tiers: Tiers | None = None
     device: str = "cpu"
     vram_bytes: int | None = None
+    car: CarRule | None = None
     trace: Path | None = None
 
     def __post_init__(self) -> None:

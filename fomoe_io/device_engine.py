@@ -105,6 +105,8 @@ class DeviceEngine(Engine):
         s = self.shape
         if self.config.activations != "quantized":
             raise UsageError("float activations are computed on the CPU alone", hint="--device cpu")
+        if self.config.car is not None:
+            raise UsageError("cache-aware routing is computed on the CPU alone", hint="--device cpu, or --car off")
         if self.config.trace is not None:
             raise UsageError("traces are written by the engine on the CPU alone", hint="--device cpu")
         check_shape(s)

@@ -34,7 +34,14 @@ class DeviceSession(Session):
         self.position = 0
         self._broken = False
 
-    def _run(self, ids: np.ndarray, logits: np.ndarray, outputs: int, records: dict[str, np.ndarray]) -> None:
+    def _run(
+        self,
+        ids: np.ndarray,
+        logits: np.ndarray,
+        outputs: int,
+        records: dict[str, np.ndarray],
+        substitute: bool = False,  # the engine refuses cache-aware routing at its opening
+    ) -> None:
         engine = self._device_engine
         if set(records) - {"experts"}:
             raise UsageError(f"a GPU records experts alone, not {', '.join(sorted(set(records) - {'experts'}))}")

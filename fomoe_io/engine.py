@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -197,6 +198,9 @@ class Engine:
             self.reader.address,
             (self.reader, self._pool),
         )
+        if self.config.car is not None:
+            car = self.config.car.native()
+            self._experts.set_car(ctypes.addressof(car))
         self._recorder = self._record(self.budgets.batch_tokens, self._experts)
         self._open_trace(tiers, layouts)
         self._warm()
@@ -223,7 +227,7 @@ class Engine:
             slots=slot_pairs(tiers),
             policy=self.config.policy,
             decay=DECAY_PER_TOKEN,
-            car="off",
+            car=str(self.config.car or "off"),
             expert_bytes=tuple(layouts[i].slot_bytes for i in range(s.layers)),
         )
         self._trace_file = TraceFile(self.config.trace, header)
@@ -348,7 +352,8 @@ class Engine:
             "model": self.model_name,
             "store": self.store.kind,
             "device": self.device_name,
-            "exact": True,
+            "exact": self.config.car is None,
+            "car": str(self.config.car or "off"),
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
             "load_seconds": self.load_seconds,
@@ -362,7 +367,7 @@ class Engine:
                 "dram": {"hits": c["dram_hits"]},
                 "nvme": {"hits": c["nvme_hits"], "reads": c["nvme_reads"], "bytes": c["nvme_bytes"]},
             },
-            "substitutions": 0,
+            "substitutions": c.get("substitutions", 0),
             "evictions": c["evictions"],
             "promotions": c["promotions"],
             "demotions": c["demotions"],

@@ -72,9 +72,20 @@ class Session:
             raise UsageError("the session stopped in the middle of a token after an error; reset() it first")
         return ids
 
-    def _run(self, ids: np.ndarray, logits: np.ndarray, outputs: int, records: dict[str, np.ndarray]) -> None:
+    def _run(
+        self,
+        ids: np.ndarray,
+        logits: np.ndarray,
+        outputs: int,
+        records: dict[str, np.ndarray],
+        substitute: bool = False,
+    ) -> None:
         self._broken = True
-        self._check(self._recorder.program.run(ids, outputs, self.position, self._memory.address, logits, **records))
+        self._check(
+            self._recorder.program.run(
+                ids, outputs, self.position, self._memory.address, logits, **records, substitute=substitute
+            )
+        )
         self._broken = False
         self.position += len(ids)
 
@@ -108,10 +119,13 @@ class Session:
         return logits[0]
 
     def decode(self, token: int) -> np.ndarray:
-        """Read one token; float32 [vocabulary], valid until the next call."""
+        """Read one token; float32 [vocabulary], valid until the next call.
+
+        The only step in which cache-aware routing (`EngineConfig.car`) may act: batches are exact.
+        """
         ids = self.checked([token])
         started = time.monotonic()
-        self._run(ids, self._decode_logits, 1, {})
+        self._run(ids, self._decode_logits, 1, {}, substitute=True)
         self._engine.generated_tokens += 1
         self._engine.decode_seconds += time.monotonic() - started
         return self._decode_logits[0]

@@ -19,7 +19,7 @@ def format_banner(engine: Engine) -> list[str]:
     s, b, reader = engine.shape, engine.budgets, engine.reader
     how = f"{reader.name}{' O_DIRECT' if reader.direct else ', page cache (the file system refuses O_DIRECT)'}"
     lines = [
-        f"{engine.model_name}  exact (weights unmodified, no expert substitution)",
+        f"{engine.model_name}  {_exactness(engine)}",
         f"{s.layers} layers x {s.experts} experts, top-{s.used}; {engine.store.kind} store; {how}; {engine.computed_by}",
         *engine.memory_lines(),
     ]
@@ -30,6 +30,12 @@ def format_banner(engine: Engine) -> list[str]:
     return lines
 
 
+def _exactness(engine: Engine) -> str:
+    if engine.config.car is None:
+        return "exact (weights unmodified, no expert substitution)"
+    return f"not exact: resident experts may stand in for missing ones (--car {engine.config.car})"
+
+
 def format_footer(statistics: Mapping[str, Any]) -> str:
     """One line: speeds, where the experts were found, what was read."""
     s = statistics
@@ -38,10 +44,11 @@ def format_footer(statistics: Mapping[str, Any]) -> str:
     tiers = " ".join(
         f"{name.upper()} {share[name]:.0f} %" for name in ("vram", "dram", "nvme") if name != "vram" or share[name]
     )
+    exact = "" if s["exact"] else f"not exact: {100 * s['substitutions'] / requests:.1f} % substituted   "
     stall = s["stall_seconds"]["nvme"] / max(s["prompt_seconds"] + s["decode_seconds"], 1e-9)
     return (
         f"prompt {s['prompt_tokens']} tok {s['prompt_tokens_per_second']:.1f} tok/s   "
-        f"gen {s['generated_tokens']} tok {s['tokens_per_second']:.1f} tok/s   experts {tiers}   "
+        f"gen {s['generated_tokens']} tok {s['tokens_per_second']:.1f} tok/s   experts {tiers}   {exact}"
         f"read {format_bytes(s['nvme_bytes_per_token'])}/tok   stall {100 * stall:.0f} %   "
         f"peak RAM {format_bytes(s['peak_rss_bytes'])}"
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from fomoe_io.car import CarRule
 from fomoe_io.config import EngineConfig, Tiers
 from fomoe_io.errors import FomoeError, UsageError
 from fomoe_io.units import parse_bytes
@@ -115,6 +116,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="most experts in VRAM and DRAM (simulated on a CPU), such as vram=20%%,dram=15%%",
     )
     group.add_argument(
+        "--car", type=checked(CarRule.parse), metavar="RULE",
+        help="let resident experts stand in for missing ones, which is not exact: "
+        "off (default), on, ratio:TAU, prior:LAMBDA or regret:RHO",
+    )  # fmt: skip
+    group.add_argument(
         "--trace", type=Path, metavar="FILE", help="write the routing of every token, for fomoe-bench cache"
     )
 
@@ -131,6 +137,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         kernels=options.kernels,
         policy=options.policy,
         tiers=options.tiers,
+        car=options.car,
         trace=options.trace,
         device=options.device,
         vram_bytes=options.vram,

@@ -1,4 +1,4 @@
-"""fomoe-ppl: perplexity by llama-perplexity's protocol."""
+"""fomoe-ppl: perplexity by llama-perplexity's protocol, and what cache-aware routing costs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fomoe_io.cli.common import add_engine_options, add_model, engine_config, model_path, new_parser, run_command
+from fomoe_io.config import EngineConfig
 from fomoe_io.engine import Engine
 from fomoe_io.errors import UsageError
+from fomoe_io.exact_logits import ExactLogits
 from fomoe_io.session import Session
 from fomoe_io.stats import format_banner, format_footer, write_json
+
+TIERS = ("vram", "dram", "nvme")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,38 +33,27 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--chunks", type=int, default=-1, metavar="N", help="chunks at most (-1: all)")
     p.add_argument("--resume", type=Path, metavar="FILE", help="keep finished chunks here and go on from there")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the result and the statistics")
+    p.add_argument(
+        "--stepwise", action="store_true", help="token by token through the cache, as an answer is (implied by --car)"
+    )
+    p.add_argument(
+        "--exact-logits", type=Path, metavar="FILE",
+        help="with --car: keep the exact run's logits here for the next time (default: a temporary file)",
+    )  # fmt: skip
     add_engine_options(p)
     p.set_defaults(ctx_size=512)
     return p
 
 
-@dataclass(slots=True)
-class Total:
-    """Negative log likelihoods of the scored tokens so far."""
+# ---- arithmetic ----
 
-    count: int = 0
-    nll: float = 0.0
-    nll_squared: float = 0.0
-    chunks: list[tuple[float, float, int]] = field(default_factory=list)
 
-    def add(self, nll: float, nll_squared: float, count: int) -> None:
-        """One more chunk."""
-        self.chunks.append((nll, nll_squared, count))
-        self.nll += nll
-        self.nll_squared += nll_squared
-        self.count += count
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean."""
-        return math.exp(self.nll / self.count)
-
-    @property
-    def error(self) -> float:
-        """Standard error as llama-perplexity has it: ppl * sqrt(variance / (count - 1))."""
-        mean = self.nll / self.count
-        variance = self.nll_squared / self.count - mean * mean
-        return self.perplexity * math.sqrt(variance / (self.count - 1)) if self.count > 1 and variance > 0 else 0.0
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64 [n, vocabulary] from float32 logits."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
 
 
 def score(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -69,57 +63,212 @@ def score(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.asarray(log_sum - logits[np.arange(len(targets)), targets])
 
 
-def chunk_nll(session: Session, tokens: np.ndarray) -> np.ndarray:
-    """-ln p of the second half of a chunk: positions n/2 .. n-2 score the tokens after them."""
+def divergence(exact: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """KL(exact || other) of each row, in nats over the whole vocabulary: float64 [n]."""
+    p, q = log_softmax(exact), log_softmax(other)
+    return np.asarray((np.exp(p) * (p - q)).sum(axis=1))
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Sums over the scored tokens of a chunk, and where its experts were found (of all its tokens).
+
+    `exact_nll` and `kl` are sums over the same tokens of a run without substitution; `cold` says that the run had
+    just begun or resumed, with an empty cache.
+    """
+
+    count: int
+    nll: float
+    nll_squared: float
+    exact_nll: float = 0.0
+    kl: float = 0.0
+    cold: bool = False
+    hits: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Total:
+    """Negative log likelihoods of the scored tokens so far."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+
+    def sum(self, name: str) -> float:
+        """Of a number over the chunks."""
+        return math.fsum(getattr(chunk, name) for chunk in self.chunks)
+
+    @property
+    def count(self) -> int:
+        """Tokens scored."""
+        return sum(chunk.count for chunk in self.chunks)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean."""
+        return math.exp(self.sum("nll") / self.count)
+
+    @property
+    def error(self) -> float:
+        """Standard error as llama-perplexity has it: ppl * sqrt(variance / (count - 1))."""
+        mean = self.sum("nll") / self.count
+        variance = self.sum("nll_squared") / self.count - mean * mean
+        return self.perplexity * math.sqrt(variance / (self.count - 1)) if self.count > 1 and variance > 0 else 0.0
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of all requests for experts: found in each tier, and answered with another expert."""
+        hits = {name: sum(chunk.hits[name] for chunk in self.chunks) for name in self.chunks[0].hits}
+        requests = sum(hits[name] for name in (*TIERS, "substituted"))
+        return {name: count / requests for name, count in hits.items()}
+
+    def compared(self) -> dict[str, float]:
+        """What differs from the exact run over the same tokens."""
+        exact = math.exp(self.sum("exact_nll") / self.count)
+        return {
+            "ppl_exact": exact,
+            "ppl_increase": self.perplexity / exact - 1,
+            "kl_vs_exact": self.sum("kl") / self.count,
+        }
+
+
+# ---- running ----
+
+
+def scored_logits(session: Session, tokens: np.ndarray, stepwise: bool) -> np.ndarray:
+    """Logits of the second half of a chunk: positions n/2 .. n-2, which score the tokens after them."""
     session.reset()
     first = len(tokens) // 2
+    if stepwise:
+        for token in tokens[:first]:
+            session.decode(int(token))
+        return np.stack([session.decode(int(token)).copy() for token in tokens[first:-1]])
     session.prefill(tokens[:first])
-    return score(session.evaluate(tokens[first:-1]), tokens[first + 1 :])
+    return session.evaluate(tokens[first:-1])
 
 
-def _fingerprint(engine: Engine, tokens: np.ndarray, chunk: int) -> str:
-    digest = hashlib.sha256(tokens.tobytes())
-    digest.update(f"{engine.store.fingerprint} {chunk} {engine.kernels}".encode())
-    return digest.hexdigest()[:32]
+def _hits(engine: Engine) -> dict[str, int]:
+    s = engine.statistics()
+    hits = {name: s["tiers"][name]["hits"] for name in TIERS}
+    return {**hits, "substituted": s["substitutions"], "read": s["tiers"]["nvme"]["reads"]}
 
 
-def _load(path: Path, fingerprint: str) -> list[tuple[float, float, int]]:
-    if not path.exists():
+class Text:
+    """The chunks of a tokenized text.
+
+    Raises
+    ------
+    UsageError
+        There is not one chunk.
+    """
+
+    def __init__(self, engine: Engine, options: argparse.Namespace) -> None:
+        text = options.file.read_text(encoding="utf-8", errors="replace")
+        # llama.cpp's tools drop one final newline of a file
+        tokenizer = engine.tokenizer
+        self.tokens = np.array(tokenizer.encode(text.removesuffix("\n"), add_bos=tokenizer.add_bos), np.int32)
+        self.chunk = options.ctx_size
+        self.chunks = len(self.tokens) // self.chunk
+        if options.chunks >= 0:
+            self.chunks = min(self.chunks, options.chunks)
+        if not self.chunks:
+            raise UsageError(
+                f"the text has {len(self.tokens)} tokens, not one chunk of {self.chunk}",
+                hint=f"-c {len(self.tokens) // 2}",
+            )
+        self.scored = self.chunk - self.chunk // 2 - 1
+        self._bos = tokenizer.bos_id if tokenizer.add_bos else None
+
+    def part(self, i: int) -> np.ndarray:
+        """Tokens of chunk i, with the begin-of-text token where the model has one."""
+        part = self.tokens[i * self.chunk : (i + 1) * self.chunk].copy()
+        if self._bos is not None:
+            part[0] = self._bos
+        return part
+
+    def targets(self, i: int) -> np.ndarray:
+        """Tokens that the scored positions of chunk i predict."""
+        return self.part(i)[self.chunk // 2 + 1 :]
+
+    def fingerprint(self, engine: Engine, *settings: object) -> str:
+        """Of everything that the results depend on."""
+        digest = hashlib.sha256(self.tokens.tobytes())
+        digest.update(" ".join(map(str, (engine.store.fingerprint, self.chunk, engine.kernels, *settings))).encode())
+        return digest.hexdigest()[:32]
+
+
+def _load(path: Path | None, fingerprint: str) -> list[Chunk]:
+    if path is None or not path.exists():
         return []
     try:
         saved = json.loads(path.read_text())
         if saved["fingerprint"] != fingerprint:
-            raise UsageError(f"{path} is of another model, text or chunk size", hint=f"rm {path}")
-        return [(float(nll), float(square), int(count)) for nll, square, count in saved["chunks"]]
+            raise UsageError(f"{path} is of another model, text or chunk size, or of other settings", hint=f"rm {path}")
+        return [Chunk(**chunk) for chunk in saved["chunks"]]
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{path} is no resume file of fomoe-ppl", hint=f"rm {path}") from None
 
 
-def evaluate(engine: Engine, tokens: np.ndarray, options: argparse.Namespace) -> Total:
+def write_exact(config: EngineConfig, options: argparse.Namespace) -> ExactLogits:
+    """The exact logits of every chunk: those that the file has, and the rest computed in batches.
+
+    By an engine of its own, so that the measured one starts cold and its counters see nothing of this.
+    """
+    with Engine.open(model_path(options), replace(config, car=None, tiers=None, trace=None)) as engine:
+        text = Text(engine, options)
+        exact = ExactLogits(options.exact_logits, text.fingerprint(engine), text.scored, engine.shape.vocabulary)
+        session = engine.session()
+        for i in range(exact.chunks, text.chunks):
+            exact.append(scored_logits(session, text.part(i), stepwise=False))
+            print(f"\rexact logits: {i + 1}/{text.chunks} chunks", end="", file=sys.stderr)
+        print(file=sys.stderr)
+    return exact
+
+
+def evaluate(engine: Engine, options: argparse.Namespace, exact: ExactLogits | None) -> Total:
     """Score the chunks of a text, printing the running value as llama-perplexity does."""
-    chunk = options.ctx_size
-    chunks = len(tokens) // chunk
-    if options.chunks >= 0:
-        chunks = min(chunks, options.chunks)
-    if not chunks:
-        raise UsageError(f"the text has {len(tokens)} tokens, not one chunk of {chunk}", hint=f"-c {len(tokens) // 2}")
-    total = Total()
-    fingerprint = _fingerprint(engine, tokens, chunk)
-    for saved in _load(options.resume, fingerprint)[:chunks] if options.resume else ():
-        total.add(*saved)
+    text = Text(engine, options)
+    stepwise = options.stepwise or options.car is not None
+    # where experts are found, and with --car the text's probabilities, follow from these as well
+    slots = engine.statistics()["budgets"]["slots_per_layer"]
+    settings = (options.car, options.tiers, options.policy, slots) if stepwise else ()
+    fingerprint = text.fingerprint(engine, *settings)
+    total = Total(_load(options.resume, fingerprint)[: text.chunks])
     session = engine.session()
-    print(f"perplexity over {chunks} chunks of {chunk} tokens", file=sys.stderr)
-    for i in range(len(total.chunks), chunks):
-        part = tokens[i * chunk : (i + 1) * chunk].copy()
-        if engine.tokenizer.add_bos and engine.tokenizer.bos_id is not None:
-            part[0] = engine.tokenizer.bos_id
-        nll = chunk_nll(session, part)
-        total.add(float(nll.sum()), float((nll * nll).sum()), len(nll))
+    print(f"perplexity over {text.chunks} chunks of {text.chunk} tokens", file=sys.stderr)
+    before = _hits(engine)
+    for i in range(first := len(total.chunks), text.chunks):
+        logits, targets = scored_logits(session, text.part(i), stepwise), text.targets(i)
+        nll = score(logits, targets)
+        chunk = Chunk(len(nll), float(nll.sum()), float((nll * nll).sum()), cold=i == first)
+        if exact is not None:
+            reference = exact.read(i)
+            chunk.exact_nll = float(score(reference, targets).sum())
+            chunk.kl = float(divergence(reference, logits).sum())
+        now = _hits(engine)
+        chunk.hits = {name: now[name] - before[name] for name in now}
+        before = now
+        total.chunks.append(chunk)
         print(f"[{i + 1}]{total.perplexity:.4f},", end="", flush=True)
         if options.resume:
-            write_json(options.resume, {"fingerprint": fingerprint, "chunks": total.chunks})
+            write_json(options.resume, {"fingerprint": fingerprint, "chunks": [asdict(c) for c in total.chunks]})
     print()
     return total
+
+
+def _report(engine: Engine, total: Total, options: argparse.Namespace) -> dict[str, Any]:
+    """Print the results, last line as llama-perplexity's; what --json writes."""
+    result: dict[str, Any] = {"ppl": total.perplexity, "ppl_error": total.error, "tokens_scored": total.count}
+    result["shares"] = shares = total.shares
+    result["cold_starts"] = sum(chunk.cold for chunk in total.chunks)
+    print(format_footer(engine.statistics()), file=sys.stderr)
+    if options.car is not None:
+        result |= total.compared()
+        print(
+            f"exact PPL = {result['ppl_exact']:.4f}   with --car {options.car}: "
+            f"{100 * result['ppl_increase']:+.2f} %   KL = {result['kl_vs_exact']:.5f}   "
+            f"NVMe {100 * shares['nvme']:.2f} %   substituted {100 * shares['substituted']:.2f} %"
+        )
+    print(f"Final estimate: PPL = {total.perplexity:.4f} +/- {total.error:.5f}")
+    return {**result, **engine.statistics()}
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -127,21 +276,19 @@ def run(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.ctx_size < 4:
         raise UsageError(f"chunks of {options.ctx_size} tokens are too short", hint="-c 512")
-    text = options.file.read_text(encoding="utf-8", errors="replace")
-    # llama.cpp's tools drop one final newline of a file
-    text = text.removesuffix("\n")
-    with Engine.open(model_path(options), engine_config(options)) as engine:
-        print("\n".join(format_banner(engine)), file=sys.stderr)
-        ids = engine.tokenizer.encode(text, add_bos=engine.tokenizer.add_bos)
-        total = evaluate(engine, np.array(ids, np.int32), options)
-        statistics = engine.statistics()
-        print(format_footer(statistics), file=sys.stderr)
-        print(f"Final estimate: PPL = {total.perplexity:.4f} +/- {total.error:.5f}")
-        if options.json:
-            write_json(
-                options.json,
-                {"ppl": total.perplexity, "ppl_error": total.error, "tokens_scored": total.count, **statistics},
-            )
+    if options.exact_logits is not None and options.car is None:
+        raise UsageError("--exact-logits compares a run that is not exact", hint="--car on")
+    config = engine_config(options)
+    exact = None if options.car is None else write_exact(config, options)
+    try:
+        with Engine.open(model_path(options), config) as engine:
+            print("\n".join(format_banner(engine)), file=sys.stderr)
+            result = _report(engine, evaluate(engine, options, exact), options)
+    finally:
+        if exact is not None:
+            exact.close()
+    if options.json:
+        write_json(options.json, result)
     return 0
 
 

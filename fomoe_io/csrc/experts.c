@@ -24,10 +24,13 @@ struct fomoe_experts {
     fomoe_expert_counters counters;
     int64_t *picks;
     int failed_layer, failed_expert;
+    fomoe_car car;
 
     /* The batch's experts of the layer at work: resident ones first, then misses.  Thread 0 writes, between barriers. */
     int count, hits, submitted, computed, released, grouped_hits, ready_count, error;
     int32_t *ids, *index, *weight;  /* expert ids; id -> place in ids, -1 = none; tokens that want it */
+    int32_t *requests;              /* of them, those that are true picks: what the residency counts */
+    int32_t *replaced;              /* of a single token: true picks that another expert stands in for, or -1 */
     int32_t *first, *members;       /* members[first[i] .. first[i+1]): token * used + rank */
     const uint8_t **slot;           /* where each expert's bytes are */
     int8_t *source, *tier;          /* where each was found, and where it is computed from */
@@ -72,6 +75,8 @@ static int allocate(fomoe_experts *e) {
     e->ids = malloc(most * sizeof *e->ids);
     e->index = malloc(most * sizeof *e->index);
     e->weight = malloc(most * sizeof *e->weight);
+    e->requests = malloc(most * sizeof *e->requests);
+    e->replaced = malloc(s->used * sizeof *e->replaced);
     e->first = malloc((most + 1) * sizeof *e->first);
     e->members = malloc(rows * sizeof *e->members);
     e->slot = malloc(most * sizeof *e->slot);
@@ -85,7 +90,7 @@ static int allocate(fomoe_experts *e) {
     e->placements = malloc(most * sizeof *e->placements);
     e->moves = malloc(2 * most * sizeof *e->moves);
     e->reads = malloc(FOMOE_PARTS * most * sizeof *e->reads);
-    return e->gate && e->up && e->down && e->activation && e->picks && e->ids && e->index && e->weight && e->first &&
+    return e->gate && e->up && e->down && e->activation && e->picks && e->ids && e->index && e->weight && e->requests && e->replaced && e->first &&
            e->members && e->slot && e->source && e->tier && e->done && e->found && e->reads_left && e->ready && e->group && e->placements && e->moves && e->reads;
 }
 
@@ -131,13 +136,15 @@ fail:
 
 void fomoe_experts_free(fomoe_experts *e) {
     if (!e) return;
-    void *owned[] = {e->layer, e->physical, e->physical_memory, e->gate,  e->up,         e->down,  e->activation,
-                     e->picks, e->ids,      e->index,           e->weight, e->first,     e->members, (void *)e->slot,
-                     e->source, e->tier, e->done, e->found, e->reads_left, e->ready, e->group,         e->placements, e->moves, e->reads};
+    void *owned[] = {e->layer, e->physical, e->physical_memory, e->gate, e->up, e->down, e->activation, e->picks,
+                     e->ids, e->index, e->weight, e->requests, e->replaced, e->first, e->members, (void *)e->slot,
+                     e->source, e->tier, e->done, e->found, e->reads_left, e->ready, e->group, e->placements,
+                     e->moves, e->reads};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     free(e);
 }
 
+void fomoe_experts_set_car(fomoe_experts *e, const fomoe_car *car) { e->car = *car; }
 const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *e) { return &e->counters; }
 const int64_t *fomoe_experts_picks(const fomoe_experts *e) { return e->picks; }
 
@@ -192,7 +199,7 @@ static void fail(fomoe_experts *e, int layer, int i, int error) {
 static void place(fomoe_experts *e, int layer, int begin, int end, int *reads) {
     int moves = 0;
     if (begin == end) return;
-    if (fomoe_residency_resolve(e->residency, layer, e->ids + begin, e->weight + begin, end - begin, e->placements,
+    if (fomoe_residency_resolve(e->residency, layer, e->ids + begin, e->requests + begin, end - begin, e->placements,
                                 e->moves, &moves)) {
         fail(e, layer, begin, -ENOMEM); /* can't be: place() is never asked for more than there is room for */
         return;
@@ -238,22 +245,43 @@ static void replace_done(fomoe_experts *e, int layer) {
 
 /* ---- the plan of a layer: thread 0 ---- */
 
-/* The distinct experts of the batch in order of first appearance, and how many tokens want each. */
-static void collect(fomoe_experts *e, int layer, const fomoe_rows *ids, int tokens) {
+static void count_picks(fomoe_experts *e, int layer, const fomoe_rows *ids, int tokens) {
     int64_t *picks = e->picks + (int64_t)layer * e->max_experts;
-    e->count = 0;
     for (int t = 0; t < tokens; t++) {
         const int32_t *row = (const int32_t *)fomoe_row(ids, t);
         fomoe_residency_touch(e->residency, layer, tokens - 1 - t, row, e->shape.used);
+        for (int k = 0; k < e->shape.used; k++) picks[row[k]]++;
+    }
+}
+
+/* Cache-aware routing, of a single token: the rows of picks and weights become those of what will be computed. */
+static void substitute(fomoe_experts *e, const fomoe_step *step, const fomoe_run *run) {
+    int layer = step->as.experts.layer, used = e->shape.used;
+    int asked = run->substitute && run->tokens == 1 && e->car.rule != FOMOE_CAR_OFF && run->position >= e->car.warmup;
+    memset(e->replaced, -1, used * sizeof *e->replaced);
+    if (!asked) return;
+    int swaps = fomoe_car_choose(&e->car, e->layer[layer].experts, used, step->as.experts.normalise,
+                                 fomoe_float_row(&step->as.experts.logits, 0), fomoe_residency_tiers(e->residency, layer),
+                                 (int32_t *)fomoe_row(&step->as.experts.ids, 0),
+                                 fomoe_float_row(&step->as.experts.weights, 0), e->replaced);
+    fomoe_residency_substituted(e->residency, swaps);
+}
+
+/* The distinct experts of the batch in order of first appearance, how many tokens want each, and how many of those
+ * had it from the router. */
+static void collect(fomoe_experts *e, const fomoe_rows *ids, int tokens) {
+    e->count = 0;
+    for (int t = 0; t < tokens; t++) {
+        const int32_t *row = (const int32_t *)fomoe_row(ids, t);
         for (int k = 0; k < e->shape.used; k++) {
             int32_t id = row[k];
-            picks[id]++;
             if (e->index[id] < 0) {
                 e->index[id] = e->count;
-                e->weight[e->count] = 0;
+                e->weight[e->count] = e->requests[e->count] = 0;
                 e->ids[e->count++] = id;
             }
             e->weight[e->index[id]]++;
+            e->requests[e->index[id]] += e->replaced[k] < 0;
         }
     }
 }
@@ -268,11 +296,14 @@ static void partition(fomoe_experts *e, int layer) {
             missing_weight[misses++] = e->weight[i];
         } else {
             e->ids[e->hits] = e->ids[i];
+            e->requests[e->hits] = e->requests[i];
             e->weight[e->hits++] = e->weight[i];
         }
     }
+    /* what is missing was asked for by the router: a stand-in is resident */
     memcpy(e->ids + e->hits, missing, misses * sizeof *missing);
     memcpy(e->weight + e->hits, missing_weight, misses * sizeof *missing_weight);
+    memcpy(e->requests + e->hits, missing_weight, misses * sizeof *missing_weight);
 }
 
 /* members: for every expert the (token, rank) pairs that chose it */
@@ -330,7 +361,9 @@ void fomoe_step_experts_begin(const fomoe_step *step, fomoe_run *run, int thread
     if (thread) return;
     if (layer == e->first_layer) fomoe_residency_tick(e->residency, run->tokens);
     e->submitted = e->computed = e->released = e->grouped_hits = e->ready_count = e->group_count = e->error = 0;
-    collect(e, layer, &step->as.experts.ids, run->tokens);
+    count_picks(e, layer, &step->as.experts.ids, run->tokens);
+    substitute(e, step, run);
+    collect(e, &step->as.experts.ids, run->tokens);
     partition(e, layer);
     list_members(e, &step->as.experts.ids, run->tokens);
     memset(e->done, 0, e->count);

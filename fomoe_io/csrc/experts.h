@@ -5,6 +5,7 @@
 
 #include <stdint.h>
 
+#include "car.h"
 #include "dot.h"
 #include "reader.h"
 #include "residency.h"
@@ -54,6 +55,8 @@ typedef struct {
 fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *shape, const fomoe_expert_layer *layer,
                                  fomoe_residency *residency, fomoe_reader *reader);
 void fomoe_experts_free(fomoe_experts *);
+/* Decisions of steps that ask for them (fomoe_run.substitute) follow this rule; off at first. */
+void fomoe_experts_set_car(fomoe_experts *, const fomoe_car *);
 /* Bytes that fomoe_experts_new allocates for a batch's activations. */
 int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *shape);
 const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *);

@@ -50,6 +50,7 @@ typedef struct {
     const int32_t *ids;   /* tokens */
     uint8_t *state;       /* the session's memory: KV, convolution and delta-rule state */
     float *logits;        /* [outputs][vocabulary] */
+    int32_t substitute;   /* 1: experts may stand in for others, when this is a single token */
     fomoe_record record;
     fomoe_trace *trace;   /* NULL: none is written */
     /* filled by fomoe_program_run */
@@ -138,10 +139,10 @@ struct fomoe_step {
             float scale;
         } route;
         struct {
-            fomoe_rows ids;
+            fomoe_rows logits, weights, ids; /* of the router; changed where an expert stands in for another */
             fomoe_rows input[2]; /* of gate and of up, in their activation types */
             fomoe_experts *experts;
-            int32_t layer;
+            int32_t layer, normalise;
         } experts;
         struct {
             fomoe_rows weights, output;     /* output += the experts' weighted sum (+ shared) */

@@ -11,6 +11,9 @@ from fomoe_io.errors import FormatError
 from fomoe_io.program import Activation, Recorder
 from fomoe_io.weights import Weights
 
+NORMALISE = True
+"""Both architectures scale the weights of a token's experts to sum 1 (norm_topk_prob)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -149,7 +152,7 @@ def record_experts(
     if shared and shared.scalar is not None:
         products.append((shared.scalar, h, p.rows("shared_scalar", 1)))
     p.mat_mul(products)
-    p.program.route(logits, ids, weights, layer, s.experts, s.used, True, s.expert_scale)
+    p.program.route(logits, ids, weights, layer, s.experts, s.used, NORMALISE, s.expert_scale)
     inputs = h.forms[expert_inputs[0]], h.forms[expert_inputs[1]]
     if p.experts_pool is not None:
         p.program.experts_begin(p.experts_pool, ids, *inputs, layer)
