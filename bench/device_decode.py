@@ -170,12 +170,14 @@ def main() -> None:
     parser.add_argument("--vram", type=parse_bytes)
     parser.add_argument("--ram", type=parse_bytes)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--one-branch", action="store_true", help="the shared expert after the routed ones' start")
     parser.add_argument("--resident-ms", type=float, help="of a token that misses nothing, from an unlimited run")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     config = EngineConfig(
         device=options.device, tiers=options.tiers, vram_bytes=options.vram, ram_bytes=options.ram, context_tokens=2048
     )
+    DeviceEngine.two_branches = not options.one_branch
     engine = Engine.open(options.model, config)
     if not isinstance(engine, DeviceEngine):
         raise SystemExit("device_decode: there is no GPU in use")

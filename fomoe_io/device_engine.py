@@ -73,6 +73,9 @@ class DeviceEngine(Engine):
 
     budgets: DeviceBudgets  # type: ignore[assignment]
 
+    two_branches = True
+    """Whether the shared expert runs beside the routed ones."""
+
     def __init__(self, store: Store, config: EngineConfig, gpu: Gpu) -> None:
         self.gpu = gpu
         self._graphs: dict[tuple[int, int], Graph] = {}
@@ -305,7 +308,8 @@ class DeviceEngine(Engine):
         if key not in self._graphs:
             specs = self._programs[tokens].launches(outputs)
             steps = [
-                Step(self.gpu.prepare(s.kernel, s.grid, *s.arguments), s.beside, s.forks, s.joins) for s in specs
+                Step(self.gpu.prepare(s.kernel, s.grid, *s.arguments), s.beside and self.two_branches, s.forks, s.joins)
+                for s in specs
             ]
             self._graphs[key] = self.gpu.capture_steps(steps)
         return self._graphs[key]

@@ -6,7 +6,7 @@
 
 #define ROUTER_THREADS 512
 #define ROUTER_EXPERTS 1024  // the most experts a layer may have
-#define ROUTER_GROUPS (ROUTER_THREADS / 4)  // at least MOST_PICKS
+#define ROUTER_GROUPS (ROUTER_THREADS / 8)  // at least MOST_PICKS
 
 // What a layer's router tells the host, in memory that both see: a 64-bit word with the number of misses, then one for
 // each pair with its expert.  Every word carries the run's number in its upper half, so their order does not matter and
@@ -24,7 +24,8 @@ struct answer {
 #define IN_DRAM 1
 
 // ids -> records[pair] (0: not on the device), the post, and *misses for the wait.  A whole block calls it.
-// run: the number of this replay of the program, which tells one post from the last.
+// run: the number of this replay of the program, which tells one post from the last.  ids and record_of may lie in
+// shared memory.
 DEVICE void resolve(const int *ids, const u64 *record_of, u64 *records, volatile u64 *post, const u32 *run, u32 *misses,
                     int pairs) {
     float absent = 0.f;
@@ -43,10 +44,12 @@ DEVICE void resolve(const int *ids, const u64 *record_of, u64 *records, volatile
 // Softmax over all logits, the picks in descending order (ties: the lower id first).  weight = p, divided by
 // max(sum over the picks, 2^-14) when `normalise`, times scale.
 //
-// The largest of every ROUTER_GROUPS-th part are compared first: their picks-th is passed by at least as many experts
+// The largest of each of ROUTER_GROUPS parts are compared first: their picks-th is passed by at least as many experts
 // as are wanted, and by few others.  An expert's place is the number of those that go before it, so there is no loop
 // over picks, and no tie or order of arrival is left to chance.
-DEVICE void pick(const float *logits, int *ids, float *weights, int experts, int picks, int normalise, float scale) {
+// block_ids: the picks once more, in shared memory.
+DEVICE void pick(const float *logits, int *ids, float *weights, int *block_ids, int experts, int picks, int normalise,
+                 float scale) {
     __shared__ float p[ROUTER_EXPERTS], most_of[ROUTER_THREADS / 32], chosen[MOST_PICKS], best_of[ROUTER_GROUPS], least;
     __shared__ int candidates[ROUTER_EXPERTS], count;
     float most = -infinity(), sum = 0.f, best = -1.f;
@@ -54,7 +57,7 @@ DEVICE void pick(const float *logits, int *ids, float *weights, int experts, int
     if (thread_index() == 0) count = 0;
     if (thread_index() < picks) {
         // A NaN among the logits leaves places untaken: valid ids and a weight that shows.
-        ids[thread_index()] = thread_index();
+        block_ids[thread_index()] = thread_index();
         chosen[thread_index()] = not_a_number();
     }
     most = warp_max(most);
@@ -68,11 +71,12 @@ DEVICE void pick(const float *logits, int *ids, float *weights, int experts, int
     }
     best = larger(best, exchange_float<1>(best));
     best = larger(best, exchange_float<2>(best));
-    if (thread_index() % 4 == 0) best_of[thread_index() / 4] = best;
+    best = larger(best, exchange_float<4>(best));
+    if (thread_index() % 8 == 0) best_of[thread_index() / 8] = best;
     sum = block_sum<ROUTER_THREADS / 32>(sum);
     if (thread_index() < ROUTER_GROUPS) {
         int before = 0;
-#pragma unroll 8
+#pragma unroll 16
         for (int other = 0; other < ROUTER_GROUPS; ++other)
             before += best_of[other] > best_of[thread_index()] ||
                       (best_of[other] == best_of[thread_index()] && other < thread_index());
@@ -86,25 +90,30 @@ DEVICE void pick(const float *logits, int *ids, float *weights, int experts, int
         const int e = candidates[i];
         const float mine = p[e];
         int before = 0;
+#pragma unroll 4
         for (int j = 0; j < count; ++j) {
             const int other = candidates[j];
             before += p[other] > mine || (p[other] == mine && other < e);
         }
-        if (before < picks) ids[before] = e, chosen[before] = mine / sum;
+        if (before < picks) block_ids[before] = e, chosen[before] = mine / sum;
     }
     sync_block();
     if (thread_index() >= picks) return;
     float total = 0.f;
+#pragma unroll 8
     for (int i = 0; i < picks; ++i) total += chosen[i];
     const float divisor = normalise ? larger(total, 6.103515625e-05f) : 1.f;
     weights[thread_index()] = chosen[thread_index()] / divisor * scale;
+    ids[thread_index()] = block_ids[thread_index()];
 }
 
 // logits: [tokens][experts]; ids, weights: [tokens][picks].  Grid (tokens).
 KERNEL(ROUTER_THREADS, route)
 (const float *logits, int *ids, float *weights, int experts, int picks, int normalise, float scale) {
+    __shared__ int block_ids[MOST_PICKS];
     const int token = block_x();
-    pick(logits + (u64)token * experts, ids + token * picks, weights + token * picks, experts, picks, normalise, scale);
+    pick(logits + (u64)token * experts, ids + token * picks, weights + token * picks, block_ids, experts, picks,
+         normalise, scale);
 }
 EXPORT_KERNEL(route)
 
@@ -119,9 +128,12 @@ EXPORT_KERNEL(resolve_picks)
 KERNEL(ROUTER_THREADS, route_and_resolve)
 (const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *post, const u32 *run,
  u32 *misses, int experts, int picks, int normalise, float scale) {
-    pick(logits, ids, weights, experts, picks, normalise, scale);
+    __shared__ int block_ids[MOST_PICKS];
+    __shared__ u64 table[ROUTER_EXPERTS];  // on its way while the picks are made
+    for (int e = thread_index(); e < experts; e += ROUTER_THREADS) table[e] = record_of[e];
+    pick(logits, ids, weights, block_ids, experts, picks, normalise, scale);
     sync_block();
-    resolve(ids, record_of, records, (volatile u64 *)post, run, misses, picks);
+    resolve(block_ids, table, records, (volatile u64 *)post, run, misses, picks);
 }
 EXPORT_KERNEL(route_and_resolve)
 
