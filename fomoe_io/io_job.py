@@ -115,7 +115,7 @@ class IOResult:
     in_flight : numpy.ndarray
         int64 [depth + 1]: reads in flight when a read was started.
     user_seconds, system_seconds : float
-        Processor time of the whole process while the group of jobs ran.
+        Processor time of all threads that read (the kernel's for this process, too) while the group of jobs ran.
     cpu_reads : int
         Reads that this time was spent on.
     samples : list of float

@@ -172,9 +172,9 @@ def run_jobs(jobs: Sequence[IOJob], progress: Progress | None = None) -> list[IO
             for number in range(job.jobs):
                 threads[-1].append(_prepare(job, number))
         flat = [thread for group in threads for thread in group]
-        before = resource.getrusage(resource.RUSAGE_SELF)
+        before = _processor_seconds()
         samples = _run_threads(flat, progress)
-        after = resource.getrusage(resource.RUSAGE_SELF)
+        after = _processor_seconds()
         for thread in flat:
             if message := thread.error():
                 raise ReadError(message, hint="check the drive (dmesg, smartctl)")
@@ -187,10 +187,16 @@ def run_jobs(jobs: Sequence[IOJob], progress: Progress | None = None) -> list[IO
     for result, lines in zip(results, notes, strict=True):
         result.notes += lines
         result.cpu_reads = issued
-        result.user_seconds = after.ru_utime - before.ru_utime
-        result.system_seconds = after.ru_stime - before.ru_stime
+        result.user_seconds = after[0] - before[0]
+        result.system_seconds = after[1] - before[1]
         result.samples = samples
     return results
+
+
+def _processor_seconds() -> tuple[float, float]:
+    """(user, system) of the process without this thread: it shows progress and reads nothing."""
+    everything, mine = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_THREAD))
+    return everything.ru_utime - mine.ru_utime, everything.ru_stime - mine.ru_stime
 
 
 def _run_threads(flat: Sequence[_Thread], progress: Progress | None) -> list[float]:

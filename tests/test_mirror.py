@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,3 +155,67 @@ def test_the_engine_goes_on_without_a_file(demo_model: Path, tmp_path: Path) -> 
     # half of it stays: with as little to do as its mirror, the first copy is asked first
     found, failovers = logits(lambda: records.write_bytes(records.read_bytes()[: records.stat().st_size // 2]))
     assert found == expected and failovers > 0
+
+
+def test_the_error_names_expert_file_and_offset(demo_model: Path, tmp_path: Path) -> None:
+    """Without a mirror, an expert that can't be read ends the answer, and says which one it was."""
+    assert main(["pack", str(demo_model), "--to", str(tmp_path)]) == 0
+    records = tmp_path / "experts-00.bin"
+    config = EngineConfig(context_tokens=64, threads=1, tiers=Tiers(0, 0.125))
+    with Engine.open(tmp_path, config) as engine:
+        records.write_bytes(records.read_bytes()[:8192])
+        with pytest.raises(ReadError, match=rf"expert \d+ of layer \d+ failed: {records} at offset \d+: the file ends"):
+            engine.session().evaluate(np.arange(100, 120))
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("losetup"), reason="needs root and losetup")
+@pytest.mark.parametrize("engine", ["uring", "pread"])
+def test_a_block_device_with_bad_sectors(tmp_path: Path, engine: str) -> None:
+    """The kernel's own EIO: sectors of a loop device whose file has been cut.  Good ones are read; a mirror helps."""
+    data = np.random.default_rng(6).integers(0, 256, 1 << 20, dtype=np.uint8)
+    backing, copy = tmp_path / "backing", tmp_path / "copy"
+    for path in (backing, copy):
+        data.tofile(path)
+    made = subprocess.run(["losetup", "--find", "--show", str(backing)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no loop device here: {made.stderr.strip()}")
+    device, half = Path(made.stdout.strip()), len(data) // 2
+    memory = aligned_memory(len(data))
+    found = np.frombuffer(memory.view, np.uint8)
+    pages = [(0, i * 4096, memory.address + i * 4096, 4096) for i in range(256)]
+    try:
+        with backing.open("r+b") as stream:
+            stream.truncate(half)
+        with open_reader([device], engine=engine, depth=4) as reader:
+            reader.read_into(pages[:128])
+            assert np.array_equal(found[:half], data[:half])
+            with pytest.raises(ReadError, match=rf"{device} at offset {200 * 4096}: Input/output error"):
+                reader.read_into(pages[200:201])
+        with open_reader([device, copy], engine=engine, depth=4, mirrors={0: 1}) as reader:
+            reader.read_into(pages)
+            assert np.array_equal(found, data) and reader.counters["failovers"] > 0
+    finally:
+        subprocess.run(["losetup", "--detach", str(device)], check=True)
+
+
+@pytest.mark.parametrize("engine", ["uring", "pread"])
+def test_all_reads_of_a_drive_move_to_another(tmp_path: Path, engine: str) -> None:
+    """A drive that fails at once fills the other's queue: what still waits behind it is read, too."""
+    other_drive = Path("/dev/shm")
+    if not other_drive.is_dir() or other_drive.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system here")
+    data = np.random.default_rng(9).integers(0, 256, 1 << 20, dtype=np.uint8)
+    dying, copy = other_drive / f"fomoe-test-{os.getpid()}", tmp_path / "copy"
+    memory = aligned_memory(len(data))
+    try:
+        for path in (dying, copy):
+            data.tofile(path)
+        with open_reader([dying, copy], engine=engine, depth=2, mirrors={0: 1}) as reader:
+            assert reader.drives == 2
+            with dying.open("r+b") as stream:
+                stream.truncate(0)
+            reader.read_into([(0, i * 4096, memory.address + i * 4096, 4096) for i in range(256)])
+            assert reader.counters["failovers"] > 0
+    finally:
+        dying.unlink(missing_ok=True)
+    assert np.array_equal(np.frombuffer(memory.view, np.uint8), data)

@@ -42,8 +42,9 @@ static void *worker_main(void *argument) {
         ssize_t n = pool->write ? pwrite(fd, target, bytes, offset) : pread(fd, target, bytes, offset);
         int32_t result = n < 0 ? -errno : (int32_t)n;
         pthread_mutex_lock(&pool->mutex);
-        int drive = fomoe_read_table_finish(pool->table, index, result);
-        if (drive >= 0) pthread_cond_signal(&pool->work[drive]);
+        fomoe_read_table_finish(pool->table, index, result);
+        for (int d = 0; d < pool->drives; d++)
+            if (fomoe_read_table_ready(pool->table, d)) pthread_cond_signal(&pool->work[d]);
         if (fomoe_read_table_done(pool->table)) pthread_cond_signal(&pool->finished);
     }
     pthread_mutex_unlock(&pool->mutex);

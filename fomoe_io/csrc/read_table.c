@@ -217,6 +217,13 @@ int32_t fomoe_read_table_start(fomoe_read_table *t, int drive) {
     return piece;
 }
 
+int fomoe_read_table_ready(const fomoe_read_table *t, int drive) {
+    const drive_state *d = &t->drives[drive];
+    if (d->in_flight == t->options.depth) return 0;
+    int waiting = d->waiting[0].first >= 0 || d->waiting[1].first >= 0;
+    return d->again.first >= 0 || (waiting && t->free_pieces >= 0);
+}
+
 fomoe_piece *fomoe_read_table_piece(fomoe_read_table *t, int32_t piece) { return &t->pieces[piece]; }
 
 /* ---- answers ---- */
@@ -242,10 +249,8 @@ static void give_up(fomoe_read_table *t, int32_t index, int32_t error) {
     if (!o->error) o->error = error;
 }
 
-static int start_again(fomoe_read_table *t, int32_t index) {
-    int drive = t->drive[t->pieces[index].file];
-    push(t, piece_link, &t->drives[drive].again, index);
-    return drive;
+static void start_again(fomoe_read_table *t, int32_t index) {
+    push(t, piece_link, &t->drives[t->drive[t->pieces[index].file]].again, index);
 }
 
 /* Ask the mirror for what is left of a piece; 0 when there is none, or it has failed as well. */
@@ -260,7 +265,7 @@ static int fail_over(fomoe_read_table *t, fomoe_piece *p) {
     return 1;
 }
 
-int fomoe_read_table_finish(fomoe_read_table *t, int32_t index, int32_t result) {
+void fomoe_read_table_finish(fomoe_read_table *t, int32_t index, int32_t result) {
     fomoe_piece *p = &t->pieces[index];
     operation *o = &t->operations[p->operation];
     int32_t owner = p->operation, error = 0;
@@ -274,28 +279,36 @@ int fomoe_read_table_finish(fomoe_read_table *t, int32_t index, int32_t result) 
             t->counters.short_reads++;
             p->done = p->done / ALIGNMENT * ALIGNMENT;
             p->tries = p->done > before ? 0 : p->tries + 1;
-            if (p->tries <= MOST_TRIES && !o->error) return start_again(t, index);
+            if (p->tries <= MOST_TRIES && !o->error) {
+                start_again(t, index);
+                return;
+            }
             error = -EIO;
         } else {
             t->errors_in_a_row[p->file] = 0;
         }
     } else if (result == -EAGAIN || result == -EINTR || result == -ENOMEM) {
         t->counters.retries++;
-        if (++p->tries <= MOST_TRIES && !o->error) return start_again(t, index);
+        if (++p->tries <= MOST_TRIES && !o->error) {
+            start_again(t, index);
+            return;
+        }
         error = result;
     } else {
         error = result ? result : -ENODATA; /* nothing where there should be something: the file was cut */
     }
     if (error && !o->error) {
         remember_error(t, p->file, p->offset + p->done, error);
-        if (fail_over(t, p)) return start_again(t, index);
+        if (fail_over(t, p)) {
+            start_again(t, index);
+            return;
+        }
         give_up(t, owner, error);
     }
     o->pieces--;
     p->next = t->free_pieces;
     t->free_pieces = index;
     close_operation(t, owner);
-    return NONE;
 }
 
 int fomoe_read_table_collect(fomoe_read_table *t, fomoe_completion *completions, int max) {

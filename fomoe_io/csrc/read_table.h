@@ -49,9 +49,11 @@ void fomoe_read_table_cancel(fomoe_read_table *, uint64_t tag);
 /* The next piece to start on a drive, which then is in flight; -1: nothing waits, or the drive is at its depth. */
 int32_t fomoe_read_table_start(fomoe_read_table *, int drive);
 fomoe_piece *fomoe_read_table_piece(fomoe_read_table *, int32_t piece);
-/* The kernel's answer (bytes, or a negative errno) about a piece in flight.  Returns the drive where the piece
- * waits to be started again, or -1. */
-int fomoe_read_table_finish(fomoe_read_table *, int32_t piece, int32_t result);
+/* Whether start would return one. */
+int fomoe_read_table_ready(const fomoe_read_table *, int drive);
+/* The kernel's answer (bytes, or a negative errno) about a piece in flight.  Afterwards any drive may be ready: the
+ * piece may wait to be started again, here or on its mirror's drive, or it has left its place to another. */
+void fomoe_read_table_finish(fomoe_read_table *, int32_t piece, int32_t result);
 
 int fomoe_read_table_in_flight(const fomoe_read_table *); /* pieces, on all drives */
 int fomoe_read_table_left(const fomoe_read_table *);      /* reads submitted and not collected */
