@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from fomoe_io import Engine, EngineConfig
+from fomoe_io.car import CarRule
 from fomoe_io.config import Tiers
 from fomoe_io.device import Gpu
 from fomoe_io.device_engine import DeviceEngine
@@ -114,7 +115,7 @@ def decode(engine: DeviceEngine, tokens: np.ndarray, outputs: int) -> list[float
     session = engine.session()
     for i, token in enumerate(tokens):
         started = time.perf_counter()
-        engine.run_batch(np.array([token], np.int32), i, outputs)
+        engine.run_batch(np.array([token], np.int32), i, outputs, substitute=True)
         times.append(time.perf_counter() - started)
     session.close()
     return times
@@ -169,13 +170,15 @@ def main() -> None:
     parser.add_argument("--tiers", type=Tiers.parse)
     parser.add_argument("--vram", type=parse_bytes)
     parser.add_argument("--ram", type=parse_bytes)
+    parser.add_argument("--car", type=CarRule.parse, help="cache-aware routing, such as regret:0.03")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--one-branch", action="store_true", help="the shared expert after the routed ones' start")
     parser.add_argument("--resident-ms", type=float, help="of a token that misses nothing, from an unlimited run")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     config = EngineConfig(
-        device=options.device, tiers=options.tiers, vram_bytes=options.vram, ram_bytes=options.ram, context_tokens=2048
+        device=options.device, tiers=options.tiers, vram_bytes=options.vram, ram_bytes=options.ram, car=options.car,
+        context_tokens=2048,
     )
     DeviceEngine.two_branches = not options.one_branch
     engine = Engine.open(options.model, config)

@@ -23,6 +23,7 @@ cdef extern from "csrc/residency.h" nogil:
         uint64_t evictions
         uint64_t promotions
         uint64_t demotions
+        uint64_t substitutions
     fomoe_residency *fomoe_residency_new(int layers, const int32_t *experts, const int32_t *slots, int policy, double decay)
     void fomoe_residency_free(fomoe_residency *)
     const fomoe_residency_counters *fomoe_residency_count(const fomoe_residency *)
@@ -161,7 +162,7 @@ cdef class DeviceExperts:
         return {
             "requests": r.requests, "vram_hits": r.hits[0], "dram_hits": r.hits[1], "nvme_hits": r.hits[2],
             "evictions": r.evictions, "promotions": r.promotions, "demotions": r.demotions,
-            "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes, "stall_ns": e.nvme_stall_ns,
+            "substitutions": r.substitutions, "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes, "stall_ns": e.nvme_stall_ns,
             "copy_stall_ns": e.copy_stall_ns, "route_wait_ns": e.route_wait_ns, "layers": e.layers,
             "served_layers": e.served_layers, "up_bytes": copies.bytes[FOMOE_LANE_UP],
             "down_bytes": copies.bytes[FOMOE_LANE_DOWN],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 import time
@@ -13,6 +14,7 @@ import gguf
 import numpy as np
 
 from fomoe_io import _gpu, device
+from fomoe_io.car import NativeCar
 from fomoe_io.device import Gpu, Step
 from fomoe_io.device_memory import (
     MOST_BATCH_TOKENS,
@@ -25,7 +27,7 @@ from fomoe_io.device_memory import (
     rope_values,
     size_classes,
 )
-from fomoe_io.device_program import Arena, DeviceExpertLayer, DeviceRecorder, Mailbox, Memory
+from fomoe_io.device_program import CAR_BYTES, Arena, DeviceExpertLayer, DeviceRecorder, Mailbox, Memory
 from fomoe_io.device_session import DeviceSession
 from fomoe_io.device_weights import DeviceWeights
 from fomoe_io.engine import RESERVE_BYTES, Engine
@@ -108,10 +110,6 @@ class DeviceEngine(Engine):
         s = self.shape
         if self.config.activations != "quantized":
             raise UsageError("float activations are computed on the CPU alone", hint="--device cpu")
-        if self.config.car is not None:
-            raise UsageError("cache-aware routing is computed on the CPU alone", hint="--device cpu, or --car off")
-        if self.config.trace is not None:
-            raise UsageError("traces are written by the engine on the CPU alone", hint="--device cpu")
         check_shape(s)
         self._build = build
         self._layers = {i: self.store.experts[i] for i in range(s.layers)}
@@ -125,6 +123,8 @@ class DeviceEngine(Engine):
         self._weights.load(self.reader, self.gpu)
         rope = rope_values(self.shape.rope_base, self.shape.rotated, self.context_tokens)
         self.gpu.stream.copy_in(self._rope_address, rope.ctypes.data, rope.nbytes)
+        rule = self.config.car.native() if self.config.car else NativeCar()
+        self.gpu.stream.copy_in(self._memory.words("car", CAR_BYTES), ctypes.addressof(rule), CAR_BYTES)
         self.gpu.stream.synchronize()
         self._warm()
 
@@ -170,7 +170,7 @@ class DeviceEngine(Engine):
             memory.state_arena.bytes = 0  # every program of a session shares its state
             recorder = DeviceRecorder(
                 memory, tokens=tokens, experts=experts, mailbox=Mailbox(header, mail_address),
-                vocabulary=s.vocabulary, hidden=s.hidden,
+                vocabulary=s.vocabulary, hidden=s.hidden, substitutes=self.config.car is not None,
             )  # fmt: skip
             self._build(recorder, self._weights, s, self._expert_inputs, self._files)
             recorders[tokens] = recorder
@@ -318,10 +318,12 @@ class DeviceEngine(Engine):
         start = self._shared_offsets[name] + offset
         return self._shared_words[start : start + size]
 
-    def _fill_header(self, ids: np.ndarray, position: int) -> None:
+    def _fill_header(self, ids: np.ndarray, position: int, substitute: bool) -> None:
         h, view = self._header, self._header_view
         self._run_number = self._run_number % 0xFFFFFFFF + 1  # 0 is what posts and answers hold before the first run
-        struct.pack_into("<I", view, 0, self._run_number)
+        car = self.config.car
+        may_swap = substitute and car is not None and len(ids) == 1 and position >= car.warmup
+        struct.pack_into("<II", view, 0, self._run_number, may_swap)
         struct.pack_into(f"<{len(ids)}i", view, h.positions, *range(position, position + len(ids)))
         table, file, offset, _ = self._programs[1].embedding  # type: ignore[misc]
         for i, token in enumerate(ids.tolist()):
@@ -337,8 +339,19 @@ class DeviceEngine(Engine):
             if got != table.file_row_bytes:
                 raise ReadError(f"the token embeddings end early, at byte {place + got} of the model")
 
-    def run_batch(self, ids: np.ndarray, position: int, outputs: int) -> np.ndarray:
+    def run_batch(self, ids: np.ndarray, position: int, outputs: int, *, substitute: bool = False) -> np.ndarray:
         """Replay the program for as many tokens as it was recorded for.
+
+        Parameters
+        ----------
+        ids : numpy.ndarray
+            int32 [tokens]
+        position : int
+            Of the first in the session.
+        outputs : int
+            How many of the last tokens get logits: 0, 1 or all.
+        substitute : bool
+            Cache-aware routing may act (on a single token).
 
         Returns
         -------
@@ -347,7 +360,7 @@ class DeviceEngine(Engine):
         """
         s, offsets = self.shape, self._shared_offsets
         graph = self._graph(len(ids), outputs)
-        self._fill_header(ids, position)
+        self._fill_header(ids, position, substitute)
         base, logits_bytes = self._shared.address, 4 * s.vocabulary * outputs
         error = self._experts.run(  # type: ignore[attr-defined]
             self.gpu.stream, graph, self._run_number, len(ids),
@@ -362,10 +375,10 @@ class DeviceEngine(Engine):
         """int32 [layers, tokens, used]: the router's picks in the last run."""
         s, pairs = self.shape, tokens * self.shape.used
         rows = [
-            self._part("mail", self._mail.post(layer) + 8, 8 * pairs).view(np.int32)[::2].reshape(tokens, s.used)
+            self._part("mail", self._mail.post(layer) + 8, 8 * pairs).view(np.uint16)[::4].reshape(tokens, s.used)
             for layer in range(s.layers)
         ]
-        return np.stack(rows)
+        return np.stack(rows).astype(np.int32)
 
     def session(self) -> DeviceSession:  # type: ignore[override]
         """A new, empty timeline; the device holds one at a time.

@@ -20,6 +20,9 @@ F32, Q8 = 0, 1
 
 ALIGNMENT_BYTES = 256
 
+CAR_BYTES = 24
+"""kernels/router.h, struct car: csrc/car.h, fomoe_car."""
+
 
 class Arena:
     """A bump allocator over one device buffer; without one (base 0) it only counts."""
@@ -183,6 +186,8 @@ class DeviceRecorder:
         Columns of the logits.
     hidden : int
         Width of a routed expert.
+    substitutes : bool
+        Single tokens go through cache-aware routing.
 
     Attributes
     ----------
@@ -201,7 +206,9 @@ class DeviceRecorder:
         mailbox: Mailbox,
         vocabulary: int,
         hidden: int,
+        substitutes: bool = False,
     ) -> None:
+        self._substitutes = substitutes
         self.memory, self.tokens, self.hidden = memory, tokens, hidden
         self.batch_tokens, self.context_tokens = memory.batch_tokens, memory.context_tokens
         self.state = DeviceState(memory.state_arena)
@@ -299,7 +306,7 @@ class DeviceRecorder:
         return Activation(forms)
 
     def _product(self, matrix: DeviceMatrix, x: int, y: int, tokens: int) -> LaunchSpec:
-        split = kernels.split_of(matrix.kernel, matrix.columns)
+        split = kernels.split_of(matrix.kernel, matrix.columns, matrix.rows)
         # one token's rows and several tokens' are summed alike, so results do not depend on the batch
         family = "mat_vec" if tokens == 1 else "mat_mul"
         grid = (
@@ -411,7 +418,7 @@ class DeviceRecorder:
         """The picks, their records, and word of them to the host."""
         e, pairs = self.experts_pool[layer], self.tokens * used
         resolved = [e.table, self._records(used), e.post, self._mailbox.run, self.memory.words("misses", 4)]
-        if self.tokens == 1:
+        if self.tokens == 1 and not self._substitutes:
             self._add(
                 "route_and_resolve", (1, 1, 1), logits.address, ids.address, weights.address, *resolved, experts, used,
                 int(normalise), scale,
@@ -421,7 +428,14 @@ class DeviceRecorder:
             "route", (self.tokens, 1, 1), logits.address, ids.address, weights.address, experts, used, int(normalise),
             scale,
         )  # fmt: skip
-        self._add("resolve_picks", (1, 1, 1), ids.address, *resolved, pairs)
+        if self.tokens == 1:
+            rule = self.memory.words("car", CAR_BYTES)
+            self._add(
+                "substitute_and_resolve", (1, 1, 1), logits.address, ids.address, weights.address, *resolved, rule,
+                experts, used, int(normalise),
+            )  # fmt: skip
+        else:
+            self._add("resolve_picks", (1, 1, 1), ids.address, *resolved, pairs)
 
     def _records(self, used: int) -> int:
         return self.memory.words("records", 8 * self.batch_tokens * used)
@@ -491,7 +505,7 @@ class DeviceRecorder:
 def _many(products: Sequence[tuple[DeviceMatrix, int, int]]) -> LaunchSpec:
     """One launch for one token's products of several matrices of one format with one input."""
     first, x, _ = products[0]
-    split = kernels.split_of(first.kernel, first.columns)
+    split = kernels.split_of(first.kernel, first.columns, max(m.rows for m, _, _ in products))
     blocks = sum(kernels.mat_vec_grid(m.kernel, m.rows, split)[0] for m, _, _ in products)
     unused = kernels.MAT_VEC_MANY - len(products)
     weights = [m.address for m, _, _ in products] + [None] * unused

@@ -40,7 +40,7 @@ class DeviceSession(Session):
         logits: np.ndarray,
         outputs: int,
         records: dict[str, np.ndarray],
-        substitute: bool = False,  # the engine refuses cache-aware routing at its opening
+        substitute: bool = False,
     ) -> None:
         engine = self._device_engine
         if set(records) - {"experts"}:
@@ -50,7 +50,7 @@ class DeviceSession(Session):
         for first in range(0, len(ids), step):
             last = first + step
             wanted = step if outputs == len(ids) else int(bool(outputs) and last == len(ids))
-            found = engine.run_batch(ids[first:last], self.position, wanted)
+            found = engine.run_batch(ids[first:last], self.position, wanted, substitute=substitute)
             if wanted:
                 place = first if outputs == len(ids) else 0
                 logits[place : place + wanted] = found

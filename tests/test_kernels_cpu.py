@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from fomoe_io import kernels
+from fomoe_io.car import CarRule
 from tests.gpu_shim import cases
 from tests.gpu_shim.cpu_kernels import CpuRunner, build
+from tests.test_car import RULES
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +135,12 @@ def test_route(runner: CpuRunner, rng: np.random.Generator, experts: int, picks:
 
 def test_resolve(runner: CpuRunner, rng: np.random.Generator) -> None:
     cases.check_resolve(runner, rng, 128, 8)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_substitution(runner: CpuRunner, rng: np.random.Generator, rule: str) -> None:
+    swaps = sum(cases.check_substitution(runner, rng, *shape, CarRule.parse(rule)) for shape in ((128, 8), (512, 10), (40, 4)))
+    assert swaps > 0
 
 
 def test_nan_logits_show(runner: CpuRunner, rng: np.random.Generator) -> None:

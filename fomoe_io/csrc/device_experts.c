@@ -32,8 +32,8 @@ struct fomoe_device_experts {
 
     /* the layer at work */
     int count;
-    int32_t *ids, *index, *weight;
-    int32_t *posted; /* [pairs] */
+    int32_t *ids, *index, *weight; /* weight: true picks, what the residency counts */
+    int32_t *wanted, *posted; /* [pairs]: the router's picks, and what is computed in their place */
     int misses;
     fomoe_placement *placements;
     fomoe_move *moves;
@@ -131,6 +131,7 @@ static int take_memory(fomoe_device_experts *e, int64_t buffers, int64_t slots, 
     e->picks = calloc((int64_t)e->layers * e->max_experts + 1, sizeof *e->picks);
     e->ids = calloc(pairs, sizeof *e->ids);
     e->posted = calloc(pairs, sizeof *e->posted);
+    e->wanted = calloc(pairs, sizeof *e->wanted);
     e->index = malloc(e->max_experts * sizeof *e->index);
     e->weight = calloc(pairs, sizeof *e->weight);
     e->placements = calloc(pairs, sizeof *e->placements);
@@ -139,7 +140,7 @@ static int take_memory(fomoe_device_experts *e, int64_t buffers, int64_t slots, 
     e->record = calloc(pairs, sizeof *e->record);
     e->reads_left = calloc(pairs, sizeof *e->reads_left);
     e->transient = calloc(pairs, sizeof *e->transient);
-    return e->buffers && e->slot && e->slot_memory && e->spare && e->spare_memory && e->picks && e->ids && e->posted && e->index &&
+    return e->buffers && e->slot && e->slot_memory && e->spare && e->spare_memory && e->picks && e->ids && e->posted && e->wanted && e->index &&
            e->weight && e->placements && e->moves && e->landing && e->record && e->reads_left && e->transient;
 }
 
@@ -197,7 +198,7 @@ fail:
 void fomoe_device_experts_free(fomoe_device_experts *e) {
     if (!e) return;
     void *owned[] = {e->layer,  e->class,      e->buffers, (void *)e->slot,    (void *)e->slot_memory, e->spare,
-                     e->ids,    e->posted,     e->index, e->weight,  e->placements,      e->moves,               e->picks,
+                     e->ids,    e->posted,     e->wanted,  e->index, e->weight,  e->placements,      e->moves,               e->picks,
                      e->reads_left, (void *)e->spare_memory, (void *)e->landing, (void *)e->record, (void *)e->transient};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     free(e);
@@ -349,22 +350,26 @@ static void fetch(fomoe_device_experts *e, int layer) {
 
 /* ---- a layer ---- */
 
-static void collect(fomoe_device_experts *e, int layer, const int32_t *ids, int tokens) {
+static void collect(fomoe_device_experts *e, int layer, int tokens) {
     int64_t *picks = e->picks + (int64_t)layer * e->max_experts;
+    int swaps = 0;
     e->count = 0;
     for (int t = 0; t < tokens; t++) {
-        fomoe_residency_touch(e->residency, layer, tokens - 1 - t, ids + t * e->used, e->used);
+        const int32_t *wanted = e->wanted + t * e->used, *ids = e->posted + t * e->used;
+        fomoe_residency_touch(e->residency, layer, tokens - 1 - t, wanted, e->used);
         for (int k = 0; k < e->used; k++) {
-            int id = ids[t * e->used + k];
-            picks[id]++;
+            int id = ids[k];
+            picks[wanted[k]]++;
+            swaps += id != wanted[k];
             if (e->index[id] < 0) {
                 e->index[id] = e->count;
                 e->weight[e->count] = 0;
                 e->ids[e->count++] = id;
             }
-            e->weight[e->index[id]]++;
+            e->weight[e->index[id]] += id == wanted[k];
         }
     }
+    fomoe_residency_substituted(e->residency, swaps);
 }
 
 /* The layer's table, as the next run will read it. */
@@ -422,11 +427,11 @@ static void serve(fomoe_device_experts *e, int layer, uint32_t run, int tokens) 
     const fomoe_device_layer *l = &e->layer[layer];
     int pairs = tokens * e->used;
     for (int pair = 0; pair < pairs; pair++)
-        if (e->posted[pair] < 0 || e->posted[pair] >= l->experts) {
+        if (e->posted[pair] >= l->experts || e->wanted[pair] >= l->experts) {
             fail(e, layer, e->posted[pair], -ERANGE);
             return;
         }
-    collect(e, layer, e->posted, tokens);
+    collect(e, layer, tokens);
     bring(e, layer);
     e->counters.layers++;
     if (!has_failed(e, layer) && e->misses) answer(e, layer, run, e->posted, pairs);
@@ -456,8 +461,11 @@ static void wait_for_post(fomoe_device_experts *e, int layer, uint32_t run, int 
     const uint64_t *post = e->layer[layer].post;
     uint64_t start = now_ns();
     e->misses = (int)wait_for_word(e, layer, post, run, compute);
-    for (int pair = 0; pair < tokens * e->used && !e->error; pair++)
-        e->posted[pair] = (int32_t)wait_for_word(e, layer, post + 1 + pair, run, compute);
+    for (int pair = 0; pair < tokens * e->used && !e->error; pair++) {
+        uint32_t word = wait_for_word(e, layer, post + 1 + pair, run, compute);
+        e->wanted[pair] = word & 0xFFFF;
+        e->posted[pair] = word >> 16;
+    }
     e->counters.route_wait_ns += now_ns() - start;
 }
 

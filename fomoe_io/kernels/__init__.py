@@ -63,6 +63,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "route": Kernel(512, "pppiiif"),
         "resolve_picks": Kernel(512, "ppppppi"),
         "route_and_resolve": Kernel(512, "ppppppppiiif"),
+        "substitute_and_resolve": Kernel(512, "pppppppppiii"),
         "wait_for_misses": Kernel(256, "pppppi"),
         "read_memory": Kernel(256, "pqpi"),
     }
@@ -91,8 +92,14 @@ def q8_row_bytes(columns: int) -> int:
     return (columns + columns // 4 + 15) // 16 * 16
 
 
-def split_of(name: str, columns: int, tuning: Mapping[str, int] | None = None) -> int:
+MANY_ROWS = 4096
+"""From so many rows on a matrix fills the device without sharing its rows among warps (docs/gpu.md)."""
+
+
+def split_of(name: str, columns: int, rows: int = 0, tuning: Mapping[str, int] | None = None) -> int:
     """The ``split`` of ``mat_vec_*`` and ``mat_mul_*``: warps that share a row, each with at least one unit a lane."""
+    if rows >= MANY_ROWS:
+        return 1
     split = (TUNING | dict(tuning or {}))["MAT_VEC_WARPS"]
     while split > 1 and columns < 32 * split * UNIT_ELEMENTS[name]:
         split //= 2

@@ -9,9 +9,9 @@
 #define ROUTER_GROUPS (ROUTER_THREADS / 8)  // at least MOST_PICKS
 
 // What a layer's router tells the host, in memory that both see: a 64-bit word with the number of misses, then one for
-// each pair with its expert.  Every word carries the run's number in its upper half, so their order does not matter and
-// nobody waits for a fence.  The host counts the picks of every layer (its policy lives on them) and fetches those that
-// are missing.
+// each pair with the router's pick and the expert that will be computed.  Every word carries the run's number in its
+// upper half, so their order does not matter and nobody waits for a fence.  The host counts the picks of every layer
+// (its policy lives on them) and fetches what is missing.
 DEVICE u64 posted(const u32 *run, u32 value) { return (u64)*run << 32 | value; }
 
 // The host's answer: where the missing records have been put, 0 for the others.  `sequence` is written last.
@@ -24,15 +24,15 @@ struct answer {
 #define IN_DRAM 1
 
 // ids -> records[pair] (0: not on the device), the post, and *misses for the wait.  A whole block calls it.
-// run: the number of this replay of the program, which tells one post from the last.  ids and record_of may lie in
-// shared memory.
-DEVICE void resolve(const int *ids, const u64 *record_of, u64 *records, volatile u64 *post, const u32 *run, u32 *misses,
-                    int pairs) {
+// ids: what will be computed; picks: what the router wanted.  Both and record_of may lie in shared memory.
+// run: the number of this replay of the program, which tells one post from the last.
+DEVICE void resolve(const int *ids, const int *picks, const u64 *record_of, u64 *records, volatile u64 *post,
+                    const u32 *run, u32 *misses, int pairs) {
     float absent = 0.f;
     for (int pair = thread_index(); pair < pairs; pair += ROUTER_THREADS) {
         const u64 record = record_of[ids[pair]];
         records[pair] = record > IN_DRAM ? record : 0;
-        post[1 + pair] = posted(run, (u32)ids[pair]);
+        post[1 + pair] = posted(run, (u32)picks[pair] | (u32)ids[pair] << 16);
         absent += record > IN_DRAM ? 0.f : 1.f;
     }
     absent = block_sum<ROUTER_THREADS / 32>(absent);
@@ -41,86 +41,166 @@ DEVICE void resolve(const int *ids, const u64 *record_of, u64 *records, volatile
     post[0] = posted(run, (u32)absent);
 }
 
-// Softmax over all logits, the picks in descending order (ties: the lower id first).  weight = p, divided by
-// max(sum over the picks, 2^-14) when `normalise`, times scale.
+// chosen[0 ..]: where the `wanted` (1 to ROUTER_GROUPS) largest values are, descending, the lower place first where two
+// are equal; minus infinity and NaN are never chosen.  Returns how many there are.  A whole block calls it.
 //
-// The largest of each of ROUTER_GROUPS parts are compared first: their picks-th is passed by at least as many experts
-// as are wanted, and by few others.  An expert's place is the number of those that go before it, so there is no loop
-// over picks, and no tie or order of arrival is left to chance.
-// block_ids: the picks once more, in shared memory.
-DEVICE void pick(const float *logits, int *ids, float *weights, int *block_ids, int experts, int picks, int normalise,
-                 float scale) {
-    __shared__ float p[ROUTER_EXPERTS], most_of[ROUTER_THREADS / 32], chosen[MOST_PICKS], best_of[ROUTER_GROUPS], least;
-    __shared__ int candidates[ROUTER_EXPERTS], count;
-    float most = -infinity(), sum = 0.f, best = -1.f;
-    for (int e = thread_index(); e < experts; e += ROUTER_THREADS) most = larger(most, logits[e]);
-    if (thread_index() == 0) count = 0;
-    if (thread_index() < picks) {
-        // A NaN among the logits leaves places untaken: valid ids and a weight that shows.
-        block_ids[thread_index()] = thread_index();
-        chosen[thread_index()] = not_a_number();
+// The largest of each of ROUTER_GROUPS parts are compared first: their wanted-th is passed by at least as many values as
+// are wanted, and by few others.  A value's rank is the number of those that go before it, so no order of arrival counts.
+DEVICE int largest(const float *values, int count, int wanted, int *chosen) {
+    __shared__ float best_of[ROUTER_GROUPS], least;
+    __shared__ int candidates[ROUTER_EXPERTS], passed;
+    float best = -infinity();
+    for (int i = thread_index(); i < count; i += ROUTER_THREADS) best = larger(best, values[i]);
+    best = larger(best, exchange_float<1>(best));
+    best = larger(best, exchange_float<2>(best));
+    best = larger(best, exchange_float<4>(best));
+    if (thread_index() % 8 == 0) best_of[thread_index() / 8] = best;
+    if (thread_index() == 0) passed = 0;
+    sync_block();
+    if (thread_index() < ROUTER_GROUPS) {
+        const float mine = best_of[thread_index()];
+        int before = 0;
+#pragma unroll 16
+        for (int other = 0; other < ROUTER_GROUPS; ++other)
+            before += best_of[other] > mine || (best_of[other] == mine && other < thread_index());
+        if (before == wanted - 1) least = mine;
     }
+    sync_block();
+    for (int i = thread_index(); i < count; i += ROUTER_THREADS)
+        if (values[i] >= least && values[i] > -infinity()) candidates[take_place(&passed)] = i;
+    sync_block();
+    const int found = passed;
+    for (int i = thread_index(); i < found; i += ROUTER_THREADS) {
+        const int place = candidates[i];
+        const float mine = values[place];
+        int before = 0;
+#pragma unroll 4
+        for (int j = 0; j < found; ++j) {
+            const int other = candidates[j];
+            before += values[other] > mine || (values[other] == mine && other < place);
+        }
+        if (before < wanted) chosen[before] = place;
+    }
+    sync_block();
+    return found < wanted ? found : wanted;
+}
+
+// Softmax over all logits, the picks in descending order.  weight = p, divided by max(sum over the picks, 2^-14) when
+// `normalise`, times scale.  values, ids, weights: in shared memory; values: out, the logits.
+DEVICE void pick(const float *logits, float *values, int *ids, float *weights, int experts, int picks, int normalise,
+                 float scale) {
+    __shared__ float most_of[ROUTER_THREADS / 32], chosen[MOST_PICKS];
+    float most = -infinity(), sum = 0.f;
+    for (int e = thread_index(); e < experts; e += ROUTER_THREADS) {
+        values[e] = logits[e];
+        most = larger(most, values[e]);
+    }
+    // A NaN among the logits leaves places untaken: valid ids and a weight that shows.
+    if (thread_index() < picks) ids[thread_index()] = thread_index();
     most = warp_max(most);
     if (lane_index() == 0) most_of[warp_index()] = most;
     sync_block();
 #pragma unroll
     for (int i = 0; i < ROUTER_THREADS / 32; ++i) most = larger(most, most_of[i]);
-    for (int e = thread_index(); e < experts; e += ROUTER_THREADS) {
-        const float mine = exponential(logits[e] - most);
-        p[e] = mine, sum += mine, best = larger(best, mine);
-    }
-    best = larger(best, exchange_float<1>(best));
-    best = larger(best, exchange_float<2>(best));
-    best = larger(best, exchange_float<4>(best));
-    if (thread_index() % 8 == 0) best_of[thread_index() / 8] = best;
+    for (int e = thread_index(); e < experts; e += ROUTER_THREADS) sum += exponential(values[e] - most);
     sum = block_sum<ROUTER_THREADS / 32>(sum);
-    if (thread_index() < ROUTER_GROUPS) {
-        int before = 0;
-#pragma unroll 16
-        for (int other = 0; other < ROUTER_GROUPS; ++other)
-            before += best_of[other] > best_of[thread_index()] ||
-                      (best_of[other] == best_of[thread_index()] && other < thread_index());
-        if (before == picks - 1) least = best_of[thread_index()];
-    }
+    const int found = largest(values, experts, picks, ids);
+    if (thread_index() < picks)
+        chosen[thread_index()] =
+            thread_index() < found ? exponential(values[ids[thread_index()]] - most) / sum : not_a_number();
     sync_block();
-    for (int e = thread_index(); e < experts; e += ROUTER_THREADS)
-        if (p[e] >= least) candidates[take_place(&count)] = e;
-    sync_block();
-    for (int i = thread_index(); i < count; i += ROUTER_THREADS) {
-        const int e = candidates[i];
-        const float mine = p[e];
-        int before = 0;
-#pragma unroll 4
-        for (int j = 0; j < count; ++j) {
-            const int other = candidates[j];
-            before += p[other] > mine || (p[other] == mine && other < e);
-        }
-        if (before < picks) block_ids[before] = e, chosen[before] = mine / sum;
-    }
-    sync_block();
-    if (thread_index() >= picks) return;
-    float total = 0.f;
+    if (thread_index() < picks) {
+        float total = 0.f;
 #pragma unroll 8
-    for (int i = 0; i < picks; ++i) total += chosen[i];
-    const float divisor = normalise ? larger(total, 6.103515625e-05f) : 1.f;
-    weights[thread_index()] = chosen[thread_index()] / divisor * scale;
-    ids[thread_index()] = block_ids[thread_index()];
+        for (int i = 0; i < picks; ++i) total += chosen[i];
+        const float divisor = normalise ? larger(total, 6.103515625e-05f) : 1.f;
+        weights[thread_index()] = chosen[thread_index()] / divisor * scale;
+    }
+    sync_block();
+}
+
+// csrc/car.h, whose comments say what the fields mean; the rules are the same.
+struct car {
+    int rule;
+    float parameter;
+    int keep, swaps, warmup;
+    float slow_handicap;
+};
+enum { CAR_OFF, CAR_RATIO, CAR_PRIOR, CAR_REGRET, CAR_BUDGET, CAR_MOST_SWAPS = 16 };
+
+// The swaps, by one thread: missing picks, weakest first, against candidates, best first.
+DEVICE void swap_picks(const car &c, const float *values, const int *missing, const int *candidates, int found,
+                       float lowest, int *ids, float *weights, int picks, int normalise) {
+    float sum = 0.f, rest = 0.f, spent = 0.f;
+    const float highest = values[ids[0]];
+    int swaps = 0;
+    for (int i = picks - 1; i >= 0; --i) sum += weights[i];
+    for (; swaps < found; ++swaps) {
+        const int rank = missing[swaps], candidate = candidates[swaps];
+        const float ahead = values[ids[rank]] - values[candidate], ratio = exponential(-ahead);
+        const float lost = weights[rank] * (1.f - ratio) / sum;
+        spent += lost;
+        const bool is_allowed = c.rule == CAR_RATIO    ? ratio >= c.parameter
+                                : c.rule == CAR_PRIOR  ? ahead < c.parameter * (highest - lowest)
+                                : c.rule == CAR_REGRET ? lost <= c.parameter
+                                                       : spent <= c.parameter;
+        if (!is_allowed) break;
+        ids[rank] = candidate;
+        weights[rank] *= ratio;
+    }
+    if (!swaps || !normalise) return;
+    for (int i = picks - 1; i >= 0; --i) rest += weights[i];
+    for (int i = 0; i < picks; ++i) weights[i] *= sum / rest;
+}
+
+// Cache-aware routing: experts of the device or of DRAM stand in for picks that would have to be read.  ids, weights:
+// changed.  All but c and record_of in shared memory.
+DEVICE void substitute(const car &c, const float *values, const u64 *record_of, int *ids, float *weights, int experts,
+                       int picks, int normalise) {
+    __shared__ float masked[ROUTER_EXPERTS], lowest_of[ROUTER_THREADS / 32];
+    __shared__ int missing[CAR_MOST_SWAPS], candidates[CAR_MOST_SWAPS], misses;
+    if (thread_index() == 0) {
+        int count = 0;
+        for (int i = picks - 1; i >= c.keep; --i)
+            if (count < c.swaps && count < CAR_MOST_SWAPS && record_of[ids[i]] == IN_NVME) missing[count++] = i;
+        misses = count;
+    }
+    sync_block();
+    if (!misses) return;
+    const int last = ids[picks - 1];
+    float lowest = infinity();
+    for (int e = thread_index(); e < experts; e += ROUTER_THREADS) {
+        const bool was_picked = !(values[e] < values[last] || (values[e] == values[last] && e > last));
+        lowest = -larger(-lowest, -values[e]);
+        masked[e] = was_picked || record_of[e] == IN_NVME ? -infinity()
+                                                          : values[e] - (record_of[e] == IN_DRAM ? c.slow_handicap : 0.f);
+    }
+    lowest = -warp_max(-lowest);
+    if (lane_index() == 0) lowest_of[warp_index()] = lowest;
+    sync_block();
+    const int found = largest(masked, experts, misses, candidates);
+    if (thread_index() == 0) {
+        for (int i = 0; i < ROUTER_THREADS / 32; ++i) lowest = -larger(-lowest, -lowest_of[i]);
+        swap_picks(c, values, missing, candidates, found, lowest, ids, weights, picks, normalise);
+    }
+    sync_block();
 }
 
 // logits: [tokens][experts]; ids, weights: [tokens][picks].  Grid (tokens).
 KERNEL(ROUTER_THREADS, route)
 (const float *logits, int *ids, float *weights, int experts, int picks, int normalise, float scale) {
+    __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS];
     __shared__ int block_ids[MOST_PICKS];
-    const int token = block_x();
-    pick(logits + (u64)token * experts, ids + token * picks, weights + token * picks, block_ids, experts, picks,
-         normalise, scale);
+    const int token = block_x(), i = thread_index();
+    pick(logits + (u64)token * experts, values, block_ids, block_weights, experts, picks, normalise, scale);
+    if (i < picks) ids[token * picks + i] = block_ids[i], weights[token * picks + i] = block_weights[i];
 }
 EXPORT_KERNEL(route)
 
 // For many tokens: the picks of all, after route.  Grid (1).
 KERNEL(ROUTER_THREADS, resolve_picks)
 (const int *ids, const u64 *record_of, u64 *records, void *post, const u32 *run, u32 *misses, int pairs) {
-    resolve(ids, record_of, records, (volatile u64 *)post, run, misses, pairs);
+    resolve(ids, ids, record_of, records, (volatile u64 *)post, run, misses, pairs);
 }
 EXPORT_KERNEL(resolve_picks)
 
@@ -128,14 +208,34 @@ EXPORT_KERNEL(resolve_picks)
 KERNEL(ROUTER_THREADS, route_and_resolve)
 (const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *post, const u32 *run,
  u32 *misses, int experts, int picks, int normalise, float scale) {
+    __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS];
     __shared__ int block_ids[MOST_PICKS];
     __shared__ u64 table[ROUTER_EXPERTS];  // on its way while the picks are made
-    for (int e = thread_index(); e < experts; e += ROUTER_THREADS) table[e] = record_of[e];
-    pick(logits, ids, weights, block_ids, experts, picks, normalise, scale);
-    sync_block();
-    resolve(block_ids, table, records, (volatile u64 *)post, run, misses, picks);
+    const int i = thread_index();
+    for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e];
+    pick(logits, values, block_ids, block_weights, experts, picks, normalise, scale);
+    if (i < picks) ids[i] = block_ids[i], weights[i] = block_weights[i];
+    resolve(block_ids, block_ids, table, records, (volatile u64 *)post, run, misses, picks);
 }
 EXPORT_KERNEL(route_and_resolve)
+
+// For one token after route, where the engine was asked for cache-aware routing: stand-ins by `rule` where run[1] allows
+// them, then records and post.  Grid (1).
+KERNEL(ROUTER_THREADS, substitute_and_resolve)
+(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *post, const u32 *run,
+ u32 *misses, const void *rule, int experts, int picks, int normalise) {
+    __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS];
+    __shared__ int block_ids[MOST_PICKS], wanted[MOST_PICKS];
+    __shared__ u64 table[ROUTER_EXPERTS];
+    const int i = thread_index();
+    for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e], values[e] = logits[e];
+    if (i < picks) block_ids[i] = wanted[i] = ids[i], block_weights[i] = weights[i];
+    sync_block();
+    if (run[1]) substitute(*(const car *)rule, values, table, block_ids, block_weights, experts, picks, normalise);
+    if (i < picks) ids[i] = block_ids[i], weights[i] = block_weights[i];
+    resolve(block_ids, wanted, table, records, (volatile u64 *)post, run, misses, picks);
+}
+EXPORT_KERNEL(substitute_and_resolve)
 
 // late[pair]: the records that the host has put in place, 0 for those that were there before.  Holds the stream until
 // the host has answered this run (not at all when nothing was missing), or tells it to stop (then late stays 0, and

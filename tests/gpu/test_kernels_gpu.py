@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from fomoe_io import device, kernels
+from fomoe_io.car import CarRule
 from fomoe_io.device import Gpu
 from fomoe_io.errors import DeviceError
 from tests.gpu_shim import cases
 from tests.gpu_shim.device_runner import DeviceRunner
+from tests.test_car import RULES
 
 pytestmark = pytest.mark.gpu
 
@@ -148,6 +150,12 @@ def test_resolve(runner: DeviceRunner, rng: np.random.Generator) -> None:
     cases.check_resolve(runner, rng, 128, 8)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_substitution(runner: DeviceRunner, rng: np.random.Generator, rule: str) -> None:
+    swaps = sum(cases.check_substitution(runner, rng, *shape, CarRule.parse(rule)) for shape in ((128, 8), (512, 10), (40, 4)))
+    assert swaps > 0
+
+
 def test_nan_logits_show(runner: DeviceRunner, rng: np.random.Generator) -> None:
     cases.check_nan_logits_show(runner, rng)
 
@@ -174,7 +182,7 @@ def test_a_miss_is_served_without_a_synchronisation(gpu: Gpu, rng: np.random.Gen
     registration = gpu.register(words)
     post, reply, stop = (registration.pointer + offset for offset in (0, 1024, 2048))
     experts, picks = 16, 4
-    table, run = gpu.upload(np.zeros(experts, np.uint64)), gpu.upload(np.array([9], np.uint32))
+    table, run = gpu.upload(np.zeros(experts, np.uint64)), gpu.upload(np.array([9, 0], np.uint32))
     misses, records = gpu.upload(np.zeros(1, np.uint32)), gpu.upload(np.zeros(picks, np.uint64))
     ids, weights, late = gpu.allocate(4 * picks), gpu.allocate(4 * picks), gpu.allocate(8 * picks)
     logits = gpu.upload(cases.normal(rng, experts))
@@ -192,7 +200,7 @@ def test_a_miss_is_served_without_a_synchronisation(gpu: Gpu, rng: np.random.Gen
         pass
     assert not done.is_done()
     assert posted[0] & 0xFFFFFFFF == picks
-    seen = (posted[1:] & 0xFFFFFFFF).tolist()
+    seen = (posted[1:] & 0xFFFF).tolist()
     words[256 + 2 : 256 + 2 + 2 * picks : 2] = np.arange(100, 100 + picks)
     words[256] = 9
     while not done.is_done():

@@ -7,7 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from fomoe_io import kernels
+from fomoe_io.car import CarRule
 from tests.gpu_shim import reference as ref
+from tests.test_car import choose
 
 # Float32 arithmetic in another order, and exp to 2 ulp: far below 1e-5 of the norm, far above any wrong index.
 CLOSE = 3e-6
@@ -366,7 +368,7 @@ def check_resolve(runner: Runner, rng: np.random.Generator, experts: int, picks:
     misses = int((here == 0).sum())
     assert 0 < misses < picks
     ids, weights = runner.put(np.full(picks, -1, np.int32)), runner.put(poison(picks))
-    row, run = runner.put(table), runner.put(np.array([41], np.uint32))
+    row, run = runner.put(table), runner.put(np.array([41, 0], np.uint32))
     for name in ("route_and_resolve", "resolve_picks"):
         records, post = runner.put(np.full(picks, 77, np.uint64)), runner.put(np.zeros(1 + picks, np.uint64))
         count = runner.put(np.array([99], np.uint32))
@@ -377,8 +379,28 @@ def check_resolve(runner: Runner, rng: np.random.Generator, experts: int, picks:
                           picks, 1, 1.0)  # fmt: skip
         np.testing.assert_array_equal(ids.get(), want[0])
         np.testing.assert_array_equal(records.get(), here)
-        np.testing.assert_array_equal(post.get(), (41 << 32) + np.array([misses, *want[0]], np.uint64))
+        np.testing.assert_array_equal(post.get(), (41 << 32) + np.array([misses, *(want[0] * 65537)], np.uint64))
         assert count.get()[0] == misses
+
+
+def check_substitution(runner: Runner, rng: np.random.Generator, experts: int, picks: int, rule: CarRule) -> int:
+    """The device's stand-ins are those of csrc/car.h; returns how many there were."""
+    logits = (2 * normal(rng, 1, experts)).astype(np.float32)
+    where = rng.integers(0, 3, experts).astype(np.int8)  # VRAM, DRAM, NVMe
+    table = np.select([where == 0, where == 1], [rng.integers(2, 1 << 60, experts), 1], 0).astype(np.uint64)
+    true, weight = route_reference(logits.astype(np.float64), picks, True, 1.0)
+    want, want_weight, replaced = choose(rule, logits[0], where, true[0].astype(np.int32), weight[0].astype(np.float32))
+    ids, weights = runner.put(true[0].astype(np.int32)), runner.put(weight[0].astype(np.float32))
+    records, post = runner.put(np.full(picks, 77, np.uint64)), runner.put(np.zeros(1 + picks, np.uint64))
+    run, count = runner.put(np.array([3, 1], np.uint32)), runner.put(np.zeros(1, np.uint32))
+    native = runner.put(np.frombuffer(bytes(rule.native()), np.uint8))
+    runner.launch("substitute_and_resolve", (1, 1, 1), runner.put(logits), ids, weights, runner.put(table), records,
+                  post, run, count, native, experts, picks, 1)  # fmt: skip
+    np.testing.assert_array_equal(ids.get(), want)
+    np.testing.assert_allclose(weights.get(), want_weight, rtol=1e-5)
+    np.testing.assert_array_equal(post.get()[1:] & 0xFFFFFFFF, true[0] + 65536 * want)
+    assert count.get()[0] == (where[want] != 0).sum()
+    return int((replaced >= 0).sum())
 
 
 def check_nan_logits_show(runner: Runner, rng: np.random.Generator) -> None:
