@@ -86,6 +86,7 @@ EXTENSIONS = [
             "fomoe_io/csrc/program.c",
             "fomoe_io/csrc/experts.c",
             "fomoe_io/csrc/car.c",
+            "fomoe_io/csrc/offers.c",
         ],
         depends=HEADERS,
         extra_compile_args=[*COMPILE_FLAGS, "-pthread"],

@@ -80,6 +80,10 @@ cdef extern from "csrc/experts.h" nogil:
         uint64_t nvme_bytes
         uint64_t stall_ns
         uint64_t groups
+        uint64_t prefetches
+        uint64_t prefetch_bytes
+        uint64_t useful
+        uint64_t late
     ctypedef struct fomoe_experts_shape:
         int32_t layers
         int32_t columns
@@ -92,6 +96,7 @@ cdef extern from "csrc/experts.h" nogil:
     fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *, const fomoe_expert_layer *, fomoe_residency *, fomoe_reader *)
     void fomoe_experts_free(fomoe_experts *)
     int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *)
+    void fomoe_experts_set_lookahead(fomoe_experts *, int ranks)
     void fomoe_experts_set_car(fomoe_experts *, const fomoe_car *)
     const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *)
     const int64_t *fomoe_experts_picks(const fomoe_experts *)
@@ -234,6 +239,14 @@ cdef extern from "csrc/program.h" nogil:
         fomoe_rows shared_gate
         fomoe_experts *experts
         int32_t used
+    ctypedef struct lookahead_step:
+        fomoe_rows input
+        const float *weight
+        float epsilon
+        fomoe_matrix router
+        fomoe_rows logits
+        fomoe_experts *experts
+        int32_t layer
     ctypedef struct layer_end_step:
         fomoe_rows input
         int32_t layer
@@ -251,6 +264,7 @@ cdef extern from "csrc/program.h" nogil:
         route_step route
         experts_step experts
         combine_step combine
+        lookahead_step lookahead
         layer_end_step layer_end
     ctypedef void (*fomoe_execute)(const fomoe_step *, fomoe_run *, int) noexcept nogil
     ctypedef struct fomoe_step:
@@ -265,4 +279,4 @@ cdef extern from "csrc/program.h" nogil:
     int fomoe_program_run(fomoe_program *, fomoe_run *)
     fomoe_execute fomoe_step_embed, fomoe_step_norm, fomoe_step_quantize, fomoe_step_mat_mul, fomoe_step_silu_mul
     fomoe_execute fomoe_step_conv, fomoe_step_delta, fomoe_step_rope_table, fomoe_step_kv, fomoe_step_attention
-    fomoe_execute fomoe_step_route, fomoe_step_experts_begin, fomoe_step_experts, fomoe_step_combine, fomoe_step_layer_end
+    fomoe_execute fomoe_step_route, fomoe_step_experts_begin, fomoe_step_experts, fomoe_step_combine, fomoe_step_lookahead, fomoe_step_layer_end

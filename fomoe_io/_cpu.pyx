@@ -192,6 +192,9 @@ cdef class Experts:
             error = fomoe_experts_warm(self.c, layer, &experts[0], &scores[0], count)
         return error
 
+    def set_lookahead(self, int ranks):
+        fomoe_experts_set_lookahead(self.c, ranks)
+
     def set_car(self, uintptr_t car):
         """The address of a fomoe_car, which is copied."""
         fomoe_experts_set_car(self.c, <const fomoe_car *>car)
@@ -202,7 +205,8 @@ cdef class Experts:
         return {
             "requests": r.requests, "vram_hits": r.hits[0], "dram_hits": r.hits[1], "nvme_hits": r.hits[2],
             "evictions": r.evictions, "promotions": r.promotions, "demotions": r.demotions,
-            "substitutions": r.substitutions,
+            "substitutions": r.substitutions, "prefetches": e.prefetches, "prefetch_bytes": e.prefetch_bytes,
+            "prefetch_useful": e.useful, "prefetch_late": e.late,
             "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes, "stall_ns": e.stall_ns, "groups": e.groups,
         }
 
@@ -480,6 +484,20 @@ cdef class Program:
         if shared_gate is not None:
             s.arguments.combine.shared_gate = shared_gate.c
         self._add(&s, (experts, weights, output, shared, shared_gate))
+
+    def lookahead(self, Experts experts, Rows input, weight, float epsilon, Matrix router, Rows logits, int layer):
+        """At the end of the layer before `layer`, with that one's norm and router."""
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_lookahead
+        s.arguments.lookahead.input = input.c
+        s.arguments.lookahead.weight = vector(weight)
+        s.arguments.lookahead.epsilon = epsilon
+        s.arguments.lookahead.router = router.c
+        s.arguments.lookahead.logits = logits.c
+        s.arguments.lookahead.experts = experts.c
+        s.arguments.lookahead.layer = layer
+        self._add(&s, (experts, input, weight, router, logits))
 
     def layer_end(self, Rows input, int layer):
         cdef fomoe_step s

@@ -16,6 +16,7 @@ RULES: Final = {"ratio": 1, "prior": 2, "regret": 3, "budget": 4}
 MOST_SWAPS = 16
 """csrc/car.h, FOMOE_CAR_MOST_SWAPS."""
 
+_SETTINGS = ("keep", "swaps", "warmup", "backfill", "handicap")
 _EXAMPLE = "--car regret:0.03, or --car ratio:0.5,keep=2,swaps=4,warmup=64"
 
 
@@ -28,6 +29,7 @@ class NativeCar(ctypes.Structure):
         ("keep", ctypes.c_int32),
         ("swaps", ctypes.c_int32),
         ("warmup", ctypes.c_int32),
+        ("backfill", ctypes.c_int32),
         ("slow_handicap", ctypes.c_float),
     )
 
@@ -47,6 +49,8 @@ class CarRule:
         Most swaps of a token in a layer.
     warmup : int
         Tokens at a session's start that stay exact.
+    backfill : int
+        Most picks of a layer that are read, while the drive idles, after another expert stood in for them.
     handicap : float
         Nats (differences of router logits) that a candidate of the slower tier must be ahead of one of the faster.
     """
@@ -56,6 +60,7 @@ class CarRule:
     keep: int = 1
     swaps: int = MOST_SWAPS
     warmup: int = 0
+    backfill: int = 0
     handicap: float = 0.1
 
     def __post_init__(self) -> None:
@@ -63,7 +68,7 @@ class CarRule:
             raise UsageError(f"{self.rule!r} is no rule of cache-aware routing", hint=_EXAMPLE)
         if not 0 <= self.parameter <= 1:
             raise UsageError(f"the {self.rule} is {self.parameter}, expected 0 to 1", hint=_EXAMPLE)
-        limits = {"keep": 256, "swaps": MOST_SWAPS, "warmup": 1 << 24}
+        limits = {"keep": 256, "swaps": MOST_SWAPS, "warmup": 1 << 24, "backfill": MOST_SWAPS}
         for name, most in limits.items():
             if not 0 <= getattr(self, name) <= most:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected 0 to {most}", hint=_EXAMPLE)
@@ -72,7 +77,7 @@ class CarRule:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """From `off`, `on`, or `RULE:PARAMETER[,keep=N][,swaps=N][,warmup=N][,handicap=NATS]`.
+        """From `off`, `on`, or `RULE:PARAMETER[,keep=N][,swaps=N][,warmup=N][,backfill=N][,handicap=NATS]`.
 
         Raises
         ------
@@ -90,7 +95,7 @@ class CarRule:
             parameter = float(match[2])
             for part in filter(None, match[3].split(",")):
                 name, value = part.split("=")
-                if name not in ("keep", "swaps", "warmup", "handicap"):
+                if name not in _SETTINGS:
                     raise UsageError(f"cache-aware routing has no setting {name!r}", hint=_EXAMPLE)
                 settings[name] = float(value) if name == "handicap" else int(value)
         except ValueError:
@@ -101,15 +106,17 @@ class CarRule:
         """As :meth:`parse` reads it."""
         default = CarRule(self.rule, self.parameter)
         text = f"{self.rule}:{self.parameter:g}"
-        for name in ("keep", "swaps", "warmup", "handicap"):
+        for name in _SETTINGS:
             if getattr(self, name) != getattr(default, name):
                 text += f",{name}={getattr(self, name):g}"
         return text
 
     def native(self) -> NativeCar:
         """For the engine."""
-        return NativeCar(RULES[self.rule], self.parameter, self.keep, self.swaps, self.warmup, self.handicap)
+        return NativeCar(
+            RULES[self.rule], self.parameter, self.keep, self.swaps, self.warmup, self.backfill, self.handicap
+        )
 
 
-ON = "regret:0.03"
+ON = "regret:0.036"
 """What `--car on` means: the setting that docs/car.md arrives at."""

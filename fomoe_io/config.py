@@ -43,6 +43,10 @@ class Tiers:
         return cls(vram, dram)
 
 
+MOST_LOOKAHEAD = 16
+"""Ranks; a guess further down is wrong more often than right (docs/car.md)."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """How to open a model.
@@ -75,6 +79,8 @@ class EngineConfig:
         "auto" takes a GPU when there is one.
     vram_bytes : int or None
         Bound of the device memory; None takes what is free.
+    lookahead : int
+        How many of the experts are read ahead that the next layer's router would pick from this layer's output; 0 none.
     car : CarRule or None
         Cache-aware routing of single tokens; None is exact.
     trace : Path or None
@@ -95,10 +101,13 @@ class EngineConfig:
     tiers: Tiers | None = None
     device: str = "cpu"
     vram_bytes: int | None = None
+    lookahead: int = 0
     car: CarRule | None = None
     trace: Path | None = None
 
     def __post_init__(self) -> None:
+        if not 0 <= self.lookahead <= MOST_LOOKAHEAD:
+            raise UsageError(f"lookahead is {self.lookahead}, expected 0 to {MOST_LOOKAHEAD}")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")

@@ -197,6 +197,8 @@ class DeviceRecorder:
         By number of outputs (1: the last token, `tokens`: all): final norm and logits.
     """
 
+    lookahead = False
+
     def __init__(
         self,
         memory: Memory,

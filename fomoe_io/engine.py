@@ -198,6 +198,7 @@ class Engine:
             self.reader.address,
             (self.reader, self._pool),
         )
+        self._experts.set_lookahead(min(self.config.lookahead, s.used))
         if self.config.car is not None:
             car = self.config.car.native()
             self._experts.set_car(ctypes.addressof(car))
@@ -255,6 +256,7 @@ class Engine:
             # attention scores of a whole context, or the widest row (twice: normalised q and k)
             scratch_floats=max(2 * widest, self.context_tokens),
             experts=experts,
+            lookahead=self.config.lookahead > 0,
         )
         self._build(recorder, self._weights, s, self._expert_inputs, self._files)
         return recorder
@@ -368,6 +370,12 @@ class Engine:
                 "nvme": {"hits": c["nvme_hits"], "reads": c["nvme_reads"], "bytes": c["nvme_bytes"]},
             },
             "substitutions": c.get("substitutions", 0),
+            "prefetch": {
+                "issued": c.get("prefetches", 0),
+                "useful": c.get("prefetch_useful", 0),
+                "late": c.get("prefetch_late", 0),
+                "bytes": c.get("prefetch_bytes", 0),
+            },
             "evictions": c["evictions"],
             "promotions": c["promotions"],
             "demotions": c["demotions"],

@@ -64,6 +64,8 @@ class Recorder:
     experts : _cpu.Experts or None
         The routed experts; None records a program that can't run but whose size is known
         (`activation_bytes`, `state.bytes`).
+    lookahead : bool
+        Whether layers end with a guess at the next one's experts.
     """
 
     def __init__(
@@ -74,11 +76,13 @@ class Recorder:
         context_tokens: int,
         scratch_floats: int,
         experts: Experts | None,
+        lookahead: bool = False,
     ) -> None:
         self.program = _cpu.Program(team, scratch_floats)
         self.batch_tokens = batch_tokens
         self.context_tokens = context_tokens
         self.experts_pool = experts
+        self.lookahead = lookahead
         self.state = StateLayout()
         self.activation_bytes = 0
         self._rows: dict[tuple[str, int, int], Rows] = {}

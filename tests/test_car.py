@@ -229,3 +229,16 @@ def test_a_run_says_that_it_is_not_exact(demo_model: Path, tmp_path: Path, capsy
     assert saved["substitutions"] > 0
     assert run_cli.main(command) == 0
     assert "not exact" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [{}, {"threads": 3}, {"reader": "pread"}, {"ring_depth": 1}])
+def test_back_fill_is_deterministic(demo_model: Path, settings: dict[str, Any]) -> None:
+    logits, s = answer(demo_model, "regret:0.05,backfill=4", threads=1)
+    other, t = answer(demo_model, "regret:0.05,backfill=4", **settings)
+    assert logits == other and s["tiers"] == t["tiers"]
+    hits = sum(s["tiers"][name]["hits"] for name in ("vram", "dram", "nvme"))
+    assert s["expert_requests"] == hits + s["substitutions"] == TOKENS * 8 * 4
+    # some reads are nobody's request
+    assert s["tiers"]["nvme"]["reads"] > s["tiers"]["nvme"]["hits"]
+    without, _ = answer(demo_model, "regret:0.05")
+    assert without != logits

@@ -116,6 +116,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="most experts in VRAM and DRAM (simulated on a CPU), such as vram=20%%,dram=15%%",
     )
     group.add_argument(
+        "--lookahead", type=int, default=0, metavar="N",
+        help="read up to N experts of the next layer ahead, by its router's guess (the text stays the same)",
+    )  # fmt: skip
+    group.add_argument(
         "--car", type=checked(CarRule.parse), metavar="RULE",
         help="let resident experts stand in for missing ones, which is not exact: "
         "off (default), on, ratio:TAU, prior:LAMBDA or regret:RHO",
@@ -137,6 +141,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         kernels=options.kernels,
         policy=options.policy,
         tiers=options.tiers,
+        lookahead=options.lookahead,
         car=options.car,
         trace=options.trace,
         device=options.device,

@@ -28,6 +28,7 @@ typedef struct {
     int32_t keep;        /* so many of the best picks are never swapped */
     int32_t swaps;       /* most swaps of a token in a layer, up to FOMOE_CAR_MOST_SWAPS */
     int32_t warmup;      /* so many tokens at a session's start stay exact */
+    int32_t backfill;    /* most picks of a layer that are read after another expert stood in for them */
     float slow_handicap; /* nats that a candidate of the slower tier must be ahead of one of the faster tier */
 } fomoe_car;
 

@@ -5,7 +5,9 @@
 #include <string.h>
 #include <time.h>
 
+#include "offers.h"
 #include "program.h"
+#include "routing.h"
 #include "vector_ops.h"
 
 /* Experts computed together.  While misses wait for a free slot, resident experts are done in smaller
@@ -25,6 +27,9 @@ struct fomoe_experts {
     int64_t *picks;
     int failed_layer, failed_expert;
     fomoe_car car;
+    fomoe_offers offers;
+    int lookahead, rest;                       /* ranks read ahead; tokens for which that pauses */
+    uint64_t judged_prefetches, judged_useful; /* as of the last time it was asked whether it pays */
 
     /* The batch's experts of the layer at work: resident ones first, then misses.  Thread 0 writes, between barriers. */
     int count, hits, submitted, computed, released, grouped_hits, ready_count, error;
@@ -119,6 +124,7 @@ fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *shape, const fomoe_e
     e->residency = residency;
     e->reader = reader;
     e->first_layer = -1;
+    fomoe_offers_start(&e->offers, residency, reader);
     e->layer = malloc(shape->layers * sizeof *e->layer);
     if (!e->layer) goto fail;
     memcpy(e->layer, layer, shape->layers * sizeof *e->layer);
@@ -145,6 +151,7 @@ void fomoe_experts_free(fomoe_experts *e) {
 }
 
 void fomoe_experts_set_car(fomoe_experts *e, const fomoe_car *car) { e->car = *car; }
+void fomoe_experts_set_lookahead(fomoe_experts *e, int ranks) { e->lookahead = ranks; }
 const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *e) { return &e->counters; }
 const int64_t *fomoe_experts_picks(const fomoe_experts *e) { return e->picks; }
 
@@ -209,9 +216,10 @@ static void place(fomoe_experts *e, int layer, int begin, int end, int *reads) {
         const fomoe_placement *p = &e->placements[i - begin];
         uint8_t *slot = slot_address(e, layer, p);
         e->slot[i] = slot;
-        e->source[i] = p->source;
+        e->source[i] = p->source == FOMOE_TIER_COMING ? FOMOE_TIER_NVME : p->source;
         e->tier[i] = p->tier;
         e->reads_left[i] = 0;
+        if (p->source == FOMOE_TIER_COMING) fomoe_offers_join(&e->offers, layer, e->ids[i], i);
         if (p->source != FOMOE_TIER_NVME) continue;
         e->reads_left[i] = add_reads(e, layer, e->ids[i], i, slot, e->reads + *reads);
         *reads += e->reads_left[i];
@@ -336,6 +344,12 @@ static void reap(fomoe_experts *e, int layer, int wait) {
     if (wait) e->counters.stall_ns += now_ns() - start;
     if (count < 0) fail(e, layer, 0, count);
     for (int c = 0; c < count; c++) {
+        if (done[c].tag & FOMOE_OFFER_TAG) {
+            int waiter, error = fomoe_offers_completed(&e->offers, &done[c], &waiter);
+            if (waiter >= 0 && error) fail(e, layer, waiter, error);
+            if (waiter >= 0) e->ready[e->ready_count++] = waiter;
+            continue;
+        }
         int i = done[c].tag / FOMOE_PARTS;
         e->reads_left[i]--;
         if (done[c].error) fail(e, layer, i, done[c].error);
@@ -346,21 +360,98 @@ static void reap(fomoe_experts *e, int layer, int wait) {
 /* After a failure: wait for what is in flight (its targets are slots), forget what was being read. */
 static void abandon(fomoe_experts *e, int layer, fomoe_run *run) {
     fomoe_completion done[REAP_BATCH];
-    int count;
-    while ((count = e->reader->reap(e->reader->self, done, REAP_BATCH, 1)) > 0) {
-    }
+    int count, waiter;
+    while ((count = e->reader->reap(e->reader->self, done, REAP_BATCH, 1)) > 0)
+        for (int c = 0; c < count; c++)
+            if (done[c].tag & FOMOE_OFFER_TAG) fomoe_offers_completed(&e->offers, &done[c], &waiter);
     fomoe_residency_release(e->residency, layer, e->ids, e->submitted);
     for (int i = e->hits; i < e->submitted; i++) fomoe_residency_drop(e->residency, layer, e->ids[i]);
     e->group_count = 0;
     fomoe_fail(run, e->error);
 }
 
+static int looks_ahead(const fomoe_experts *e, const fomoe_run *run) {
+    return run->tokens == 1 && e->lookahead && !e->rest && e->car.rule == FOMOE_CAR_OFF;
+}
+
+/* Does lookahead pay?  Where less than half of what it reads is wanted, it pauses for a while. */
+static void review(fomoe_experts *e) {
+    enum { REVIEW_AFTER = 512, PAUSE_TOKENS = 4096 };
+    if (e->rest) e->rest--;
+    uint64_t issued = e->counters.prefetches - e->judged_prefetches, useful = e->counters.useful - e->judged_useful;
+    if (issued < REVIEW_AFTER) return;
+    if (2 * useful < issued) e->rest = PAUSE_TOKENS;
+    e->judged_prefetches = e->counters.prefetches;
+    e->judged_useful = e->counters.useful;
+}
+
+/* Experts of this layer that were read before anybody asked.  With cache-aware routing they become resident at the same
+ * point of the text whatever the drive's speed, because what stands in for what must not depend on it; a batch needs all
+ * slots.  Lookahead for a single token changes no result: what is not there yet is waited for like any other. */
+static void settle(fomoe_experts *e, const fomoe_step *step, const fomoe_run *run) {
+    int layer = step->as.experts.layer, useful, late;
+    if (run->tokens == 1 && e->car.rule == FOMOE_CAR_OFF) {
+        fomoe_offers_judge(&e->offers, layer, (const int32_t *)fomoe_row(&step->as.experts.ids, 0), e->shape.used,
+                           &useful, &late);
+        e->counters.useful += useful;
+        e->counters.late += late;
+    } else {
+        while (fomoe_offers_hurry(&e->offers, layer) && !e->error) reap(e, layer, 1);
+    }
+    fomoe_offers_settle(&e->offers, layer);
+}
+
+/* Begin to read an expert that nobody waits for, if the policy has a place for it.  Returns 1 if so. */
+static int read_ahead(fomoe_experts *e, int layer, int32_t expert) {
+    if (!fomoe_offers_room(&e->offers)) return 0;
+    fomoe_placement p = fomoe_residency_offer(e->residency, layer, expert, e->shape.used);
+    if (p.tier == FOMOE_TIER_NVME) return 0;
+    int reads = add_reads(e, layer, expert, 0, slot_address(e, layer, &p), e->reads);
+    fomoe_offers_begin(&e->offers, layer, expert, e->reads, reads);
+    return 1;
+}
+
+/* Picks that another expert stands in for, best first. */
+static void back_fill(fomoe_experts *e, int layer) {
+    int left = e->car.backfill;
+    for (int k = 0; k < e->shape.used && left; k++)
+        if (e->replaced[k] >= 0) left -= read_ahead(e, layer, e->replaced[k]);
+}
+
+/* What the next layer's router makes of this layer's output, before its attention: right for most of the best ranks. */
+void fomoe_step_lookahead(const fomoe_step *step, fomoe_run *run, int thread) {
+    fomoe_experts *e = step->as.lookahead.experts;
+    const fomoe_matrix *router = &step->as.lookahead.router;
+    if (!looks_ahead(e, run)) return;
+    float *x = run->scratch[thread], *row = x + router->columns, *logits = fomoe_float_row(&step->as.lookahead.logits, 0);
+    int64_t begin, end;
+    fomoe_rms_norm(router->columns, fomoe_float_row(&step->as.lookahead.input, 0), step->as.lookahead.weight,
+                   step->as.lookahead.epsilon, x);
+    while (fomoe_take(&run->next[run->step], router->rows, 32, &begin, &end))
+        for (int64_t r = begin; r < end; r++) {
+            router->type->to_float(router->data + r * router->row_bytes, row, router->columns);
+            fomoe_type_of(0)->dot(router->columns, &logits[r], 0, row, 0, x, 0, 1);
+        }
+    fomoe_team_barrier(run->team);
+    /* the drive idles: the layer's own reads have all been waited for */
+    if (thread || fomoe_offers_under_way(&e->offers) >= e->lookahead) return;
+    uint64_t bytes = e->counters.nvme_bytes;
+    fomoe_route(router->rows, e->lookahead, logits, 0, 1, run->scratch[0], e->group, (float *)e->ready);
+    for (int k = 0; k < e->lookahead; k++)
+        e->counters.prefetches += read_ahead(e, step->as.lookahead.layer, e->group[k]);
+    e->counters.prefetch_bytes += e->counters.nvme_bytes - bytes;
+}
+
 void fomoe_step_experts_begin(const fomoe_step *step, fomoe_run *run, int thread) {
     fomoe_experts *e = step->as.experts.experts;
     int layer = step->as.experts.layer;
     if (thread) return;
-    if (layer == e->first_layer) fomoe_residency_tick(e->residency, run->tokens);
+    if (layer == e->first_layer) {
+        fomoe_residency_tick(e->residency, run->tokens);
+        review(e);
+    }
     e->submitted = e->computed = e->released = e->grouped_hits = e->ready_count = e->group_count = e->error = 0;
+    settle(e, step, run);
     count_picks(e, layer, &step->as.experts.ids, run->tokens);
     substitute(e, step, run);
     collect(e, &step->as.experts.ids, run->tokens);
@@ -368,6 +459,7 @@ void fomoe_step_experts_begin(const fomoe_step *step, fomoe_run *run, int thread
     list_members(e, &step->as.experts.ids, run->tokens);
     memset(e->done, 0, e->count);
     place_first(e, layer);
+    if (!e->error) back_fill(e, layer);
     if (e->error) abandon(e, layer, run);
 }
 

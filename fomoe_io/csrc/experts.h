@@ -38,6 +38,9 @@ typedef struct {
     uint64_t nvme_bytes;
     uint64_t stall_ns;    /* time compute waited for a read */
     uint64_t groups;      /* rounds of expert computation */
+    uint64_t prefetches;  /* experts read ahead by lookahead, counted in nvme_reads as well */
+    uint64_t prefetch_bytes;
+    uint64_t useful, late; /* of them, those that were then picked; and whose read had not ended by then */
 } fomoe_expert_counters;
 
 typedef struct fomoe_experts fomoe_experts;
@@ -57,6 +60,8 @@ fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *shape, const fomoe_e
 void fomoe_experts_free(fomoe_experts *);
 /* Decisions of steps that ask for them (fomoe_run.substitute) follow this rule; off at first. */
 void fomoe_experts_set_car(fomoe_experts *, const fomoe_car *);
+/* Read so many of the experts ahead that the next layer's router would pick now; 0 (at first): none. */
+void fomoe_experts_set_lookahead(fomoe_experts *, int ranks);
 /* Bytes that fomoe_experts_new allocates for a batch's activations. */
 int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *shape);
 const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *);

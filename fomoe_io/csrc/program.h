@@ -151,6 +151,15 @@ struct fomoe_step {
             int32_t used;
         } combine;
         struct {
+            fomoe_rows input; /* the residual stream as a layer leaves it */
+            const float *weight;
+            float epsilon;
+            fomoe_matrix router; /* of the next layer, which is `layer` */
+            fomoe_rows logits;
+            fomoe_experts *experts;
+            int32_t layer;
+        } lookahead;
+        struct {
             fomoe_rows input;
             int32_t layer;
         } layer_end;
@@ -182,6 +191,7 @@ void fomoe_step_route(const fomoe_step *, fomoe_run *, int thread);
 void fomoe_step_experts_begin(const fomoe_step *, fomoe_run *, int thread);
 void fomoe_step_experts(const fomoe_step *, fomoe_run *, int thread);
 void fomoe_step_combine(const fomoe_step *, fomoe_run *, int thread);
+void fomoe_step_lookahead(const fomoe_step *, fomoe_run *, int thread);
 void fomoe_step_layer_end(const fomoe_step *, fomoe_run *, int thread);
 
 /* Shared by the ops */

@@ -161,6 +161,17 @@ def record_experts(
     if p.experts_pool is not None:
         p.program.experts(p.experts_pool, ids, *inputs, layer)
         p.program.combine(p.experts_pool, weights, x, s.used, y, y_gate)
+    if p.lookahead and p.experts_pool is not None and layer + 1 < s.layers:
+        following = f"blk.{layer + 1}"
+        p.program.lookahead(
+            p.experts_pool,
+            x,
+            w.vector(f"{following}.{norm}.weight", s.columns),
+            s.epsilon,
+            w.matrix(f"{following}.ffn_gate_inp.weight", s.columns, s.experts),
+            p.rows("lookahead", s.experts),
+            layer + 1,
+        )
     p.program.layer_end(x, layer)
 
 
