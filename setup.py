@@ -80,6 +80,7 @@ EXTENSIONS = [
             "fomoe_io/csrc/vector_ops.c",
             "fomoe_io/csrc/attention.c",
             "fomoe_io/csrc/residency.c",
+            "fomoe_io/csrc/replay.c",
             "fomoe_io/csrc/routing.c",
             "fomoe_io/csrc/threads.c",
             "fomoe_io/csrc/trace.c",

@@ -39,7 +39,12 @@ cdef extern from "csrc/residency.h" nogil:
         uint64_t demotions
         uint64_t substitutions
         uint64_t offers
-    fomoe_residency *fomoe_residency_new(int layers, const int32_t *experts, const int32_t *slots, int policy, double decay)
+    ctypedef struct fomoe_decay:
+        double slow
+        double fast
+        double fast_share
+    fomoe_residency *fomoe_residency_new(int layers, const int32_t *experts, const int32_t *slots, int policy,
+                                         const fomoe_decay *decay)
     void fomoe_residency_free(fomoe_residency *)
     void fomoe_residency_scores(const fomoe_residency *, int layer, double *scores)
     const fomoe_residency_counters *fomoe_residency_count(const fomoe_residency *)

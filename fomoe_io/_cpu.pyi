@@ -42,7 +42,7 @@ class Experts:
         layers: list[dict[str, Any] | None],
         slots: np.ndarray,
         policy: int,
-        decay: float,
+        decay: tuple[float, float, float],
         reader: int,
         keep: object,
     ) -> None: ...

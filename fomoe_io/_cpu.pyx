@@ -126,13 +126,15 @@ cdef class Experts:
     cdef readonly tuple counts
     cdef object keep
 
-    def __cinit__(self, dict shape, list layers, slots, int policy, double decay, uintptr_t reader, keep):
+    def __cinit__(self, dict shape, list layers, slots, int policy, decay, uintptr_t reader, keep):
         cdef int32_t[:, ::1] slot_view = slots
         cdef int32_t[::1] experts = np.array([0 if l is None else l["experts"] for l in layers], np.int32)
         cdef const uint8_t[::1] extents
         cdef const int32_t[::1] extent_count
         cdef const uint32_t[:, ::1] part_offset
         cdef int i, part
+        cdef fomoe_decay decays
+        decays.slow, decays.fast, decays.fast_share = decay
         self.shape.layers = len(layers)
         self.shape.columns = shape["columns"]
         self.shape.hidden = shape["hidden"]
@@ -161,7 +163,7 @@ cdef class Experts:
             self.layer[i].pool = <uint8_t *><uintptr_t>source["pool"]
             self.layer[i].slot_bytes = source["slot_bytes"]
             self.layer[i].slots = slot_view[i, 0] + slot_view[i, 1]
-        self.residency = fomoe_residency_new(len(layers), &experts[0], &slot_view[0, 0], policy, decay)
+        self.residency = fomoe_residency_new(len(layers), &experts[0], &slot_view[0, 0], policy, &decays)
         if self.residency == NULL:
             raise MemoryError
         self.c = fomoe_experts_new(&self.shape, self.layer, self.residency, <fomoe_reader *>reader)

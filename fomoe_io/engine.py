@@ -23,7 +23,7 @@ from fomoe_io.models import model_of
 from fomoe_io.models.blocks import Shape
 from fomoe_io.program import Recorder
 from fomoe_io.reader import Reader, aligned_memory, open_reader
-from fomoe_io.residency import DECAY_PER_TOKEN, policy_number
+from fomoe_io.residency import DECAY, policy_number
 from fomoe_io.session import Session
 from fomoe_io.store import Store
 from fomoe_io.tokenizer import Tokenizer
@@ -194,7 +194,7 @@ class Engine:
             native,
             tiers,
             policy_number(self.config.policy),
-            DECAY_PER_TOKEN,
+            DECAY,
             self.reader.address,
             (self.reader, self._pool),
         )
@@ -227,7 +227,7 @@ class Engine:
             used=s.used,
             slots=slot_pairs(tiers),
             policy=self.config.policy,
-            decay=DECAY_PER_TOKEN,
+            decay=DECAY,
             car=str(self.config.car or "off"),
             expert_bytes=tuple(layouts[i].slot_bytes for i in range(s.layers)),
         )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -15,8 +14,25 @@ from fomoe_io.errors import UsageError
 POLICIES: Final = {"lru": 0, "lfu": 1, "decayed": 2, "lfru": 3}
 """csrc/residency.h, enum fomoe_policy."""
 
-DECAY_PER_TOKEN = 0.98
-"""Of the decayed frequency: best of 0.9-0.999 on the traces of docs/caching.md."""
+
+class Decay(NamedTuple):
+    """The two averages of the `decayed` policy (csrc/residency.h, fomoe_decay).
+
+    Attributes
+    ----------
+    slow, fast : float
+        Factors per token, in (0, 1).
+    fast_share : float
+        Of the fast average in the sum, 0..1.
+    """
+
+    slow: float
+    fast: float
+    fast_share: float
+
+
+DECAY = Decay(slow=0.998, fast=0.93, fast_share=0.2)
+"""Fewest misses beyond Belady's bound over the tuning traces of docs/caching.md, in the middle of a wide plateau."""
 
 VRAM, DRAM, NVME, COMING = range(4)
 """Where an expert was found (csrc/residency.h)."""
@@ -79,23 +95,27 @@ class Residency:
     slots : numpy.ndarray
         int [layers, 2]: slots of each layer in VRAM and DRAM.
     policy : {"lru", "lfu", "decayed", "lfru"}
-    decay : float
-        Factor per token of the decayed frequency, in (0, 1].
+    decay : Decay
+        Of the policy "decayed"; others do not use it.
     """
 
     def __init__(
-        self, experts: Sequence[int], slots: np.ndarray, *, policy: str = "decayed", decay: float = DECAY_PER_TOKEN
+        self, experts: Sequence[int], slots: np.ndarray, *, policy: str = "decayed", decay: Decay = DECAY
     ) -> None:
         self.experts = np.ascontiguousarray(experts, np.int32)
         self.slots = np.ascontiguousarray(slots, np.int32)
         if self.slots.shape != (len(self.experts), 2) or self.slots.min() < 0:
             raise UsageError(f"slots must be counts [{len(self.experts)} layers, 2 tiers], not {self.slots.shape}")
-        if not 0 < decay <= 1 or not math.isfinite(decay):
-            raise UsageError(f"the decay per token is {decay}, expected above 0 and at most 1")
+        if not (0 < decay.slow < 1 and 0 < decay.fast < 1 and 0 <= decay.fast_share <= 1):
+            raise UsageError(f"{decay} is no decay: factors per token lie between 0 and 1, and so does the share")
         self._number = policy_number(policy)
         self.handle = ctypes.c_void_p(
             LIBRARY.fomoe_residency_new(
-                len(self.experts), address(self.experts), address(self.slots), self._number, ctypes.c_double(decay)
+                len(self.experts),
+                address(self.experts),
+                address(self.slots),
+                self._number,
+                (ctypes.c_double * 3)(*decay),
             )
         )
         if not self.handle:

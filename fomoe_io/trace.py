@@ -28,6 +28,7 @@ import numpy as np
 
 from fomoe_io.errors import FormatError
 from fomoe_io.files import sync_directory
+from fomoe_io.residency import Decay
 
 MAGIC, VERSION = b"FOMOETRC", 1
 BATCH, SEED = 1, 2
@@ -55,8 +56,8 @@ class TraceHeader:
     slots : tuple of (int, int)
         Slots of each layer in VRAM and DRAM.
     policy : str
-    decay : float
-        Factor per token of the decayed frequency.
+    decay : Decay
+        Of the policy.
     car : str
         Setting of the cache-aware routing.
     expert_bytes : tuple of int
@@ -69,7 +70,7 @@ class TraceHeader:
     used: int
     slots: tuple[tuple[int, int], ...]
     policy: str
-    decay: float
+    decay: Decay
     car: str
     expert_bytes: tuple[int, ...]
 
@@ -95,7 +96,7 @@ class TraceHeader:
                 used=_integers([body["used"]], MAX_USED)[0],
                 slots=tuple(_pair(row) for row in body["slots"]),
                 policy=str(body["policy"]),
-                decay=float(body["decay"]),
+                decay=Decay(*(float(value) for value in body["decay"])),
                 car=str(body["car"]),
                 expert_bytes=_integers(body["expert_bytes"], 1 << 40),
             )

@@ -11,6 +11,7 @@ from fomoe_io.cli.common import package_version
 PROGRAM = "fomoe-bench"
 VERBS = {
     "io": "drives: fio-style jobs on files or on the records of a store",
+    "cache": "policies and memory sizes, on a routing trace",
 }
 """Verb -> what it measures; each is a module `bench_VERB` of this package with a `main(argv)`."""
 

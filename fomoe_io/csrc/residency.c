@@ -16,15 +16,15 @@ typedef struct {
     int8_t *tier;                   /* expert -> tier as others see it, FOMOE_TIER_NVME when nowhere or coming */
     int8_t *home;                   /* expert -> tier of its slot, FOMOE_TIER_NVME when nowhere */
     int32_t *slot;                  /* expert -> slot of its home */
-    double *score;                  /* picks (decayed: as of touched) */
-    double *worth;                  /* what the policy compares, kept at every touch; unused by LFRU */
+    double *slow, *fast;            /* picks, decayed as of touched; other policies keep plain picks in slow */
     int64_t *touched;               /* token clock of the last pick */
     int64_t *order;                 /* sequence of the last pick: decides among equals */
 } layer_state;
 
 struct fomoe_residency {
     int layers, policy;
-    double log_decay;
+    fomoe_decay decay;
+    double log_slow, log_fast;
     int64_t clock, sequence;
     layer_state *layer;
     fomoe_residency_counters counters;
@@ -43,23 +43,27 @@ static int allocate(layer_state *l) {
     l->tier = malloc(n);
     l->home = malloc(n);
     l->slot = calloc(n, sizeof *l->slot);
-    l->score = calloc(n, sizeof *l->score);
-    l->worth = malloc(n * sizeof *l->worth);
+    l->slow = calloc(n, sizeof *l->slow);
+    l->fast = calloc(n, sizeof *l->fast);
     l->touched = calloc(n, sizeof *l->touched);
     l->order = calloc(n, sizeof *l->order);
-    if (!l->held || !l->tier || !l->home || !l->slot || !l->score || !l->worth || !l->touched || !l->order) return 0;
+    if (!l->held || !l->tier || !l->home || !l->slot || !l->slow || !l->fast || !l->touched || !l->order) return 0;
     memset(l->tier, FOMOE_TIER_NVME, n);
     memset(l->home, FOMOE_TIER_NVME, n);
-    for (size_t e = 0; e < n; e++) l->worth[e] = -HUGE_VAL;
     return 1;
 }
 
-fomoe_residency *fomoe_residency_new(int layers, const int32_t *experts, const int32_t *slots, int policy, double decay) {
+fomoe_residency *fomoe_residency_new(int layers, const int32_t *experts, const int32_t *slots, int policy,
+                                     const fomoe_decay *decay) {
     fomoe_residency *r = calloc(1, sizeof *r);
     if (!r) return NULL;
     r->layers = layers;
     r->policy = policy;
-    r->log_decay = log(decay);
+    r->decay = *decay;
+    if (policy == FOMOE_POLICY_DECAYED) {
+        r->log_slow = log(decay->slow);
+        r->log_fast = log(decay->fast);
+    }
     r->layer = calloc(layers, sizeof *r->layer);
     for (int i = 0; r->layer && i < layers; i++) {
         r->layer[i].experts = experts[i];
@@ -77,7 +81,7 @@ void fomoe_residency_free(fomoe_residency *r) {
     for (int i = 0; r->layer && i < r->layers; i++) {
         layer_state *l = &r->layer[i];
         void *owned[] = {l->occupant[0], l->occupant[1], l->held,  l->tier,    l->home,
-                         l->slot,        l->score,       l->worth, l->touched, l->order};
+                         l->slot,        l->slow,        l->fast, l->touched, l->order};
         for (size_t j = 0; j < sizeof owned / sizeof *owned; j++) free(owned[j]);
     }
     free(r->layer);
@@ -88,41 +92,34 @@ void fomoe_residency_free(fomoe_residency *r) {
 
 void fomoe_residency_tick(fomoe_residency *r, int64_t tokens) { r->clock += tokens; }
 
-static double decayed(const fomoe_residency *r, const layer_state *l, int expert, int64_t now) {
-    return l->score[expert] * exp(r->log_decay * (double)(now - l->touched[expert]));
-}
-
-static void appraise(const fomoe_residency *r, layer_state *l, int expert) {
-    double score = l->score[expert];
-    switch (r->policy) {
-    case FOMOE_POLICY_LRU:
-        l->worth[expert] = (double)l->order[expert];
-        break;
-    case FOMOE_POLICY_DECAYED:
-        /* log of the decayed frequency, less the decay since the clock's zero, which is the same for all:
-         * stays comparable without looking at it again as time goes by */
-        l->worth[expert] = score > 0 ? log(score) - r->log_decay * (double)l->touched[expert] : -HUGE_VAL;
-        break;
-    default:
-        l->worth[expert] = score;
-    }
-}
+static double faded(double picks, double log_decay, int64_t age) { return picks * exp(log_decay * (double)age); }
 
 void fomoe_residency_touch(fomoe_residency *r, int layer, int64_t age, const int32_t *experts, int count) {
     layer_state *l = &r->layer[layer];
     int64_t now = r->clock - age;
     for (int i = 0; i < count; i++) {
         int e = experts[i];
-        l->score[e] = (r->policy == FOMOE_POLICY_DECAYED ? decayed(r, l, e, now) : l->score[e]) + 1;
+        l->slow[e] = faded(l->slow[e], r->log_slow, now - l->touched[e]) + 1;
+        l->fast[e] = faded(l->fast[e], r->log_fast, now - l->touched[e]) + 1;
         l->touched[e] = now;
         l->order[e] = ++r->sequence;
-        appraise(r, l, e);
     }
 }
 
+/* What the policy compares.  DECAYED: picks per token; a steady rate p gives p / (1 - decay) decayed picks. */
 static double worth(const fomoe_residency *r, const layer_state *l, int expert) {
-    if (r->policy == FOMOE_POLICY_LFRU) return l->score[expert] / (double)(r->clock - l->touched[expert] + 1);
-    return l->worth[expert];
+    int64_t age = r->clock - l->touched[expert];
+    switch (r->policy) {
+    case FOMOE_POLICY_LRU:
+        return (double)l->order[expert];
+    case FOMOE_POLICY_DECAYED:
+        return (1 - r->decay.fast_share) * (1 - r->decay.slow) * faded(l->slow[expert], r->log_slow, age) +
+               r->decay.fast_share * (1 - r->decay.fast) * faded(l->fast[expert], r->log_fast, age);
+    case FOMOE_POLICY_LFRU:
+        return l->slow[expert] / (double)(age + 1);
+    default:
+        return l->slow[expert];
+    }
 }
 
 /* Whether a goes before b: worth less, or among equals picked longer ago. */
@@ -134,11 +131,16 @@ static int goes_before(const fomoe_residency *r, const layer_state *l, int a, in
 /* The slot of the tier's first to go, -1 when all are held. */
 static int victim(const fomoe_residency *r, const layer_state *l, int tier) {
     const int32_t *occupant = l->occupant[tier];
+    double least = 0;
     int best = -1;
-    for (int i = 0; i < l->slots[tier]; i++)
-        if (occupant[i] >= 0 && !l->held[occupant[i]] &&
-            (best < 0 || goes_before(r, l, occupant[i], occupant[best])))
-            best = i;
+    for (int i = 0; i < l->slots[tier]; i++) {
+        int e = occupant[i];
+        if (e < 0 || l->held[e]) continue;
+        double w = worth(r, l, e);
+        if (best >= 0 && (w > least || (w == least && l->order[e] > l->order[occupant[best]]))) continue;
+        best = i;
+        least = w;
+    }
     return best;
 }
 
@@ -341,11 +343,12 @@ const int8_t *fomoe_residency_tiers(const fomoe_residency *r, int layer) { retur
 fomoe_placement fomoe_residency_seed(fomoe_residency *r, int layer, int32_t expert, double score) {
     layer_state *l = &r->layer[layer];
     fomoe_placement p = {expert, FOMOE_TIER_NVME, FOMOE_TIER_NVME, -1};
-    l->score[expert] = score;
+    int rated = r->policy == FOMOE_POLICY_DECAYED;
+    l->slow[expert] = rated ? score / (1 - r->decay.slow) : score;
+    l->fast[expert] = rated ? score / (1 - r->decay.fast) : score;
     l->touched[expert] = r->clock;
     /* recency of seeds: the hottest is the last to go, and everybody picked since stands above them */
     l->order[expert] = -r->sequence++;
-    appraise(r, l, expert);
     if (l->home[expert] != FOMOE_TIER_NVME) return p;
     for (int tier = 0; tier < FOMOE_TIERS; tier++) {
         int slot = free_slot(l, tier);
@@ -360,8 +363,7 @@ fomoe_placement fomoe_residency_seed(fomoe_residency *r, int layer, int32_t expe
 
 void fomoe_residency_scores(const fomoe_residency *r, int layer, double *scores) {
     const layer_state *l = &r->layer[layer];
-    for (int e = 0; e < l->experts; e++)
-        scores[e] = r->policy == FOMOE_POLICY_DECAYED ? decayed(r, l, e, r->clock) : l->score[e];
+    for (int e = 0; e < l->experts; e++) scores[e] = r->policy == FOMOE_POLICY_DECAYED ? worth(r, l, e) : l->slow[e];
 }
 
 const fomoe_residency_counters *fomoe_residency_count(const fomoe_residency *r) { return &r->counters; }

@@ -15,9 +15,15 @@ enum { FOMOE_TIER_COMING = 3 };
 enum fomoe_policy {
     FOMOE_POLICY_LRU = 0,     /* least recently picked */
     FOMOE_POLICY_LFU = 1,     /* least often picked since the start */
-    FOMOE_POLICY_DECAYED = 2, /* least exponentially decayed frequency: the default */
+    FOMOE_POLICY_DECAYED = 2, /* least picks a token, by two exponentially decayed averages: the default */
     FOMOE_POLICY_LFRU = 3,    /* least picks / (tokens since the last one + 1) */
 };
+
+/* The averages of FOMOE_POLICY_DECAYED: one that remembers, one that follows the last tokens, and the share of the
+ * second in the sum.  Factors per token, in (0, 1). */
+typedef struct {
+    double slow, fast, fast_share;
+} fomoe_decay;
 
 /* Where a wanted expert was found (source) and where it will be computed from (tier, slot).
  * source == FOMOE_TIER_NVME: the caller must read it into (tier, slot) before use. */
@@ -51,9 +57,9 @@ typedef struct {
 
 typedef struct fomoe_residency fomoe_residency;
 
-/* slots: [layers][FOMOE_TIERS] slot counts.  decay: factor per token of the decayed frequency, in (0, 1].
- * NULL when memory runs out. */
-fomoe_residency *fomoe_residency_new(int layers, const int32_t *experts, const int32_t *slots, int policy, double decay);
+/* slots: [layers][FOMOE_TIERS] slot counts.  decay: copied, unused by other policies.  NULL when memory runs out. */
+fomoe_residency *fomoe_residency_new(int layers, const int32_t *experts, const int32_t *slots, int policy,
+                                     const fomoe_decay *decay);
 void fomoe_residency_free(fomoe_residency *);
 
 /* A batch of tokens begins: the clock of recency and decay stands at its last token from now on. */
@@ -85,10 +91,10 @@ void fomoe_residency_arrived(fomoe_residency *, int layer, int32_t expert);
 int fomoe_residency_find(const fomoe_residency *, int layer, int32_t expert, int32_t *slot);
 /* The same for all experts of a layer, for the substitution. */
 const int8_t *fomoe_residency_tiers(const fomoe_residency *, int layer);
-/* Warm start: give the expert a score and, while free slots last, the next free slot (fastest tier first).
- * Call hottest first.  Returns as fomoe_placement with source NVME, or tier = FOMOE_TIER_NVME when full. */
+/* Warm start: give the expert a score (picks per token) and, while free slots last, the next free slot (fastest tier
+ * first).  Call hottest first.  Returns as fomoe_placement with source NVME, or tier = FOMOE_TIER_NVME when full. */
 fomoe_placement fomoe_residency_seed(fomoe_residency *, int layer, int32_t expert, double score);
-/* Scores of all experts of a layer at the present clock, for saving as a profile. */
+/* Scores of all experts of a layer at the present clock: picks per token (DECAYED), or picks. */
 void fomoe_residency_scores(const fomoe_residency *, int layer, double *scores);
 const fomoe_residency_counters *fomoe_residency_count(const fomoe_residency *);
 int fomoe_residency_slots(const fomoe_residency *, int layer, int tier);
