@@ -24,7 +24,12 @@ cdef extern from "csrc/residency.h" nogil:
         uint64_t promotions
         uint64_t demotions
         uint64_t substitutions
-    fomoe_residency *fomoe_residency_new(int layers, const int32_t *experts, const int32_t *slots, int policy, double decay)
+    ctypedef struct fomoe_decay:
+        double slow
+        double fast
+        double fast_share
+    fomoe_residency *fomoe_residency_new(int layers, const int32_t *experts, const int32_t *slots, int policy,
+                                         const fomoe_decay *decay)
     void fomoe_residency_free(fomoe_residency *)
     const fomoe_residency_counters *fomoe_residency_count(const fomoe_residency *)
     void fomoe_residency_scores(const fomoe_residency *, int layer, double *scores)
@@ -93,13 +98,15 @@ cdef class DeviceExperts:
     cdef object keep
     cdef readonly int most, count
 
-    def __cinit__(self, list layers, list classes, slots, int used, int pairs, int policy, double decay,
+    def __cinit__(self, list layers, list classes, slots, int used, int pairs, int policy, decay,
                   uintptr_t reader, list streams, list events, keep):
         cdef fomoe_device_layer *layer = <fomoe_device_layer *>calloc(len(layers), sizeof(fomoe_device_layer))
         cdef fomoe_size_class *size_class = <fomoe_size_class *>calloc(len(classes), sizeof(fomoe_size_class))
         cdef int32_t[:, ::1] slot_view = slots
         cdef int32_t[::1] experts = np.array([0 if l is None else l["experts"] for l in layers], np.int32)
         cdef fomoe_device_copies copies
+        cdef fomoe_decay decays
+        decays.slow, decays.fast, decays.fast_share = decay
         self.keep = (layers, classes, streams, events, keep)
         self.count, self.most = len(layers), max(experts)
         try:
@@ -114,7 +121,7 @@ cdef class DeviceExperts:
                     size_class[i].spare[tier] = <uint8_t *><uintptr_t>source["spare"][tier]
                     size_class[i].spares[tier] = source["spares"][tier]
             fill_copies(&copies, streams, events)
-            self.residency = fomoe_residency_new(len(layers), &experts[0], &slot_view[0, 0], policy, decay)
+            self.residency = fomoe_residency_new(len(layers), &experts[0], &slot_view[0, 0], policy, &decays)
             if self.residency == NULL:
                 raise MemoryError
             self.c = fomoe_device_experts_new(len(layers), used, pairs, layer, len(classes), size_class,

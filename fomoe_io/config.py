@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from fomoe_io.car import CarRule
 from fomoe_io.errors import UsageError
@@ -83,6 +83,9 @@ class EngineConfig:
         How many of the experts are read ahead that the next layer's router would pick from this layer's output; 0 none.
     car : CarRule or None
         Cache-aware routing of single tokens; None is exact.
+    profile : Path, "learned" or None
+        Warm start by this profile if the file exists, or by what earlier runs have learned about the model
+        (fomoe_io/learned_profile.py); None: by the store's own, if it has one.  Changes no exact result.
     trace : Path or None
         Write what the router picks here (fomoe_io/trace.py).
     """
@@ -103,6 +106,7 @@ class EngineConfig:
     vram_bytes: int | None = None
     lookahead: int = 0
     car: CarRule | None = None
+    profile: Path | Literal["learned"] | None = None
     trace: Path | None = None
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ from fomoe_io.errors import BudgetError, ReadError, UsageError
 from fomoe_io.expert_slots import share_slots, slot_layout
 from fomoe_io.memory import available_bytes, peak_resident_bytes, resident_bytes
 from fomoe_io.reader import aligned_memory
-from fomoe_io.residency import DECAY_PER_TOKEN, policy_number
+from fomoe_io.residency import DECAY, policy_number
 from fomoe_io.units import format_bytes
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ class DeviceEngine(Engine):
             self._shared.address + self._shared_offsets["tables"], self._shared.address, self._mail,
         )  # fmt: skip
         return _gpu.DeviceExperts(
-            layers, classes, b.slots, s.used, b.batch_tokens * s.used, policy_number(self.config.policy), DECAY_PER_TOKEN,
+            layers, classes, b.slots, s.used, b.batch_tokens * s.used, policy_number(self.config.policy), DECAY,
             self.reader.address, self._streams, events, (self.reader, self._pool, self._shared, self._buffers),
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 
-from fomoe_io import _cpu, kernels_choice
+from fomoe_io import _cpu, kernels_choice, learned_profile
 from fomoe_io.calibration import Calibration
 from fomoe_io.config import EngineConfig
 from fomoe_io.errors import BudgetError, FormatError, ReadError, UsageError
@@ -37,6 +37,10 @@ Measured on fomoe-run and fomoe-ppl with 8k and 248k vocabularies (tests/test_bu
 
 DEFAULT_DEPTH = 64
 """Reads in flight, for each drive, without a calibration: more than any drive needs for reads of an expert's size."""
+
+WARM_START_WEIGHT = 0.1
+"""Of a profile's picks per token beside those that follow.  At full weight a profile of another kind of text costs more
+misses than it saves; at a tenth it costs none and a fitting one saves as many (docs/caching.md)."""
 
 DEFAULT_CONTEXT_TOKENS = 4096
 """When neither the user nor the model says less: as llama.cpp's examples use; KV memory grows with it."""
@@ -70,6 +74,7 @@ class Engine:
         self._check_experts()
         self.tokenizer = Tokenizer.from_metadata(store.metadata)
         self._trace: _cpu.Trace | None = None
+        self.profile = learned_profile.for_warm_start(config.profile, store)
         self.threads = config.threads or len(os.sched_getaffinity(0))
         self.context_tokens = config.context_tokens or min(self.shape.context_tokens, DEFAULT_CONTEXT_TOKENS)
         self.reader: Reader = self._open_reader()
@@ -302,13 +307,15 @@ class Engine:
 
     def _warm(self) -> None:
         """Fill free slots with the hottest experts of the profile, or with all when all fit."""
-        for layer, found in self.store.experts.items():
+        experts = {layer: found.n_experts for layer, found in self.store.experts.items()}
+        frequencies = self.profile.frequencies(experts) if self.profile else {}
+        for layer in self.store.experts:
             if layer >= self.shape.layers:
                 continue
             slots = self._slots_of(layer)
-            if found.frequency is not None:
-                order = hottest_first(found.frequency)[:slots]
-                scores = np.ascontiguousarray(found.frequency[order], np.float64)
+            if layer in frequencies:
+                order = hottest_first(frequencies[layer])[:slots]
+                scores = WARM_START_WEIGHT * frequencies[layer][order]
             elif slots == self.shape.experts:
                 order = np.arange(slots, dtype=np.int32)
                 scores = np.zeros(slots)

@@ -7,6 +7,13 @@ import os
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """What can be made again: ``$FOMOE_CACHE``, or ``fomoe_io`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if chosen := os.environ.get("FOMOE_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fomoe_io"
+
+
 def sync_directory(path: Path) -> None:
     """Make renames in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

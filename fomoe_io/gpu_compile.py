@@ -12,15 +12,9 @@ from pathlib import Path
 
 from fomoe_io import _hip, kernels
 from fomoe_io.errors import DeviceError
+from fomoe_io.files import cache_folder
 
 DIGEST_BYTES = hashlib.sha256().digest_size
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``$FOMOE_CACHE``, or ``fomoe_io`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if chosen := os.environ.get("FOMOE_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fomoe_io"
 
 
 def rocm_libraries(name: str) -> list[str]:

@@ -24,6 +24,8 @@ def format_banner(engine: Engine) -> list[str]:
         *engine.memory_lines(),
     ]
     lines[-1] += f"; loaded in {format_seconds(engine.load_seconds)}"
+    if engine.profile is not None:
+        lines.append(f"warm start from a profile of {engine.profile.tokens:,} tokens")
     lines += [f"note: {problem}; reading the other copy" for problem in engine.store.lost_copies]
     if reader.fallback_reason:
         lines.append(f"note: {reader.fallback_reason}; reading with pread threads instead")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from fomoe_io import learned_profile
 from fomoe_io.chat import ChatTemplate, Message
 from fomoe_io.cli.common import add_engine_options, add_model, engine_config, model_path, new_parser, run_command
 from fomoe_io.engine import Engine
@@ -30,6 +32,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-display-prompt", action="store_true", help="with -p or -f: print the answer only")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the statistics")
     p.add_argument("-q", "--quiet", action="store_true", help="no banner and no statistics line")
+    profile = p.add_mutually_exclusive_group()
+    profile.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="start with the experts that this profile counts most, and add this run's (default: one a model, in the "
+        "cache directory); never changes the answer",
+    )
+    profile.add_argument("--no-profile", action="store_true", help="neither use nor keep one")
     d = SamplingConfig()
     group = p.add_argument_group("sampling")
     group.add_argument("-s", "--seed", type=int, help="default: a random one")
@@ -198,19 +209,36 @@ def _turn(conversation: Conversation, chat: Chat, sampler: Sampler, line: str, o
     chat.answered(ids, text)
 
 
+def _keep_profile(engine: Engine) -> None:
+    """Also when an answer was cut short.  That it fails is an error only for a file that was named."""
+    wanted = engine.config.profile
+    if wanted is None:
+        return
+    try:
+        learned_profile.save(engine, wanted)
+    except OSError as error:
+        if wanted != "learned":
+            raise
+        print(f"note: the profile was not kept: {error.filename}: {error.strerror}", file=sys.stderr)
+
+
 def run(argv: Sequence[str] | None = None) -> int:
     """The command without its error handling."""
     options = parser().parse_args(argv)
-    path, config, prompt = model_path(options), engine_config(options), _prompt(options)
+    path, prompt = model_path(options), _prompt(options)
+    config = replace(engine_config(options), profile=None if options.no_profile else options.profile or "learned")
     options.interactive = prompt is None
     _sampling(options)  # a mistake there should not cost the loading
     with Engine.open(path, config) as engine:
         if not options.quiet:
             print("\n".join(format_banner(engine)), file=sys.stderr)
-        if prompt is None:
-            _interactive(engine, options)
-        else:
-            _one_shot(engine, prompt, options)
+        try:
+            if prompt is None:
+                _interactive(engine, options)
+            else:
+                _one_shot(engine, prompt, options)
+        finally:
+            _keep_profile(engine)
         if not options.quiet:
             print(format_footer(engine.statistics()), file=sys.stderr)
     return 0

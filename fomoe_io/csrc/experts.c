@@ -607,28 +607,35 @@ void fomoe_step_combine(const fomoe_step *step, fomoe_run *run, int thread) {
 
 /* ---- warm start ---- */
 
+static int by_place(const void *a, const void *b) {
+    const fomoe_read *x = a, *y = b;
+    if (x->file != y->file) return x->file < y->file ? -1 : 1;
+    return x->offset < y->offset ? -1 : x->offset > y->offset;
+}
+
+/* Slots are given hottest first, reads go through the files in order: in a packed store, whose records lie hottest
+ * first, that is one sequential pass. */
 int fomoe_experts_warm(fomoe_experts *e, int layer, const int32_t *experts, const double *scores, int count) {
+    int placed = 0, reads = 0;
     e->error = 0;
-    for (int begin = 0; begin < count && !e->error; begin += REAP_BATCH) {
-        int placed = 0, reads = 0, in_flight;
-        for (int i = begin; i < count && i < begin + REAP_BATCH; i++) {
-            fomoe_placement p = fomoe_residency_seed(e->residency, layer, experts[i], scores[i]);
-            if (p.tier == FOMOE_TIER_NVME) continue;
-            e->ids[placed] = experts[i];
-            reads += add_reads(e, layer, experts[i], placed++, slot_address(e, layer, &p), e->reads + reads);
-        }
-        if (!reads) continue;
-        int error = e->reader->submit(e->reader->self, e->reads, reads);
-        if (error) fail(e, layer, 0, error);
-        for (in_flight = error ? 0 : reads; in_flight > 0;) {
-            fomoe_completion done[REAP_BATCH];
-            int got = e->reader->reap(e->reader->self, done, REAP_BATCH, 1);
-            if (got <= 0) return got ? got : -EIO;
-            for (int c = 0; c < got; c++)
-                if (done[c].error) fail(e, layer, done[c].tag / FOMOE_PARTS, done[c].error);
-            in_flight -= got;
-        }
-        for (int i = 0; i < placed && e->error; i++) fomoe_residency_drop(e->residency, layer, e->ids[i]);
+    for (int i = 0; i < count; i++) {
+        fomoe_placement p = fomoe_residency_seed(e->residency, layer, experts[i], scores[i]);
+        if (p.tier == FOMOE_TIER_NVME) continue;
+        e->ids[placed] = experts[i];
+        reads += add_reads(e, layer, experts[i], placed++, slot_address(e, layer, &p), e->reads + reads);
     }
+    if (!reads) return 0;
+    qsort(e->reads, reads, sizeof *e->reads, by_place);
+    int error = e->reader->submit(e->reader->self, e->reads, reads);
+    if (error) fail(e, layer, 0, error);
+    for (int in_flight = error ? 0 : reads; in_flight > 0;) {
+        fomoe_completion done[REAP_BATCH];
+        int got = e->reader->reap(e->reader->self, done, REAP_BATCH, 1);
+        if (got <= 0) return got ? got : -EIO;
+        for (int c = 0; c < got; c++)
+            if (done[c].error) fail(e, layer, done[c].tag / FOMOE_PARTS, done[c].error);
+        in_flight -= got;
+    }
+    for (int i = 0; i < placed && e->error; i++) fomoe_residency_drop(e->residency, layer, e->ids[i]);
     return e->error;
 }
