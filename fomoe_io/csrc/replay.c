@@ -38,19 +38,25 @@ static int batch_new(batch *b, size_t most) {
     return complete;
 }
 
+static int is_among(const uint16_t *picks, int used, int id) {
+    for (int k = 0; k < used; k++)
+        if (picks[k] == id) return 1;
+    return 0;
+}
+
 /* Distinct experts in order of first appearance.  The number of requests that got another expert. */
-static int collect(batch *b, const uint16_t *picks, const uint16_t *chosen, int64_t requests) {
+static int collect(batch *b, const uint16_t *picks, const uint16_t *chosen, int64_t requests, int used) {
     int substituted = 0;
     b->count = 0;
     for (int64_t i = 0; i < requests; i++) {
-        int id = chosen[i];
+        int id = chosen[i], is_pick = is_among(picks + i / used * used, used, id);
         if (b->index[id] < 0) {
             b->index[id] = b->count;
             b->weight[b->count] = 0;
             b->ids[b->count++] = id;
         }
-        b->weight[b->index[id]] += id == picks[i];
-        substituted += id != picks[i];
+        b->weight[b->index[id]] += is_pick;
+        substituted += !is_pick;
     }
     return substituted;
 }
@@ -116,7 +122,7 @@ static void play(batch *b, fomoe_residency *r, const fomoe_replay_layer *l, int6
         for (int k = 0; k < l->used; k++) b->parted[k] = l->picks[at + t * l->used + k];
         fomoe_residency_touch(r, l->layer, tokens - 1 - t, b->parted, l->used);
     }
-    int substituted = collect(b, l->picks + at, l->chosen + at, requests);
+    int substituted = collect(b, l->picks + at, l->chosen + at, requests, l->used);
     if (substituted) fomoe_residency_substituted(r, substituted);
     partition(b, r, l->layer);
     resolve(b, r, l);
