@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine, EngineConfig, Tiers
+from fomoe_io.car import CarRule
 from fomoe_io.errors import UsageError
 from fomoe_io.residency import DECAY, NVME, POLICIES, Decay
 from fomoe_io.simulator import belady, even_slots, replay, single_tokens, static_dram
@@ -51,6 +52,30 @@ def test_the_simulator_counts_what_the_engine_counts(
     for number, layer in trace.layers.items():
         np.testing.assert_array_equal(played.found[number], layer.found)
     assert c["nvme_hits"] > 200 and c["evictions"] > 50
+
+
+def test_cache_aware_routing_is_replayed(demo_model: Path, tmp_path: Path) -> None:
+    """As it was computed: substitutions are requests of their own kind, stand-ins are hits of nobody."""
+    config = EngineConfig(
+        context_tokens=256, trace=tmp_path / "t", tiers=Tiers(0.25, 0.25), car=CarRule.parse("ratio:0.5")
+    )
+    with Engine.open(demo_model, config) as engine:
+        session = engine.session()
+        session.prefill(TOKENS[:40])
+        for token in TOKENS[40:].tolist():
+            session.decode(token)
+        said = engine.statistics()
+    trace = Trace.load(tmp_path / "t")
+    assert trace.header.car.startswith("ratio:0.5")
+    played = replay(trace, np.array(trace.header.slots), decay=trace.header.decay, as_chosen=True)
+    c = played.counters
+    assert [c["requests"], c["evictions"], c["promotions"], c["demotions"]] == [said[key] for key in COUNTED]
+    assert c["substitutions"] == said["substitutions"] > 50
+    assert [c["vram_hits"], c["dram_hits"], c["nvme_hits"]] == [said["tiers"][t]["hits"] for t in said["tiers"]]
+    differing = sum(np.count_nonzero(layer.picks != layer.chosen) for layer in trace.layers.values())
+    assert differing == c["substitutions"]
+    exact = replay(trace, np.array(trace.header.slots), decay=trace.header.decay)
+    assert exact.counters["nvme_hits"] > c["nvme_hits"] and exact.counters["requests"] == c["requests"]
 
 
 def test_a_warm_start_is_replayed(demo_model: Path, tmp_path: Path) -> None:
