@@ -1,8 +1,8 @@
 """Decode on a GPU against its limits, measured in the same run: memory bandwidth, link, drive.
 
-    python bench/device_decode.py MODEL                                   everything in VRAM: time over the byte roofline
-    python bench/device_decode.py MODEL --tiers vram=10%,dram=7%          limited: time over the slowest resource
-    python bench/device_decode.py MODEL --profile                         which kernels the time goes to
+    python bench/device_decode.py MODEL                            everything in VRAM: time over the byte roofline
+    python bench/device_decode.py MODEL --tiers vram=10%,dram=7%   limited: time over the slowest resource
+    python bench/device_decode.py MODEL --profile                  which kernels the time goes to
 
 Prints one JSON object.  The byte roofline is what a token reads (its experts, the dense weights, the recurrent state
 twice) over the bandwidth of plain 16-byte loads.  The limited run is compared with the largest of three times, each
@@ -101,8 +101,8 @@ def drive_bandwidth(engine: DeviceEngine, seconds: float) -> float:
 
 def token_bytes(engine: DeviceEngine) -> dict[str, int]:
     """What a token reads: dense weights without the output matrix, experts, state (read and written), output matrix."""
-    planned = engine._weights._planned
-    output = "token_embd.weight" if engine._weights.tied else "output.weight"
+    planned = engine._device_weights._planned
+    output = "token_embd.weight" if engine._device_weights.tied else "output.weight"
     dense = sum(p.tensor.bytes for name, p in planned.items() if name != output)
     experts = sum(engine.shape.used * sum(r.part_bytes) for r in engine._records.values())
     state = 2 * sum(size for _, size in engine._programs[1].state.zeroed)
@@ -177,7 +177,11 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     config = EngineConfig(
-        device=options.device, tiers=options.tiers, vram_bytes=options.vram, ram_bytes=options.ram, car=options.car,
+        device=options.device,
+        tiers=options.tiers,
+        vram_bytes=options.vram,
+        ram_bytes=options.ram,
+        car=options.car,
         context_tokens=2048,
     )
     DeviceEngine.two_branches = not options.one_branch

@@ -162,7 +162,7 @@ class Bench:
         else:
             x = self.gpu.upload(self.rng.standard_normal((tokens, columns)).astype(np.float32))
         y = self.gpu.allocate(4 * tokens * rows)
-        split = kernels.split_of(name, columns, self.tuning)
+        split = kernels.split_of(name, columns, rows, self.tuning)
         grid = kernels.mat_vec_grid(name, rows, split, 1, self.tuning)
         if tokens > 1:
             grid = kernels.mat_mul_grid(rows, split, tokens)

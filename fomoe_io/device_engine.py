@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ import gguf
 import numpy as np
 
 from fomoe_io import _gpu, device
-from fomoe_io.car import NativeCar
 from fomoe_io.device import Gpu, Step
 from fomoe_io.device_memory import (
     MOST_BATCH_TOKENS,
@@ -120,11 +118,12 @@ class DeviceEngine(Engine):
         }
         self.budgets = self._share_memory()
         self._allocate()
-        self._weights.load(self.reader, self.gpu)
+        self._device_weights.load(self.reader, self.gpu)
         rope = rope_values(self.shape.rope_base, self.shape.rotated, self.context_tokens)
         self.gpu.stream.copy_in(self._rope_address, rope.ctypes.data, rope.nbytes)
-        rule = self.config.car.native() if self.config.car else NativeCar()
-        self.gpu.stream.copy_in(self._memory.words("car", CAR_BYTES), ctypes.addressof(rule), CAR_BYTES)
+        if self.config.car is not None:
+            rule = self.config.car.native()
+            self.gpu.stream.copy_in(self._memory.words("car", CAR_BYTES), ctypes.addressof(rule), CAR_BYTES)
         self.gpu.stream.synchronize()
         self._warm()
 
@@ -142,10 +141,10 @@ class DeviceEngine(Engine):
     ) -> dict[int, DeviceRecorder]:
         """Record the model for one token and for a batch, at these addresses of weights, activations and state."""
         s = self.shape
-        self._weights = DeviceWeights(self._resident(), Arena(bases[0]))
-        self._weights_arena = self._weights._arena
+        self._weights_arena = Arena(bases[0])
+        self._device_weights = DeviceWeights(self._resident(), self._weights_arena)
         memory = Memory(Arena(bases[1]), Arena(bases[2]), batch_tokens, self.context_tokens)
-        self._embedding_table = self._weights.embedding(s.columns, s.vocabulary)[0]
+        self._embedding_table = self._device_weights.embedding(s.columns, s.vocabulary)[0]
         self._header = Header(batch_tokens, self._embedding_table.row_bytes)
         header = memory.arena.take(self._header.bytes)
         memory.scratch["positions"] = header + self._header.positions
@@ -172,7 +171,7 @@ class DeviceEngine(Engine):
                 memory, tokens=tokens, experts=experts, mailbox=Mailbox(header, mail_address),
                 vocabulary=s.vocabulary, hidden=s.hidden, substitutes=self.config.car is not None,
             )  # fmt: skip
-            self._build(recorder, self._weights, s, self._expert_inputs, self._files)
+            self._build(recorder, self._device_weights, s, self._expert_inputs, self._files)
             recorders[tokens] = recorder
         self._memory = memory
         return recorders
@@ -272,6 +271,7 @@ class DeviceEngine(Engine):
         self._buffers = [*buffers, vram]
         bases = (buffers[0].pointer, buffers[1].pointer, buffers[2].pointer)
         self._programs = self._record(bases, b.batch_tokens, self._registrations[0].pointer)
+        self._memory.is_complete = True
         self._streams = [gpu.new_stream() for _ in range(_gpu.LANES)]
         events = [[gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.LANES)]
         self._experts = self._device_experts(vram.pointer, events)  # type: ignore[assignment]
@@ -380,7 +380,7 @@ class DeviceEngine(Engine):
         ]
         return np.stack(rows).astype(np.int32)
 
-    def session(self) -> DeviceSession:  # type: ignore[override]
+    def session(self) -> DeviceSession:
         """A new, empty timeline; the device holds one at a time.
 
         Raises
@@ -429,7 +429,7 @@ class DeviceEngine(Engine):
             gpu.stream.synchronize()
             self._experts.settle()  # type: ignore[attr-defined]
         self._graphs.clear()
-        for name in ("_programs", "_memory", "_weights"):
+        for name in ("_programs", "_memory", "_device_weights"):
             self.__dict__.pop(name, None)
         super().close()
         for registration in self.__dict__.pop("_registrations", []):

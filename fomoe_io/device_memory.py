@@ -62,15 +62,17 @@ def record_layout(index: int, layer: ExpertLayer, layout: SlotLayout) -> RecordL
             )
     if names[0] != names[1]:
         raise FormatError(f"blk.{index} mixes {names[0]} and {names[1]} in gate and up", hint="--device cpu")
-    sizes = [int(size) for size in layer.extents[0, :, 2]]
-    offsets, place = [], 0
-    for size in sizes:
-        offsets.append(place)
-        place = up(place + size, RECORD_ALIGNMENT_BYTES) * RECORD_ALIGNMENT_BYTES
-    slot = up(place, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    gate, up_, down = (int(size) for size in layer.extents[0, :, 2])
+    second = _aligned(gate)
+    third = _aligned(second + up_)
+    slot = up(third + down, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return RecordLayout(
-        (str(names[0]), str(names[2])), tuple(sizes), tuple(offsets), (slot, layout.slot_bytes)  # type: ignore[arg-type]
+        (str(names[0]), str(names[2])), (gate, up_, down), (0, second, third), (slot, layout.slot_bytes)
     )
+
+
+def _aligned(offset: int) -> int:
+    return up(offset, RECORD_ALIGNMENT_BYTES) * RECORD_ALIGNMENT_BYTES
 
 
 def check_shape(s: Shape) -> None:

@@ -142,7 +142,8 @@ class DeviceState:
 class Memory:
     """The arenas of a recording: shared by the programs of all batch sizes, so they are laid out once.
 
-    `rows` has room for `batch_tokens` tokens.
+    `rows` has room for `batch_tokens` tokens.  Once `is_complete`, nothing new may be asked for: the device's buffer
+    ends with what was.
     """
 
     arena: Arena
@@ -151,11 +152,13 @@ class Memory:
     context_tokens: int
     rows: dict[tuple[str, int, int], DeviceRows] = field(default_factory=dict)
     scratch: dict[str, int] = field(default_factory=dict)
+    is_complete: bool = False
 
     def row(self, name: str, columns: int, type: int) -> DeviceRows:
         """Rows by name; who asks for the same name, width and form shares them."""
         key = (name, columns, type)
         if key not in self.rows:
+            assert not self.is_complete, name
             rows = DeviceRows(0, columns, type)
             rows.address = self.arena.take(rows.stride_bytes * self.batch_tokens)
             self.rows[key] = rows
@@ -168,6 +171,7 @@ class Memory:
     def words(self, name: str, nbytes: int) -> int:
         """Other device memory by name."""
         if name not in self.scratch:
+            assert not self.is_complete, name
             self.scratch[name] = self.arena.take(nbytes)
         return self.scratch[name]
 
@@ -298,7 +302,9 @@ class DeviceRecorder:
                 maker.arguments[maker.arguments.index("q8")] = forms[Q8].address
         return Activation(forms)
 
-    def silu_mul(self, gate: DeviceRows, up_rows: DeviceRows, *, name: str, feeds: Sequence[DeviceMatrix]) -> Activation:
+    def silu_mul(
+        self, gate: DeviceRows, up_rows: DeviceRows, *, name: str, feeds: Sequence[DeviceMatrix]
+    ) -> Activation:
         """silu(gate) * up."""
         columns = gate.columns
         forms = {form: self.rows(name, columns, form) for form in (F32, Q8)}
@@ -379,7 +385,8 @@ class DeviceRecorder:
         parts = self.memory.words("attention", 4 * self.batch_tokens * heads * splits * (head_columns + 2))
         self._add(
             f"attention_f32_{head_columns}", kernels.attention_grid(heads, kv_heads, splits, self.tokens),
-            self._rotated_query[query.address].address, key_cache, value_cache, self.positions, parts, heads, kv_heads, splits, head_columns**-0.5,
+            self._rotated_query[query.address].address, key_cache, value_cache, self.positions, parts, heads, kv_heads,
+            splits, head_columns**-0.5,
         )  # fmt: skip
         gate = query.address + 4 * head_columns if gated else None
         self._makers[output.address] = self._add(
@@ -402,8 +409,8 @@ class DeviceRecorder:
         """The gated delta rule, then the norm of each head times silu(gate)."""
         recalled = self.rows("recalled", output.columns)
         self._add(
-            f"delta_step_{head_columns}", (head_columns // 16, value_heads, 1), qkv.address, alpha.address, beta.address,
-            decay_bias, decay_rate, state, recalled.address, key_heads, value_heads, head_columns, int(grouped),
+            f"delta_step_{head_columns}", (head_columns // 16, value_heads, 1), qkv.address, alpha.address,
+            beta.address, decay_bias, decay_rate, state, recalled.address, key_heads, value_heads, head_columns, int(grouped),
             self.tokens, epsilon,
         )  # fmt: skip
         self._makers[output.address] = self._add(

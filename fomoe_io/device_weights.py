@@ -78,7 +78,9 @@ class DeviceWeights:
         if shape != (columns, rows):
             raise FormatError(f"{name} has shape {list(tensor.shape)}, expected [{columns}, {rows}]")
         if columns % 32:
-            raise FormatError(f"{name} has rows of {columns}; the GPU kernels take multiples of 32", hint="--device cpu")
+            raise FormatError(
+                f"{name} has rows of {columns}; the GPU kernels take multiples of 32", hint="--device cpu"
+            )
         kernel = kernel_of(int(tensor.type))
         return DeviceMatrix(self._place(tensor, is_expanded=kernel is None), kernel or "f32", rows, columns)
 

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 def format_banner(engine: Engine) -> list[str]:
     """What runs, how exact, and where its memory goes: lines for stderr."""
-    s, b, reader = engine.shape, engine.budgets, engine.reader
+    s, reader = engine.shape, engine.reader
     how = f"{reader.name}{' O_DIRECT' if reader.direct else ', page cache (the file system refuses O_DIRECT)'}"
     lines = [
         f"{engine.model_name}  {_exactness(engine)}",
-        f"{s.layers} layers x {s.experts} experts, top-{s.used}; {engine.store.kind} store; {how}; {engine.computed_by}",
+        f"{s.layers} layers x {s.experts} experts, top-{s.used}; {engine.store.kind} store; {how}; "
+        f"{engine.computed_by}",
         *engine.memory_lines(),
     ]
     lines[-1] += f"; loaded in {format_seconds(engine.load_seconds)}"

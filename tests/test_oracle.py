@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine, EngineConfig
-from fomoe_io.cli.ppl import Total, chunk_nll
+from fomoe_io.cli.ppl import Chunk, Total, score, scored_logits
 
 MODELS = {"S": "fomoe-demo-32x8.Q4_K_M.gguf", "M": "fomoe-bench-128x8.Q4_K_M.gguf"}
 NOISE_FACTOR = 1.5
@@ -151,8 +151,9 @@ def perplexity(engine: Engine, text: str, chunks: int) -> Total:
     tokens = np.array(engine.tokenizer.encode(text.removesuffix("\n")), np.int32)
     session, total = engine.session(), Total()
     for i in range(chunks):
-        nll = chunk_nll(session, tokens[512 * i : 512 * (i + 1)])
-        total.add(float(nll.sum()), float((nll * nll).sum()), len(nll))
+        part = tokens[512 * i : 512 * (i + 1)]
+        nll = score(scored_logits(session, part, stepwise=False), part[257:])
+        total.chunks.append(Chunk(len(nll), float(nll.sum()), float((nll * nll).sum())))
     return total
 
 

@@ -92,7 +92,7 @@ def q8_row_bytes(columns: int) -> int:
     return (columns + columns // 4 + 15) // 16 * 16
 
 
-MANY_ROWS = 4096
+MANY_ROWS = 1024
 """From so many rows on a matrix fills the device without sharing its rows among warps (docs/gpu.md)."""
 
 

@@ -1,0 +1,50 @@
+"""The native side of a GPU engine: see _gpu.pyx and csrc/device_experts.h."""
+
+from typing import Any
+
+import numpy as np
+
+from fomoe_io._hip import Event, Graph, Stream
+
+LANES: int
+"""Streams of copies: up, down."""
+LANE_EVENTS: int
+"""Events that each of them needs."""
+
+class DeviceExperts:
+    def __init__(
+        self,
+        layers: list[dict[str, Any] | None],
+        classes: list[dict[str, Any]],
+        slots: np.ndarray,
+        used: int,
+        pairs: int,
+        policy: int,
+        decay: float,
+        reader: int,
+        streams: list[Stream],
+        events: list[list[Event]],
+        keep: object,
+    ) -> None: ...
+    def warm(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> int: ...
+    def settle(self) -> None: ...
+    def failure(self) -> tuple[int, int]: ...
+    def counters(self) -> dict[str, int]: ...
+    def picks(self) -> np.ndarray: ...
+    def run(
+        self,
+        stream: Stream,
+        graph: Graph,
+        number: int,
+        tokens: int,
+        header_to: int,
+        header_from: int,
+        header_bytes: int,
+        tables_to: int,
+        tables_from: int,
+        tables_bytes: int,
+        logits_to: int,
+        logits_from: int,
+        logits_bytes: int,
+        stop: int,
+    ) -> int: ...
