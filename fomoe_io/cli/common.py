@@ -122,7 +122,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--car", type=checked(CarRule.parse), metavar="RULE",
         help="let resident experts stand in for missing ones, which is not exact: "
-        "off (default), on, ratio:TAU, prior:LAMBDA or regret:RHO",
+        "off (default), on, ratio:TAU, prior:LAMBDA, regret:RHO or budget:RHO",
     )  # fmt: skip
     group.add_argument(
         "--trace", type=Path, metavar="FILE", help="write the routing of every token, for fomoe-bench cache"

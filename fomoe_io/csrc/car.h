@@ -38,6 +38,8 @@ static inline int fomoe_car_candidates(int n, int last_pick, const float *logits
     float value[FOMOE_CAR_MOST_SWAPS], least = logits[last_pick];
     int count = 0;
     for (int e = 0; e < n; e++) {
+        /* what fails most often, and most predictably, goes first */
+        if (count == most && !(logits[e] > value[most - 1])) continue;
         if (tiers[e] >= FOMOE_CAR_RESIDENT) continue;
         if (!(logits[e] < least || (logits[e] == least && e > last_pick))) continue; /* picked: ties go to the lower id */
         float v = logits[e] - (tiers[e] ? handicap : 0);
