@@ -15,6 +15,7 @@ Exit code 1, and the reason in the last line, when anything is wrong.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -181,7 +182,10 @@ def check(
 
 def sample(seconds: float) -> dict[str, float]:
     """Of this process."""
-    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            names.append((task / "comm").read_text())
     return {
         "seconds": round(seconds, 1),
         "resident_bytes": resident_bytes(),

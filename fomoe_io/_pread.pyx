@@ -16,7 +16,7 @@ cdef extern from "csrc/pread_pool.h" nogil:
     void fomoe_pread_pool_table(fomoe_pread_pool *, fomoe_reader *table)
     fomoe_read_counters fomoe_pread_pool_count(fomoe_pread_pool *)
 
-# More threads than this add nothing with reads of an expert's size (docs/io.md).
+# More threads than this add little with reads of an expert's size (docs/io.md).
 MOST_THREADS = 16
 
 
