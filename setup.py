@@ -32,7 +32,7 @@ def liburing_flags() -> dict[str, list[str]]:
     }
 
 
-HEADERS = glob("fomoe_io/csrc/*.h")
+HEADERS = [*glob("fomoe_io/csrc/*.h"), "fomoe_io/kernels/car_rule.h"]
 
 EXTENSIONS = [
     Extension(

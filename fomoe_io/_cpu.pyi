@@ -149,7 +149,14 @@ class Program:
         shared_gate: Rows | None,
     ) -> None: ...
     def lookahead(
-        self, experts: Experts, input: Rows, weight: np.ndarray, epsilon: float, router: Matrix, logits: Rows, layer: int
+        self,
+        experts: Experts,
+        input: Rows,
+        weight: np.ndarray,
+        epsilon: float,
+        router: Matrix,
+        logits: Rows,
+        layer: int,
     ) -> None: ...
     def layer_end(self, input: Rows, layer: int) -> None: ...
     def run(

@@ -20,7 +20,7 @@ class DeviceExperts:
         used: int,
         pairs: int,
         policy: int,
-        decay: float,
+        decay: tuple[float, float, float],
         reader: int,
         streams: list[Stream],
         events: list[list[Event]],

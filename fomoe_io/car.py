@@ -11,17 +11,17 @@ from typing import Final, Self
 from fomoe_io.errors import UsageError
 
 RULES: Final = {"ratio": 1, "prior": 2, "regret": 3, "budget": 4}
-"""csrc/car.h, enum fomoe_car_rule."""
+"""kernels/car_rule.h, enum fomoe_car_rule."""
 
 MOST_SWAPS = 16
-"""csrc/car.h, FOMOE_CAR_MOST_SWAPS."""
+"""kernels/car_rule.h, FOMOE_CAR_MOST_SWAPS."""
 
 _SETTINGS = ("keep", "swaps", "warmup", "backfill", "handicap")
 _EXAMPLE = "--car regret:0.03, or --car ratio:0.5,keep=2,swaps=4,warmup=64"
 
 
 class NativeCar(ctypes.Structure):
-    """csrc/car.h, fomoe_car."""
+    """kernels/car_rule.h, fomoe_car."""
 
     _fields_ = (
         ("rule", ctypes.c_int32),

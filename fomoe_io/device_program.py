@@ -6,12 +6,14 @@ needs, and once more on the device gives its launches.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from fomoe_io import kernels
+from fomoe_io.car import NativeCar
 from fomoe_io.kernels import up
 from fomoe_io.program import Activation
 
@@ -20,8 +22,8 @@ F32, Q8 = 0, 1
 
 ALIGNMENT_BYTES = 256
 
-CAR_BYTES = 24
-"""kernels/router.h, struct car: csrc/car.h, fomoe_car."""
+CAR_BYTES = ctypes.sizeof(NativeCar)
+"""kernels/car_rule.h, fomoe_car."""
 
 
 class Arena:
@@ -410,8 +412,8 @@ class DeviceRecorder:
         recalled = self.rows("recalled", output.columns)
         self._add(
             f"delta_step_{head_columns}", (head_columns // 16, value_heads, 1), qkv.address, alpha.address,
-            beta.address, decay_bias, decay_rate, state, recalled.address, key_heads, value_heads, head_columns, int(grouped),
-            self.tokens, epsilon,
+            beta.address, decay_bias, decay_rate, state, recalled.address, key_heads, value_heads, head_columns,
+            int(grouped), self.tokens, epsilon,
         )  # fmt: skip
         self._makers[output.address] = self._add(
             "gated_norm", (up(value_heads, 4), self.tokens, 1), recalled.address, gate.address, norm_weight,

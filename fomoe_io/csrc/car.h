@@ -9,28 +9,10 @@
 #ifndef FOMOE_CAR_H
 #define FOMOE_CAR_H
 
+#include "../kernels/car_rule.h"
+
 #include <math.h>
 #include <stdint.h>
-
-enum fomoe_car_rule {
-    FOMOE_CAR_OFF = 0,
-    FOMOE_CAR_RATIO = 1,  /* swap when p_candidate / p_pick >= parameter */
-    FOMOE_CAR_PRIOR = 2,  /* swap when z_pick - z_candidate < parameter * (range of the token's logits) */
-    FOMOE_CAR_REGRET = 3, /* swap when (p_pick - p_candidate) / (mass of the top k) <= parameter */
-    FOMOE_CAR_BUDGET = 4, /* the same, summed over the layer's swaps */
-};
-
-enum { FOMOE_CAR_MOST_SWAPS = 16, FOMOE_CAR_RESIDENT = 2 }; /* tiers below FOMOE_CAR_RESIDENT are memory */
-
-typedef struct {
-    int32_t rule;
-    float parameter;
-    int32_t keep;        /* so many of the best picks are never swapped */
-    int32_t swaps;       /* most swaps of a token in a layer, up to FOMOE_CAR_MOST_SWAPS */
-    int32_t warmup;      /* so many tokens at a session's start stay exact */
-    int32_t backfill;    /* most picks of a layer that are read after another expert stood in for them */
-    float slow_handicap; /* nats that a candidate of the slower tier must be ahead of one of the faster tier */
-} fomoe_car;
 
 /* The best `most` resident experts that were not picked, best first; returns how many there are. */
 static inline int fomoe_car_candidates(int n, int last_pick, const float *logits, const int8_t *tiers, float handicap,

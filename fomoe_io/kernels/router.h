@@ -1,6 +1,7 @@
 // From router logits to records: softmax, the top picks, where their experts lie, and word to the host of those that
 // lie nowhere on the device.
 #pragma once
+#include "car_rule.h"
 #include "experts.h"
 #include "norms.h"
 
@@ -119,17 +120,8 @@ DEVICE void pick(const float *logits, float *values, int *ids, float *weights, i
     sync_block();
 }
 
-// csrc/car.h, whose comments say what the fields mean; the rules are the same.
-struct car {
-    int rule;
-    float parameter;
-    int keep, swaps, warmup;
-    float slow_handicap;
-};
-enum { CAR_OFF, CAR_RATIO, CAR_PRIOR, CAR_REGRET, CAR_BUDGET, CAR_MOST_SWAPS = 16 };
-
 // The swaps, by one thread: missing picks, weakest first, against candidates, best first.
-DEVICE void swap_picks(const car &c, const float *values, const int *missing, const int *candidates, int found,
+DEVICE void swap_picks(const fomoe_car &c, const float *values, const int *missing, const int *candidates, int found,
                        float lowest, int *ids, float *weights, int picks, int normalise) {
     float sum = 0.f, rest = 0.f, spent = 0.f;
     const float highest = values[ids[0]];
@@ -140,9 +132,9 @@ DEVICE void swap_picks(const car &c, const float *values, const int *missing, co
         const float ahead = values[ids[rank]] - values[candidate], ratio = exponential(-ahead);
         const float lost = weights[rank] * (1.f - ratio) / sum;
         spent += lost;
-        const bool is_allowed = c.rule == CAR_RATIO    ? ratio >= c.parameter
-                                : c.rule == CAR_PRIOR  ? ahead < c.parameter * (highest - lowest)
-                                : c.rule == CAR_REGRET ? lost <= c.parameter
+        const bool is_allowed = c.rule == FOMOE_CAR_RATIO    ? ratio >= c.parameter
+                                : c.rule == FOMOE_CAR_PRIOR  ? ahead < c.parameter * (highest - lowest)
+                                : c.rule == FOMOE_CAR_REGRET ? lost <= c.parameter
                                                        : spent <= c.parameter;
         if (!is_allowed) break;
         ids[rank] = candidate;
@@ -155,14 +147,14 @@ DEVICE void swap_picks(const car &c, const float *values, const int *missing, co
 
 // Cache-aware routing: experts of the device or of DRAM stand in for picks that would have to be read.  ids, weights:
 // changed.  All but c and record_of in shared memory.
-DEVICE void substitute(const car &c, const float *values, const u64 *record_of, int *ids, float *weights, int experts,
+DEVICE void substitute(const fomoe_car &c, const float *values, const u64 *record_of, int *ids, float *weights, int experts,
                        int picks, int normalise) {
     __shared__ float masked[ROUTER_EXPERTS], lowest_of[ROUTER_THREADS / 32];
-    __shared__ int missing[CAR_MOST_SWAPS], candidates[CAR_MOST_SWAPS], misses;
+    __shared__ int missing[FOMOE_CAR_MOST_SWAPS], candidates[FOMOE_CAR_MOST_SWAPS], misses;
     if (thread_index() == 0) {
         int count = 0;
         for (int i = picks - 1; i >= c.keep; --i)
-            if (count < c.swaps && count < CAR_MOST_SWAPS && record_of[ids[i]] == IN_NVME) missing[count++] = i;
+            if (count < c.swaps && count < FOMOE_CAR_MOST_SWAPS && record_of[ids[i]] == IN_NVME) missing[count++] = i;
         misses = count;
     }
     sync_block();
@@ -231,7 +223,7 @@ KERNEL(ROUTER_THREADS, substitute_and_resolve)
     for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e], values[e] = logits[e];
     if (i < picks) block_ids[i] = wanted[i] = ids[i], block_weights[i] = weights[i];
     sync_block();
-    if (run[1]) substitute(*(const car *)rule, values, table, block_ids, block_weights, experts, picks, normalise);
+    if (run[1]) substitute(*(const fomoe_car *)rule, values, table, block_ids, block_weights, experts, picks, normalise);
     if (i < picks) ids[i] = block_ids[i], weights[i] = block_weights[i];
     resolve(block_ids, wanted, table, records, (volatile u64 *)post, run, misses, picks);
 }
