@@ -23,12 +23,12 @@ from fomoe_io.system_card import format_card, system_card
 
 TIERS = ("vram=20%,dram=15%", "vram=10%,dram=7%")
 PARAMETERS = {
-    "regret": (0.01, 0.02, 0.03, 0.036, 0.05, 0.07),
+    "regret": (0.01, 0.02, 0.03, 0.034, 0.036, 0.05),
     "ratio": (0.9, 0.8, 0.7, 0.65, 0.6, 0.5),
-    "prior": (0.05, 0.08, 0.1, 0.13, 0.15, 0.2),
-    "budget": (0.03, 0.065, 0.08),
+    "prior": (0.05, 0.08, 0.1, 0.12, 0.13, 0.15),
+    "budget": (0.02, 0.03, 0.05, 0.06, 0.065, 0.08),
 }
-FIRST = ("off", "regret:0.036", "budget:0.065", "ratio:0.65", "prior:0.13")
+FIRST = ("off", "regret:0.036", "budget:0.06", "prior:0.12", "ratio:0.65")
 """Settings that matter most are measured first; then all, from the middle of each rule's range outwards."""
 
 COLOURS = {"regret": "tab:blue", "budget": "tab:cyan", "ratio": "tab:red", "prior": "tab:orange"}
@@ -100,6 +100,7 @@ def rows(options: argparse.Namespace, tiers: str, cars: Sequence[str]) -> list[d
                 "ppl": answer["ppl"],
                 "ppl_error": answer["ppl_error"],
                 "ppl_increase": answer.get("ppl_increase", 0.0),
+                "ppl_increase_error": answer.get("ppl_increase_error", 0.0),
                 "kl": answer.get("kl_vs_exact", 0.0),
                 "tokens_scored": answer["tokens_scored"],
             }
@@ -126,7 +127,7 @@ def markdown(options: argparse.Namespace, tables: dict[str, list[dict[str, Any]]
         lines += [
             f"| {r['car']} | {100 * r['nvme_share']:.2f} % | {100 * r['substituted_share']:.2f} % "
             f"| {100 * r['vram_share']:.1f} % | {100 * r['dram_share']:.1f} % | {r['ppl']:.3f} "
-            f"| {100 * r['ppl_increase']:+.2f} % | {r['kl']:.4f} |"
+            f"| {100 * r['ppl_increase']:+.2f} ± {100 * r['ppl_increase_error']:.2f} % | {r['kl']:.4f} |"
             for r in table
         ]
         lines.append("")

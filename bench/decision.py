@@ -1,9 +1,10 @@
-"""What a routing decision costs: the top k of the router's logits, and cache-aware routing on top of it.
+"""What a routing decision costs: the top k of the router's logits, cache-aware routing, and the cache's bookkeeping.
 
     python bench/decision.py [--experts 512] [--used 10] [-o RESULTS.json]
 
-Random logits and tiers (35 % of the experts resident); processor time of one token in one layer, medians over rounds
-that alternate between the cases, on one thread.
+The engine's C functions in its order, for one token in one layer, in a loop in C on one thread.  Random logits with
+popular and unpopular experts; 20 % of them fit into VRAM and 15 % into DRAM.
+Processor time, medians over rounds that alternate between the cases; each case begins with a warm cache.
 """
 
 from __future__ import annotations
@@ -17,47 +18,52 @@ from pathlib import Path
 
 import numpy as np
 
-from fomoe_io.car import RULES, CarRule
-from fomoe_io.residency import LIBRARY, NVME, address
+from fomoe_io.car import CarRule
+from fomoe_io.residency import LIBRARY, Residency, address
 from fomoe_io.system_card import system_card
 
-ROWS, COUNT, ROUNDS = 256, 4096, 9
-PARAMETERS = {"ratio": 0.5, "prior": 0.15, "regret": 0.036, "budget": 0.065}
+LIBRARY.fomoe_decide_many.restype = ctypes.c_int64
+
+ROWS, COUNT, ROUNDS = 4096, 8192, 9
+VRAM, DRAM = 0.20, 0.15
+RULES = ("ratio:0.65", "prior:0.13", "regret:0.036", "budget:0.065")
 
 
 class Case:
-    """Inputs of many decisions."""
+    """One cache and what is asked of it."""
 
-    def __init__(self, experts: int, used: int, seed: int) -> None:
-        random = np.random.default_rng(seed)
-        self.experts, self.used = experts, used
-        self.logits = (1.5 * random.standard_normal((ROWS, experts))).astype(np.float32)
-        self.tiers = random.choice(np.array([0, 1, NVME], np.int8), (ROWS, experts), p=[0.2, 0.15, 0.65])
-        self.probabilities = np.empty(experts, np.float32)
-        self.ids = np.empty((ROWS, used), np.int32)
-        self.weights = np.empty((ROWS, used), np.float32)
-        self.results = [np.empty_like(a) for a in (self.ids, self.weights, self.ids)]
-        self.route()
+    def __init__(self, logits: np.ndarray, used: int, *, cache: bool = True, rule: str | None = None) -> None:
+        self.logits, self.used = logits, used
+        experts = logits.shape[1]
+        slots = np.array([[round(VRAM * experts), round(DRAM * experts)]], np.int32)
+        self.residency = Residency([experts], slots) if cache else None
+        self.car = CarRule.parse(rule).native() if rule else None
+        self.times: list[float] = []
+        self.swaps = 0
+        self.run(warm=True)
+        self.before = self.counters()
 
-    def route(self) -> float:
-        """Seconds a decision of the softmax and the top k; one call from Python each, whose cost is included."""
+    def run(self, *, warm: bool = False) -> None:
+        """COUNT decisions."""
         started = time.process_time()
-        for i in range(ROWS):
-            LIBRARY.fomoe_route(
-                self.experts, self.used, address(self.logits[i]), 1, ctypes.c_float(1), address(self.probabilities),
-                address(self.ids[i]), address(self.weights[i]),
-            )  # fmt: skip
-        return (time.process_time() - started) / ROWS
-
-    def choose(self, rule: CarRule) -> tuple[float, float]:
-        """Seconds and swaps a decision of cache-aware routing, in a loop in C."""
-        car = rule.native()
-        started = time.process_time()
-        swaps = LIBRARY.fomoe_car_choose_many(
-            ctypes.byref(car), ctypes.c_int64(COUNT), ROWS, self.experts, self.used, 1, address(self.logits),
-            address(self.tiers), address(self.ids), address(self.weights), *map(address, self.results),
+        swaps = LIBRARY.fomoe_decide_many(
+            self.residency.handle if self.residency else None, ctypes.byref(self.car) if self.car else None,
+            ctypes.c_int64(COUNT), ROWS, self.logits.shape[1], self.used, address(self.logits),
         )  # fmt: skip
-        return (time.process_time() - started) / COUNT, swaps / COUNT
+        assert swaps >= 0
+        if not warm:
+            self.times.append((time.process_time() - started) / COUNT)
+
+    def counters(self) -> dict[str, int]:
+        """Of the residency, {} without one."""
+        return self.residency.counters() if self.residency else {}
+
+    def result(self) -> dict[str, float]:
+        """Medians of the rounds, and what the decisions came to."""
+        new = {name: value - self.before[name] for name, value in self.counters().items()}
+        decisions = COUNT * len(self.times)
+        share = {name: new.get(name, 0) / (decisions * self.used) for name in ("nvme_hits", "substitutions")}
+        return {"us": round(1e6 * statistics.median(self.times), 3), **{k: round(v, 4) for k, v in share.items()}}
 
 
 def main() -> None:
@@ -67,22 +73,22 @@ def main() -> None:
     parser.add_argument("--used", type=int, default=10)
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    case = Case(options.experts, options.used, seed=1)
-    times: dict[str, list[float]] = {name: [] for name in ("route", *RULES)}
-    swaps: dict[str, float] = {}
-    for _ in range(ROUNDS):
-        times["route"].append(case.route())
-        for rule, parameter in PARAMETERS.items():
-            seconds, swaps[rule] = case.choose(CarRule(rule, parameter))
-            times[rule].append(seconds)
-    result = {
-        name: {"us": round(1e6 * statistics.median(values), 3), "swaps": round(swaps.get(name, 0.0), 2)}
-        for name, values in times.items()
+    random = np.random.default_rng(1)
+    popularity = 0.9 * random.standard_normal(options.experts)
+    logits = (popularity + 1.4 * random.standard_normal((ROWS, options.experts))).astype(np.float32)
+    cases = {
+        "top k": Case(logits, options.used, cache=False),
+        "top k, cache": Case(logits, options.used),
+        **{f"top k, {rule}, cache": Case(logits, options.used, rule=rule) for rule in RULES},
     }
-    for name, values in result.items():
-        print(f"{name:8} {values['us']:7.3f} us   {values['swaps']:5.2f} swaps")
+    for _ in range(ROUNDS):
+        for case in cases.values():
+            case.run()
+    results = {name: case.result() for name, case in cases.items()}
+    for name, r in results.items():
+        print(f"{name:28} {r['us']:7.3f} us   {r['nvme_hits']:6.1%} read   {r['substitutions']:6.1%} substituted")
     if options.output:
-        saved = {"experts": options.experts, "used": options.used, "card": system_card([]), "cases": result}
+        saved = {"experts": options.experts, "used": options.used, "card": system_card([]), "cases": results}
         options.output.write_text(json.dumps(saved, indent=1) + "\n")
 
 

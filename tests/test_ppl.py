@@ -62,6 +62,7 @@ def test_cache_aware_routing_is_held_against_the_exact_run(
     assert out.splitlines()[-1] == f"Final estimate: PPL = {found['ppl']:.4f} +/- {found['ppl_error']:.5f}"
     assert found["ppl_exact"] == pytest.approx(plain["ppl"], rel=1e-12)
     assert found["ppl_increase"] == pytest.approx(found["ppl"] / plain["ppl"] - 1)
+    assert 0 < found["ppl_increase_error"] < found["ppl_error"] / found["ppl"]
     assert found["kl_vs_exact"] > 0 and found["shares"]["substituted"] > 0 and not found["exact"]
     shares = found["shares"]
     assert shares["vram"] + shares["dram"] + shares["nvme"] + shares["substituted"] == pytest.approx(1)

@@ -73,14 +73,15 @@ def divergence(exact: np.ndarray, other: np.ndarray) -> np.ndarray:
 class Chunk:
     """Sums over the scored tokens of a chunk, and where its experts were found (of all its tokens).
 
-    `exact_nll` and `kl` are sums over the same tokens of a run without substitution; `cold` says that the run had
-    just begun or resumed, with an empty cache.
+    `exact_nll`, `change_squared` (of nll - exact nll) and `kl` are sums over the same tokens of a run without
+    substitution; `cold` says that the run had just begun or resumed, with an empty cache.
     """
 
     count: int
     nll: float
     nll_squared: float
     exact_nll: float = 0.0
+    change_squared: float = 0.0
     kl: float = 0.0
     cold: bool = False
     hits: dict[str, int] = field(default_factory=dict)
@@ -123,9 +124,13 @@ class Total:
     def compared(self) -> dict[str, float]:
         """What differs from the exact run over the same tokens."""
         exact = math.exp(self.sum("exact_nll") / self.count)
+        change = (self.sum("nll") - self.sum("exact_nll")) / self.count
+        variance = max(0.0, self.sum("change_squared") / self.count - change * change)
         return {
             "ppl_exact": exact,
             "ppl_increase": self.perplexity / exact - 1,
+            # of the difference token by token, much smaller than the error of either perplexity
+            "ppl_increase_error": self.perplexity / exact * math.sqrt(variance / max(1, self.count - 1)),
             "kl_vs_exact": self.sum("kl") / self.count,
         }
 
@@ -241,7 +246,9 @@ def evaluate(engine: Engine, options: argparse.Namespace, exact: ExactLogits | N
         chunk = Chunk(len(nll), float(nll.sum()), float((nll * nll).sum()), cold=i == first)
         if exact is not None:
             reference = exact.read(i)
-            chunk.exact_nll = float(score(reference, targets).sum())
+            exact_nll = score(reference, targets)
+            chunk.exact_nll = float(exact_nll.sum())
+            chunk.change_squared = float(((nll - exact_nll) ** 2).sum())
             chunk.kl = float(divergence(reference, logits).sum())
         now = _hits(engine)
         chunk.hits = {name: now[name] - before[name] for name in now}
@@ -264,7 +271,8 @@ def _report(engine: Engine, total: Total, options: argparse.Namespace) -> dict[s
         result |= total.compared()
         print(
             f"exact PPL = {result['ppl_exact']:.4f}   with --car {options.car}: "
-            f"{100 * result['ppl_increase']:+.2f} %   KL = {result['kl_vs_exact']:.5f}   "
+            f"{100 * result['ppl_increase']:+.2f} +/- {100 * result['ppl_increase_error']:.2f} %   "
+            f"KL = {result['kl_vs_exact']:.5f}   "
             f"NVMe {100 * shares['nvme']:.2f} %   substituted {100 * shares['substituted']:.2f} %"
         )
     print(f"Final estimate: PPL = {total.perplexity:.4f} +/- {total.error:.5f}")

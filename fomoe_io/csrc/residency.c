@@ -5,6 +5,7 @@
 #include <string.h>
 
 enum { PINNED = 1, COMING = 2 }; /* bits of held */
+enum { AGES = 2048 };            /* tokens for which the decay is looked up: a search compares hundreds of experts */
 
 typedef struct {
     int32_t experts;
@@ -25,6 +26,7 @@ struct fomoe_residency {
     int layers, policy;
     fomoe_decay decay;
     double log_slow, log_fast;
+    double slow_of[AGES], fast_of[AGES]; /* decay by age */
     int64_t clock, sequence;
     layer_state *layer;
     fomoe_residency_counters counters;
@@ -64,6 +66,10 @@ fomoe_residency *fomoe_residency_new(int layers, const int32_t *experts, const i
         r->log_slow = log(decay->slow);
         r->log_fast = log(decay->fast);
     }
+    for (int age = 0; age < AGES; age++) {
+        r->slow_of[age] = exp(r->log_slow * age);
+        r->fast_of[age] = exp(r->log_fast * age);
+    }
     r->layer = calloc(layers, sizeof *r->layer);
     for (int i = 0; r->layer && i < layers; i++) {
         r->layer[i].experts = experts[i];
@@ -92,15 +98,21 @@ void fomoe_residency_free(fomoe_residency *r) {
 
 void fomoe_residency_tick(fomoe_residency *r, int64_t tokens) { r->clock += tokens; }
 
-static double faded(double picks, double log_decay, int64_t age) { return picks * exp(log_decay * (double)age); }
+static double slow_after(const fomoe_residency *r, int64_t age) {
+    return (uint64_t)age < AGES ? r->slow_of[age] : exp(r->log_slow * (double)age);
+}
+
+static double fast_after(const fomoe_residency *r, int64_t age) {
+    return (uint64_t)age < AGES ? r->fast_of[age] : exp(r->log_fast * (double)age);
+}
 
 void fomoe_residency_touch(fomoe_residency *r, int layer, int64_t age, const int32_t *experts, int count) {
     layer_state *l = &r->layer[layer];
     int64_t now = r->clock - age;
     for (int i = 0; i < count; i++) {
         int e = experts[i];
-        l->slow[e] = faded(l->slow[e], r->log_slow, now - l->touched[e]) + 1;
-        l->fast[e] = faded(l->fast[e], r->log_fast, now - l->touched[e]) + 1;
+        l->slow[e] = l->slow[e] * slow_after(r, now - l->touched[e]) + 1;
+        l->fast[e] = l->fast[e] * fast_after(r, now - l->touched[e]) + 1;
         l->touched[e] = now;
         l->order[e] = ++r->sequence;
     }
@@ -113,8 +125,8 @@ static double worth(const fomoe_residency *r, const layer_state *l, int expert) 
     case FOMOE_POLICY_LRU:
         return (double)l->order[expert];
     case FOMOE_POLICY_DECAYED:
-        return (1 - r->decay.fast_share) * (1 - r->decay.slow) * faded(l->slow[expert], r->log_slow, age) +
-               r->decay.fast_share * (1 - r->decay.fast) * faded(l->fast[expert], r->log_fast, age);
+        return (1 - r->decay.fast_share) * (1 - r->decay.slow) * (l->slow[expert] * slow_after(r, age)) +
+               r->decay.fast_share * (1 - r->decay.fast) * (l->fast[expert] * fast_after(r, age));
     case FOMOE_POLICY_LFRU:
         return l->slow[expert] / (double)(age + 1);
     default:
