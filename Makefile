@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/fomoe-demo-32x8.Q4_K_M.gguf
 STORE := demo-store
-SOURCES := setup.py pyproject.toml Makefile $(shell find fomoe_io layout_tool -name '*.py' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.[ch]' -o -name '*.hip')
+SOURCES := setup.py pyproject.toml Makefile $(shell find fomoe_io layout_tool -name '*.py' -o -name '*.pyx' -o -name '*.px[di]' -o -name '*.[ch]' -o -name '*.hip')
 
 .PHONY: demo test lint bench clean
 
