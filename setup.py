@@ -86,6 +86,7 @@ EXTENSIONS = [
             "fomoe_io/csrc/trace.c",
             "fomoe_io/csrc/program.c",
             "fomoe_io/csrc/experts.c",
+            "fomoe_io/csrc/experts_compute.c",
             "fomoe_io/csrc/car.c",
             "fomoe_io/csrc/decision.c",
             "fomoe_io/csrc/offers.c",
