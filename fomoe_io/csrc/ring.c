@@ -14,11 +14,6 @@ enum {
 };
 static const size_t BUFFER_BYTES = 1 << 30; /* the kernel's limit of one registered buffer */
 
-/* The kernel holds back what one system call submits until all of it is prepared, and virtual drives report it
- * when all of it is done.  So much at a time keeps a drive busy while the next reads are prepared, and still
- * spreads the call over many small reads (docs/io.md). */
-static const uint64_t FLUSH_BYTES = 16 << 10;
-
 struct fomoe_ring {
     struct io_uring uring;
     fomoe_read_table *table;
@@ -62,26 +57,19 @@ static void flush(fomoe_ring *r) {
     io_uring_submit(&r->uring);
 }
 
-/* Start what may start; how many pieces are prepared and not yet handed to the kernel. */
-static int fill(fomoe_ring *r) {
-    int waiting = 0, added = 0;
-    uint64_t bytes = 0;
+/* Start what may start, one system call a read: the kernel holds back what a call submits until all of it is prepared,
+ * and virtual drives report it when all of it is done, so calls that bring several leave a drive idle (docs/io.md). */
+static void fill(fomoe_ring *r) {
+    int added = 0;
     for (int drive = 0; drive < r->drives; drive++)
         while (io_uring_sq_space_left(&r->uring)) {
             int32_t index = fomoe_read_table_start(r->table, drive);
             if (index < 0) break;
             prepare(r, io_uring_get_sqe(&r->uring), index);
-            waiting++;
+            flush(r);
             added++;
-            bytes += fomoe_read_table_piece(r->table, index)->asked;
-            if (bytes >= FLUSH_BYTES) {
-                flush(r);
-                waiting = 0;
-                bytes = 0;
-            }
         }
     if (added) r->depths[fomoe_read_table_in_flight(r->table)]++;
-    return waiting;
 }
 
 static int submit(void *self, const fomoe_read *reads, int count) {
@@ -93,7 +81,7 @@ static int submit(void *self, const fomoe_read *reads, int count) {
         syscall(__NR_io_uring_register, r->uring.ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0);
         r->disabled = 0;
     }
-    if (fill(r)) flush(r);
+    fill(r);
     return 0;
 }
 
@@ -116,11 +104,9 @@ static int reap(void *self, fomoe_completion *completions, int max, int wait) {
     fomoe_ring *r = self;
     for (;;) {
         drain(r);
-        int added = fill(r), done = fomoe_read_table_done(r->table);
-        if (done || !wait || !fomoe_read_table_in_flight(r->table)) {
-            if (added) flush(r);
+        fill(r);
+        if (fomoe_read_table_done(r->table) || !wait || !fomoe_read_table_in_flight(r->table))
             return fomoe_read_table_collect(r->table, completions, max);
-        }
         r->counters.waits++;
         int error = io_uring_submit_and_wait(&r->uring, 1);
         if (!worth_waiting(error)) return error;
