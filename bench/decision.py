@@ -26,7 +26,7 @@ LIBRARY.fomoe_decide_many.restype = ctypes.c_int64
 
 ROWS, COUNT, ROUNDS = 4096, 8192, 9
 VRAM, DRAM = 0.20, 0.15
-RULES = ("ratio:0.65", "prior:0.13", "regret:0.036", "budget:0.065")
+RULES = ("ratio:0.65", "prior:0.13", "regret:0.034", "budget:0.065")
 
 
 class Case:

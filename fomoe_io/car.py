@@ -118,5 +118,5 @@ class CarRule:
         )
 
 
-ON = "regret:0.036"
+ON = "regret:0.034"
 """What `--car on` means: the setting that docs/car.md arrives at."""
