@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -24,13 +25,19 @@ def sync_directory(path: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary name beside `path`, fsync, rename.
+    """Write to a temporary name beside `path`, fsync, rename; straight into a device or a pipe.
 
     Raises
     ------
     OSError
         After removing the temporary file.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    # /dev/stdout and /proc/self/fd/1 may lead to a file, and must not be replaced by another
+    if (path.exists() and not path.is_file()) or path.absolute().parts[1] in ("dev", "proc"):
+        path.write_bytes(data)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fomoe_io.files import write_atomically
 from fomoe_io.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -59,10 +59,4 @@ def format_footer(statistics: Mapping[str, Any]) -> str:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write statistics whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w") as stream:
-        json.dump(values, stream, indent=1)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(values, indent=1) + "\n").encode())
