@@ -108,6 +108,14 @@ class DeviceEngine(Engine):
         s = self.shape
         if self.config.activations != "quantized":
             raise UsageError("float activations are computed on the CPU alone", hint="--device cpu")
+        unsupported = {
+            "a trace": self.config.trace is not None,
+            "lookahead": self.config.lookahead > 0,
+            "back-fill": self.config.car is not None and self.config.car.backfill > 0,
+        }
+        for name, is_wanted in unsupported.items():
+            if is_wanted:
+                raise UsageError(f"{name} is made on the CPU alone", hint="--device cpu")
         check_shape(s)
         self._build = build
         self._layers = {i: self.store.experts[i] for i in range(s.layers)}

@@ -60,8 +60,10 @@ class Conversation:
     def read(self, tokens: Sequence[int], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Logits after `tokens`, the whole history; what the session has read already is not read again."""
         common = len(self.tokens)
-        # at least one token must be read for logits, and the state of a session can't be wound back
-        if list(tokens[:common]) != self.tokens or len(tokens) == common:
+        # at least one token must be read for logits, and the state of a session can't be wound back; after an interrupt
+        # it may stand elsewhere than our tokens say
+        is_elsewhere = self.session.is_broken or self.session.position != common
+        if is_elsewhere or list(tokens[:common]) != self.tokens or len(tokens) == common:
             self.reset()
             common = 0
         self.tokens = list(tokens[:common])

@@ -50,6 +50,14 @@ def load(path: Path, store: Store) -> Profile | None:
     return profile
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a profile may be written here: there is none, or one in our own format (JSON)."""
+    if not path.exists():
+        return True
+    with path.open("rb") as stream:
+        return stream.read(1) == b"{"
+
+
 def _experts(store: Store) -> dict[int, int]:
     return {number: layer.n_experts for number, layer in store.experts.items()}
 
@@ -122,6 +130,8 @@ def save(engine: Engine, wanted: Path | Literal["learned"]) -> int:
         return 0
     profile = merged(for_warm_start(wanted, store), counts, tokens, store)
     path = default_path(store.fingerprint) if wanted == "learned" else wanted
+    if wanted != "learned" and not _is_ours(path):  # counts of another program's making are read, never overwritten
+        return 0
     path.parent.mkdir(parents=True, exist_ok=True)
     profile.save(path)
     return profile.tokens

@@ -49,6 +49,11 @@ class Session:
     def _batch_tokens(self) -> int:
         return self._recorder.batch_tokens
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether it stopped in the middle of a token, by an error or an interrupt, and must be reset."""
+        return self._broken
+
     def reset(self) -> None:
         """Forget everything: the next token is the first."""
         for offset, size in self._recorder.state.zeroed:

@@ -17,6 +17,7 @@ A batch is one record for every layer in turn (csrc/trace.h); a layer's warm sta
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import struct
@@ -288,6 +289,10 @@ class TraceFile:
     """
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if path.exists() and not path.is_file():
+            raise FileExistsError(errno.EEXIST, "not a regular file; a trace replaces what has its name", str(path))
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
         self._stream = self._partial.open("wb", buffering=0)

@@ -77,6 +77,16 @@ def test_a_named_profile(demo_model: Path, tmp_path: Path, home: Path, capsys: p
     assert mine.read_bytes() == copy.read_bytes()
 
 
+def test_counts_of_another_program_are_read_and_left_alone(demo_model: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "counts.freq"
+    foreign.write_bytes(b"QERF, of another program")
+    with Engine.open(demo_model, EngineConfig(context_tokens=64)) as engine, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learned_profile, "for_warm_start", lambda wanted, store: None)
+        engine.session().prefill(range(20))
+        assert learned_profile.save(engine, foreign) == 0
+    assert foreign.read_bytes() == b"QERF, of another program"
+
+
 def test_what_does_not_fit_is_refused_or_passed_over(
     demo_model: Path, tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

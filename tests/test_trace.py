@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from fomoe_io import Engine, EngineConfig, Tiers
 from fomoe_io.errors import FormatError
-from fomoe_io.trace import MAGIC, Trace
+from fomoe_io.trace import MAGIC, Trace, TraceFile
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = np.random.default_rng(21).integers(0, 8000, 48)
@@ -139,3 +140,13 @@ def test_a_full_disk_is_reported_at_the_end(demo_model: Path, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
     fine = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert fine.stdout == full.stdout and Trace.load(path).tokens > 24
+
+
+def test_what_is_not_a_file_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        TraceFile(tmp_path / "folder", None)  # type: ignore[arg-type]
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(FileExistsError, match="not a regular file"):
+        TraceFile(tmp_path / "fifo", None)  # type: ignore[arg-type]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fifo", "folder"]

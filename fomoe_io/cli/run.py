@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     profile.add_argument("--no-profile", action="store_true", help="neither use nor keep one")
     d = SamplingConfig()
     group = p.add_argument_group("sampling")
-    group.add_argument("-s", "--seed", type=int, help="default: a random one")
+    group.add_argument("-s", "--seed", type=int, help="-1 and default: a random one")
     group.add_argument("--temp", type=float, default=d.temperature, help="0 is greedy")
     group.add_argument("--top-k", type=int, default=d.top_k)
     group.add_argument("--top-p", type=float, default=d.top_p)
@@ -62,7 +62,7 @@ def _sampling(options: argparse.Namespace) -> SamplingConfig:
         min_p=options.min_p,
         repeat_penalty=options.repeat_penalty,
         repeat_last=options.repeat_last_n,
-        seed=options.seed,
+        seed=None if options.seed is not None and options.seed < 0 else options.seed,
     )
 
 
