@@ -60,8 +60,10 @@ EXTENSIONS = [
         "fomoe_io._gpu",
         [
             "fomoe_io/_gpu.pyx",
+            "fomoe_io/csrc/device_batch.c",
             "fomoe_io/csrc/device_copies.c",
             "fomoe_io/csrc/device_experts.c",
+            "fomoe_io/csrc/device_fetch.c",
             "fomoe_io/csrc/residency.c",
         ],
         depends=HEADERS,

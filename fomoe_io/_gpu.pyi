@@ -6,6 +6,10 @@ import numpy as np
 
 from fomoe_io._hip import Event, Graph, Stream
 
+TILE_PAIRS: int
+"""Pairs of a tile at most."""
+TILE_BYTES: int
+"""Size of csrc/device_experts.h, fomoe_tile."""
 LANES: int
 """Streams of copies: up, down."""
 LANE_EVENTS: int
@@ -18,7 +22,6 @@ class DeviceExperts:
         classes: list[dict[str, Any]],
         slots: np.ndarray,
         used: int,
-        pairs: int,
         policy: int,
         decay: tuple[float, float, float],
         reader: int,
@@ -31,12 +34,14 @@ class DeviceExperts:
     def failure(self) -> tuple[int, int]: ...
     def counters(self) -> dict[str, int]: ...
     def picks(self) -> np.ndarray: ...
+    def begin_batch(self, tokens: int) -> None: ...
+    def batch_layer(self, layer: int, picks: np.ndarray, order: np.ndarray) -> int: ...
+    def next_wave(self, layer: int, computed: Event | None, tiles: np.ndarray) -> tuple[int, int]: ...
     def run(
         self,
         stream: Stream,
         graph: Graph,
         number: int,
-        tokens: int,
         header_to: int,
         header_from: int,
         header_bytes: int,

@@ -73,15 +73,21 @@ cdef extern from "csrc/device_experts.h" nogil:
         uint8_t *spare[2]
         int32_t spares[2]
     ctypedef struct fomoe_device_expert_counters:
-        uint64_t nvme_reads, nvme_bytes, nvme_stall_ns, copy_stall_ns, route_wait_ns, served_layers, layers
+        uint64_t nvme_reads, nvme_bytes, nvme_stall_ns, copy_stall_ns, served_layers, layers
     ctypedef struct fomoe_device_experts:
         pass
-    fomoe_device_experts *fomoe_device_experts_new(int layers, int used, int pairs, const fomoe_device_layer *,
+    fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe_device_layer *,
                                                    int classes, const fomoe_size_class *, fomoe_residency *,
                                                    fomoe_reader *, const fomoe_device_copies *)
     void fomoe_device_experts_free(fomoe_device_experts *)
-    int fomoe_device_experts_serve(fomoe_device_experts *, uint32_t run, int tokens, void *compute,
-                                   volatile uint32_t *stop)
+    int fomoe_device_experts_serve(fomoe_device_experts *, uint32_t run, void *compute, volatile uint32_t *stop)
+    enum:
+        FOMOE_TILE_PAIRS
+    ctypedef struct fomoe_tile:
+        pass
+    void fomoe_device_batch_begin(fomoe_device_experts *, int tokens)
+    int fomoe_device_batch_layer(fomoe_device_experts *, int layer, const int32_t *picks, int tokens, int32_t *order)
+    int fomoe_device_batch_next(fomoe_device_experts *, int layer, void *computed, fomoe_tile *tiles, int *count)
     int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *, const double *, int count)
     void fomoe_device_experts_settle(fomoe_device_experts *)
     int fomoe_device_experts_tables_changed(fomoe_device_experts *)
@@ -98,7 +104,7 @@ cdef class DeviceExperts:
     cdef object keep
     cdef readonly int most, count
 
-    def __cinit__(self, list layers, list classes, slots, int used, int pairs, int policy, decay,
+    def __cinit__(self, list layers, list classes, slots, int used, int policy, decay,
                   uintptr_t reader, list streams, list events, keep):
         cdef fomoe_device_layer *layer = <fomoe_device_layer *>calloc(len(layers), sizeof(fomoe_device_layer))
         cdef fomoe_size_class *size_class = <fomoe_size_class *>calloc(len(classes), sizeof(fomoe_size_class))
@@ -124,7 +130,7 @@ cdef class DeviceExperts:
             self.residency = fomoe_residency_new(len(layers), &experts[0], &slot_view[0, 0], policy, &decays)
             if self.residency == NULL:
                 raise MemoryError
-            self.c = fomoe_device_experts_new(len(layers), used, pairs, layer, len(classes), size_class,
+            self.c = fomoe_device_experts_new(len(layers), used, layer, len(classes), size_class,
                                               self.residency, <fomoe_reader *>reader, &copies)
             if self.c == NULL:
                 raise MemoryError
@@ -170,8 +176,7 @@ cdef class DeviceExperts:
             "requests": r.requests, "vram_hits": r.hits[0], "dram_hits": r.hits[1], "nvme_hits": r.hits[2],
             "evictions": r.evictions, "promotions": r.promotions, "demotions": r.demotions,
             "substitutions": r.substitutions, "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes, "stall_ns": e.nvme_stall_ns,
-            "copy_stall_ns": e.copy_stall_ns, "route_wait_ns": e.route_wait_ns, "layers": e.layers,
-            "served_layers": e.served_layers, "up_bytes": copies.bytes[FOMOE_LANE_UP],
+            "copy_stall_ns": e.copy_stall_ns, "layers": e.layers, "served_layers": e.served_layers, "up_bytes": copies.bytes[FOMOE_LANE_UP],
             "down_bytes": copies.bytes[FOMOE_LANE_DOWN],
         }
 
@@ -180,9 +185,28 @@ cdef class DeviceExperts:
         cdef const int64_t *c = fomoe_device_experts_picks(self.c)
         return np.array(<const int64_t[:self.count, :self.most]>c)
 
-    def run(self, Stream stream, Graph graph, unsigned int number, int tokens, uintptr_t header_to,
-            uintptr_t header_from, size_t header_bytes, uintptr_t tables_to, uintptr_t tables_from, size_t tables_bytes,
-            uintptr_t logits_to, uintptr_t logits_from, size_t logits_bytes, uintptr_t stop):
+    def begin_batch(self, int tokens):
+        fomoe_device_batch_begin(self.c, tokens)
+
+    # picks: [tokens, used]; order: [tokens * used], out.  0 or a negative errno of a read.
+    def batch_layer(self, int layer, const int32_t[:, ::1] picks, int32_t[::1] order):
+        cdef int error, tokens = picks.shape[0]
+        with nogil:
+            error = fomoe_device_batch_layer(self.c, layer, &picks[0, 0], tokens, &order[0])
+        return self.checked(error)
+
+    # tiles: room for those of all experts that are left.  (error as above, number of tiles)
+    def next_wave(self, int layer, Event computed, uint8_t[::1] tiles):
+        cdef int error, count = 0
+        cdef void *event = computed.handle if computed is not None else NULL
+        cdef fomoe_tile *out = <fomoe_tile *>&tiles[0]
+        with nogil:
+            error = fomoe_device_batch_next(self.c, layer, event, out, &count)
+        return self.checked(error), count
+
+    def run(self, Stream stream, Graph graph, unsigned int number, uintptr_t header_to, uintptr_t header_from,
+            size_t header_bytes, uintptr_t tables_to, uintptr_t tables_from, size_t tables_bytes, uintptr_t logits_to,
+            uintptr_t logits_from, size_t logits_bytes, uintptr_t stop):
         """One replay: header and changed tables in, the graph, logits out.  0 or a negative errno of a read."""
         cdef int code, served = 0
         cdef volatile uint32_t *stop_word = <volatile uint32_t *>stop
@@ -202,7 +226,7 @@ cdef class DeviceExperts:
             if logits_bytes:
                 code = api.hipMemcpyDtoHAsync(<void *>logits_to, <void *>logits_from, logits_bytes, stream.handle)
             if code == 0:
-                served = fomoe_device_experts_serve(self.c, number, tokens, stream.handle, stop_word)
+                served = fomoe_device_experts_serve(self.c, number, stream.handle, stop_word)
             else:
                 stop_word[0] = 1
         call = "hipMemcpyDtoHAsync"
@@ -252,5 +276,7 @@ cdef int fill_copies(fomoe_device_copies *copies, list streams, list events) exc
     return 0
 
 
+TILE_PAIRS = FOMOE_TILE_PAIRS
+TILE_BYTES = sizeof(fomoe_tile)
 LANES = FOMOE_LANES
 LANE_EVENTS = FOMOE_LANE_EVENTS

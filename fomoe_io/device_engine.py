@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,9 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
-from fomoe_io import _gpu, device
+from fomoe_io import _gpu, device, kernels
 from fomoe_io.device import Gpu, Step
 from fomoe_io.device_memory import (
-    MOST_BATCH_TOKENS,
-    Header,
-    Mail,
     check_shape,
     native_device_layers,
     pool_places,
@@ -25,9 +21,11 @@ from fomoe_io.device_memory import (
     rope_values,
     size_classes,
 )
-from fomoe_io.device_program import CAR_BYTES, Arena, DeviceExpertLayer, DeviceRecorder, Mailbox, Memory
+from fomoe_io.device_program import CAR_BYTES
+from fomoe_io.device_prompts import PromptRunner
+from fomoe_io.device_recordings import Addresses, ModelSource, Recordings
+from fomoe_io.device_rows import F32, Q8
 from fomoe_io.device_session import DeviceSession
-from fomoe_io.device_weights import DeviceWeights
 from fomoe_io.engine import RESERVE_BYTES, Engine
 from fomoe_io.errors import BudgetError, ReadError, UsageError
 from fomoe_io.expert_slots import share_slots, slot_layout
@@ -48,6 +46,9 @@ MOST_FREE_BYTES = 256 << 20
 
 EXTRA_SPARES = 4
 """Spare buffers beyond a token's picks: victims still on their way down from the layer before."""
+
+PRODUCT_PROMPT_TOKENS = 32
+"""Prompts from so many tokens on use the vendor's library."""
 
 VRAM, DRAM = 0, 1
 
@@ -78,9 +79,11 @@ class DeviceEngine(Engine):
 
     def __init__(self, store: Store, config: EngineConfig, gpu: Gpu) -> None:
         self.gpu = gpu
-        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._graphs: dict[int, Graph] = {}
         self._run_number = 0
         self.live_session: DeviceSession | None = None
+        self._products = None
+        self._product_tokens = self._product_bytes = 0
         super().__init__(store, config)
 
     @property
@@ -117,21 +120,24 @@ class DeviceEngine(Engine):
             if is_wanted:
                 raise UsageError(f"{name} is made on the CPU alone", hint="--device cpu")
         check_shape(s)
-        self._build = build
         self._layers = {i: self.store.experts[i] for i in range(s.layers)}
         self._layouts = {i: slot_layout(layer) for i, layer in self._layers.items()}
         self._records = {i: record_layout(i, layer, self._layouts[i]) for i, layer in self._layers.items()}
-        self._expert_inputs = {
-            i: (int(r.kernels[0] in device.kernels.QUANTIZED_TYPES),) * 2 for i, r in self._records.items()
-        }
+        forms = {i: Q8 if r.kernels[0] in kernels.QUANTIZED_TYPES else F32 for i, r in self._records.items()}
+        self._expert_inputs = {i: (form, form) for i, form in forms.items()}
+        self._source = ModelSource(
+            s, build, self._resident(), self._files, self._records, self._expert_inputs, self.context_tokens,
+            substitutes=self.config.car is not None,
+        )  # fmt: skip
+        self._batch_tokens = min(self.config.batch_tokens, self.context_tokens)
         self.budgets = self._share_memory()
         self._allocate()
-        self._device_weights.load(self.reader, self.gpu)
+        self._recorded.weights.load(self.reader, self.gpu)
         rope = rope_values(self.shape.rope_base, self.shape.rotated, self.context_tokens)
-        self.gpu.stream.copy_in(self._rope_address, rope.ctypes.data, rope.nbytes)
+        self.gpu.stream.copy_in(self._recorded.rope_address, rope.ctypes.data, rope.nbytes)
         if self.config.car is not None:
             rule = self.config.car.native()
-            self.gpu.stream.copy_in(self._memory.words("car", CAR_BYTES), ctypes.addressof(rule), CAR_BYTES)
+            self.gpu.stream.copy_in(self._recorded.memory.words("car", CAR_BYTES), ctypes.addressof(rule), CAR_BYTES)
         self.gpu.stream.synchronize()
         self._warm()
 
@@ -144,50 +150,9 @@ class DeviceEngine(Engine):
             if not name.startswith("blk.") or int(name.split(".")[1]) < self.shape.layers
         }
 
-    def _record(  # type: ignore[override]
-        self, bases: tuple[int, int, int], batch_tokens: int, mail_address: int
-    ) -> dict[int, DeviceRecorder]:
-        """Record the model for one token and for a batch, at these addresses of weights, activations and state."""
-        s = self.shape
-        self._weights_arena = Arena(bases[0])
-        self._device_weights = DeviceWeights(self._resident(), self._weights_arena)
-        memory = Memory(Arena(bases[1]), Arena(bases[2]), batch_tokens, self.context_tokens)
-        self._embedding_table = self._device_weights.embedding(s.columns, s.vocabulary)[0]
-        self._header = Header(batch_tokens, self._embedding_table.row_bytes)
-        header = memory.arena.take(self._header.bytes)
-        memory.scratch["positions"] = header + self._header.positions
-        memory.scratch["embedding"] = header + self._header.embedding
-        self._rope_address = memory.words("rope", 4 * self.context_tokens * s.rotated)
-        memory.row_at("rope", s.rotated, self._rope_address)
-        self._header_address = header
-        self._mail = Mail(batch_tokens * s.used, s.layers)
-        self._tables_address = memory.words("tables", 8 * s.layers * s.experts)
-        experts = {
-            i: DeviceExpertLayer(
-                *record.kernels,
-                record.device_offset,
-                self._tables_address + 8 * s.experts * i,
-                mail_address + self._mail.post(i),
-                mail_address + self._mail.answer(i),
-            )
-            for i, record in self._records.items()
-        }
-        recorders = {}
-        for tokens in dict.fromkeys((1, batch_tokens)):
-            memory.state_arena.bytes = 0  # every program of a session shares its state
-            recorder = DeviceRecorder(
-                memory, tokens=tokens, experts=experts, mailbox=Mailbox(header, mail_address),
-                vocabulary=s.vocabulary, hidden=s.hidden, substitutes=self.config.car is not None,
-            )  # fmt: skip
-            self._build(recorder, self._device_weights, s, self._expert_inputs, self._files)
-            recorders[tokens] = recorder
-        self._memory = memory
-        return recorders
-
-    def _fixed_bytes(self, batch_tokens: int) -> tuple[int, int, int]:
-        """Device bytes of weights, activations and state."""
-        self._record((0, 0, 0), batch_tokens, 0)
-        return self._weights_arena.bytes, self._memory.arena.bytes, self._memory.state_arena.bytes
+    def _recordings(self, addresses: Addresses) -> Recordings:
+        """The model at these addresses, for a token and for batches."""
+        return Recordings(self._source, self._batch_tokens, self._product_tokens, self._product_bytes, addresses)
 
     def _vram_slots(self, room: int, spares: int, least: int) -> dict[int, int] | None:
         layouts = {i: _Sized(r.slot_bytes[VRAM]) for i, r in self._records.items()}
@@ -211,7 +176,8 @@ class DeviceEngine(Engine):
                 hint=f"--vram {free >> 20}M, or end what else uses the device",
             )
         spares = s.used + EXTRA_SPARES
-        fixed = self._fixed_bytes(1)
+        sketch = self._recordings(Addresses())
+        fixed = sketch.fixed_bytes
         slots = self._vram_slots(limit - sum(fixed), spares, s.used)
         if slots is None:
             smallest = sum(fixed) + s.used * sum(r.slot_bytes[VRAM] for r in self._records.values())
@@ -220,29 +186,21 @@ class DeviceEngine(Engine):
                 f"a device budget of {format_bytes(limit)} is too small for {self.model_name}",
                 hint=f"--vram {-(-smallest // (1 << 20)) + 1}M",
             )
-        batch = 1
-        while 2 * batch <= min(MOST_BATCH_TOKENS, config.batch_tokens):
-            wider = self._fixed_bytes(2 * batch)
-            found = self._vram_slots(limit - sum(wider), spares, s.used)
-            if found is None or min(found.values()) < min(2 * batch * s.used, s.experts):
-                break
-            batch, fixed, slots = 2 * batch, wider, found
-        self._fixed_bytes(batch)  # the last sketch may have been of a wider batch
         table = np.zeros((s.layers, 2), np.int32)
         for layer, count in slots.items():
             table[layer, VRAM] = count
-        ram_limit, host_bytes = self._share_host_memory(table, batch, 2 * s.used)
+        ram_limit, host_bytes = self._share_host_memory(table, sketch, 2 * s.used)
         pools = [pool_places(self._records, table, (spares, 2 * s.used), tier)[2] for tier in (VRAM, DRAM)]
         return DeviceBudgets(
             ram_bytes=ram_limit, vram_bytes=limit, resident_bytes=fixed[0], state_bytes=fixed[2],
-            workspace_bytes=fixed[1] + host_bytes, vram_pool_bytes=pools[0], pool_bytes=pools[1], batch_tokens=batch,
-            slots=table, spares=(spares, 2 * s.used),
+            workspace_bytes=fixed[1] + host_bytes, vram_pool_bytes=pools[0], pool_bytes=pools[1],
+            batch_tokens=self._batch_tokens, slots=table, spares=(spares, 2 * s.used),
         )  # fmt: skip
 
-    def _share_host_memory(self, table: np.ndarray, batch: int, spares: int) -> tuple[int, int]:
+    def _share_host_memory(self, table: np.ndarray, sketch: Recordings, spares: int) -> tuple[int, int]:
         """Fill in the DRAM slots; returns the budget and what the words shared with the device take."""
         s, config = self.shape, self.config
-        shared = Mail(batch * s.used, s.layers).bytes + 8 * s.layers * s.experts + 4 * s.vocabulary * batch
+        shared = self._shared_layout(sketch)["end"]
         base = resident_bytes() + shared + RESERVE_BYTES
         base += spares * sum(sizes[DRAM] for sizes in size_classes(self._records))
         limit = config.ram_bytes
@@ -259,30 +217,49 @@ class DeviceEngine(Engine):
 
     def _allocate(self) -> None:
         """Take the memory and make the programs."""
-        s, b, gpu = self.shape, self.budgets, self.gpu
-        mail = Mail(b.batch_tokens * s.used, s.layers)
-        self._shared_offsets = {"mail": 0, "tables": up_page(mail.bytes)}
-        self._shared_offsets["header"] = self._shared_offsets["tables"] + up_page(8 * s.layers * s.experts)
-        self._shared_offsets["logits"] = self._shared_offsets["header"] + up_page(self._header.bytes)
-        total = self._shared_offsets["logits"] + up_page(4 * s.vocabulary * b.batch_tokens)
-        self._shared = aligned_memory(total)
+        b, gpu = self.budgets, self.gpu
+        sketch = self._recordings(Addresses())
+        self._shared_offsets = self._shared_layout(sketch)
+        self._shared = aligned_memory(self._shared_offsets["end"])
         self._shared_words = np.frombuffer(self._shared.view, np.uint8)
         self._shared_words[:] = 0
-        start = self._shared_offsets["header"]
-        self._header_view = self._shared.view[start : start + self._header.bytes]
         self._registrations = [gpu.register(self._shared_words)]
         self._pool = aligned_memory(max(b.pool_bytes, 4096))
         self._registrations.append(gpu.register(np.frombuffer(self._pool.view, np.uint8)))
         self.reader.register_buffers(self._pool.address, max(b.pool_bytes, 4096))
-        buffers = [gpu.allocate(max(n, 256)) for n in (b.resident_bytes, self._memory.arena.bytes, b.state_bytes)]
+        buffers = [gpu.allocate(max(n, 256)) for n in sketch.fixed_bytes]
         vram = gpu.allocate(max(b.vram_pool_bytes, 256))
         self._buffers = [*buffers, vram]
-        bases = (buffers[0].pointer, buffers[1].pointer, buffers[2].pointer)
-        self._programs = self._record(bases, b.batch_tokens, self._registrations[0].pointer)
-        self._memory.is_complete = True
+        weights, activations, state = (buffer.pointer for buffer in buffers)
+        self._recorded = self._recordings(Addresses(weights, activations, state, mail=self._registrations[0].pointer))
         self._streams = [gpu.new_stream() for _ in range(_gpu.LANES)]
         events = [[gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.LANES)]
         self._experts = self._device_experts(vram.pointer, events)  # type: ignore[assignment]
+        self._prompts = self._prompt_runner() if b.batch_tokens > 1 else None
+
+    def _shared_layout(self, sketch: Recordings) -> dict[str, int]:
+        """Offsets in the memory that host and device share; each part begins a page."""
+        s = self.shape
+        sizes = {
+            "mail": sketch.mail.bytes,
+            "tables": 8 * s.layers * s.experts,
+            "header": sketch.header.bytes,
+            "logits": 4 * s.vocabulary,
+            "inputs": sketch.inputs.bytes if self._batch_tokens > 1 else 0,
+        }
+        offsets, end = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = end
+            end += up_page(size)
+        return offsets | {"end": end}
+
+    def _prompt_runner(self) -> PromptRunner:
+        r = self._recorded
+        return PromptRunner(
+            self.gpu, self._experts, r.layers, self.shape, r.inputs,  # type: ignore[arg-type]
+            self._part("inputs", 0, r.inputs.bytes), r.inputs_address, r.batch, self._embed, self._products,
+            self._check,
+        )  # fmt: skip
 
     def _device_experts(self, vram_address: int, events: list[list[Any]]) -> _gpu.DeviceExperts:
         s, b = self.shape, self.budgets
@@ -299,11 +276,11 @@ class DeviceEngine(Engine):
         ]
         layers = native_device_layers(
             s.layers, self._records, self._layouts, self._layers, pools,  # type: ignore[arg-type]
-            self._shared.address + self._shared_offsets["tables"], self._shared.address, self._mail,
+            self._shared.address + self._shared_offsets["tables"], self._shared.address, self._recorded.mail,
         )  # fmt: skip
         return _gpu.DeviceExperts(
-            layers, classes, b.slots, s.used, b.batch_tokens * s.used, policy_number(self.config.policy), DECAY,
-            self.reader.address, self._streams, events, (self.reader, self._pool, self._shared, self._buffers),
+            layers, classes, b.slots, s.used, policy_number(self.config.policy), DECAY, self.reader.address,
+            self._streams, events, (self.reader, self._pool, self._shared, self._buffers),
         )  # fmt: skip
 
     def _slots_of(self, layer: int) -> int:
@@ -311,82 +288,91 @@ class DeviceEngine(Engine):
 
     # ---- running ----
 
-    def _graph(self, tokens: int, outputs: int) -> Graph:
-        key = (tokens, outputs)
-        if key not in self._graphs:
-            specs = self._programs[tokens].launches(outputs)
+    def _graph(self, outputs: int) -> Graph:
+        if outputs not in self._graphs:
             steps = [
                 Step(self.gpu.prepare(s.kernel, s.grid, *s.arguments), s.beside and self.two_branches, s.forks, s.joins)
-                for s in specs
+                for s in self._recorded.token.launches(outputs)
             ]
-            self._graphs[key] = self.gpu.capture_steps(steps)
-        return self._graphs[key]
+            self._graphs[outputs] = self.gpu.capture_steps(steps)
+        return self._graphs[outputs]
 
     def _part(self, name: str, offset: int, size: int) -> np.ndarray:
         start = self._shared_offsets[name] + offset
         return self._shared_words[start : start + size]
 
-    def _fill_header(self, ids: np.ndarray, position: int, substitute: bool) -> None:
-        h, view = self._header, self._header_view
-        self._run_number = self._run_number % 0xFFFFFFFF + 1  # 0 is what posts and answers hold before the first run
-        car = self.config.car
-        may_swap = substitute and car is not None and len(ids) == 1 and position >= car.warmup
-        struct.pack_into("<II", view, 0, self._run_number, may_swap)
-        struct.pack_into(f"<{len(ids)}i", view, h.positions, *range(position, position + len(ids)))
-        table, file, offset, _ = self._programs[1].embedding  # type: ignore[misc]
-        for i, token in enumerate(ids.tolist()):
-            row = view[h.embedding + i * table.row_bytes :][: table.row_bytes]
-            place = offset + token * table.file_row_bytes
+    def _embed(self, ids: np.ndarray, rows: np.ndarray) -> None:
+        """Read the tokens' embeddings as the device takes them: uint8 [tokens, row_bytes]."""
+        recorder = self._recorded.token
+        table, file = self._recorded.embedding, recorder.embedding_file
+        for row, token in zip(rows, ids.tolist(), strict=True):
+            place = recorder.embedding_offset + token * table.file_row_bytes
             if table.row_bytes == table.file_row_bytes:
                 got = os.preadv(file, [row], place)
             else:
                 raw = np.frombuffer(os.pread(file, table.file_row_bytes, place), np.uint8)
                 got = len(raw)
                 if got == table.file_row_bytes:
-                    row[:] = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(table.type)).tobytes()
+                    row[:] = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(table.type)).view(np.uint8)
             if got != table.file_row_bytes:
                 raise ReadError(f"the token embeddings end early, at byte {place + got} of the model")
 
-    def run_batch(self, ids: np.ndarray, position: int, outputs: int, *, substitute: bool = False) -> np.ndarray:
-        """Replay the program for as many tokens as it was recorded for.
+    def _fill_header(self, token: int, position: int, substitute: bool) -> None:
+        h = self._recorded.header
+        self._run_number = self._run_number % 0xFFFFFFFF + 1  # 0 is what posts and answers hold before the first run
+        car = self.config.car
+        may_swap = substitute and car is not None and position >= car.warmup
+        self._part("header", 0, 8).view(np.uint32)[:] = self._run_number, may_swap
+        self._part("header", h.positions, 4).view(np.int32)[0] = position
+        row_bytes = self._recorded.embedding.row_bytes
+        self._embed(np.array([token]), self._part("header", h.embedding, row_bytes).reshape(1, -1))
+
+    def run_token(self, token: int, position: int, outputs: int, *, substitute: bool = False) -> np.ndarray:
+        """Replay a token's graph.
 
         Parameters
         ----------
-        ids : numpy.ndarray
-            int32 [tokens]
+        token : int
         position : int
-            Of the first in the session.
+            In the session.
         outputs : int
-            How many of the last tokens get logits: 0, 1 or all.
+            1: with logits; 0: without.
         substitute : bool
-            Cache-aware routing may act (on a single token).
+            Cache-aware routing may act.
 
         Returns
         -------
         numpy.ndarray
             float32 [outputs, vocabulary], valid until the next run.
         """
-        s, offsets = self.shape, self._shared_offsets
-        graph = self._graph(len(ids), outputs)
-        self._fill_header(ids, position, substitute)
+        s, offsets, r = self.shape, self._shared_offsets, self._recorded
+        graph = self._graph(outputs)
+        self._fill_header(token, position, substitute)
         base, logits_bytes = self._shared.address, 4 * s.vocabulary * outputs
         error = self._experts.run(  # type: ignore[attr-defined]
-            self.gpu.stream, graph, self._run_number, len(ids),
-            self._header_address, base + offsets["header"], self._header.bytes,
-            self._tables_address, base + offsets["tables"], 8 * s.layers * s.experts,
-            base + offsets["logits"], self._programs[1].logits_address, logits_bytes, base,
+            self.gpu.stream, graph, self._run_number, r.header_address, base + offsets["header"], r.header.bytes,
+            r.tables_address, base + offsets["tables"], 8 * s.layers * s.experts,
+            base + offsets["logits"], r.token.logits_address, logits_bytes, base,
         )  # fmt: skip
         self._check(error)
         return self._part("logits", 0, logits_bytes).view(np.float32).reshape(outputs, s.vocabulary)
 
-    def posted_picks(self, tokens: int) -> np.ndarray:
-        """int32 [layers, tokens, used]: the router's picks in the last run."""
-        s, pairs = self.shape, tokens * self.shape.used
-        rows = [
-            self._part("mail", self._mail.post(layer) + 8, 8 * pairs).view(np.uint16)[::4].reshape(tokens, s.used)
-            for layer in range(s.layers)
-        ]
+    def posted_picks(self) -> np.ndarray:
+        """int32 [layers, used]: the router's picks in the last token's run."""
+        mail, s = self._recorded.mail, self.shape
+        rows = [self._part("mail", mail.post(i) + 8, 8 * s.used).view(np.uint16)[::4] for i in range(s.layers)]
         return np.stack(rows).astype(np.int32)
+
+    def run_batch(
+        self, ids: np.ndarray, position: int, logits: np.ndarray, *, prompt_tokens: int, picks: np.ndarray | None
+    ) -> None:
+        """Read a batch of a prompt of so many tokens; see :meth:`PromptRunner.run` for the others.
+
+        Which arithmetic is used depends on the prompt's length alone, not on how memory or options cut it.
+        """
+        assert self._prompts is not None
+        uses_products = self._products is not None and prompt_tokens >= PRODUCT_PROMPT_TOKENS
+        self._prompts.run(ids, position, logits, uses_products=uses_products, picks=picks)
 
     def session(self) -> DeviceSession:
         """A new, empty timeline; the device holds one at a time.
@@ -408,7 +394,7 @@ class DeviceEngine(Engine):
 
     def clear_state(self) -> None:
         """Zero the session's recurrent state."""
-        for address, size in self._programs[1].state.zeroed:
+        for address, size in self._recorded.token.state.zeroed:
             self.gpu.stream.fill(address, 0, size)
 
     def statistics(self) -> dict[str, Any]:
@@ -437,13 +423,12 @@ class DeviceEngine(Engine):
             gpu.stream.synchronize()
             self._experts.settle()  # type: ignore[attr-defined]
         self._graphs.clear()
-        for name in ("_programs", "_memory", "_device_weights"):
+        for name in ("_recorded", "_prompts", "_products"):
             self.__dict__.pop(name, None)
         super().close()
         for registration in self.__dict__.pop("_registrations", []):
             registration.close()
         self.__dict__.pop("_shared_words", None)
-        self.__dict__.pop("_header_view", None)
         for buffer in self.__dict__.pop("_buffers", []):
             buffer.free()
         self.__dict__.pop("_streams", None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fomoe_io import kernels
-from fomoe_io.device_program import ALIGNMENT_BYTES
+from fomoe_io.device_rows import ALIGNMENT_BYTES
 from fomoe_io.device_weights import kernel_of
 from fomoe_io.errors import FormatError
 from fomoe_io.expert_slots import SlotLayout
@@ -18,9 +18,6 @@ from fomoe_io.kernels import up
 if TYPE_CHECKING:
     from fomoe_io.models.blocks import Shape
     from fomoe_io.store import ExpertLayer
-
-MOST_BATCH_TOKENS = 8
-"""Tokens of a prompt computed at once: beyond it `mat_mul_*` is bound by arithmetic, not by bytes (docs/gpu.md)."""
 
 RECORD_ALIGNMENT_BYTES = 16
 """Of a part in a device record: the widest load of the kernels."""

@@ -1,191 +1,42 @@
-"""What a model file composes for a GPU: the calls of :class:`fomoe_io.program.Recorder`, as kernel launches.
-
-Addresses come from an :class:`Arena`, so that a model recorded once on an arena without memory tells how much it
-needs, and once more on the device gives its launches.
-"""
+"""What a model file composes for a GPU: the calls of :class:`fomoe_io.program.Recorder`, as kernel launches."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from fomoe_io import kernels
 from fomoe_io.car import NativeCar
+from fomoe_io.device_rows import (
+    F32,
+    Q8,
+    DeviceExpertLayer,
+    DeviceMatrix,
+    DeviceRows,
+    DeviceState,
+    EmbeddingTable,
+    LaunchSpec,
+    Mailbox,
+    Memory,
+)
 from fomoe_io.kernels import up
 from fomoe_io.program import Activation
 
-F32, Q8 = 0, 1
-"""Forms of an activation: floats, or a row of ``kernels/activations.h``."""
-
-ALIGNMENT_BYTES = 256
+ATTENTION_TOKENS = 8
+"""Tokens of a batch whose attention is computed at once: what each position range found is kept until it is merged."""
 
 CAR_BYTES = ctypes.sizeof(NativeCar)
 """kernels/car_rule.h, fomoe_car."""
 
 
-class Arena:
-    """A bump allocator over one device buffer; without one (base 0) it only counts."""
-
-    def __init__(self, base: int = 0) -> None:
-        self.base, self.bytes = base, 0
-
-    def take(self, nbytes: int) -> int:
-        """An aligned address."""
-        address = self.base + self.bytes
-        self.bytes += up(nbytes, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        return address
-
-
-@dataclass(slots=True)
-class DeviceRows:
-    """One activation row a token: floats, or Q8 rows."""
-
-    address: int
-    columns: int
-    type: int = F32
-
-    @property
-    def stride_bytes(self) -> int:
-        """From one token to the next."""
-        return kernels.q8_row_bytes(self.columns) if self.type == Q8 else 4 * self.columns
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMatrix:
-    """A [rows, columns] weight matrix in device memory; `kernel` names its format."""
-
-    address: int
-    kernel: str
-    rows: int
-    columns: int
-
-    @property
-    def activation_type(self) -> int:
-        """What a product with it reads."""
-        return Q8 if self.kernel in kernels.QUANTIZED_TYPES else F32
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddingTable:
-    """Token embeddings in a file.
-
-    Attributes
-    ----------
-    kernel : the format in which rows are sent to the device
-    type : ggml's number of the file's format; the host expands rows to floats when the device does not know it
-    row_bytes, file_row_bytes : of a row as it is sent, and in the file
-    """
-
-    kernel: str
-    type: int
-    columns: int
-    row_bytes: int
-    file_row_bytes: int
-
-
-@dataclass(slots=True)
-class LaunchSpec:
-    """A launch that has not been bound to a device yet; the last three are those of :class:`device.Step`."""
-
-    kernel: str
-    grid: tuple[int, int, int]
-    arguments: list[Any]
-    beside: bool = False
-    forks: bool = False
-    joins: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceExpertLayer:
-    """What the kernels must know of a layer's routed experts.
-
-    Attributes
-    ----------
-    gate_kernel, down_kernel : formats of gate and up, and of down
-    device_offset : where gate, up and down stand in a record
-    table, post, answer : addresses as the device sees them (kernels/router.h)
-    """
-
-    gate_kernel: str
-    down_kernel: str
-    device_offset: tuple[int, int, int]
-    table: int
-    post: int
-    answer: int
-
-
-@dataclass(frozen=True, slots=True)
-class Mailbox:
-    """Words that every layer's kernels share: the run's number (device), the word that stops a wait (host)."""
-
-    run: int
-    stop: int
-
-
-class DeviceState:
-    """Addresses of a session's memory; `zeroed` lists (address, bytes) that a new session clears."""
-
-    def __init__(self, arena: Arena) -> None:
-        self._arena = arena
-        self.zeroed: list[tuple[int, int]] = []
-
-    def take(self, floats: int, *, zeroed: bool) -> int:
-        """Reserve float32 elements; return their address."""
-        address = self._arena.take(4 * floats)
-        if zeroed:
-            self.zeroed.append((address, 4 * floats))
-        return address
-
-
-@dataclass(slots=True)
-class Memory:
-    """The arenas of a recording: shared by the programs of all batch sizes, so they are laid out once.
-
-    `rows` has room for `batch_tokens` tokens.  Once `is_complete`, nothing new may be asked for: the device's buffer
-    ends with what was.
-    """
-
-    arena: Arena
-    state_arena: Arena
-    batch_tokens: int
-    context_tokens: int
-    rows: dict[tuple[str, int, int], DeviceRows] = field(default_factory=dict)
-    scratch: dict[str, int] = field(default_factory=dict)
-    is_complete: bool = False
-
-    def row(self, name: str, columns: int, type: int) -> DeviceRows:
-        """Rows by name; who asks for the same name, width and form shares them."""
-        key = (name, columns, type)
-        if key not in self.rows:
-            assert not self.is_complete, name
-            rows = DeviceRows(0, columns, type)
-            rows.address = self.arena.take(rows.stride_bytes * self.batch_tokens)
-            self.rows[key] = rows
-        return self.rows[key]
-
-    def row_at(self, name: str, columns: int, address: int) -> None:
-        """Float rows that have a place already."""
-        self.rows[(name, columns, F32)] = DeviceRows(address, columns)
-
-    def words(self, name: str, nbytes: int) -> int:
-        """Other device memory by name."""
-        if name not in self.scratch:
-            assert not self.is_complete, name
-            self.scratch[name] = self.arena.take(nbytes)
-        return self.scratch[name]
-
-
 class DeviceRecorder:
-    """Collects the launches of a model for exactly `tokens` tokens; the interface is that of `program.Recorder`.
+    """Collects the launches of a model for one token; the interface is that of `program.Recorder`.
 
     Parameters
     ----------
     memory : Memory
-    tokens : int
-        At most ``memory.batch_tokens``.
     experts : mapping of int to DeviceExpertLayer
     mailbox : Mailbox
     vocabulary : int
@@ -193,23 +44,24 @@ class DeviceRecorder:
     hidden : int
         Width of a routed expert.
     substitutes : bool
-        Single tokens go through cache-aware routing.
+        Picks go through cache-aware routing.
 
     Attributes
     ----------
+    tokens : int
+    positions : int
+        Address of int32 [tokens].
     body : list of LaunchSpec
         All but the logits.
-    tails : dict of int to list of LaunchSpec
-        By number of outputs (1: the last token, `tokens`: all): final norm and logits.
     """
 
     lookahead = False
+    tokens = 1
 
     def __init__(
         self,
         memory: Memory,
         *,
-        tokens: int,
         experts: dict[int, DeviceExpertLayer],
         mailbox: Mailbox,
         vocabulary: int,
@@ -217,22 +69,26 @@ class DeviceRecorder:
         substitutes: bool = False,
     ) -> None:
         self._substitutes = substitutes
-        self.memory, self.tokens, self.hidden = memory, tokens, hidden
-        self.batch_tokens, self.context_tokens = memory.batch_tokens, memory.context_tokens
+        self.memory, self.hidden, self.vocabulary = memory, hidden, vocabulary
+        self.context_tokens = memory.context_tokens
+        memory.state_arena.bytes = 0  # every program of a session shares its state
         self.state = DeviceState(memory.state_arena)
         self.experts_pool = experts
         self.program = self
-        self.body: list[LaunchSpec] = []
-        self.tails: dict[int, list[LaunchSpec]] = {0: []}
+        self.body: list[Any] = []
         self._mailbox = mailbox
         self._pending: dict[int, int] = {}  # rows' address -> address of what is to be added to them
         self._makers: dict[int, LaunchSpec] = {}  # rows' address -> the launch that can write them as Q8 too
-        self._final: Callable[[int], list[LaunchSpec]] | None = None
+        self._tail: Callable[[int, int], list[LaunchSpec]] | None = None
+        self._final: Callable[[int, int], list[LaunchSpec]] | None = None
         self._rotated_query: dict[int, DeviceRows] = {}
         self._layer = -1
-        self.positions = memory.words("positions", 4 * memory.batch_tokens)
-        self.logits_address = memory.words("logits", 4 * vocabulary * memory.batch_tokens)
-        self.embedding: tuple[EmbeddingTable, int, int, int] | None = None  # table, file, offset, address
+        self.embedding: EmbeddingTable | None = None
+        self._take_inputs()
+
+    def _take_inputs(self) -> None:
+        self.positions = self.memory.words("positions", 4)
+        self.logits_address = self.memory.words("logits", 4 * self.vocabulary)
 
     def _add(self, kernel: str, grid: tuple[int, int, int], *arguments: Any) -> LaunchSpec:
         spec = LaunchSpec(kernel, grid, list(arguments))
@@ -256,11 +112,21 @@ class DeviceRecorder:
         return self.memory.row(name, columns, type)
 
     def embed(self, table: EmbeddingTable, output: DeviceRows, *, file: int = -1, offset: int = 0) -> None:
-        """output = the tokens' embeddings, whose rows the host sends with the header."""
-        address = self.memory.words("embedding", table.row_bytes * self.batch_tokens)
-        self.embedding = (table, file, offset, address)
+        """output = the tokens' embeddings, whose rows the host sends before the run."""
+        address = self._embedding_rows(table)
+        self.embedding, self.embedding_file, self.embedding_offset = table, file, offset
         grid = (up(table.columns, 1024), self.tokens, 1)
         self._add(f"expand_{table.kernel}", grid, address, None, output.address, table.columns)
+
+    def _embedding_rows(self, table: EmbeddingTable) -> int:
+        return self.memory.words("embedding", table.row_bytes)
+
+    def form_of(self, matrix: DeviceMatrix) -> int:
+        """The form of the activations that a product with it reads."""
+        return matrix.activation_type
+
+    def _forms(self, name: str, columns: int, wanted: Iterable[int]) -> dict[int, DeviceRows]:
+        return {form: self.rows(name, columns, form) for form in dict.fromkeys(wanted)}
 
     def norm(
         self,
@@ -274,34 +140,37 @@ class DeviceRecorder:
         of_outputs: bool = False,
     ) -> Activation:
         """RMS norm of `x`, after what was to be added to it, in each form that is read."""
-        wanted = dict.fromkeys([m.activation_type for m in feeds] + list(types))
-        forms: dict[int, DeviceRows] = {form: self.rows(name, x.columns, form) for form in wanted}
+        wanted = [m.activation_type if of_outputs else self.form_of(m) for m in feeds]
+        forms = self._forms(name, x.columns, [*wanted, *types])
         residual = self._pending.pop(x.address, None)
         floats, q8 = (forms[form].address if form in forms else None for form in (F32, Q8))
 
-        def launch(tokens: int) -> LaunchSpec:
-            skip = 4 * x.columns * (self.tokens - tokens)
+        def launches(first: int, tokens: int) -> list[LaunchSpec]:
+            skip = 4 * x.columns * first
             after = None if residual is None else residual + skip
-            return LaunchSpec(
-                "rms_norm", (tokens, 1, 1), [x.address + skip, after, weight, floats, q8, x.columns, epsilon]
-            )
+            arguments = [x.address + skip, after, weight, floats, q8, x.columns, epsilon]
+            return [LaunchSpec("rms_norm", (tokens, 1, 1), arguments), *self._as_halves(forms, tokens)]
 
         if of_outputs:
-            self._final = lambda tokens: [launch(tokens)]
+            self._final = launches
         else:
-            self.body.append(launch(self.tokens))
+            self.body += launches(0, self.tokens)
         return Activation(forms)
+
+    def _as_halves(self, forms: dict[int, DeviceRows], tokens: int) -> list[LaunchSpec]:
+        """What makes the third form of the first; only batches ask for it."""
+        return []
 
     def convert(self, x: DeviceRows, *, name: str, feeds: Sequence[DeviceMatrix]) -> Activation:
         """`x` in the forms that `feeds` read; written by the launch that made `x` where that can."""
-        forms = {F32: x}
-        if any(m.activation_type == Q8 for m in feeds):
-            forms[Q8] = self.rows(name, x.columns, Q8)
+        forms = self._forms(name, x.columns, {self.form_of(m) for m in feeds} - {F32}) | {F32: x}
+        if Q8 in forms:
             maker = self._makers.pop(x.address, None)
             if maker is None:
                 self._add("quantize_q8", (up(x.columns, 256), self.tokens, 1), x.address, forms[Q8].address, x.columns)
             else:
                 maker.arguments[maker.arguments.index("q8")] = forms[Q8].address
+        self.body += self._as_halves(forms, self.tokens)
         return Activation(forms)
 
     def silu_mul(
@@ -309,26 +178,22 @@ class DeviceRecorder:
     ) -> Activation:
         """silu(gate) * up."""
         columns = gate.columns
-        forms = {form: self.rows(name, columns, form) for form in (F32, Q8)}
-        floats = forms[F32].address if any(m.activation_type == F32 for m in feeds) else None
+        forms = self._forms(name, columns, [self.form_of(m) for m in feeds] + [Q8])
+        floats = forms[F32].address if F32 in forms else None
         grid = (up(columns, 256), self.tokens, 1)
         self._add("silu_mul", grid, gate.address, up_rows.address, floats, forms[Q8].address, columns)
+        self.body += self._as_halves(forms, self.tokens)
         return Activation(forms)
 
-    def _product(self, matrix: DeviceMatrix, x: int, y: int, tokens: int) -> LaunchSpec:
+    def _product(self, matrix: DeviceMatrix, x: int, y: int) -> LaunchSpec:
         split = kernels.split_of(matrix.kernel, matrix.columns, matrix.rows)
-        # one token's rows and several tokens' are summed alike, so results do not depend on the batch
-        family = "mat_vec" if tokens == 1 else "mat_mul"
-        grid = (
-            kernels.mat_vec_grid(matrix.kernel, matrix.rows, split)
-            if tokens == 1
-            else kernels.mat_mul_grid(matrix.rows, split, tokens)
+        grid = kernels.mat_vec_grid(matrix.kernel, matrix.rows, split)
+        return LaunchSpec(
+            f"mat_vec_{matrix.kernel}", grid, [matrix.address, x, y, matrix.rows, matrix.columns, 1, split]
         )
-        arguments = [matrix.address, x, y, matrix.rows, matrix.columns, tokens, split]
-        return LaunchSpec(f"{family}_{matrix.kernel}", grid, arguments)
 
     def mat_mul(self, products: Sequence[tuple[DeviceMatrix, Activation, DeviceRows]]) -> None:
-        """output = matrix @ input, for each; one token's products of one format and input share a launch."""
+        """output = matrix @ input, for each; products of one format and input share a launch."""
         alike: dict[tuple[str, int], list[tuple[DeviceMatrix, int, int]]] = {}
         for matrix, activation, y in products:
             x = activation.forms[matrix.activation_type].address
@@ -336,10 +201,7 @@ class DeviceRecorder:
         for group in alike.values():
             for i in range(0, len(group), kernels.MAT_VEC_MANY):
                 part = group[i : i + kernels.MAT_VEC_MANY]
-                if self.tokens > 1 or len(part) == 1:
-                    self.body += [self._product(matrix, x, y, self.tokens) for matrix, x, y in part]
-                else:
-                    self.body.append(_many(part))
+                self.body.append(self._product(*part[0]) if len(part) == 1 else _many(part))
 
     def mat_mul_add(self, matrix: DeviceMatrix, x: Activation, output: DeviceRows) -> None:
         """output += matrix @ x; the sum is made by the norm that reads it next."""
@@ -354,10 +216,9 @@ class DeviceRecorder:
 
     def logits(self, matrix: DeviceMatrix, x: Activation) -> None:
         """The last product, for the positions that want logits."""
-        assert self._final is not None
-        for outputs in {1, self.tokens}:
-            row = x.forms[matrix.activation_type].address
-            self.tails[outputs] = [*self._final(outputs), self._product(matrix, row, self.logits_address, outputs)]
+        final, row = self._final, x.forms[matrix.activation_type].address
+        assert final is not None
+        self._tail = lambda first, tokens: [*final(first, tokens), self._product(matrix, row, self.logits_address)]
 
     # ---- attention ----
 
@@ -384,7 +245,7 @@ class DeviceRecorder:
     ) -> None:  # fmt: skip
         """output = softmax(q k^T / sqrt(d)) v, times sigmoid(gate) where the query rows carry one."""
         splits = kernels.attention_splits(context)
-        parts = self.memory.words("attention", 4 * self.batch_tokens * heads * splits * (head_columns + 2))
+        parts = self._attention_parts(heads * splits * (head_columns + 2))
         self._add(
             f"attention_f32_{head_columns}", kernels.attention_grid(heads, kv_heads, splits, self.tokens),
             self._rotated_query[query.address].address, key_cache, value_cache, self.positions, parts, heads, kv_heads,
@@ -395,6 +256,10 @@ class DeviceRecorder:
             "attention_merge", (heads, self.tokens, 1), parts, self.positions, gate, output.address, "q8", heads,
             head_columns, splits, query_stride,
         )  # fmt: skip
+
+    def _attention_parts(self, floats: int) -> int:
+        """Room for the parts of some tokens: as many as a launch of a batch has."""
+        return self.memory.words("attention", 4 * floats * min(self.memory.batch_tokens, ATTENTION_TOKENS))
 
     # ---- gated delta rule ----
 
@@ -427,41 +292,42 @@ class DeviceRecorder:
         normalise: bool, scale: float,
     ) -> None:  # fmt: skip
         """The picks, their records, and word of them to the host."""
-        e, pairs = self.experts_pool[layer], self.tokens * used
+        e = self.experts_pool[layer]
         resolved = [e.table, self._records(used), e.post, self._mailbox.run, self.memory.words("misses", 4)]
-        if self.tokens == 1 and not self._substitutes:
+        if not self._substitutes:
             self._add(
                 "route_and_resolve", (1, 1, 1), logits.address, ids.address, weights.address, *resolved, experts, used,
                 int(normalise), scale,
             )  # fmt: skip
             return
         self._add(
-            "route", (self.tokens, 1, 1), logits.address, ids.address, weights.address, experts, used, int(normalise),
-            scale,
+            "route", (1, 1, 1), logits.address, ids.address, weights.address, experts, used, int(normalise), scale
+        )
+        rule = self.memory.words("car", CAR_BYTES)
+        self._add(
+            "substitute_and_resolve", (1, 1, 1), logits.address, ids.address, weights.address, *resolved, rule,
+            experts, used, int(normalise),
         )  # fmt: skip
-        if self.tokens == 1:
-            rule = self.memory.words("car", CAR_BYTES)
-            self._add(
-                "substitute_and_resolve", (1, 1, 1), logits.address, ids.address, weights.address, *resolved, rule,
-                experts, used, int(normalise),
-            )  # fmt: skip
-        else:
-            self._add("resolve_picks", (1, 1, 1), ids.address, *resolved, pairs)
 
     def _records(self, used: int) -> int:
-        return self.memory.words("records", 8 * self.batch_tokens * used)
+        return self.memory.words("records", 8 * used)
 
     def _late(self, used: int) -> int:
-        return self.memory.words("late", 8 * self.batch_tokens * used)
+        return self.memory.words("late", 8 * used)
 
     def _gate_and_up(self, layer: int, records: int, x: DeviceRows, used: int, hidden: int, columns: int) -> None:
         e = self.experts_pool[layer]
-        floats = self.rows("hidden", used * hidden).address if e.down_kernel in kernels.FLOAT_TYPES else None
-        q8 = self.memory.words("hidden_q8", self.batch_tokens * used * kernels.q8_row_bytes(hidden))
+        q8, floats = self._hidden(e, used, hidden)
         self._add(
-            f"experts_gate_up_{e.gate_kernel}", kernels.gate_up_grid(hidden, self.tokens * used), records,
+            f"experts_gate_up_{e.gate_kernel}", kernels.gate_up_grid(hidden, used), records,
             e.device_offset[0], e.device_offset[1], x.address, q8, floats, hidden, columns, used,
         )  # fmt: skip
+
+    def _hidden(self, e: DeviceExpertLayer, used: int, hidden: int) -> tuple[int, int | None]:
+        """Where the experts' activations go, a row a pair: as Q8, and as floats where down reads those."""
+        floats = self.rows("hidden", used * hidden).address if e.down_kernel in kernels.FLOAT_TYPES else None
+        q8 = self.memory.words("hidden_q8", self.memory.batch_tokens * used * kernels.q8_row_bytes(hidden))
+        return q8, floats
 
     def experts_begin(
         self, experts: dict[int, DeviceExpertLayer], ids: DeviceRows, gate_input: DeviceRows, up_input: DeviceRows,
@@ -475,11 +341,11 @@ class DeviceRecorder:
         layer: int,
     ) -> None:  # fmt: skip
         """Wait for the others, if there are any; their gate and up."""
-        used, pairs = ids.columns, self.tokens * ids.columns
+        used = ids.columns
         late = self._late(used)
         self._add(
             "wait_for_misses", (1, 1, 1), self.memory.words("misses", 4), experts[layer].answer, self._mailbox.run,
-            self._mailbox.stop, late, pairs,
+            self._mailbox.stop, late, used,
         )  # fmt: skip
         self._gate_and_up(layer, late, gate_input, used, self.hidden, gate_input.columns)
         self._layer = layer
@@ -490,11 +356,10 @@ class DeviceRecorder:
     ) -> None:  # fmt: skip
         """output += the experts' weighted sum (+ the shared expert); the sum is made by the next norm."""
         e, hidden, total = experts[self._layer], self.hidden, self.rows("added", output.columns)
-        floats = e.down_kernel in kernels.FLOAT_TYPES
-        x = self.rows("hidden", used * hidden).address if floats else self.memory.words("hidden_q8", 0)
+        q8, floats = self._hidden(e, used, hidden)
         down = self._add(
-            f"experts_down_{e.down_kernel}", kernels.down_grid(output.columns, self.tokens), self._records(used),
-            self._late(used), e.device_offset[2], x, weights.address, shared and shared.address,
+            f"experts_down_{e.down_kernel}", kernels.down_grid(output.columns), self._records(used),
+            self._late(used), e.device_offset[2], floats or q8, weights.address, shared and shared.address,
             shared_gate and shared_gate.address, total.address, output.columns, hidden, used,
         )  # fmt: skip
         down.joins = True
@@ -506,11 +371,25 @@ class DeviceRecorder:
     # ---- the result ----
 
     def launches(self, outputs: int) -> list[LaunchSpec]:
-        """All launches of a run that wants so many logits; "q8" arguments that nobody reads are none."""
-        specs = [*self.body, *self.tails[outputs]]
-        for spec in specs:
+        """All launches of a run that wants so many logits (0 or 1)."""
+        return [*self.finished_body(), *(self.tail(0, 1) if outputs else [])]
+
+    def finished_body(self) -> list[Any]:
+        """All but the logits."""
+        return _finished(self.body)
+
+    def tail(self, first: int, tokens: int) -> list[LaunchSpec]:
+        """Final norm and logits of so many tokens from the `first` on."""
+        assert self._tail is not None
+        return _finished(self._tail(first, tokens))
+
+
+def _finished(specs: list[Any]) -> list[Any]:
+    """The launches, where "q8" arguments that nobody reads are none."""
+    for spec in specs:
+        if isinstance(spec, LaunchSpec):
             spec.arguments = [None if isinstance(a, str) else a for a in spec.arguments]
-        return specs
+    return specs
 
 
 def _many(products: Sequence[tuple[DeviceMatrix, int, int]]) -> LaunchSpec:

@@ -1,4 +1,4 @@
-"""A session on a GPU: its state lies in device memory, its tokens are replayed graphs."""
+"""A session on a GPU: its state lies in device memory, its tokens are replayed graphs, its prompts run in batches."""
 
 from __future__ import annotations
 
@@ -46,17 +46,15 @@ class DeviceSession(Session):
         if set(records) - {"experts"}:
             raise UsageError(f"a GPU records experts alone, not {', '.join(sorted(set(records) - {'experts'}))}")
         self._broken = True
-        step = len(ids) if len(ids) == engine.batch_tokens else 1
-        for first in range(0, len(ids), step):
-            last = first + step
-            wanted = step if outputs == len(ids) else int(bool(outputs) and last == len(ids))
-            found = engine.run_batch(ids[first:last], self.position, wanted, substitute=substitute)
-            if wanted:
-                place = first if outputs == len(ids) else 0
-                logits[place : place + wanted] = found
-            if "experts" in records:
-                records["experts"][:, first:last] = engine.posted_picks(step)
-            self.position += step
+        picks = records.get("experts")
+        if substitute or engine.batch_tokens == 1:
+            found = engine.run_token(int(ids[0]), self.position, outputs, substitute=substitute)
+            logits[:outputs] = found
+            if picks is not None:
+                picks[:, 0] = engine.posted_picks()
+        else:
+            engine.run_batch(ids, self.position, logits[:outputs], prompt_tokens=self._prompt_tokens, picks=picks)
+        self.position += len(ids)
         self._broken = False
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 
 from fomoe_io import kernels
-from fomoe_io.device_program import Arena, DeviceMatrix, EmbeddingTable
+from fomoe_io.device_rows import Arena, DeviceMatrix, EmbeddingTable
 from fomoe_io.errors import FormatError
 from fomoe_io.reader import Memory, Reader, aligned_memory
 from fomoe_io.weights import PAGE_BYTES, Weights, aligned_window

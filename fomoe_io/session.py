@@ -38,6 +38,7 @@ class Session:
         self._take_memory()
         self._decode_logits = np.empty((1, engine.shape.vocabulary), np.float32)
         self._broken = False
+        self._prompt_tokens = 0  # of the prompt at work
         self.position = 0
         self.context_tokens = engine.context_tokens
         self.records: dict[str, np.ndarray] = {}
@@ -113,7 +114,7 @@ class Session:
         ids = self.checked(tokens)
         started = time.monotonic()
         logits = np.empty((1, self._engine.shape.vocabulary), np.float32)
-        batch = self._batch_tokens
+        batch, self._prompt_tokens = self._batch_tokens, len(ids)
         for first in range(0, len(ids), batch):
             part = ids[first : first + batch]
             self._run(part, logits, 1 if first + batch >= len(ids) else 0, {})
@@ -154,7 +155,7 @@ class Session:
         ids = self.checked(tokens)
         started = time.monotonic()
         logits = np.empty((len(ids), self._engine.shape.vocabulary), np.float32)
-        batch = self._batch_tokens
+        batch, self._prompt_tokens = self._batch_tokens, len(ids)
         pieces: dict[str, list[np.ndarray]] = {name: [] for name in record}
         for first in range(0, len(ids), batch):
             part = ids[first : first + batch]

@@ -35,22 +35,37 @@ typedef struct {
     uint64_t nvme_reads, nvme_bytes;
     uint64_t nvme_stall_ns; /* waiting for reads */
     uint64_t copy_stall_ns; /* waiting for copies to the device */
-    uint64_t route_wait_ns; /* waiting for the device to route */
     uint64_t served_layers; /* layers with a miss: the only ones whose kernels waited for the host */
     uint64_t layers;
 } fomoe_device_expert_counters;
 
 typedef struct fomoe_device_experts fomoe_device_experts;
 
-/* Everything is copied but what the layers point to.  pairs: most picks of a layer in one run.  NULL: out of memory. */
-fomoe_device_experts *fomoe_device_experts_new(int layers, int used, int pairs, const fomoe_device_layer *layer,
+/* Everything is copied but what the layers point to.  used: picks of a token.  NULL: out of memory. */
+fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe_device_layer *layer,
                                                int classes, const fomoe_size_class *, fomoe_residency *,
                                                fomoe_reader *, const fomoe_device_copies *);
 void fomoe_device_experts_free(fomoe_device_experts *);
 
-/* Serve all layers of run number `run`, whose kernels have been enqueued on `compute`.  0, a negative errno (a read
- * failed), or 1 (a device call failed: see fomoe_device_experts_copies).  After an error *stop is set. */
-int fomoe_device_experts_serve(fomoe_device_experts *, uint32_t run, int tokens, void *compute, volatile uint32_t *stop);
+/* Serve all layers of one token, run number `run`, whose kernels have been enqueued on `compute`.  0, a negative errno
+ * (a read failed), or 1 (a device call failed: see fomoe_device_experts_copies).  After an error *stop is set. */
+int fomoe_device_experts_serve(fomoe_device_experts *, uint32_t run, void *compute, volatile uint32_t *stop);
+
+/* A tile of a batch (kernels/tile.h): up to FOMOE_TILE_PAIRS pairs (token * used + rank) of one expert. */
+enum { FOMOE_TILE_PAIRS = 16 };
+typedef struct {
+    uint64_t record; /* where the expert lies on the device */
+    uint32_t first, count; /* its pairs: order[first .. first + count) */
+} fomoe_tile;
+
+/* A batch of so many tokens begins. */
+void fomoe_device_batch_begin(fomoe_device_experts *, int tokens);
+/* Count a layer's picks, [tokens][used], and sort its pairs by expert into order.  Returns as serve. */
+int fomoe_device_batch_layer(fomoe_device_experts *, int layer, const int32_t *picks, int tokens, int32_t *order);
+/* Put the layer's next experts on the device: first those that are there, then as many as fit, again and again.
+ * *count: their tiles; 0 when all have been there.  What fits is theirs until the next call, whose copies wait for
+ * the event `computed` (NULL: nothing to wait for).  Returns as serve. */
+int fomoe_device_batch_next(fomoe_device_experts *, int layer, void *computed, fomoe_tile *tiles, int *count);
 /* Read these experts into free slots, hottest first.  Returns as above. */
 int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *experts, const double *scores, int count);
 /* Wait for all copies to the host. */

@@ -65,10 +65,14 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "route_and_resolve": Kernel(512, "ppppppppiiif"),
         "substitute_and_resolve": Kernel(512, "pppppppppiii"),
         "wait_for_misses": Kernel(256, "pppppi"),
+        "combine_picks": Kernel(256, "pppppii"),
         "read_memory": Kernel(256, "pqpi"),
     }
     for name in TYPES:
-        table[f"mat_vec_{name}"] = table[f"mat_mul_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
+        table[f"mat_mul_{name}"] = Kernel(128, "pppiii")
+        table[f"group_gate_up_{name}"] = Kernel(128, "ppqqpppiii")
+        table[f"group_down_{name}"] = Kernel(128, "ppqppii")
+        table[f"mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
         table[f"mat_vec_many_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "ppppppppiiiipiii")
         table[f"expand_{name}"] = Kernel(32, "pppi")
         table[f"experts_gate_up_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pqqpppiii")
@@ -115,13 +119,31 @@ def mat_vec_grid(
     return up(rows, size["MAT_VEC_WARPS"] // split * rows_of_warp), tokens, 1
 
 
+TILE_TOKENS = 16
+HALF_TYPES: tuple[str, ...] = ()
+
+
+def halves_grid(columns: int, tokens: int) -> tuple[int, int, int]:
+    return 1, tokens, 1
+
+
 MAT_VEC_MANY = 4  # mat_vec.h: matrices of a mat_vec_many launch
 NORM_MOST_COLUMNS = 16384  # norms.h
 
 
-def mat_mul_grid(rows: int, split: int, tokens: int) -> tuple[int, int, int]:
+def mat_mul_grid(rows: int, tokens: int) -> tuple[int, int, int]:
     """Grid of ``mat_mul_*``."""
-    return up(rows, TUNING["MAT_VEC_WARPS"] // split), up(tokens, TUNING["MAT_MUL_TOKENS"]), 1
+    return up(rows, 64), up(tokens, TILE_TOKENS), 1
+
+
+def group_gate_up_grid(rows: int, tiles: int) -> tuple[int, int, int]:
+    """Grid of ``group_gate_up_*``."""
+    return rows // 32, tiles, 1
+
+
+def group_down_grid(rows: int, tiles: int) -> tuple[int, int, int]:
+    """Grid of ``group_down_*``."""
+    return up(rows, 64), tiles, 1
 
 
 def gate_up_grid(rows: int, pairs: int) -> tuple[int, int, int]:

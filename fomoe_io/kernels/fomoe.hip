@@ -9,4 +9,5 @@
 #include "attention.h"
 #include "delta.h"
 #include "router.h"
+#include "tile.h"
 #include "probe.h"

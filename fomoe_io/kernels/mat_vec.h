@@ -121,11 +121,6 @@ DEVICE void expand(const u8 *weights, const int *ids, float *y, int columns) {
                                                                   split);                                             \
     }                                                                                                                 \
     EXPORT_KERNEL(mat_vec_many_##type)                                                                                \
-    RESIDENT_KERNEL(32 * MAT_VEC_WARPS, 1, mat_mul_##type)                                                            \
-    (const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens, int split) {                        \
-        mat_vec<type, 1, MAT_MUL_TOKENS>(weights, x, y, rows, columns, tokens, split, block_x());                     \
-    }                                                                                                                 \
-    EXPORT_KERNEL(mat_mul_##type)                                                                                     \
     KERNEL(32, expand_##type)(const u8 *weights, const int *ids, float *y, int columns) {                             \
         expand<type>(weights, ids, y, columns);                                                                       \
     }                                                                                                                 \
