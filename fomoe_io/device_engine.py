@@ -124,9 +124,9 @@ class DeviceEngine(Engine):
         self._layouts = {i: slot_layout(layer) for i, layer in self._layers.items()}
         self._records = {i: record_layout(i, layer, self._layouts[i]) for i, layer in self._layers.items()}
         forms = {i: Q8 if r.kernels[0] in kernels.QUANTIZED_TYPES else F32 for i, r in self._records.items()}
-        self._expert_inputs = {i: (form, form) for i, form in forms.items()}
+        inputs = {i: (form, form) for i, form in forms.items()}
         self._source = ModelSource(
-            s, build, self._resident(), self._files, self._records, self._expert_inputs, self.context_tokens,
+            s, build, self._resident(), self._files, self._records, inputs, self.context_tokens,
             substitutes=self.config.car is not None,
         )  # fmt: skip
         self._batch_tokens = min(self.config.batch_tokens, self.context_tokens)
@@ -183,7 +183,8 @@ class DeviceEngine(Engine):
             smallest = sum(fixed) + s.used * sum(r.slot_bytes[VRAM] for r in self._records.values())
             smallest += spares * sum(sizes[VRAM] for sizes in size_classes(self._records))
             raise BudgetError(
-                f"a device budget of {format_bytes(limit)} is too small for {self.model_name}",
+                f"a device budget of {format_bytes(limit)} is too small for {self.model_name} with batches of "
+                f"{self._batch_tokens} tokens",
                 hint=f"--vram {-(-smallest // (1 << 20)) + 1}M",
             )
         table = np.zeros((s.layers, 2), np.int32)

@@ -94,7 +94,7 @@ def test_types_without_kernels_are_expanded(tmp_path: Path) -> None:
 
 
 def test_bits_do_not_depend_on_memory(model: Path) -> None:
-    """From everything in VRAM to barely a token's picks there and nothing in DRAM; whatever the batch; a token at a time."""
+    """From everything in VRAM to barely a token's picks there and nothing in DRAM; any batch size; single tokens."""
     expected, all_hits = evaluate(model, settings())
     assert all_hits["tiers"]["vram"]["hits"] == all_hits["expert_requests"] == len(TOKENS) * 4 * 3
     assert all_hits["layers_served"]["with_misses"] == 0
@@ -249,8 +249,13 @@ def test_a_failed_read_names_the_expert_and_the_device_goes_on(model: Path, tmp_
         expected = session.prefill(TOKENS[:2]).copy()
         with copy.open("r+b") as stream:
             stream.truncate(copy.stat().st_size // 8)
+        for _ in range(8):  # more often than there are host buffers on the way: each failure gives its own back
+            with pytest.raises(ReadError, match="expert"):
+                session.prefill(np.arange(60) % 300)
+            session.reset()
         with pytest.raises(ReadError, match="expert"):
-            session.prefill(np.arange(60) % 300)
+            for token in range(60):
+                session.decode(token)
         copy.write_bytes(model.read_bytes())
         session.reset()
         np.testing.assert_array_equal(session.prefill(TOKENS[:2]), expected)
@@ -269,6 +274,20 @@ def test_what_the_kernels_cannot_do_is_said_at_load(tmp_path: Path, changes: dic
     path = write_tiny(tmp_path / "model.gguf", tiny(**changes), seed=1)
     with pytest.raises(FormatError, match=text) as caught:
         Engine.open(path, settings())
+    assert caught.value.hint == "--device cpu"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"trace": Path("picks.trace")}, "a trace"),
+        ({"lookahead": 2}, "lookahead"),
+        ({"car": CarRule.parse("ratio:0.5,backfill=1")}, "back-fill"),
+    ],
+)
+def test_what_only_the_processor_does_is_refused(model: Path, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=f"{text} is made on the CPU alone") as caught:
+        Engine.open(model, settings(**changes))
     assert caught.value.hint == "--device cpu"
 
 
