@@ -101,11 +101,11 @@ def drive_bandwidth(engine: DeviceEngine, seconds: float) -> float:
 
 def token_bytes(engine: DeviceEngine) -> dict[str, int]:
     """What a token reads: dense weights without the output matrix, experts, state (read and written), output matrix."""
-    planned = engine._device_weights._planned
-    output = "token_embd.weight" if engine._device_weights.tied else "output.weight"
+    planned = engine._recorded.weights._planned
+    output = "token_embd.weight" if engine._recorded.weights.tied else "output.weight"
     dense = sum(p.tensor.bytes for name, p in planned.items() if name != output)
     experts = sum(engine.shape.used * sum(r.part_bytes) for r in engine._records.values())
-    state = 2 * sum(size for _, size in engine._programs[1].state.zeroed)
+    state = 2 * sum(size for _, size in engine._recorded.token.state.zeroed)
     return {"dense": dense, "experts": experts, "state": state, "output": planned[output].tensor.bytes}
 
 
@@ -115,7 +115,7 @@ def decode(engine: DeviceEngine, tokens: np.ndarray, outputs: int) -> list[float
     session = engine.session()
     for i, token in enumerate(tokens):
         started = time.perf_counter()
-        engine.run_batch(np.array([token], np.int32), i, outputs, substitute=True)
+        engine.run_token(int(token), i, outputs, substitute=True)
         times.append(time.perf_counter() - started)
     session.close()
     return times
@@ -123,7 +123,7 @@ def decode(engine: DeviceEngine, tokens: np.ndarray, outputs: int) -> list[float
 
 def replay_ms(engine: DeviceEngine, outputs: int) -> float:
     """Milliseconds of a token's graph on the device alone (nothing may be missing: nobody would answer)."""
-    gpu, graph = engine.gpu, engine._graph(1, outputs)
+    gpu, graph = engine.gpu, engine._graph(outputs)
     begin, end = gpu.event(is_timed=True), gpu.event(is_timed=True)
     samples = []
     for _ in range(REPLAYS):
@@ -138,7 +138,7 @@ def replay_ms(engine: DeviceEngine, outputs: int) -> float:
 def profile(engine: DeviceEngine) -> dict[str, dict[str, float]]:
     """Microseconds of each kernel of a token, each launch timed alone (so without its overlap with neighbours)."""
     gpu = engine.gpu
-    launches = [(s, gpu.prepare(s.kernel, s.grid, *s.arguments)) for s in engine._programs[1].launches(1)]
+    launches = [(s, gpu.prepare(s.kernel, s.grid, *s.arguments)) for s in engine._recorded.token.launches(1)]
     skipped = ("wait_for_misses",)
     begin, end = gpu.event(is_timed=True), gpu.event(is_timed=True)
     total: dict[str, list[float]] = defaultdict(list)
@@ -220,7 +220,7 @@ def measure(engine: DeviceEngine, options: argparse.Namespace) -> dict[str, Any]
         "layer_us": layer_us, "layer_roofline_us": layer_bytes / bandwidth * 1e6,
         "layer_over_roofline": layer_us / (layer_bytes / bandwidth * 1e6),
         "token_over_roofline": statistics.median(times) / (sum(nbytes.values()) / bandwidth),
-        "launches_per_layer": len(engine._programs[1].body) / s.layers,
+        "launches_per_layer": len(engine._recorded.token.body) / s.layers,
         "statistics": statistics_,
     }  # fmt: skip
     if options.tiers or options.vram:

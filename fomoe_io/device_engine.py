@@ -77,6 +77,9 @@ class DeviceEngine(Engine):
     two_branches = True
     """Whether the shared expert runs beside the routed ones."""
 
+    may_use_library = True
+    """Whether the vendor's library makes the dense products of prompts, where it is found."""
+
     def __init__(self, store: Store, config: EngineConfig, gpu: Gpu) -> None:
         self.gpu = gpu
         self._graphs: dict[int, Graph] = {}
@@ -372,8 +375,11 @@ class DeviceEngine(Engine):
         Which arithmetic is used depends on the prompt's length alone, not on how memory or options cut it.
         """
         assert self._prompts is not None
-        uses_products = self._products is not None and prompt_tokens >= PRODUCT_PROMPT_TOKENS
-        self._prompts.run(ids, position, logits, uses_products=uses_products, picks=picks)
+        self._prompts.run(ids, position, logits, uses_products=self.uses_products(prompt_tokens), picks=picks)
+
+    def uses_products(self, prompt_tokens: int) -> bool:
+        """Whether the vendor's library makes the dense products of a prompt of so many tokens."""
+        return self._products is not None and prompt_tokens >= PRODUCT_PROMPT_TOKENS
 
     def session(self) -> DeviceSession:
         """A new, empty timeline; the device holds one at a time.

@@ -111,6 +111,7 @@ class PromptRunner:
         self._record, self._embed, self._products, self._check = record, embed, products, check
         self._programs: dict[tuple[int, bool], _Program] = {}
         self._posted, self._computed = gpu.event(), gpu.event()
+        self._is_running = False
 
     def _words(self, offset: int, count: int, dtype: Any) -> np.ndarray:
         return self._host[offset:].view()[: count * np.dtype(dtype).itemsize].view(dtype)
@@ -164,6 +165,9 @@ class PromptRunner:
         """
         tokens, stream = len(ids), self._gpu.stream
         program = self._program(tokens, uses_products)
+        if self._is_running:  # the last run was interrupted: the device may still read what the host wrote for it
+            stream.synchronize()
+        self._is_running = True
         self._fill_inputs(program.recorder, ids, position)
         self._experts.begin_batch(tokens)
         for step in program.steps:
@@ -176,6 +180,7 @@ class PromptRunner:
             else:
                 step.run(stream)
         self._compute_logits(program.recorder, tokens, logits)
+        self._is_running = False
 
     def _fill_inputs(self, recorder: BatchRecorder, ids: np.ndarray, position: int) -> None:
         at, table = self._inputs, recorder.embedding
