@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--vram", type=parse_bytes)
     parser.add_argument("--ram", type=parse_bytes)
     parser.add_argument("--car", type=CarRule.parse, help="cache-aware routing, such as regret:0.03")
+    parser.add_argument("--calibration", help="of `fomoe-bench io --calibrate`: the sizes of sub-reads, the depth")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--one-branch", action="store_true", help="the shared expert after the routed ones' start")
     parser.add_argument("--resident-ms", type=float, help="of a token that misses nothing, from an unlimited run")
@@ -182,6 +183,7 @@ def main() -> None:
         vram_bytes=options.vram,
         ram_bytes=options.ram,
         car=options.car,
+        calibration=options.calibration,
         context_tokens=2048,
     )
     DeviceEngine.two_branches = not options.one_branch
