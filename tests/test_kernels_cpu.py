@@ -10,7 +10,7 @@ import pytest
 
 from fomoe_io import kernels
 from fomoe_io.car import CarRule
-from tests.gpu_shim import cases
+from tests.gpu_shim import cases, tile_cases
 from tests.gpu_shim.cpu_kernels import CpuRunner, build
 from tests.test_car import RULES
 
@@ -48,6 +48,25 @@ def test_mat_vec(runner: CpuRunner, rng: np.random.Generator, name: str, rows: i
 @pytest.mark.parametrize("name", kernels.TYPES)
 def test_mat_vec_of_long_rows(runner: CpuRunner, rng: np.random.Generator, name: str) -> None:
     cases.check_mat_vec(runner, rng, name, 3, 2304, 1)
+
+
+@pytest.mark.parametrize("name", kernels.TYPES)
+@pytest.mark.parametrize(("rows", "blocks", "tokens"), [(1, 1, 1), (70, 2, 17), (130, 3, 5)])
+def test_mat_mul(runner: CpuRunner, rng: np.random.Generator, name: str, rows: int, blocks: int, tokens: int) -> None:
+    columns = blocks * (32 if name == "q8_0" else 8 if name in kernels.FLOAT_TYPES else 256)
+    tile_cases.check_mat_mul(runner, rng, name, rows, columns, tokens)
+
+
+@pytest.mark.parametrize(
+    ("gate_type", "down_type", "ff", "columns", "tokens", "experts", "used"),
+    [("q4_k", "q6_k", 256, 256, 19, 3, 2), ("q5_k", "q8_0", 96, 256, 5, 4, 1), ("q6_k", "q4_k", 256, 512, 3, 2, 2),
+     ("q8_0", "q5_k", 256, 96, 4, 3, 2), ("f32", "bf16", 64, 96, 18, 2, 1), ("bf16", "f16", 32, 32, 3, 3, 3)],
+)  # fmt: skip
+def test_group(
+    runner: CpuRunner, rng: np.random.Generator, gate_type: str, down_type: str, ff: int, columns: int, tokens: int,
+    experts: int, used: int,
+) -> None:  # fmt: skip
+    tile_cases.check_group(runner, rng, gate_type, down_type, ff, columns, tokens, experts, used)
 
 
 @pytest.mark.parametrize("name", kernels.TYPES)

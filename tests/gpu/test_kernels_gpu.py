@@ -11,7 +11,7 @@ from fomoe_io import device, kernels
 from fomoe_io.car import CarRule
 from fomoe_io.device import Gpu
 from fomoe_io.errors import DeviceError
-from tests.gpu_shim import cases
+from tests.gpu_shim import cases, tile_cases
 from tests.gpu_shim.device_runner import DeviceRunner
 from tests.test_car import RULES
 
@@ -51,6 +51,26 @@ def test_mat_vec(
     runner: DeviceRunner, rng: np.random.Generator, name: str, rows: int, columns: int, tokens: int
 ) -> None:
     cases.check_mat_vec(runner, rng, name, rows, columns, tokens)
+
+
+@pytest.mark.parametrize("name", kernels.TYPES)
+@pytest.mark.parametrize(("rows", "blocks", "tokens"), [(1, 1, 1), (70, 2, 17), (130, 3, 5), (4096, 16, 128)])
+def test_mat_mul(runner: DeviceRunner, rng: np.random.Generator, name: str, rows: int, blocks: int, tokens: int) -> None:
+    columns = blocks * (32 if name == "q8_0" else 8 if name in kernels.FLOAT_TYPES else 256)
+    tile_cases.check_mat_mul(runner, rng, name, rows, columns, tokens)
+
+
+@pytest.mark.parametrize(
+    ("gate_type", "down_type", "ff", "columns", "tokens", "experts", "used"),
+    [("q4_k", "q6_k", 256, 256, 19, 3, 2), ("q4_k", "q4_k", 1024, 2048, 128, 16, 4), ("q5_k", "q5_k", 1024, 2048, 64, 8, 4),
+     ("q6_k", "q6_k", 1024, 2048, 64, 8, 4), ("q5_k", "q8_0", 96, 256, 5, 4, 1), ("q6_k", "q4_k", 256, 512, 3, 2, 2),
+     ("q8_0", "q5_k", 256, 96, 4, 3, 2), ("f32", "bf16", 64, 96, 18, 2, 1), ("bf16", "f16", 32, 32, 3, 3, 3)],
+)  # fmt: skip
+def test_group(
+    runner: DeviceRunner, rng: np.random.Generator, gate_type: str, down_type: str, ff: int, columns: int, tokens: int,
+    experts: int, used: int,
+) -> None:  # fmt: skip
+    tile_cases.check_group(runner, rng, gate_type, down_type, ff, columns, tokens, experts, used)
 
 
 @pytest.mark.parametrize("name", kernels.TYPES)
