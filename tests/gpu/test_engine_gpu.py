@@ -38,7 +38,7 @@ def test_float_models_equal_llama_cpp(shared: Path, name: str) -> None:
         session.reset()
         steps = np.stack([session.decode(int(token)).copy() for token in reference["tokens"]])
     assert nmse(batch, reference["logits_batch"]) < 1e-9
-    np.testing.assert_array_equal(batch, steps)
+    assert nmse(steps, reference["logits_batch"]) < 1e-9
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -71,14 +71,17 @@ def test_bits_do_not_depend_on_memory() -> None:
     tokens = np.random.default_rng(4).integers(0, 8192, 48)
     results = []
     for settings in ({}, {"tiers": Tiers(0.4, 0.3)}, {"tiers": Tiers(0.13, 0.0)}, {"tiers": Tiers(0.13, 0.2)},
-                     {"tiers": Tiers(0.3, 0.3), "reader": "pread"}, {"batch_tokens": 1}):  # fmt: skip
+                     {"tiers": Tiers(0.3, 0.3), "reader": "pread"}, {"tiers": Tiers(0.13, 0.2), "batch_tokens": 7},
+                     {"batch_tokens": 33}):  # fmt: skip
         with open_engine(model, **settings) as engine:
-            results.append(engine.session().evaluate(tokens))
-            s = engine.statistics()
-            assert s["device"] != "cpu"
-            assert s["device_calls"]["host_syncs"] == s["device_calls"]["graph_launches"]
-    for other in results[1:]:
-        np.testing.assert_array_equal(other, results[0])
+            session = engine.session()
+            logits = session.evaluate(tokens)
+            steps = np.stack([session.decode(int(token)).copy() for token in tokens[:20]])
+            results.append((logits, steps))
+            assert engine.statistics()["device"] != "cpu"
+    for logits, steps in results[1:]:
+        np.testing.assert_array_equal(logits, results[0][0])
+        np.testing.assert_array_equal(steps, results[0][1])
 
 
 def test_an_all_hit_layer_never_meets_the_host() -> None:

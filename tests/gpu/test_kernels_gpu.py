@@ -55,7 +55,9 @@ def test_mat_vec(
 
 @pytest.mark.parametrize("name", kernels.TYPES)
 @pytest.mark.parametrize(("rows", "blocks", "tokens"), [(1, 1, 1), (70, 2, 17), (130, 3, 5), (4096, 16, 128)])
-def test_mat_mul(runner: DeviceRunner, rng: np.random.Generator, name: str, rows: int, blocks: int, tokens: int) -> None:
+def test_mat_mul(
+    runner: DeviceRunner, rng: np.random.Generator, name: str, rows: int, blocks: int, tokens: int
+) -> None:
     columns = blocks * (32 if name == "q8_0" else 8 if name in kernels.FLOAT_TYPES else 256)
     tile_cases.check_mat_mul(runner, rng, name, rows, columns, tokens)
 
