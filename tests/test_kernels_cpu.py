@@ -173,3 +173,18 @@ def test_nobody_waits_when_nothing_is_missing(runner: CpuRunner) -> None:
     reply, late = runner.put(np.array([6, 500], np.uint64)), runner.put(np.full(1, 99, np.uint64))
     runner.launch("wait_for_misses", (1, 1, 1), misses, reply, run, stop, late, 1)
     assert late.get()[0] == 0
+
+
+@pytest.mark.parametrize("name", kernels.HALF_TYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 256), (13, 768)])
+def test_expand_half(runner: CpuRunner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
+    cases.check_expand_half(runner, rng, name, rows, columns)
+
+
+@pytest.mark.parametrize(("columns", "tokens"), [(64, 2), (1056, 3)])
+def test_half_rows(runner: CpuRunner, rng: np.random.Generator, columns: int, tokens: int) -> None:
+    cases.check_half_rows(runner, rng, columns, tokens)
+
+
+def test_infinite_rows(runner: CpuRunner, rng: np.random.Generator) -> None:
+    cases.check_infinite_rows(runner, rng)

@@ -14,6 +14,7 @@ from importlib import resources
 QUANTIZED_TYPES = ("q4_k", "q5_k", "q6_k", "q8_0")
 FLOAT_TYPES = ("f16", "bf16", "f32")
 TYPES = QUANTIZED_TYPES + FLOAT_TYPES
+HALF_TYPES = tuple(name for name in TYPES if name != "f32")  # half.h: those that lose little as halves
 UNIT_ELEMENTS = {"q4_k": 64, "q5_k": 64, "q6_k": 32, "q8_0": 32, "f16": 8, "bf16": 8, "f32": 4}  # units.h
 
 MAIN_SOURCE = "fomoe.hip"
@@ -67,6 +68,10 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "wait_for_misses": Kernel(256, "pppppi"),
         "read_memory": Kernel(256, "pqpi"),
     }
+    table["half_rows"] = Kernel(256, "pppi")
+    table["scale_rows"] = Kernel(256, "ppi")
+    for name in HALF_TYPES:
+        table[f"expand_half_{name}"] = Kernel(256, "ppii")
     for name in TYPES:
         table[f"mat_vec_{name}"] = table[f"mat_mul_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
         table[f"mat_vec_many_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "ppppppppiiiipiii")

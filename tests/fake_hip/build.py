@@ -14,7 +14,7 @@ import pytest
 
 from tests.gpu_shim.cpu_kernels import build as build_kernels
 
-KINDS = ("buffers", "registrations", "streams", "events", "modules", "graphs")
+KINDS = ("buffers", "registrations", "streams", "events", "modules", "graphs", "blas")
 
 
 class Fake:
@@ -60,4 +60,15 @@ def build(folder: Path) -> Path:
     command = ["gcc", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", str(source), "-o", str(library)]
     subprocess.run([*command, "-lpthread", "-ldl"], check=True)
     shutil.copy(library, folder / "lib" / "libhiprtc.so")
+    blas = [
+        "gcc",
+        "-O1",
+        "-mf16c",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        str(source.with_name("fake_hipblaslt.c")),
+    ]
+    blas += ["-o", str(folder / "lib" / "libhipblaslt.so"), f"-L{folder / 'lib'}", "-l:libamdhip64.so"]
+    subprocess.run([*blas, "-Wl,-rpath,$ORIGIN"], check=True)
     return folder
