@@ -14,7 +14,7 @@ from importlib import resources
 QUANTIZED_TYPES = ("q4_k", "q5_k", "q6_k", "q8_0")
 FLOAT_TYPES = ("f16", "bf16", "f32")
 TYPES = QUANTIZED_TYPES + FLOAT_TYPES
-HALF_TYPES = tuple(name for name in TYPES if name != "f32")  # half.h: those that lose little as halves
+HALF_TYPES = (*QUANTIZED_TYPES, "f16")  # dense_products.py: those that lose little as halves
 UNIT_ELEMENTS = {"q4_k": 64, "q5_k": 64, "q6_k": 32, "q8_0": 32, "f16": 8, "bf16": 8, "f32": 4}  # units.h
 
 MAIN_SOURCE = "fomoe.hip"
@@ -67,11 +67,10 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "substitute_and_resolve": Kernel(512, "pppppppppiii"),
         "wait_for_misses": Kernel(256, "pppppi"),
         "read_memory": Kernel(256, "pqpi"),
+        "to_halves": Kernel(256, "ppq"),
     }
-    table["half_rows"] = Kernel(256, "pppi")
-    table["scale_rows"] = Kernel(256, "ppi")
-    for name in HALF_TYPES:
-        table[f"expand_half_{name}"] = Kernel(256, "ppii")
+    for name in QUANTIZED_TYPES:
+        table[f"expand_half_{name}"] = Kernel(256, "ppq")
     for name in TYPES:
         table[f"mat_vec_{name}"] = table[f"mat_mul_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
         table[f"mat_vec_many_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "ppppppppiiiipiii")
@@ -127,6 +126,16 @@ NORM_MOST_COLUMNS = 16384  # norms.h
 def mat_mul_grid(rows: int, split: int, tokens: int) -> tuple[int, int, int]:
     """Grid of ``mat_mul_*``."""
     return up(rows, TUNING["MAT_VEC_WARPS"] // split), up(tokens, TUNING["MAT_MUL_TOKENS"]), 1
+
+
+def expand_half_grid(name: str, elements: int) -> tuple[int, int, int]:
+    """Grid of ``expand_half_*``."""
+    return up(elements, 256 * UNIT_ELEMENTS[name]), 1, 1
+
+
+def to_halves_grid(elements: int) -> tuple[int, int, int]:
+    """Grid of ``to_halves``."""
+    return up(elements, 1024), 1, 1
 
 
 def gate_up_grid(rows: int, pairs: int) -> tuple[int, int, int]:

@@ -101,7 +101,8 @@ API int hipblasLtMatmul(void *handle, const desc *m, const float *alpha, const v
                         const layout *ld, const uint64_t *algorithm, void *workspace, size_t workspace_bytes,
                         void *stream) {
     ENTER;
-    if (!is_known(m, la, lb, ld) || *alpha != 1.f || *beta != 0.f || *algorithm != ALGORITHM || !workspace_bytes)
-        return INVALID_VALUE;
+    if (!is_known(m, la, lb, ld) || *alpha != 1.f || *beta != 0.f || *algorithm != ALGORITHM) return INVALID_VALUE;
+    if (!workspace || !workspace_bytes || ((uintptr_t)workspace | (uintptr_t)a | (uintptr_t)b | (uintptr_t)d) % 256)
+        return INVALID_VALUE; /* what cuBLASLt takes for granted of addresses */
     return fake_hip_enqueue(stream, multiply, &(product){a, b, d, *la, *lb, *ld}, sizeof(product));
 }

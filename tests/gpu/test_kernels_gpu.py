@@ -217,16 +217,12 @@ def test_out_of_memory_is_one_line(gpu: Gpu) -> None:
     assert "--vram" in (caught.value.hint or "")
 
 
-@pytest.mark.parametrize("name", kernels.HALF_TYPES)
-@pytest.mark.parametrize(("rows", "columns"), [(1, 256), (13, 768)])
+@pytest.mark.parametrize("name", kernels.QUANTIZED_TYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 256), (13, 768), (67, 512)])
 def test_expand_half(runner: DeviceRunner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
     cases.check_expand_half(runner, rng, name, rows, columns)
 
 
-@pytest.mark.parametrize(("columns", "tokens"), [(64, 2), (1056, 3)])
-def test_half_rows(runner: DeviceRunner, rng: np.random.Generator, columns: int, tokens: int) -> None:
-    cases.check_half_rows(runner, rng, columns, tokens)
-
-
-def test_infinite_rows(runner: DeviceRunner, rng: np.random.Generator) -> None:
-    cases.check_infinite_rows(runner, rng)
+@pytest.mark.parametrize("elements", [32, 1024, 5 * 1056])
+def test_to_halves(runner: DeviceRunner, rng: np.random.Generator, elements: int) -> None:
+    cases.check_to_halves(runner, rng, elements)

@@ -420,37 +420,21 @@ def check_read_memory(runner: Runner, rng: np.random.Generator, nbytes: int, blo
 
 
 def check_expand_half(runner: Runner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
-    """Every weight is the half nearest to its value, give or take a rounding of the float before it."""
+    """Every weight is the half nearest to its float; nothing is written behind the last."""
     data, weights = ref.random_weights(rng, name, rows, columns)
-    y = runner.put(np.full((rows, columns), np.nan, np.float16))
-    grid = (kernels.up(rows * columns // kernels.UNIT_ELEMENTS[name], 256), 1, 1)
-    runner.launch(f"expand_half_{name}", grid, runner.put(data), y, rows, columns)
-    np.testing.assert_allclose(y.get().astype(np.float64), weights, rtol=2**-10, atol=2**-24)
+    y = runner.put(np.full(rows * columns + 8, 7, np.float16))
+    grid = kernels.expand_half_grid(name, rows * columns)
+    runner.launch(f"expand_half_{name}", grid, runner.put(data), y, rows * columns)
+    got = y.get()
+    np.testing.assert_array_equal(got[:-8].reshape(rows, columns), weights.astype(np.float32).astype(np.float16))
+    np.testing.assert_array_equal(got[-8:], 7)
 
 
-def check_half_rows(runner: Runner, rng: np.random.Generator, columns: int, tokens: int) -> None:
-    """Rows beyond the range of a half are scaled by a power of two, and the products scaled back; others are not."""
-    x = normal(rng, tokens, columns)
-    x[0] *= 1e7
-    halves = runner.put(np.full((tokens, columns), np.nan, np.float16))
-    scale = runner.put(poison(tokens))
-    runner.launch("half_rows", (tokens, 1, 1), runner.put(x), halves, scale, columns)
-    factors, got = scale.get(), halves.get().astype(np.float64)
-    most = np.abs(x[0]).max()
-    assert factors[0] == 2.0 ** (np.floor(np.log2(most)) - 14) > 1
-    np.testing.assert_array_equal(factors[1:], 1)
-    np.testing.assert_array_equal(got, (x / factors[:, None]).astype(np.float16))
-    y = normal(rng, tokens, 1500)
-    device_y = runner.put(y)
-    runner.launch("scale_rows", (2, tokens, 1), device_y, scale, 1500)
-    np.testing.assert_array_equal(device_y.get(), y * factors[:, None])
-
-
-def check_infinite_rows(runner: Runner, rng: np.random.Generator) -> None:
-    """What is not finite stays so."""
-    x = normal(rng, 2, 64)
-    x[0, 5], x[1, 7] = np.nan, np.inf
-    halves, scale = runner.put(np.zeros((2, 64), np.float16)), runner.put(poison(2))
-    runner.launch("half_rows", (2, 1, 1), runner.put(x), halves, scale, 64)
-    got = halves.get()
-    assert np.isnan(got[0, 5]) and np.isinf(got[1, 7]) and np.isfinite(scale.get()).all()
+def check_to_halves(runner: Runner, rng: np.random.Generator, elements: int) -> None:
+    """What is beyond the range of halves becomes their largest; what is not finite stays so."""
+    x = normal(rng, elements) * np.float32(10) ** rng.integers(-9, 9, elements).astype(np.float32)
+    x[:8] = np.nan, np.inf, -np.inf, 65519, -65519, 65520, 1e30, -3e38
+    y = runner.put(np.full(elements + 4, 7, np.float16))
+    runner.launch("to_halves", kernels.to_halves_grid(elements), runner.put(x), y, elements)
+    want = np.where(np.isfinite(x), np.clip(x, -65504, 65504), x).astype(np.float16)
+    np.testing.assert_array_equal(y.get(), np.append(want, np.full(4, 7, np.float16)))
