@@ -247,7 +247,7 @@ class Gpu:
         function, kernel = self.function(name), self.table[name]
         return Launch(function, grid, kernel.threads, kernel.signature, *arguments)
 
-    def capture(self, launches: Sequence[Launch], stream: Stream | None = None) -> Graph:
+    def capture(self, launches: Sequence[Launch | Product], stream: Stream | None = None) -> Graph:
         """The launches, in order, as one graph."""
         return self.capture_steps([Step(launch) for launch in launches], stream)
 
