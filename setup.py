@@ -56,6 +56,7 @@ EXTENSIONS = [
     ),
     # No HIP or CUDA header: the driver is found when the program runs.
     Extension("fomoe_io._hip", ["fomoe_io/_hip.pyx"], extra_compile_args=COMPILE_FLAGS, extra_link_args=["-ldl"]),
+    Extension("fomoe_io._blaslt", ["fomoe_io/_blaslt.pyx"], extra_compile_args=COMPILE_FLAGS),
     Extension(
         "fomoe_io._gpu",
         [

@@ -75,6 +75,14 @@ cdef device_counters counters
 cdef int check(int code, str call) except -1
 cdef void count_host_sync() noexcept nogil
 
+cdef str pending_exception()
+
+cdef class Library:
+    cdef void *handle
+    cdef dict capsules
+    cdef readonly str path
+    cdef void *find(self, str name)
+
 cdef class Buffer:
     cdef readonly int device
     cdef readonly uintptr_t pointer

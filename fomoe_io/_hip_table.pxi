@@ -50,10 +50,6 @@ cdef int cuda_set_device(int ordinal) noexcept nogil:
 # ---- libraries ----------------------------------------------------------------------------------------------------
 
 cdef class Library:
-    cdef void *handle
-    cdef dict capsules
-    cdef readonly str path
-
     cdef void *find(self, str name):
         if self.capsules is not None:
             capsule = self.capsules.get(name)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fomoe_io import _hip, gpu_compile, kernels
+from fomoe_io._blaslt import Product
 from fomoe_io._hip import Buffer, Event, Graph, Launch, Registration, Stream
 from fomoe_io.errors import DeviceError
 
@@ -136,13 +137,13 @@ class Step:
 
     Attributes
     ----------
-    launch : Launch
+    launch : Launch or Product
     beside : it runs on the second branch
     forks : the second branch may go on from here
     joins : what the second branch has done must be done before this
     """
 
-    launch: Launch
+    launch: Launch | Product
     beside: bool = False
     forks: bool = False
     joins: bool = False
@@ -246,7 +247,7 @@ class Gpu:
         function, kernel = self.function(name), self.table[name]
         return Launch(function, grid, kernel.threads, kernel.signature, *arguments)
 
-    def capture(self, launches: Sequence[Launch], stream: Stream | None = None) -> Graph:
+    def capture(self, launches: Sequence[Launch | Product], stream: Stream | None = None) -> Graph:
         """The launches, in order, as one graph."""
         return self.capture_steps([Step(launch) for launch in launches], stream)
 

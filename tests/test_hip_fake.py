@@ -79,7 +79,7 @@ def test_everything_is_given_back(provider: str, fake: Fake, rng: np.random.Gene
                          gpu.allocate(320), 256)  # fmt: skip
     graph = gpu.capture([launch])
     alive = fake.live()
-    assert all(alive[kind] > before[kind] for kind in KINDS)
+    assert all(alive[kind] > before[kind] for kind in KINDS if kind != "blas")
     registration.close()
     del gpu, memory, registration, event, stream, launch, graph
     assert fake.live() == before

@@ -192,3 +192,14 @@ def test_nobody_waits_when_nothing_is_missing(runner: CpuRunner) -> None:
     reply, late = runner.put(np.array([6, 500], np.uint64)), runner.put(np.full(1, 99, np.uint64))
     runner.launch("wait_for_misses", (1, 1, 1), misses, reply, run, stop, late, 1)
     assert late.get()[0] == 0
+
+
+@pytest.mark.parametrize("name", kernels.QUANTIZED_TYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 256), (13, 768), (67, 512)])
+def test_expand_half(runner: CpuRunner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
+    cases.check_expand_half(runner, rng, name, rows, columns)
+
+
+@pytest.mark.parametrize("elements", [32, 1024, 5 * 1056])
+def test_to_halves(runner: CpuRunner, rng: np.random.Generator, elements: int) -> None:
+    cases.check_to_halves(runner, rng, elements)

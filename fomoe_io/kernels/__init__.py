@@ -14,6 +14,7 @@ from importlib import resources
 QUANTIZED_TYPES = ("q4_k", "q5_k", "q6_k", "q8_0")
 FLOAT_TYPES = ("f16", "bf16", "f32")
 TYPES = QUANTIZED_TYPES + FLOAT_TYPES
+HALF_TYPES = (*QUANTIZED_TYPES, "f16")  # dense_products.py: those that lose little as halves
 UNIT_ELEMENTS = {"q4_k": 64, "q5_k": 64, "q6_k": 32, "q8_0": 32, "f16": 8, "bf16": 8, "f32": 4}  # units.h
 
 MAIN_SOURCE = "fomoe.hip"
@@ -67,7 +68,10 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "wait_for_misses": Kernel(256, "pppppi"),
         "combine_picks": Kernel(256, "pppppii"),
         "read_memory": Kernel(256, "pqpi"),
+        "to_halves": Kernel(256, "ppq"),
     }
+    for name in QUANTIZED_TYPES:
+        table[f"expand_half_{name}"] = Kernel(256, "ppq")
     for name in TYPES:
         table[f"mat_mul_{name}"] = Kernel(128, "pppiii")
         table[f"group_gate_up_{name}"] = Kernel(128, "ppqqpppiii")
@@ -144,6 +148,16 @@ def group_gate_up_grid(rows: int, tiles: int) -> tuple[int, int, int]:
 def group_down_grid(rows: int, tiles: int) -> tuple[int, int, int]:
     """Grid of ``group_down_*``."""
     return up(rows, 64), tiles, 1
+
+
+def expand_half_grid(name: str, elements: int) -> tuple[int, int, int]:
+    """Grid of ``expand_half_*``."""
+    return up(elements, 256 * UNIT_ELEMENTS[name]), 1, 1
+
+
+def to_halves_grid(elements: int) -> tuple[int, int, int]:
+    """Grid of ``to_halves``."""
+    return up(elements, 1024), 1, 1
 
 
 def gate_up_grid(rows: int, pairs: int) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@
 #include "units.h"
 #include "activations.h"
 #include "mat_vec.h"
+#include "half.h"
 #include "experts.h"
 #include "norms.h"
 #include "attention.h"

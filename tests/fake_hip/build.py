@@ -1,4 +1,4 @@
-"""Build the double of libamdhip64 and libhiprtc, and put it where the package finds it."""
+"""Build the doubles of libamdhip64, libhiprtc and libhipblaslt, and put them where the package finds them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.gpu_shim.cpu_kernels import build as build_kernels
 
-KINDS = ("buffers", "registrations", "streams", "events", "modules", "graphs")
+KINDS = ("buffers", "registrations", "streams", "events", "modules", "graphs", "blas")
 
 
 class Fake:
@@ -51,13 +51,15 @@ def installed_fake(folder: Path, *, delay_us: int) -> Iterator[Fake]:
 
 
 def build(folder: Path) -> Path:
-    """A ROCM_PATH with both libraries in its lib/; skips where there is no C compiler."""
+    """A ROCM_PATH with all of them in its lib/; skips where there is no C compiler."""
     if not shutil.which("gcc"):
         pytest.skip("gcc is not installed")
     (folder / "lib").mkdir()
     library = folder / "lib" / "libamdhip64.so"
     source = Path(__file__).parent / "fake_hip.c"
-    command = ["gcc", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", str(source), "-o", str(library)]
-    subprocess.run([*command, "-lpthread", "-ldl"], check=True)
+    command = ["gcc", "-O1", "-shared", "-fPIC", "-fvisibility=hidden"]
+    subprocess.run([*command, str(source), "-o", str(library), "-lpthread", "-ldl"], check=True)
     shutil.copy(library, folder / "lib" / "libhiprtc.so")
+    blas = ["-mf16c", str(source.with_name("fake_hipblaslt.c")), "-o", str(folder / "lib" / "libhipblaslt.so")]
+    subprocess.run([*command, *blas, str(library), "-Wl,-rpath,$ORIGIN"], check=True)
     return folder

@@ -46,7 +46,7 @@ static int injected(const char *call) {
         if (injected_) return injected_;     \
     } while (0)
 
-enum { BUFFERS, REGISTRATIONS, STREAMS, EVENTS, MODULES, GRAPHS, KINDS };
+enum { BUFFERS, REGISTRATIONS, STREAMS, EVENTS, MODULES, GRAPHS, BLAS, KINDS };
 static long live[KINDS];
 static void born(int kind) { __atomic_fetch_add(&live[kind], 1, __ATOMIC_RELAXED); }
 static void gone(int kind) { __atomic_fetch_sub(&live[kind], 1, __ATOMIC_RELAXED); }
@@ -127,6 +127,13 @@ static int enqueue(stream *s, void (*run)(void *), const void *payload, size_t b
     pthread_cond_signal(&s->work);
     pthread_mutex_unlock(&s->lock);
     return OK;
+}
+
+/* For the double of libhipblaslt beside this file. */
+API int fake_hip_injected(const char *call) { return injected(call); }
+API void fake_hip_born(int n) { __atomic_fetch_add(&live[BLAS], n, __ATOMIC_RELAXED); }
+API int fake_hip_enqueue(void *s, void (*run)(void *), const void *payload, size_t bytes) {
+    return enqueue(s, run, payload, bytes);
 }
 
 static void drain(stream *s) {

@@ -238,3 +238,14 @@ def test_out_of_memory_is_one_line(gpu: Gpu) -> None:
     with pytest.raises(DeviceError, match=r"out of memory|OUT_OF_MEMORY") as caught:
         gpu.allocate(gpu.info.memory_bytes * 2)
     assert "--vram" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("name", kernels.QUANTIZED_TYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 256), (13, 768), (67, 512)])
+def test_expand_half(runner: DeviceRunner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
+    cases.check_expand_half(runner, rng, name, rows, columns)
+
+
+@pytest.mark.parametrize("elements", [32, 1024, 5 * 1056])
+def test_to_halves(runner: DeviceRunner, rng: np.random.Generator, elements: int) -> None:
+    cases.check_to_halves(runner, rng, elements)

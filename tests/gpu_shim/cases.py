@@ -414,3 +414,24 @@ def check_read_memory(runner: Runner, rng: np.random.Generator, nbytes: int, blo
     folded = runner.put(np.zeros(8 * blocks, np.uint32))
     runner.launch("read_memory", (blocks, 1, 1), runner.put(data), nbytes, folded, blocks)
     assert np.bitwise_xor.reduce(folded.get()) == np.bitwise_xor.reduce(data)
+
+
+def check_expand_half(runner: Runner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
+    """Every weight is the half nearest to its float; nothing is written behind the last."""
+    data, weights = ref.random_weights(rng, name, rows, columns)
+    y = runner.put(np.full(rows * columns + 8, 7, np.float16))
+    grid = kernels.expand_half_grid(name, rows * columns)
+    runner.launch(f"expand_half_{name}", grid, runner.put(data), y, rows * columns)
+    got = y.get()
+    np.testing.assert_array_equal(got[:-8].reshape(rows, columns), weights.astype(np.float32).astype(np.float16))
+    np.testing.assert_array_equal(got[-8:], 7)
+
+
+def check_to_halves(runner: Runner, rng: np.random.Generator, elements: int) -> None:
+    """What is beyond the range of halves becomes their largest; what is not finite stays so."""
+    x = normal(rng, elements) * np.float32(10) ** rng.integers(-9, 9, elements).astype(np.float32)
+    x[:8] = np.nan, np.inf, -np.inf, 65519, -65519, 65520, 1e30, -3e38
+    y = runner.put(np.full(elements + 4, 7, np.float16))
+    runner.launch("to_halves", kernels.to_halves_grid(elements), runner.put(x), y, elements)
+    want = np.where(np.isfinite(x), np.clip(x, -65504, 65504), x).astype(np.float16)
+    np.testing.assert_array_equal(y.get(), np.append(want, np.full(4, 7, np.float16)))
