@@ -20,7 +20,7 @@ from gpu_kernels import Bench, random_matrix
 from fomoe_io import kernels
 from fomoe_io.dense_products import SCRATCH_BYTES, WORKSPACE_BYTES, DenseProducts, padded
 from fomoe_io.device import Gpu
-from fomoe_io.device_program import DeviceMatrix
+from fomoe_io.device_rows import DeviceMatrix
 from fomoe_io.units import parse_bytes
 
 SHAPES = (

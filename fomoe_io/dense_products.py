@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fomoe_io._blaslt import Product
     from fomoe_io._hip import Launch
     from fomoe_io.device import Gpu
-    from fomoe_io.device_program import DeviceMatrix
+    from fomoe_io.device_rows import DeviceMatrix
 
 TOKENS = 128
 """Rows of activations of every product."""

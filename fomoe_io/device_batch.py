@@ -106,9 +106,8 @@ class BatchRecorder(DeviceRecorder):
     def _as_halves(self, forms: dict[int, DeviceRows], tokens: int) -> list[LaunchSpec]:
         if HALF not in forms:
             return []
-        x = forms[F32]
-        grid = kernels.halves_grid(x.columns, tokens)
-        return [LaunchSpec("halves_of_floats", grid, [x.address, forms[HALF].address, x.columns])]
+        x, elements = forms[F32], forms[F32].columns * tokens
+        return [LaunchSpec("to_halves", kernels.to_halves_grid(elements), [x.address, forms[HALF].address, elements])]
 
     def _tiled(self, matrix: DeviceMatrix, x: int, y: int, tokens: int) -> LaunchSpec:
         arguments = [matrix.address, x, y, matrix.rows, matrix.columns, tokens]

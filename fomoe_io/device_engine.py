@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 
 from fomoe_io import _gpu, device, kernels
+from fomoe_io.dense_products import SCRATCH_BYTES, TILE_ROWS, WORKSPACE_BYTES, DenseProducts, open_blas
 from fomoe_io.device import Gpu, Step
 from fomoe_io.device_memory import (
     check_shape,
@@ -26,8 +27,9 @@ from fomoe_io.device_prompts import PromptRunner
 from fomoe_io.device_recordings import Addresses, ModelSource, Recordings
 from fomoe_io.device_rows import F32, Q8
 from fomoe_io.device_session import DeviceSession
+from fomoe_io.device_weights import kernel_of
 from fomoe_io.engine import RESERVE_BYTES, Engine
-from fomoe_io.errors import BudgetError, ReadError, UsageError
+from fomoe_io.errors import BudgetError, DeviceError, ReadError, UsageError
 from fomoe_io.expert_slots import share_slots, slot_layout
 from fomoe_io.memory import available_bytes, peak_resident_bytes, resident_bytes
 from fomoe_io.reader import aligned_memory
@@ -85,8 +87,7 @@ class DeviceEngine(Engine):
         self._graphs: dict[int, Graph] = {}
         self._run_number = 0
         self.live_session: DeviceSession | None = None
-        self._products = None
-        self._product_tokens = self._product_bytes = 0
+        self._products: DenseProducts | None = None
         super().__init__(store, config)
 
     @property
@@ -133,6 +134,8 @@ class DeviceEngine(Engine):
             substitutes=self.config.car is not None,
         )  # fmt: skip
         self._batch_tokens = min(self.config.batch_tokens, self.context_tokens)
+        self._has_products = self._find_products()
+        self._scratch_bytes = self._product_scratch_bytes()
         self.budgets = self._share_memory()
         self._allocate()
         self._recorded.weights.load(self.reader, self.gpu)
@@ -155,7 +158,24 @@ class DeviceEngine(Engine):
 
     def _recordings(self, addresses: Addresses) -> Recordings:
         """The model at these addresses, for a token and for batches."""
-        return Recordings(self._source, self._batch_tokens, self._product_tokens, self._product_bytes, addresses)
+        product_bytes = WORKSPACE_BYTES + self._scratch_bytes if self._has_products else 0
+        return Recordings(self._source, self._batch_tokens, product_bytes, addresses)
+
+    def _find_products(self) -> bool:
+        """Whether the vendor's library of matrix products can be used."""
+        if not self.may_use_library or self._batch_tokens == 1:
+            return False
+        try:
+            open_blas(self.gpu.info.provider)
+        except DeviceError:
+            return False
+        return True
+
+    def _product_scratch_bytes(self) -> int:
+        """Room for the expanded rows of the largest matrix, or for some of them."""
+        names = [n for n, t in self._source.resident.items() if kernel_of(int(t.type)) in kernels.QUANTIZED_TYPES]
+        largest = max((2 * int(np.prod(self._source.resident[n].shape)) for n in names), default=0)
+        return min(SCRATCH_BYTES, up_page(largest + 2 * TILE_ROWS * self.shape.columns))
 
     def _vram_slots(self, room: int, spares: int, least: int) -> dict[int, int] | None:
         layouts = {i: _Sized(r.slot_bytes[VRAM]) for i, r in self._records.items()}
@@ -236,6 +256,9 @@ class DeviceEngine(Engine):
         self._buffers = [*buffers, vram]
         weights, activations, state = (buffer.pointer for buffer in buffers)
         self._recorded = self._recordings(Addresses(weights, activations, state, mail=self._registrations[0].pointer))
+        if self._has_products:
+            workspace = self._recorded.products_address
+            self._products = DenseProducts(gpu, workspace, workspace + WORKSPACE_BYTES, self._scratch_bytes)
         self._streams = [gpu.new_stream() for _ in range(_gpu.LANES)]
         events = [[gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.LANES)]
         self._experts = self._device_experts(vram.pointer, events)  # type: ignore[assignment]

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fomoe_io.dense_products import padded
 from fomoe_io.device_batch import BatchRecorder
 from fomoe_io.device_memory import Header, Mail, RecordLayout
 from fomoe_io.device_program import DeviceRecorder
 from fomoe_io.device_prompts import PromptInputs
 from fomoe_io.device_rows import Arena, DeviceExpertLayer, Mailbox, Memory
 from fomoe_io.device_weights import DeviceWeights
-from fomoe_io.kernels import up
 
 if TYPE_CHECKING:
     from fomoe_io.models.blocks import Shape
@@ -61,10 +61,8 @@ class Recordings:
     source : ModelSource
     batch_tokens : int
         Of a full batch; 1: there are no batches.
-    product_tokens : int
-        Rows of one product of the vendor's library, 0 without it: batches have room for a multiple.
     product_bytes : int
-        Memory that the library needs.
+        Memory for the products of the vendor's library, 0 without it.
     addresses : Addresses
 
     Attributes
@@ -77,13 +75,10 @@ class Recordings:
     token : DeviceRecorder
     """
 
-    def __init__(
-        self, source: ModelSource, batch_tokens: int, product_tokens: int, product_bytes: int, addresses: Addresses
-    ) -> None:
+    def __init__(self, source: ModelSource, batch_tokens: int, product_bytes: int, addresses: Addresses) -> None:
         s = source.shape
         self._source = source
-        step = product_tokens if product_tokens and batch_tokens > 1 else 1
-        room = up(batch_tokens, step) * step
+        room = padded(batch_tokens) if product_bytes else batch_tokens
         self._weights_arena = Arena(addresses.weights)
         self.weights = DeviceWeights(source.resident, self._weights_arena)
         self.memory = Memory(Arena(addresses.activations), Arena(addresses.state), room, source.context_tokens)
@@ -106,7 +101,7 @@ class Recordings:
             for i, record in source.records.items()
         }
         self.token = self._recorded(DeviceRecorder(self.memory, substitutes=source.substitutes, **self._settings()))
-        for uses_products in (False, True) if product_tokens else (False,):
+        for uses_products in (False, True) if product_bytes else (False,):
             if batch_tokens > 1:
                 self.batch(batch_tokens, uses_products)
         self.memory.is_complete = True

@@ -17,7 +17,7 @@ import pytest
 from fomoe_io import _blaslt, _hip, device, gpu_compile, kernels
 from fomoe_io.dense_products import TOKENS, open_blas, padded
 from fomoe_io.device import Gpu
-from fomoe_io.device_program import DeviceMatrix
+from fomoe_io.device_rows import DeviceMatrix
 from fomoe_io.errors import DeviceError
 from tests.fake_hip.build import Fake, installed_fake
 from tests.gpu_shim.products import check_independence, check_product, opened

@@ -12,6 +12,7 @@ import pytest
 from fomoe_io import Engine, EngineConfig, device
 from fomoe_io.car import CarRule
 from fomoe_io.config import Tiers
+from fomoe_io.device_engine import DeviceEngine
 from fomoe_io.errors import BudgetError, DeviceError, FomoeError, FormatError, ReadError, UsageError
 from layout_tool.main import main as layout
 from tests.fake_hip.build import Fake, installed_fake
@@ -118,6 +119,24 @@ def test_bits_do_not_depend_on_memory(model: Path) -> None:
         assert (s["demotions"] > 0) == (dram > 0)
         assert (s["link"]["down_bytes"] > 0) == (dram > 0)
         assert (hits["dram"] > 0) == (dram > 0)
+
+
+def test_long_prompts_use_the_vendors_library(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their bits depend neither on memory nor on the batch; another arithmetic, the same model."""
+    tokens = np.random.default_rng(8).integers(0, 300, 40)
+
+    def logits(**changes: Any) -> np.ndarray:
+        with Engine.open(model, settings(**changes)) as engine:
+            assert isinstance(engine, DeviceEngine)
+            assert engine.uses_products(40) == engine.may_use_library and not engine.uses_products(31)
+            return engine.session().evaluate(tokens)
+
+    expected = logits(batch_tokens=64)
+    for changes in ({"batch_tokens": 7}, {"batch_tokens": 33, "tiers": Tiers(0.19, 0.2)}):
+        np.testing.assert_array_equal(logits(**changes), expected)
+    monkeypatch.setattr(DeviceEngine, "may_use_library", False)
+    ours = logits(batch_tokens=64)
+    assert 0 < nmse(ours, expected) < 2e-3
 
 
 def test_policies_and_readers_give_the_same_bits(model: Path) -> None:

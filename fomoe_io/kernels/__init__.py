@@ -124,13 +124,6 @@ def mat_vec_grid(
 
 
 TILE_TOKENS = 16
-HALF_TYPES: tuple[str, ...] = ()
-
-
-def halves_grid(columns: int, tokens: int) -> tuple[int, int, int]:
-    return 1, tokens, 1
-
-
 MAT_VEC_MANY = 4  # mat_vec.h: matrices of a mat_vec_many launch
 NORM_MOST_COLUMNS = 16384  # norms.h
 

@@ -10,7 +10,7 @@ import numpy as np
 from fomoe_io import kernels
 from fomoe_io.dense_products import SCRATCH_BYTES, WORKSPACE_BYTES, DenseProducts, padded
 from fomoe_io.device import Gpu, Step
-from fomoe_io.device_program import DeviceMatrix
+from fomoe_io.device_rows import DeviceMatrix
 from tests.gpu_shim import reference as ref
 
 
