@@ -3,9 +3,9 @@
 # Both take matrices by columns, and a row-major matrix is its transpose by columns.  So y = x W^T, all row-major, is
 # asked for as  D[rows, tokens] = op(A) B  with A = W (as [columns, rows], transposed back) and B = x^T.
 #
-# Numbers and sizes are those of cublasLt.h and cublas_api.h (13.10 and 12.9) and of hipBLASLt's hipblaslt.h and
-# hipblas-common.h (ROCm 6 and newer: ROCm 5 numbered its data types otherwise); a test compares them with hip-python's.
-from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
+# Numbers and sizes are those of cublasLt.h and cublas_api.h (CUDA 13, package nvidia-cublas) and of hipblaslt.h and
+# hipblas-common.h (ROCm 6 and newer: ROCm 5 numbered its types otherwise); a test compares them with hip-python's.
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
 from fomoe_io._hip cimport Library, Stream, api, check, pending_exception
@@ -28,14 +28,17 @@ cdef struct blas_api:
                   void *, void *, void *, const void *, void *, size_t, void *) noexcept nogil
 
 cdef enum:
-    FLOAT32 = 0        # HIP_R_32F, CUDA_R_32F
-    FLOAT16 = 2        # HIP_R_16F, CUDA_R_16F
-    MOST_WORKSPACE = 1 # HIPBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
-    RESULT_WORDS = 16  # a ...MatmulHeuristicResult_t, which begins with its algorithm: cuBLASLt's has 96 bytes (64 of
-                       # them the algorithm), hipBLASLt's 56 (24)
+    FLOAT32 = 0         # HIP_R_32F, CUDA_R_32F
+    FLOAT16 = 2         # HIP_R_16F, CUDA_R_16F
+    MOST_WORKSPACE = 1  # HIPBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
+    REDUCTIONS = 3      # CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK; hipBLASLt has no such preference
+    SEPARATE_STEP = 6   # CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE
+    RESULT_WORDS = 16   # a ...MatmulHeuristicResult_t, which begins with its algorithm: cuBLASLt's has 96 bytes (64 of
+                        # them the algorithm), hipBLASLt's 56 (24)
 
 cdef blas_api blas
 cdef int transpose_a, transpose, compute_float32
+cdef bint has_reductions
 cdef str prefix = "hipblasLt"
 
 NAMES = (
@@ -56,7 +59,7 @@ STATUS = {
 
 def use_blas_library(str provider, Library library):
     """Fill the table of calls."""
-    global transpose_a, transpose, compute_float32, prefix
+    global transpose_a, transpose, compute_float32, has_reductions, prefix
     cdef void **places = <void **>&blas
     cdef void *preference = NULL
     cdef bint cuda = provider == "cuda"
@@ -68,6 +71,7 @@ def use_blas_library(str provider, Library library):
             raise DeviceError(f"{library.path} has no {prefix}{call}: the library is too old")
     # CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T, CUBLAS_COMPUTE_32F; HIPBLASLT_MATMUL_DESC_TRANSA, ...
     transpose_a, transpose, compute_float32 = (3, 1, 68) if cuda else (0, 112, 2)
+    has_reductions = cuda
     # hip-python's entry points are there without the library behind them; the first call tells.
     check_blas(blas.preference_create(&preference), "MatmulPreferenceCreate")
     blas.preference_destroy(preference)
@@ -140,10 +144,14 @@ cdef class MatMul:
     cdef int choose(self) except -1:
         cdef void *preference = NULL
         cdef uint64_t room = self.blas.workspace_bytes
+        cdef uint32_t reductions = SEPARATE_STEP
         cdef int code, found = 0
         check_blas(blas.preference_create(&preference), "MatmulPreferenceCreate")
         try:
             code = blas.preference_set(preference, MOST_WORKSPACE, &room, sizeof(room))
+            if code == 0 and has_reductions:
+                # Parts of a sum that are added in place are added in the order in which they are done.
+                code = blas.preference_set(preference, REDUCTIONS, &reductions, sizeof(reductions))
             check_blas(code, "MatmulPreferenceSetAttribute")
             with nogil:
                 api.hipSetDevice(self.blas.device)

@@ -61,7 +61,8 @@ def open_blas(provider: str) -> None:
             _blaslt.use_blas_library("cuda", _hip.open_library(_cuda_libraries()))
         else:
             hint = "install ROCm's hipblaslt"
-            _blaslt.use_blas_library("hip", _hip.open_library(gpu_compile.rocm_libraries("libhipblaslt")))
+            names = [*gpu_compile.rocm_libraries("libhipblaslt"), "libhipblaslt.so.1", "libhipblaslt.so.0"]
+            _blaslt.use_blas_library("hip", _hip.open_library(names))
     except DeviceError as problem:
         raise DeviceError(f"matrix products are not available ({problem.message})", hint=hint) from None
 
