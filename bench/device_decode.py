@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--calibration", help="of `fomoe-bench io --calibrate`: the sizes of sub-reads, the depth")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--one-branch", action="store_true", help="the shared expert after the routed ones' start")
+    parser.add_argument("--unchained", action="store_true", help="each kernel starts when the one before has finished")
     parser.add_argument("--resident-ms", type=float, help="of a token that misses nothing, from an unlimited run")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
@@ -186,7 +187,7 @@ def main() -> None:
         calibration=options.calibration,
         context_tokens=2048,
     )
-    DeviceEngine.two_branches = not options.one_branch
+    DeviceEngine.two_branches, DeviceEngine.chained_launches = not options.one_branch, not options.unchained
     engine = Engine.open(options.model, config)
     if not isinstance(engine, DeviceEngine):
         raise SystemExit("device_decode: there is no GPU in use")

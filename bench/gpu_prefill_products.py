@@ -1,8 +1,8 @@
-"""Dense products of a prompt's tokens: by matrix units (hipBLASLt, cuBLASLt), and by kernels that take eight at a time.
+"""Dense products of a prompt's tokens: by matrix units (hipBLASLt, cuBLASLt), and by our own kernels.
 
 Times are microseconds of one product of all tokens with one matrix, medians over replays of a captured graph whose
 launches rotate through a pool of weights several times the last cache.  "expand" is what it costs to make halves of the
-weights, alone; "batches of 8" is mat_mul_* run tokens / 8 times.  --scratch tries other sizes of a tile.
+weights, alone; "mat_mul" is kernels/tile.h.  --scratch tries other sizes of a tile.
 
     python bench/gpu_prefill_products.py [--tokens 128,512] [--scratch 16M,64M] [--json FILE]
 """
@@ -57,19 +57,14 @@ def by_matrix_units(bench: Bench, matrices: list[DeviceMatrix], tokens: int, scr
     return {name: bench.microseconds(part, len(matrices)) if part else 0.0 for name, part in parts.items()}
 
 
-def in_batches(bench: Bench, matrices: list[DeviceMatrix], tokens: int) -> float:
-    """Microseconds of the same product by ``mat_mul_*``, eight tokens at a time."""
+def by_own_kernels(bench: Bench, matrices: list[DeviceMatrix], tokens: int) -> float:
+    """Microseconds of the same product by ``mat_mul_*``."""
     name, rows, columns = matrices[0].kernel, matrices[0].rows, matrices[0].columns
-    x = bench.q8(8, columns) if name in kernels.QUANTIZED_TYPES else bench.gpu.allocate(4 * 8 * columns)
-    y = bench.gpu.allocate(4 * 8 * rows)
-    split = kernels.split_of(name, columns, rows)
-    launches = [
-        bench.gpu.prepare(
-            f"mat_mul_{name}", kernels.mat_mul_grid(rows, split, 8), m.address, x, y, rows, columns, 8, split
-        )
-        for m in matrices
-    ]
-    return bench.microseconds(launches, len(matrices)) * kernels.up(tokens, 8)
+    x = bench.q8(tokens, columns) if name in kernels.QUANTIZED_TYPES else bench.gpu.allocate(4 * tokens * columns)
+    y = bench.gpu.allocate(4 * tokens * rows)
+    grid = kernels.mat_mul_grid(rows, tokens)
+    launches = [bench.gpu.prepare(f"mat_mul_{name}", grid, m.address, x, y, rows, columns, tokens) for m in matrices]
+    return bench.microseconds(launches, len(matrices))
 
 
 def main() -> None:
@@ -83,21 +78,21 @@ def main() -> None:
     gpu = Gpu()
     bench = Bench(gpu, {}, gpu.allocate(min(options.pool, gpu.free_bytes() // 2)))
     print(f"{gpu.info.name}   {gpu.driver()}")
-    heads = f"{'whole':>9} {'expand':>9} {'products':>9} {'TFLOPS':>7} {'batches of 8':>13}"
+    heads = f"{'whole':>9} {'expand':>9} {'products':>9} {'TFLOPS':>7} {'mat_mul':>13}"
     print(f"{'':24} {'tokens':>6} {'scratch':>9} {heads}")
     results: list[dict[str, Any]] = []
     for name, rows, columns in SHAPES:
         nbytes, matrices = weights(bench, name, rows, columns)
         for tokens in map(int, options.tokens.split(",")):
-            batches = in_batches(bench, matrices, tokens)
+            own = by_own_kernels(bench, matrices, tokens)
             for scratch_bytes in map(parse_bytes, options.scratch.split(",")):
                 us = by_matrix_units(bench, matrices, tokens, scratch_bytes)
                 rate = 2e-6 * rows * columns * tokens / us["whole"]
                 results.append({"type": name, "rows": rows, "columns": columns, "bytes": nbytes, "tokens": tokens,
-                                "scratch_bytes": scratch_bytes, "batches_of_8_us": round(batches, 2)}
+                                "scratch_bytes": scratch_bytes, "mat_mul_us": round(own, 2)}
                                | {f"{part}_us": round(value, 2) for part, value in us.items()})  # fmt: skip
                 print(f"{name:5} {rows:6} x {columns:6}    {tokens:6} {scratch_bytes >> 20:5} MiB {us['whole']:9.2f} "
-                      f"{us['expand']:9.2f} {us['products']:9.2f} {rate:7.1f} {batches:13.2f}", flush=True)  # fmt: skip
+                      f"{us['expand']:9.2f} {us['products']:9.2f} {rate:7.1f} {own:13.2f}", flush=True)  # fmt: skip
     if options.json:
         card = {"device": gpu.info.name, "architecture": gpu.info.architecture, "driver": gpu.driver()}
         options.json.write_text(json.dumps(card | {"results": results}, indent=1) + "\n")

@@ -111,6 +111,22 @@ cdef class Function:
     cdef readonly str name
     cdef void *handle
 
+# CUlaunchConfig with one CUlaunchAttribute (cuda.h, CUDA 12 and 13).
+cdef struct launch_attribute:
+    int id
+    int unused
+    int value[16]  # a union of 64 bytes
+
+cdef struct launch_config:
+    unsigned int grid[3]
+    unsigned int block[3]
+    unsigned int shared_bytes
+    void *stream
+    launch_attribute *attributes
+    unsigned int attribute_count
+
+ctypedef int (*cu_launch_t)(const launch_config *, void *, void **, void **) noexcept nogil
+
 cdef class Launch:
     cdef readonly Function function
     cdef readonly tuple grid
@@ -121,6 +137,7 @@ cdef class Launch:
     cdef void *addresses[24]
     cdef unsigned int gx, gy, gz
     cdef int enqueue(self, void *stream) noexcept nogil
+    cdef int enqueue_chained(self, void *stream) noexcept nogil
 
 cdef class Graph:
     cdef readonly int device

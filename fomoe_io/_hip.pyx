@@ -401,10 +401,27 @@ cdef class Launch:
         return api.hipModuleLaunchKernel(self.function.handle, self.gx, self.gy, self.gz, self.threads, 1, 1, 0, stream,
                                          self.addresses, NULL)
 
-    def run(self, Stream stream):
+    # May start while the launch before it on the stream still runs; its kernel waits (kernels/prelude.h, start_kernel).
+    # An ordinary launch where the driver has no such call.
+    cdef int enqueue_chained(self, void *stream) noexcept nogil:
+        cdef launch_config config
+        cdef launch_attribute attribute
+        if cu_launch == NULL:
+            return self.enqueue(stream)
+        fomoe_count(counters.launches, 1)
+        memset(&attribute, 0, sizeof(attribute))
+        attribute.id = CHAINED
+        attribute.value[0] = 1
+        config.grid[0], config.grid[1], config.grid[2] = self.gx, self.gy, self.gz
+        config.block[0], config.block[1], config.block[2] = self.threads, 1, 1
+        config.shared_bytes, config.stream = 0, stream
+        config.attributes, config.attribute_count = &attribute, 1
+        return cu_launch(&config, self.function.handle, self.addresses, NULL)
+
+    def run(self, Stream stream, bint is_chained=False):
         cdef int code
         with nogil:
             code = api.hipSetDevice(stream.device)
             if code == 0:
-                code = self.enqueue(stream.handle)
+                code = self.enqueue_chained(stream.handle) if is_chained else self.enqueue(stream.handle)
         check(code, "hipModuleLaunchKernel")

@@ -22,6 +22,7 @@ cdef enum:
     NON_BLOCKING = 1      # hipStreamNonBlocking, CU_STREAM_NON_BLOCKING
     NO_TIMING = 2         # hipEventDisableTiming, CU_EVENT_DISABLE_TIMING
     PORTABLE_MAPPED = 3   # hipHostRegisterPortable | Mapped, CU_MEMHOSTREGISTER_PORTABLE | DEVICEMAP
+    CHAINED = 6           # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     CAPTURE_THREAD = 1    # hipStreamCaptureModeThreadLocal, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 cdef device_api api
@@ -29,6 +30,7 @@ cdef compiler_api compiler
 cdef device_counters counters
 cdef cu_retain_t cu_retain
 cdef cu_current_t cu_current
+cdef cu_launch_t cu_launch
 cdef void *contexts[MOST_DEVICES]
 
 provider = None           # "hip-python", "hip" or "cuda"
@@ -97,7 +99,9 @@ def use_device_library(str name, Library library):
     global provider
     cdef Library l = library
     cdef bint cuda = name == "cuda"
+    global cu_launch
     memset(&api, 0, sizeof(api))
+    cu_launch = NULL
     bind(l, cuda, <void **>&api.hipInit, "hipInit", "cuInit")
     bind(l, cuda, <void **>&api.hipGetDeviceCount, "hipGetDeviceCount", "cuDeviceGetCount")
     bind(l, cuda, <void **>&api.hipDeviceGetName, "hipDeviceGetName", "cuDeviceGetName")
@@ -143,6 +147,7 @@ def use_device_library(str name, Library library):
         # A CUDA device is made current through its primary context.
         bind(l, cuda, <void **>&cu_retain, "hipDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRetain")
         bind(l, cuda, <void **>&cu_current, "hipCtxSetCurrent", "cuCtxSetCurrent")
+        bind(l, cuda, <void **>&cu_launch, "hipDrvLaunchKernelEx", "cuLaunchKernelEx", True)
         memset(contexts, 0, sizeof(contexts))
         api.hipSetDevice = cuda_set_device
     else:

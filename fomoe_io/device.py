@@ -251,22 +251,37 @@ class Gpu:
         """The launches, in order, as one graph."""
         return self.capture_steps([Step(launch) for launch in launches], stream)
 
-    def capture_steps(self, steps: Sequence[Step], stream: Stream | None = None) -> Graph:
-        """Launches of two branches as one graph; every branch keeps its order."""
+    @property
+    def can_chain(self) -> bool:
+        """Whether a launch may be started before the one it follows has finished (NVIDIA from sm_90 on)."""
+        architecture = self.info.architecture
+        return architecture.startswith("sm_") and int(architecture.removeprefix("sm_")) >= 90
+
+    def capture_steps(self, steps: Sequence[Step], stream: Stream | None = None, *, is_chained: bool = False) -> Graph:
+        """Launches of two branches as one graph; every branch keeps its order.
+
+        With `is_chained`, a launch that follows another on its branch, with nothing else to wait for, may be started
+        before that one has finished; the kernels themselves wait.  Results are the same.
+        """
         stream = stream or self.stream
         beside, forked, joined = self.new_stream(), self.event(), self.event()
-        is_open = False
+        is_open, last = False, {False: False, True: False}  # last: whether the branch's last step was a launch of ours
         stream.begin_capture()
         try:
             for step in steps:
                 if step.joins and is_open:
                     beside.record(joined)
                     stream.wait(joined)
-                    is_open = False
+                    is_open = last[False] = False
                 if step.beside and not is_open:
                     beside.wait(forked)
-                    is_open = True
-                step.launch.run(beside if step.beside else stream)
+                    is_open, last[True] = True, False
+                on = beside if step.beside else stream
+                if isinstance(step.launch, Launch):
+                    step.launch.run(on, is_chained and self.can_chain and last[step.beside])
+                else:
+                    step.launch.run(on)
+                last[step.beside] = isinstance(step.launch, Launch)
                 if step.forks:
                     stream.record(forked)
         except DeviceError:

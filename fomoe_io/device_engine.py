@@ -79,6 +79,9 @@ class DeviceEngine(Engine):
     two_branches = True
     """Whether the shared expert runs beside the routed ones."""
 
+    chained_launches = True
+    """Whether a token's kernels may be started before the ones they follow have finished, where the device can."""
+
     may_use_library = True
     """Whether the vendor's library makes the dense products of prompts, where it is found."""
 
@@ -321,7 +324,7 @@ class DeviceEngine(Engine):
                 Step(self.gpu.prepare(s.kernel, s.grid, *s.arguments), s.beside and self.two_branches, s.forks, s.joins)
                 for s in self._recorded.token.launches(outputs)
             ]
-            self._graphs[outputs] = self.gpu.capture_steps(steps)
+            self._graphs[outputs] = self.gpu.capture_steps(steps, is_chained=self.chained_launches)
         return self._graphs[outputs]
 
     def _part(self, name: str, offset: int, size: int) -> np.ndarray:

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from fomoe_io import device, gpu_compile, kernels
-from fomoe_io._hip import Buffer, Launch
-from fomoe_io.device import Gpu
+from fomoe_io._hip import Buffer, Launch, Stream
+from fomoe_io.device import Gpu, Step
 from fomoe_io.errors import DeviceError
 from tests.fake_hip.build import KINDS, Fake, installed_fake
 from tests.gpu_shim import cases
@@ -273,3 +273,34 @@ def test_all_of_this_through_hip_python(fake: Fake) -> None:
     setting = {"FOMOE_TEST_PROVIDER": "hip-python", "FOMOE_CACHE": str(fake.path / "cache-hip-python")}
     child = subprocess.run(command, env=os.environ | setting, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stdout + child.stderr
+
+
+def test_launches_are_chained_where_nothing_else_is_waited_for(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first of a branch, and not the one where the branches meet."""
+    seen: list[tuple[str, bool]] = []
+
+    class Spy(Launch):
+        def run(self, stream: Stream, is_chained: bool = False) -> None:
+            seen.append((self.function.name, is_chained))
+            super().run(stream, is_chained)
+
+    x, y = gpu.upload(np.ones(64, np.float32)), gpu.allocate(256)
+
+    def step(name: str, **more: bool) -> Step:
+        arguments = (x, y, 64) if name == "quantize_q8" else (x, x, None, y, 64)
+        launch = Spy(gpu.function(name), (1, 1, 1), 256, gpu.table[name].signature, *arguments)
+        return Step(launch, **more)
+
+    steps = [
+        step("quantize_q8"), step("quantize_q8", forks=True), step("silu_mul", beside=True), step("quantize_q8"),
+        step("silu_mul", beside=True), step("quantize_q8", joins=True), step("quantize_q8"),
+    ]  # fmt: skip
+    gpu.capture_steps(steps, is_chained=True)
+    assert not any(chained for _, chained in seen)  # this architecture has no such launches
+    seen.clear()
+    monkeypatch.setattr(Gpu, "can_chain", True)
+    gpu.capture_steps(steps, is_chained=True)
+    assert [chained for _, chained in seen] == [False, True, False, True, True, False, True]
+    seen.clear()
+    gpu.capture_steps(steps)
+    assert not any(chained for _, chained in seen)

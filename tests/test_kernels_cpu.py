@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 
 import numpy as np
@@ -203,3 +204,12 @@ def test_expand_half(runner: CpuRunner, rng: np.random.Generator, name: str, row
 @pytest.mark.parametrize("elements", [32, 1024, 5 * 1056])
 def test_to_halves(runner: CpuRunner, rng: np.random.Generator, elements: int) -> None:
     cases.check_to_halves(runner, rng, elements)
+
+
+def test_every_kernel_waits_for_the_one_before_it() -> None:
+    """A chained launch starts early: whatever its kernel did before start_kernel() could meet unfinished work."""
+    text = "".join(kernels.sources().values())
+    group = r"\((?:[^()]|\([^()]*\))*\)"
+    starts = re.findall(rf"\b(?:RESIDENT_)?KERNEL{group}[\s\\]*{group}[\s\\]*{{[\s\\]*(\w+)\(", text)
+    assert len(starts) == text.count("EXPORT_KERNEL(") - text.count("#define EXPORT_KERNEL(")
+    assert set(starts) == {"start_kernel"}

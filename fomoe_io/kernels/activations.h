@@ -53,6 +53,7 @@ DEVICE void store_q8_quad(const quad &value, u8 *row, int columns, int first) {
 
 // x: [tokens][columns] floats -> q8: [tokens] Q8 rows.  Grid (columns / 256 rounded up, tokens).
 KERNEL(256, quantize_q8)(const float *x, u8 *q8, int columns) {
+    start_kernel();
     const int group = block_x() * 8 + warp_index(), token = block_y();
     if (group >= columns / 32) return;
     store_q8_group(x[(u64)token * columns + 32 * group + lane_index()], q8 + token * q8_row_bytes(columns), columns,
@@ -62,6 +63,7 @@ EXPORT_KERNEL(quantize_q8)
 
 // y = silu(gate) * up as floats (y may be null) and as Q8 rows.  Grid as above.
 KERNEL(256, silu_mul)(const float *gate, const float *up, float *y, u8 *q8, int columns) {
+    start_kernel();
     const int group = block_x() * 8 + warp_index(), token = block_y();
     if (group >= columns / 32) return;
     const u64 i = (u64)token * columns + 32 * group + lane_index();

@@ -80,6 +80,7 @@ DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const
 KERNEL(256, attention_merge)
 (const float *parts, const int *positions, const float *gate, float *y, u8 *q8, int heads, int dim,
  int splits, int gate_stride) {
+    start_kernel();
     const int token = block_y(), i = thread_index(), used = positions[token] / ATTENTION_SPLIT + 1;
     const u64 head = (u64)token * heads + block_x();
     if (i >= dim) return;
@@ -103,6 +104,7 @@ EXPORT_KERNEL(attention_merge)
     KERNEL(32 * ATTENTION_WARPS, attention_##type##_##dim)                                                            \
     (const float *q, const cache_##type::element *k_cache, const cache_##type::element *v_cache,                      \
      const int *positions, float *parts, int heads, int kv_heads, int splits, float scale) {                          \
+        start_kernel();                                                                                               \
         attend<cache_##type, dim / 32>(q, k_cache, v_cache, positions, parts, heads, kv_heads, splits, scale);        \
     }                                                                                                                 \
     EXPORT_KERNEL(attention_##type##_##dim)

@@ -6,6 +6,7 @@
 // x, y: [tokens][channels]; state: [taps - 1][channels], moved on by every token.  Grid (channels / 128 up).
 KERNEL(128, conv_step)
 (const float *weight, const float *x, float *state, float *y, int channels, int taps, int tokens) {
+    start_kernel();
     const int c = block_x() * 128 + thread_index();
     if (c >= channels) return;
     for (int t = 0; t < tokens; ++t) {
@@ -89,6 +90,7 @@ DEVICE void delta(const float *mixed, const float *alpha, const float *beta, con
     KERNEL(32 * DELTA_WARPS, delta_step_##dim)                                                                        \
     (const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a, float *state,        \
      float *y, int key_heads, int value_heads, int v_dim, int is_grouped, int tokens, float eps) {                    \
+        start_kernel();                                                                                               \
         delta<dim / 32>(mixed, alpha, beta, dt, a, state, y, key_heads, value_heads, v_dim, is_grouped, tokens, eps); \
     }                                                                                                                 \
     EXPORT_KERNEL(delta_step_##dim)
@@ -100,6 +102,7 @@ DELTA_KERNEL(128)
 // x, gate, y: [tokens][heads][dim]; dim a multiple of 32.  Grid (heads / 4 up, tokens).
 KERNEL(128, gated_norm)
 (const float *x, const float *gate, const float *weight, float *y, u8 *q8, int heads, int dim, float eps) {
+    start_kernel();
     const int head = block_x() * 4 + warp_index(), token = block_y();
     if (head >= heads) return;
     const u64 row = ((u64)token * heads + head) * dim;

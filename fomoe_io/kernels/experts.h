@@ -121,12 +121,14 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
     RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_##type)                                     \
     (const u64 *records, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows,     \
      int columns, int picks) {                                                                                        \
+        start_kernel();                                                                                               \
         gate_up<type>(records, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks);               \
     }                                                                                                                 \
     EXPORT_KERNEL(experts_gate_up_##type)                                                                             \
     KERNEL(32 * DOWN_WARPS, experts_down_##type)                                                                      \
     (const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,                    \
      const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks) {              \
+        start_kernel();                                                                                               \
         down<type>(records, late, down_offset, hidden, weights, shared_output, shared_gate, y, rows, columns, picks); \
     }                                                                                                                 \
     EXPORT_KERNEL(experts_down_##type)

@@ -55,6 +55,7 @@ DEVICE void expand_half(const u8 *weights, eight_halves *y, u64 elements) {
 
 #define EXPAND_HALF_KERNEL(type)                                                                  \
     KERNEL(256, expand_half_##type)(const u8 *weights, void *y, u64 elements) {                   \
+        start_kernel();                                                                           \
         expand_half<type>(weights, (eight_halves *)y, elements);                                  \
     }                                                                                             \
     EXPORT_KERNEL(expand_half_##type)
@@ -72,6 +73,7 @@ DEVICE float clamp_to_half(float v) {
 
 // y = x as halves.  elements: a multiple of 4.  Grid (elements / 1024 rounded up).
 KERNEL(256, to_halves)(const float *x, void *y, u64 elements) {
+    start_kernel();
     const u64 i = (u64)block_x() * 256 + thread_index();
     if (4 * i >= elements) return;
     const quad v = ((const quad *)x)[i];

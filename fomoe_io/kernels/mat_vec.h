@@ -109,6 +109,7 @@ DEVICE void expand(const u8 *weights, const int *ids, float *y, int columns) {
 #define MAT_VEC_KERNELS(type)                                                                                         \
     KERNEL(32 * MAT_VEC_WARPS, mat_vec_##type)                                                                        \
     (const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens, int split) {                        \
+        start_kernel();                                                                                               \
         mat_vec<type, type::is_quantized ? MAT_VEC_ROWS : 1, 1>(weights, x, y, rows, columns, tokens, split,          \
                                                                 block_x());                                           \
     }                                                                                                                 \
@@ -116,12 +117,14 @@ DEVICE void expand(const u8 *weights, const int *ids, float *y, int columns) {
     KERNEL(32 * MAT_VEC_WARPS, mat_vec_many_##type)                                                                   \
     (const u8 *w0, const u8 *w1, const u8 *w2, const u8 *w3, float *y0, float *y1, float *y2, float *y3, int rows0,   \
      int rows1, int rows2, int rows3, const u8 *x, int columns, int tokens, int split) {                              \
+        start_kernel();                                                                                               \
         mat_vec_many<type, type::is_quantized ? MAT_VEC_ROWS : 1>({w0, w1, w2, w3}, {y0, y1, y2, y3},                 \
                                                                   {rows0, rows1, rows2, rows3}, x, columns, tokens,   \
                                                                   split);                                             \
     }                                                                                                                 \
     EXPORT_KERNEL(mat_vec_many_##type)                                                                                \
     KERNEL(32, expand_##type)(const u8 *weights, const int *ids, float *y, int columns) {                             \
+        start_kernel();                                                                                               \
         expand<type>(weights, ids, y, columns);                                                                       \
     }                                                                                                                 \
     EXPORT_KERNEL(expand_##type)

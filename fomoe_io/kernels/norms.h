@@ -22,6 +22,7 @@ DEVICE float block_sum(float v) {
 // x, residual, y: [tokens][columns]; columns a multiple of 32, at most 16384: a row stays in registers.  Grid (tokens).
 KERNEL(NORM_THREADS, rms_norm)
 (float *x, const float *residual, const float *weight, float *y, u8 *q8, int columns, float eps) {
+    start_kernel();
     const u64 row = (u64)block_x() * columns;
     quad values[NORM_ROUNDS];
     float squares = 0.f;
@@ -115,6 +116,7 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
     (const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm, const float *cos_sin,  \
      const int *positions, float *q_out, cache_##type::element *k_cache, cache_##type::element *v_cache, int heads,   \
      int kv_heads, int dim, int q_stride, int rotary, float eps) {                                                    \
+        start_kernel();                                                                                               \
         prepare_head<cache_##type>(q, k, v, q_norm, k_norm, cos_sin, positions, q_out, k_cache, v_cache, heads,       \
                                    kv_heads, dim, q_stride, rotary, eps);                                             \
     }                                                                                                                 \

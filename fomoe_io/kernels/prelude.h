@@ -135,6 +135,13 @@ DEVICE u32x4 load16_once(const void *p) {
 DEVICE u32 load4(const void *p) { return __ldg((const u32 *)p); }
 DEVICE u16 load2(const void *p) { return __ldg((const u16 *)p); }
 DEVICE u8 load1(const void *p) { return __ldg((const u8 *)p); }
+// What an earlier kernel of the same graph has written: never through the read-only path, whose loads a compiler may
+// move up past start_kernel().
+DEVICE u32x4 fresh16(const void *p) {
+    const uint4 v = *(const uint4 *)p;
+    return {v.x, v.y, v.z, v.w};
+}
+DEVICE u32 fresh4(const void *p) { return *(const u32 *)p; }
 DEVICE u32 funnel_right(u32 low, u32 high, int bits) { return __funnelshift_r(low, high, bits); }
 DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float power_of_2(float x) { return exp2f(x); }
@@ -148,6 +155,21 @@ DEVICE int dot4(int a, int b, int c) { return __dp4a(a, b, c); }
 #else
 #error "kernels are compiled by hipRTC, clang -x hip, NVRTC or nvcc"
 #endif
+
+#if !defined(__CUDACC__) && !defined(__CUDACC_RTC__)
+DEVICE u32x4 fresh16(const void *p) { return load16(p); }
+DEVICE u32 fresh4(const void *p) { return load4(p); }
+#endif
+
+// The first statement of every kernel.  A chained launch (NVIDIA from sm_90 on: programmatic dependent launch) may be
+// started while the kernel before it still runs: wait until that one has finished and its writes are seen, then let the
+// next be started, so that no more than one waits.
+DEVICE void start_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 DEVICE int lane_index() { return thread_index() & 31; }
 DEVICE int warp_index() { return thread_index() >> 5; }

@@ -4,6 +4,7 @@
 
 // Folds `bytes` (a multiple of 16) into one word a block, so that no load can be left out.  Grid (blocks).
 KERNEL(256, read_memory)(const u8 *memory, u64 bytes, u32 *folded, int blocks) {
+    start_kernel();
     const u64 step = (u64)blocks * 256 * 16;
     u32 fold = 0;
 #pragma unroll 8

@@ -181,6 +181,7 @@ DEVICE void substitute(const fomoe_car &c, const float *values, const u64 *recor
 // logits: [tokens][experts]; ids, weights: [tokens][picks].  Grid (tokens).
 KERNEL(ROUTER_THREADS, route)
 (const float *logits, int *ids, float *weights, int experts, int picks, int normalise, float scale) {
+    start_kernel();
     __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS];
     __shared__ int block_ids[MOST_PICKS];
     const int token = block_x(), i = thread_index();
@@ -192,6 +193,7 @@ EXPORT_KERNEL(route)
 // For many tokens: the picks of all, after route.  Grid (1).
 KERNEL(ROUTER_THREADS, resolve_picks)
 (const int *ids, const u64 *record_of, u64 *records, void *post, const u32 *run, u32 *misses, int pairs) {
+    start_kernel();
     resolve(ids, ids, record_of, records, (volatile u64 *)post, run, misses, pairs);
 }
 EXPORT_KERNEL(resolve_picks)
@@ -200,6 +202,7 @@ EXPORT_KERNEL(resolve_picks)
 KERNEL(ROUTER_THREADS, route_and_resolve)
 (const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *post, const u32 *run,
  u32 *misses, int experts, int picks, int normalise, float scale) {
+    start_kernel();
     __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS];
     __shared__ int block_ids[MOST_PICKS];
     __shared__ u64 table[ROUTER_EXPERTS];  // on its way while the picks are made
@@ -216,6 +219,7 @@ EXPORT_KERNEL(route_and_resolve)
 KERNEL(ROUTER_THREADS, substitute_and_resolve)
 (const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *post, const u32 *run,
  u32 *misses, const void *rule, int experts, int picks, int normalise) {
+    start_kernel();
     __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS];
     __shared__ int block_ids[MOST_PICKS], wanted[MOST_PICKS];
     __shared__ u64 table[ROUTER_EXPERTS];
@@ -234,6 +238,7 @@ EXPORT_KERNEL(substitute_and_resolve)
 // what is computed from it is NaN).  reply, stop: in host memory.  Grid (1).
 KERNEL(256, wait_for_misses)
 (const u32 *misses, const void *reply, const u32 *run, const u32 *stop, u64 *late, int pairs) {
+    start_kernel();
     const volatile answer *words = (const volatile answer *)reply;
     const volatile u64 *records = (const volatile u64 *)(words + 1);
     const bool is_waiting = *misses > 0;

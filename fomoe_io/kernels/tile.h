@@ -77,7 +77,7 @@ DEVICE void load_activations(quantized_step &s, const u8 *x, const int *token_ro
     for (int i = thread_index(); i < TILE_TOKENS * chunks; i += TILE_THREADS) {
         const int t = i / chunks, chunk = i % chunks, row = token_rows[t];
         const u8 *from = x + (u64)row * q8_row_bytes(columns) + column + 16 * chunk;
-        s.values[t][chunk] = row >= 0 && column + 16 * chunk < columns ? load16(from) : u32x4{0, 0, 0, 0};
+        s.values[t][chunk] = row >= 0 && column + 16 * chunk < columns ? fresh16(from) : u32x4{0, 0, 0, 0};
     }
     for (int i = thread_index(); i < TILE_TOKENS * TILE_QUANTS / 16; i += TILE_THREADS) {
         const int t = i / (TILE_QUANTS / 16), j = i % (TILE_QUANTS / 16), row = token_rows[t];
@@ -150,7 +150,7 @@ DEVICE void load_activations(float_step &s, const u8 *x, const int *token_rows, 
     for (int i = thread_index(); i < TILE_TOKENS * quads; i += TILE_THREADS) {
         const int t = i / quads, j = i % quads, row = token_rows[t];
         const u8 *from = x + 4 * ((u64)row * columns + column + 4 * j);
-        const u32x4 v = row >= 0 && column + 4 * j < columns ? load16(from) : u32x4{0, 0, 0, 0};
+        const u32x4 v = row >= 0 && column + 4 * j < columns ? fresh16(from) : u32x4{0, 0, 0, 0};
         s.values[t][j] = {as_float(v.x), as_float(v.y), as_float(v.z), as_float(v.w)};
     }
 }
@@ -292,6 +292,7 @@ DEVICE void group_down(const tile *tiles, const int *order, u64 down_offset, con
 KERNEL(256, combine_picks)
 (const float *out, const float *weights, const float *shared_output, const float *shared_gate, float *y, int columns,
  int picks) {
+    start_kernel();
     const int column = block_x() * 256 + thread_index(), token = block_y();
     if (column >= columns) return;
     float sum = 0.f;
@@ -306,17 +307,20 @@ EXPORT_KERNEL(combine_picks)
 
 #define TILE_KERNELS(type)                                                                                            \
     KERNEL(TILE_THREADS, mat_mul_##type)(const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens) { \
+        start_kernel();                                                                                                 \
         multiply<type>(weights, x, y, rows, columns, tokens);                                                         \
     }                                                                                                                 \
     EXPORT_KERNEL(mat_mul_##type)                                                                                     \
     KERNEL(TILE_THREADS, group_gate_up_##type)                                                                        \
     (const tile *tiles, const int *order, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,                    \
      float *hidden_floats, int rows, int columns, int picks) {                                                        \
+        start_kernel();                                                                                               \
         group_gate_up<type>(tiles, order, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks);    \
     }                                                                                                                 \
     EXPORT_KERNEL(group_gate_up_##type)                                                                               \
     KERNEL(TILE_THREADS, group_down_##type)                                                                           \
     (const tile *tiles, const int *order, u64 down_offset, const u8 *hidden, float *out, int rows, int columns) {     \
+        start_kernel();                                                                                               \
         group_down<type>(tiles, order, down_offset, hidden, out, rows, columns);                                      \
     }                                                                                                                 \
     EXPORT_KERNEL(group_down_##type)

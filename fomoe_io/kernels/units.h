@@ -238,19 +238,19 @@ DEVICE float add_unit(const typename T::prepared &u, int unit, const u8 *activat
         float d[T::groups], total[T::groups];
         if constexpr (T::has_minimum) {
             static_assert(T::groups == 2 && T::group_elements == 32, "the pairs of both groups stand side by side");
-            const u32x4 both = load16(pairs + 8 * (T::element(unit, 0) >> 5));
+            const u32x4 both = fresh16(pairs + 8 * (T::element(unit, 0) >> 5));
             d[0] = as_float(both.x), total[0] = as_float(both.y);
             d[1] = as_float(both.z), total[1] = as_float(both.w);
         } else {
 #pragma unroll
-            for (int g = 0; g < T::groups; ++g) d[g] = as_float(load4(pairs + 8 * (T::element(unit, g) >> 5)));
+            for (int g = 0; g < T::groups; ++g) d[g] = as_float(fresh4(pairs + 8 * (T::element(unit, g) >> 5)));
         }
 #pragma unroll
         for (int g = 0; g < T::groups; ++g) {
             int s = 0;
 #pragma unroll
             for (int i = 0; i < T::group_elements / 4; i += 4) {
-                const u32x4 x = load16(activations + T::element(unit, g) + 4 * i);
+                const u32x4 x = fresh16(activations + T::element(unit, g) + 4 * i);
                 // The centre times the sum of the activations is the same for all rows: cheaper than centring each.
                 if (T::centre) s -= T::centre * sum_bytes(x);
                 s = dot4(u.quants[g][i], (int)x.x, s);
@@ -265,7 +265,7 @@ DEVICE float add_unit(const typename T::prepared &u, int unit, const u8 *activat
         const float *x = (const float *)activations + T::unit_elements * unit;
 #pragma unroll
         for (int i = 0; i < T::unit_elements; i += 4) {
-            const u32x4 w = load16(x + i);
+            const u32x4 w = fresh16(x + i);
             sum = fused(u.value[i], as_float(w.x), sum);
             sum = fused(u.value[i + 1], as_float(w.y), sum);
             sum = fused(u.value[i + 2], as_float(w.z), sum);
