@@ -152,23 +152,20 @@ class Bench:
             "quantize, gate+up, down": (both, self.microseconds(layer, n)),
         }
 
-    def mat_vec(self, name: str, rows: int, columns: int, tokens: int = 1) -> tuple[int, float]:
+    def mat_vec(self, name: str, rows: int, columns: int) -> tuple[int, float]:
         """(bytes, microseconds) of a dense product."""
         matrix = random_matrix(name, rows, columns, self.rng)
         nbytes = -(-matrix.nbytes // 4096) * 4096
         count = self.fill_pool(np.pad(matrix.ravel(), (0, nbytes - matrix.nbytes)))
         if name in kernels.QUANTIZED_TYPES:
-            x = self.q8(tokens, columns)
+            x = self.q8(1, columns)
         else:
-            x = self.gpu.upload(self.rng.standard_normal((tokens, columns)).astype(np.float32))
-        y = self.gpu.allocate(4 * tokens * rows)
+            x = self.gpu.upload(self.rng.standard_normal((1, columns)).astype(np.float32))
+        y = self.gpu.allocate(4 * rows)
         split = kernels.split_of(name, columns, rows, self.tuning)
         grid = kernels.mat_vec_grid(name, rows, split, 1, self.tuning)
-        if tokens > 1:
-            grid = kernels.mat_mul_grid(rows, split, tokens)
-        kernel = f"{'mat_vec' if tokens == 1 else 'mat_mul'}_{name}"
         launches = [
-            self.gpu.prepare(kernel, grid, self.pool.pointer + i * nbytes, x, y, rows, columns, tokens, split)
+            self.gpu.prepare(f"mat_vec_{name}", grid, self.pool.pointer + i * nbytes, x, y, rows, columns, 1, split)
             for i in range(min(count, 60))
         ]
         return matrix.nbytes, self.microseconds(launches, len(launches))
@@ -203,7 +200,6 @@ def run(tuning: dict[str, int], pool_bytes: int, is_quick: bool, pool: Buffer | 
         add(f"mat_vec {name} {height} x {D_MODEL}", *bench.mat_vec(name, height, D_MODEL))
     if not is_quick:
         add("mat_vec q6_k 248320 x 4096 (logits)", *bench.mat_vec("q6_k", 248320, D_MODEL))
-        add("mat_mul q4_k 12288 x 4096, 8 tokens", *bench.mat_vec("q4_k", 12288, D_MODEL, 8))
     return {"tuning": tuning, "read_gigabytes_per_second": round(peak / 1e9, 1), "results": rows}, pool
 
 

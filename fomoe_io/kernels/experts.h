@@ -9,6 +9,10 @@ template <class T>
 constexpr int gate_up_pairs = GATE_UP_PAIRS;
 template <>
 constexpr int gate_up_pairs<q6_k> = GATE_UP_PAIRS_Q6_K;
+template <class T>
+constexpr int down_batch = DOWN_BATCH;
+template <>
+constexpr int down_batch<q6_k> = DOWN_BATCH_Q6_K;
 
 // hidden[pair] = Q8(silu(gate x) * (up x)).  A block makes 32 of the pair's `rows` values: one Q8 group, so nothing
 // but the quantized result leaves it.  A pair whose record is 0 is left alone: another launch will do it.
@@ -64,6 +68,7 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
     const u32 row_bytes = (u32)(columns / T::block_elements) * T::block_bytes;
     const u32 x_bytes = (u32)activation_row_bytes<T>(columns);
     const int units = columns / T::unit_elements;
+    constexpr int BATCH = down_batch<T>;
     for (int i = thread_index(); i < picks; i += 32 * DOWN_WARPS) {
         const int pair = token * picks + i;
         const u64 here = records[pair], record = here ? here : late ? late[pair] : 0;
@@ -83,11 +88,11 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
     }
     int next_rank = lane_index() / units, next_unit = lane_index() % units;
     while (next_rank < picks) {
-        typename T::raw raw[DOWN_BATCH][DOWN_ROWS];
-        int rank[DOWN_BATCH], unit[DOWN_BATCH];
-        bool is_real[DOWN_BATCH];
+        typename T::raw raw[BATCH][DOWN_ROWS];
+        int rank[BATCH], unit[BATCH];
+        bool is_real[BATCH];
 #pragma unroll
-        for (int b = 0; b < DOWN_BATCH; ++b) {
+        for (int b = 0; b < BATCH; ++b) {
             is_real[b] = next_rank < picks;
             rank[b] = is_real[b] ? next_rank : picks - 1, unit[b] = next_unit;
             for (next_unit += 32; next_unit >= units; next_unit -= units) ++next_rank;
@@ -97,7 +102,7 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
                 raw[b][r] = T::load((const u8 *)record_of[rank[b]] + (is_present ? offset[r] : 0), unit[b]);
         }
 #pragma unroll
-        for (int b = 0; b < DOWN_BATCH; ++b) {
+        for (int b = 0; b < BATCH; ++b) {
             if (!is_real[b]) break;
             const float weight = weight_of[rank[b]];
 #pragma unroll

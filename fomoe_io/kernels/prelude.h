@@ -138,10 +138,15 @@ DEVICE u8 load1(const void *p) { return __ldg((const u8 *)p); }
 // What an earlier kernel of the same graph has written: never through the read-only path, whose loads a compiler may
 // move up past start_kernel().
 DEVICE u32x4 fresh16(const void *p) {
-    const uint4 v = *(const uint4 *)p;
-    return {v.x, v.y, v.z, v.w};
+    u32x4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
 }
-DEVICE u32 fresh4(const void *p) { return *(const u32 *)p; }
+DEVICE u32 fresh4(const void *p) {
+    u32 v;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
 DEVICE u32 funnel_right(u32 low, u32 high, int bits) { return __funnelshift_r(low, high, bits); }
 DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float power_of_2(float x) { return exp2f(x); }

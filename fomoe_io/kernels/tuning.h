@@ -2,15 +2,12 @@
 // The host reads this file too (fomoe_io.kernels): one `#define NAME value` a line.  -DNAME=value overrides.
 #pragma once
 
-// mat_vec: rows that a warp computes at once, warps of a block; mat_mul: tokens that share one reading of the weights.
+// mat_vec: rows that a warp computes at once, warps of a block.
 #ifndef MAT_VEC_ROWS
 #define MAT_VEC_ROWS 2
 #endif
 #ifndef MAT_VEC_WARPS
 #define MAT_VEC_WARPS 4
-#endif
-#ifndef MAT_MUL_TOKENS
-#define MAT_MUL_TOKENS 4
 #endif
 
 // experts_gate_up: warps of a block, which makes 32 values; (gate, up) row pairs that a warp reads at once; blocks that
@@ -37,4 +34,7 @@
 #endif
 #ifndef DOWN_BATCH
 #define DOWN_BATCH 2
+#endif
+#ifndef DOWN_BATCH_Q6_K
+#define DOWN_BATCH_Q6_K 4
 #endif
