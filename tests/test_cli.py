@@ -56,6 +56,8 @@ def test_prompt_file_and_stop(demo_model: Path, tmp_path: Path, capsys: pytest.C
         (["{model}", "-f", "/nonexistent.txt"], "/nonexistent.txt"),
         (["{model}", "-p", "x", "--top-p", "3"], "top_p"),
         (["{model}", "-p", "x", "-t", "0"], "threads"),
+        (["/nonexistent.gguf", "-p", "x", "--json", "/"], "/: Is a directory"),
+        (["/nonexistent.gguf", "-p", "x", "--trace", "."], ".: Is a directory"),
         (["{model}", "-p", "", "-c", "64"], "prompt is empty"),
         (["{model}", "-p", "x", "--system", "y"], "chat template"),
         (["{model}", "-p", "word " * 200, "-c", "64"], "exceed the context"),

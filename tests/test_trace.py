@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine, EngineConfig, Tiers
-from fomoe_io.errors import FormatError
+from fomoe_io.errors import FormatError, ReadError
 from fomoe_io.trace import MAGIC, Trace, TraceFile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,6 +140,22 @@ def test_a_full_disk_is_reported_at_the_end(demo_model: Path, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
     fine = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert fine.stdout == full.stdout and Trace.load(path).tokens > 24
+
+
+def test_an_engine_that_fails_to_open_leaves_no_trace(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed warm start leaves the trace of an earlier run alone, and nothing beside it."""
+    path = tmp_path / "routing.trace"
+    path.write_bytes(b"of an earlier run")
+
+    def fail(engine: Engine) -> None:
+        raise ReadError("reading expert 3 of layer 0 failed")
+
+    monkeypatch.setattr(Engine, "_warm", fail)
+    with pytest.raises(ReadError, match="expert 3"):
+        Engine.open(demo_model, EngineConfig(trace=path))
+    assert path.read_bytes() == b"of an earlier run" and list(tmp_path.iterdir()) == [path]
 
 
 def test_what_is_not_a_file_is_not_replaced(tmp_path: Path) -> None:

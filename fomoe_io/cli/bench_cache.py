@@ -21,6 +21,7 @@ from fomoe_io.cache_report import (
 from fomoe_io.cli.common import checked, new_parser, run_command
 from fomoe_io.config import Tiers
 from fomoe_io.errors import UsageError
+from fomoe_io.files import check_targets
 from fomoe_io.residency import DECAY, Decay
 from fomoe_io.simulator import single_tokens
 from fomoe_io.stats import write_json
@@ -113,6 +114,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.plot and options.tiers is not None:
         raise UsageError("a plot goes over sizes, --tiers is one size", hint="leave out --tiers")
+    check_targets([options.json, options.plot])
     policies, rows = _policies(options), []
     for path in options.traces:
         trace = open_trace(path)

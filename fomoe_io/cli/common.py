@@ -12,6 +12,7 @@ from pathlib import Path
 from fomoe_io.car import CarRule
 from fomoe_io.config import EngineConfig, Tiers
 from fomoe_io.errors import FomoeError, UsageError
+from fomoe_io.trace import check_trace_target
 from fomoe_io.units import parse_bytes
 
 MODEL_VARIABLE = "FOMOE_MODEL"
@@ -130,7 +131,15 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:
-    """The configuration that the options ask for."""
+    """The configuration that the options ask for.
+
+    Raises
+    ------
+    UsageError, OSError
+        They do not go together, or no trace can be written where it should go.
+    """
+    if options.trace is not None:
+        check_trace_target(options.trace)
     return EngineConfig(
         ram_bytes=options.ram,
         threads=options.threads,

@@ -13,6 +13,7 @@ from fomoe_io.chat import ChatTemplate, Message
 from fomoe_io.cli.common import add_engine_options, add_model, engine_config, model_path, new_parser, run_command
 from fomoe_io.engine import Engine
 from fomoe_io.errors import UsageError
+from fomoe_io.files import check_targets
 from fomoe_io.generation import Conversation
 from fomoe_io.sampler import Sampler, SamplingConfig
 from fomoe_io.stats import format_banner, format_footer, write_json
@@ -225,6 +226,7 @@ def _keep_profile(engine: Engine) -> None:
 def run(argv: Sequence[str] | None = None) -> int:
     """The command without its error handling."""
     options = parser().parse_args(argv)
+    check_targets([options.json])
     path, prompt = model_path(options), _prompt(options)
     config = replace(engine_config(options), profile=None if options.no_profile else options.profile or "learned")
     options.interactive = prompt is None
