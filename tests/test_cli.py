@@ -47,6 +47,25 @@ def test_prompt_file_and_stop(demo_model: Path, tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out.rstrip("\n") == whole[: whole.index(stop)]
 
 
+def test_text_that_is_not_utf8(demo_model: Path, tmp_path: Path) -> None:
+    """U+FFFD stands for what is no text, the same from a file, an argument, a pipe."""
+    text = b"The r\xefver\xff and"
+    (tmp_path / "prompt").write_bytes(text)
+    command = [sys.executable, "-m", "fomoe_io.cli.run", str(demo_model), *SHORT, "-q"]
+    environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)}
+
+    def out(*options: str | bytes, data: bytes = b"", **more: str) -> str:
+        result = subprocess.run([*command, *options], input=data, capture_output=True, env={**environment, **more})
+        assert result.returncode == 0 and not result.stderr, result.stderr
+        return result.stdout.decode()
+
+    expected = out("-f", str(tmp_path / "prompt"))
+    assert expected.startswith("The r\ufffdver\ufffd and")
+    assert out("-p", text, "--stop", b"\xff\xfe") == expected == out(data=text)
+    utf8 = "The r\u00edver".encode()
+    assert out(data=utf8, PYTHONIOENCODING="ascii:strict", PYTHONUTF8="0").startswith("The r?ver")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ MODEL_VARIABLE = "FOMOE_MODEL"
 
 def run_command(program: str, main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake becomes one line on stderr and exit code 1, Ctrl-C 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where the locale lacks a character, as a model may write any
     try:
         return main(argv)
     except FomoeError as error:
@@ -56,6 +59,11 @@ def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
             raise argparse.ArgumentTypeError(str(error).replace("\n  fix:", "; try")) from None
 
     return convert
+
+
+def valid_text(text: str) -> str:
+    """Of an argument or a terminal: bytes that are not UTF-8 come as lone surrogates, which no tokenizer takes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def new_parser(program: str, description: str) -> argparse.ArgumentParser:
