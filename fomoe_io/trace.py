@@ -214,6 +214,8 @@ def _records(data: np.ndarray, start: int, header: TraceHeader, path: Path) -> t
         mine = batches[:, 1] == layer
         tokens = np.zeros(number[-1] + 1, np.int64)
         tokens[number[mine]] = batches[mine, 2]
+        if (tokens > batches[first, 2]).any():
+            raise FormatError(f"{path}: layer {layer} computed more tokens than a batch had", hint=TRACE_AGAIN)
         layers[layer] = _layer(data, batches[mine, 3], batches[mine, 2], tokens, header, layer, path)
     for _, layer, count, offset in table[table[:, 0] == SEED].tolist():
         scores = data[offset : offset + 8 * count].view("<f8")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fomoe_io import Engine
 from fomoe_io.cli import ppl, run
 from fomoe_io.config import EngineConfig, Tiers
 from fomoe_io.errors import UsageError
@@ -45,6 +49,23 @@ def test_prompt_file_and_stop(demo_model: Path, tmp_path: Path, capsys: pytest.C
         run.main(["-m", str(demo_model), "-f", str(prompt), *SHORT, "-q", "--no-display-prompt", "--stop", stop]) == 0
     )
     assert capsys.readouterr().out.rstrip("\n") == whole[: whole.index(stop)]
+
+
+def test_the_documented_statistics_are_written(demo_model: Path) -> None:
+    """docs/design.md promises these keys: all of them, and no others."""
+    text = (ROOT / "docs/design.md").read_text()
+    match = re.search(r"Statistics \(`--json`, stable keys\): `([^`]+)`", text)
+    assert match is not None
+    words: list[str] = re.findall(r"[a-z_0-9]+", match[1])
+
+    def keys(values: dict[str, object]) -> Iterator[str]:
+        for name, value in values.items():
+            yield name
+            if isinstance(value, dict):
+                yield from keys(value)
+
+    with Engine.open(demo_model, EngineConfig(context_tokens=32)) as engine:
+        assert Counter(keys(engine.statistics())) == Counter(words)
 
 
 def test_text_that_is_not_utf8(demo_model: Path, tmp_path: Path) -> None:

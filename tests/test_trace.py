@@ -112,6 +112,22 @@ def test_damaged(good: bytes, tmp_path: Path) -> None:
     assert refusals > 40
 
 
+def test_a_batch_that_grows_on_its_way(good: bytes, tmp_path: Path) -> None:
+    """Layer 1 with more tokens than layer 0 had: what would stand before the first token?"""
+    at = 16 + int.from_bytes(good[12:16], "little")
+    count = int.from_bytes(good[at + 4 : at + 8], "little")
+    second = at + 8 + count * 4 * 9
+    assert good[at : at + 4] == b"\1\0\0\0" and good[second : second + 4] == b"\1\0\1\0" and count > 4
+    less = good[:at] + b"\1\0\0\0\1\0\0\0" + _columns(good[at + 8 : second], count) + good[second:]
+    assert "layer 1 computed more tokens than a batch had" in refused(less, tmp_path / "t")
+
+
+def _columns(record: bytes, count: int) -> bytes:
+    """The first token of a batch's record: 4 weights, picks, chosen and found, each column for itself."""
+    places = np.cumsum([0, 16 * count, 8 * count, 8 * count])
+    return b"".join(record[place : place + size] for place, size in zip(places, (16, 8, 8, 4), strict=True))
+
+
 def test_strangers(good: bytes, tmp_path: Path) -> None:
     assert "no routing trace" in refused(b"GGUF" + good[4:], tmp_path / "t")
     assert "version 7" in refused(MAGIC + b"\7\0\0\0" + good[12:], tmp_path / "t")
