@@ -34,4 +34,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(STORE) build dist *.egg-info fomoe_io/*.so fomoe_io/_cpu.c fomoe_io/_uring.c fomoe_io/_pread.c
+	rm -rf $(VENV) $(STORE) build dist *.egg-info fomoe_io/*.so fomoe_io/_*.c

@@ -6,7 +6,6 @@ from fomoe_io.read_files import ReadFiles
 
 LATENCY_STEP_BITS: int
 LATENCY_BINS: int
-MOST_LOAD_DEPTH: int
 PLAN: np.dtype[np.void]
 """One planned read: offset and bytes (multiples of 4096 for direct reads), file index."""
 
@@ -36,7 +35,7 @@ class Load:
     plan : numpy.ndarray
         PLAN records, walked again and again.
     depth : int
-        Reads in flight, 1 to MOST_LOAD_DEPTH.
+        Reads in flight, 1 to FOMOE_MOST_LOAD_DEPTH (csrc/io_load.h).
     buffers : int
         Address of `depth` buffers of `buffer_bytes`.
     memory : object

@@ -53,7 +53,6 @@ cdef extern from "csrc/io_load.h" nogil:
 
 LATENCY_STEP_BITS = FOMOE_LATENCY_STEP_BITS
 LATENCY_BINS = FOMOE_LATENCY_BINS
-MOST_LOAD_DEPTH = FOMOE_MOST_LOAD_DEPTH
 PLAN = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("file", "<u4")])
 
 

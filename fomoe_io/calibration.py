@@ -17,6 +17,8 @@ from fomoe_io.files import write_atomically
 
 FORMAT, VERSION = "fomoe-calibration", 1
 LIMIT_BYTES = 1 << 20
+MOST_BLOCK_BYTES, MOST_DEPTH, MOST_BYTES_PER_SECOND = 1 << 31, 1 << 12, 1e15
+"""Beyond these a file is damaged: no read is as long, no queue as deep, no drive as fast."""
 SPLIT_GAIN = 1.1
 """Sub-reads must promise so much over whole reads: less is within what a drive's speed wanders."""
 SMALLEST_SUB_READ_BYTES = 64 << 10
@@ -96,7 +98,7 @@ class Calibration:
             if not points or len(places) != len({s for s, _ in places}) * len({d for _, d in places}):
                 raise ValueError("measurements are missing")
             return cls(points, str(body["engine"]), bool(body["direct"]), dict(body["system"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise FormatError(f"{path} is no calibration file: {error}", hint=AGAIN) from None
 
     def bytes_per_second(self, block_bytes: float, depth: float) -> float:
@@ -167,8 +169,12 @@ def _point(fields: Any) -> Point:
     numbers = asdict(point).values()
     if not all(type(number) in (int, float) and math.isfinite(number) and number >= 0 for number in numbers):
         raise ValueError("a measurement is no number")
-    if point.block_bytes < 1 or point.depth < 1 or point.bytes_per_second <= 0:
-        raise ValueError("a measurement is not positive")
+    if type(point.block_bytes) is not int or type(point.depth) is not int:
+        raise ValueError("a size or depth is not whole")
+    if not (1 <= point.block_bytes <= MOST_BLOCK_BYTES and 1 <= point.depth <= MOST_DEPTH):
+        raise ValueError("a size or depth makes no sense")
+    if not 0 < point.bytes_per_second <= MOST_BYTES_PER_SECOND:
+        raise ValueError("a bandwidth makes no sense")
     return point
 
 

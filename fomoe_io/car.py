@@ -17,6 +17,7 @@ MOST_SWAPS = 16
 """kernels/car_rule.h, FOMOE_CAR_MOST_SWAPS."""
 
 _SETTINGS = ("keep", "swaps", "warmup", "backfill", "handicap")
+_NUMBER = r"[0-9.]+(?:e[+-]?[0-9]+)?"
 _EXAMPLE = "--car regret:0.03, or --car ratio:0.5,keep=2,swaps=4,warmup=64"
 
 
@@ -87,7 +88,7 @@ class CarRule:
             return None
         if text == "on":
             text = ON
-        match = re.fullmatch(r"([a-z]+):([0-9.]+)((?:,[a-z]+=[0-9.]+)*)", text)
+        match = re.fullmatch(rf"([a-z]+):({_NUMBER})((?:,[a-z]+={_NUMBER})*)", text)
         if match is None:
             raise UsageError(f"{text!r} is no rule of cache-aware routing", hint=_EXAMPLE)
         settings: dict[str, float | int] = {}
@@ -103,12 +104,12 @@ class CarRule:
         return cls(match[1], parameter, **settings)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        """As :meth:`parse` reads it."""
+        """As :meth:`parse` reads it, without loss."""
         default = CarRule(self.rule, self.parameter)
-        text = f"{self.rule}:{self.parameter:g}"
+        text = f"{self.rule}:{_shortest(self.parameter)}"
         for name in _SETTINGS:
             if getattr(self, name) != getattr(default, name):
-                text += f",{name}={getattr(self, name):g}"
+                text += f",{name}={_shortest(getattr(self, name))}"
         return text
 
     def native(self) -> NativeCar:
@@ -116,6 +117,12 @@ class CarRule:
         return NativeCar(
             RULES[self.rule], self.parameter, self.keep, self.swaps, self.warmup, self.backfill, self.handicap
         )
+
+
+def _shortest(value: float) -> str:
+    """Six digits where they say all."""
+    short = f"{value:g}"
+    return short if type(value) is float and float(short) == value else repr(value)
 
 
 ON = "regret:0.034"

@@ -74,6 +74,7 @@ class Engine:
         self._check_experts()
         self.tokenizer = Tokenizer.from_metadata(store.metadata)
         self._trace: _cpu.Trace | None = None
+        self._trace_file: TraceFile | None = None
         self.profile = learned_profile.for_warm_start(config.profile, store)
         self.threads = config.threads or len(os.sched_getaffinity(0))
         self.context_tokens = config.context_tokens or min(self.shape.context_tokens, DEFAULT_CONTEXT_TOKENS)
@@ -83,6 +84,7 @@ class Engine:
         try:
             self._open(model.build)
         except BaseException:
+            self._discard_trace()
             self.close()
             raise
         self.load_seconds = time.monotonic() - started
@@ -239,6 +241,12 @@ class Engine:
         self._trace_file = TraceFile(self.config.trace, header)
         self._trace = _cpu.Trace(self._trace_file.descriptor, self.budgets.batch_tokens, s.used, s.experts)
         self._recorder.program.trace(self._trace)
+
+    def _discard_trace(self) -> None:
+        """An engine that never opened has nothing to say: an older trace of that name stays."""
+        self._trace = None
+        if self._trace_file is not None:
+            self._trace_file.discard()
 
     def _experts_shape(self, batch_tokens: int) -> dict[str, int]:
         s = self.shape
@@ -427,7 +435,7 @@ class Engine:
             if owner is not None:
                 owner.close()
         trace, self._trace = self._trace, None
-        if trace is not None:
+        if trace is not None and self._trace_file is not None:
             self._trace_file.finish(trace.flush())
 
     def __enter__(self) -> Self:

@@ -5,14 +5,57 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+from fomoe_io.errors import UsageError
 
 
 def cache_folder() -> Path:
-    """What can be made again: ``$FOMOE_CACHE``, or ``fomoe_io`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """What can be made again: ``$FOMOE_CACHE``, or ``fomoe_io`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Raises
+    ------
+    UsageError
+        No variable is set and the user has no home directory, as in some containers.
+    """
     if chosen := os.environ.get("FOMOE_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fomoe_io"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fomoe_io"
+    except RuntimeError:
+        raise UsageError("there is no home directory to keep a cache in", hint="FOMOE_CACHE=DIR") from None
+
+
+def check_targets(paths: Iterable[Path | None]) -> None:
+    """Refuse what can't become a file before the work whose result it should hold; None is skipped.
+
+    Raises
+    ------
+    OSError
+        A path is a directory, or would lie in a directory that does not exist or may not be written.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise _os_error(errno.EISDIR, path)
+        if not path.exists() and not path.parent.is_dir():
+            raise _os_error(errno.ENOENT, path)
+        if not os.access(path.parent if _is_replaced(path) else path, os.W_OK):
+            raise _os_error(errno.EACCES, path)
+
+
+def _is_replaced(path: Path) -> bool:
+    """Whether a new file takes the name; devices and pipes are written into.
+
+    /dev/stdout and /proc/self/fd/1 may lead to a file, and must not be replaced by another.
+    """
+    return (path.is_file() or not path.exists()) and path.absolute().parts[1] not in ("dev", "proc")
+
+
+def _os_error(number: int, path: Path) -> OSError:
+    return OSError(number, os.strerror(number), str(path))
 
 
 def sync_directory(path: Path) -> None:
@@ -33,9 +76,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         After removing the temporary file.
     """
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    # /dev/stdout and /proc/self/fd/1 may lead to a file, and must not be replaced by another
-    if (path.exists() and not path.is_file()) or path.absolute().parts[1] in ("dev", "proc"):
+        raise _os_error(errno.EISDIR, path)
+    if not _is_replaced(path):
         path.write_bytes(data)
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -6,13 +6,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fomoe_io.calibration import Calibration, Point
+from fomoe_io.errors import UsageError
 from fomoe_io.io_job import IOJob
-from fomoe_io.io_run import run_jobs
+from fomoe_io.io_run import file_bytes, run_jobs
 from fomoe_io.system_card import system_card
 
 SIZES_BYTES = (4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
 DEPTHS = (1, 4, 8, 16, 32)
 POINT_SECONDS = 1.0
+
+
+def sizes_within(path: Path, sizes: Sequence[int] = SIZES_BYTES) -> list[int]:
+    """The sizes of reads that a file or a device has room for.
+
+    Raises
+    ------
+    UsageError
+        There is none, and so nothing to measure.
+    """
+    found = file_bytes(path)
+    fitting = [size for size in sizes if size <= found]
+    if not fitting:
+        raise UsageError(
+            f"{path} has {found:,} bytes, the smallest read to measure {min(sizes):,}",
+            hint="--filename FILE of a file much larger than any cache of the drive",
+        )
+    return fitting
 
 
 def calibrate(
@@ -29,18 +48,21 @@ def calibrate(
     Parameters
     ----------
     path : Path
-        A file of the drive, much larger than any cache of it.
+        The drive's block device, or a file of it, much larger than any cache of it.
     engine : str
     direct : bool
     sizes, depths : sequence of int
         Sizes larger than the file are left out.
     seconds : float
         For each point.
+
+    Raises
+    ------
+    UsageError
+        The file is smaller than every size.
     """
     points, used = [], engine
-    for size in sizes:
-        if size > path.stat().st_size:
-            continue
+    for size in sizes_within(path, sizes):
         for depth in depths:
             job = IOJob(
                 filenames=(path,),

@@ -89,6 +89,8 @@ class IOJob:
             raise UsageError(f"{self.name}: time_based needs a runtime", hint="--runtime SECONDS")
         if min(self.runtime_seconds, self.ramp_seconds) < 0:
             raise UsageError(f"{self.name}: a negative time")
+        if self.seed < 0:
+            raise UsageError(f"{self.name}: randseed is {self.seed}, expected 0 or more")
 
     @property
     def writes(self) -> bool:

@@ -81,7 +81,7 @@ def read_trace(path: Path) -> list[tuple[int, int]]:
         header = next(rows, [])
         layer, expert = header.index("layer"), header.index("expert")
         picks = [(int(row[layer]), int(row[expert])) for row in rows if row]
-    except (ValueError, IndexError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except (ValueError, IndexError, csv.Error, EOFError, lzma.LZMAError) as error:
         raise FormatError(f"{path} is no routing trace (CSV with columns layer and expert): {error}") from None
     if not picks:
         raise FormatError(f"{path}: the trace has no picks")

@@ -94,12 +94,14 @@ def _plan(job: IOJob, seed: int) -> tuple[np.ndarray, list[Path], dict[int, int]
         store = Store.open(job.store)
         picks = read_trace(job.trace) if job.trace else random_picks(store.experts, seed)
         return record_plan(store, picks), *store.copies()
-    sizes = [path.stat().st_size if path.is_file() else _device_bytes(path) for path in job.filenames]
-    usable = [min(size, job.size_bytes or size) for size in sizes]
+    usable = [min(size, job.size_bytes or size) for size in map(file_bytes, job.filenames)]
     return block_plan(usable, job.block_bytes, random=job.rw.startswith("rand"), seed=seed), list(job.filenames), {}
 
 
-def _device_bytes(path: Path) -> int:
+def file_bytes(path: Path) -> int:
+    """Size of a file or of a block device, whose `st_size` is 0."""
+    if path.is_file():
+        return path.stat().st_size
     with path.open("rb") as stream:
         return stream.seek(0, os.SEEK_END)
 

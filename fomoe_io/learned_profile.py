@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from fomoe_io.errors import FormatError
+from fomoe_io.errors import FomoeError, FormatError
 from fomoe_io.files import cache_folder
 from fomoe_io.profile import Profile
 
@@ -68,11 +68,12 @@ def for_warm_start(wanted: Path | Literal["learned"] | None, store: Store) -> Pr
     Raises
     ------
     FormatError
-        A file that was named is damaged, or of another model.  What earlier runs have left is ignored in that case.
+        A file that was named is damaged, or of another model.  What earlier runs have left is ignored in that case, and
+        when it can't be read.
     """
     found = None
     if wanted == "learned":
-        with contextlib.suppress(FormatError):
+        with contextlib.suppress(FomoeError, OSError):  # no home directory, no right to read
             found = load(default_path(store.fingerprint), store)
     elif wanted is not None:
         found = load(wanted, store)

@@ -101,7 +101,6 @@ class Reader:
     drives : int
         Drives that the files lie on.
     paths : list of str
-    file_sizes : list of int
     fallback_reason : str or None
         Why `auto` took pread.
     """
@@ -123,7 +122,6 @@ class Reader:
         self.direct = native.files.direct
         self.drives = native.files.drive_count
         self.paths = native.files.paths
-        self.file_sizes = native.files.sizes
 
     @property
     def address(self) -> int:

@@ -28,7 +28,7 @@ from typing import Any, Self
 import numpy as np
 
 from fomoe_io.errors import FormatError
-from fomoe_io.files import sync_directory
+from fomoe_io.files import check_targets, sync_directory
 from fomoe_io.residency import Decay
 
 MAGIC, VERSION = b"FOMOETRC", 1
@@ -214,6 +214,8 @@ def _records(data: np.ndarray, start: int, header: TraceHeader, path: Path) -> t
         mine = batches[:, 1] == layer
         tokens = np.zeros(number[-1] + 1, np.int64)
         tokens[number[mine]] = batches[mine, 2]
+        if (tokens > batches[first, 2]).any():
+            raise FormatError(f"{path}: layer {layer} computed more tokens than a batch had", hint=TRACE_AGAIN)
         layers[layer] = _layer(data, batches[mine, 3], batches[mine, 2], tokens, header, layer, path)
     for _, layer, count, offset in table[table[:, 0] == SEED].tolist():
         scores = data[offset : offset + 8 * count].view("<f8")
@@ -275,6 +277,18 @@ def _layer(
     return LayerTrace(tokens, picks, weights, chosen, found)
 
 
+def check_trace_target(path: Path) -> None:
+    """Refuse a name that no trace can get.
+
+    Raises
+    ------
+    OSError
+    """
+    check_targets([path])
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "not a regular file; a trace replaces what has its name", str(path))
+
+
 class TraceFile:
     """A trace being written: under a temporary name until :meth:`finish`.
 
@@ -289,14 +303,15 @@ class TraceFile:
     """
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if path.exists() and not path.is_file():
-            raise FileExistsError(errno.EEXIST, "not a regular file; a trace replaces what has its name", str(path))
+        check_trace_target(path)
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
         self._stream = self._partial.open("wb", buffering=0)
-        self._stream.write(header.encode())
+        try:
+            self._stream.write(header.encode())
+        except BaseException:
+            self.discard()
+            raise
 
     @property
     def descriptor(self) -> int:
@@ -317,11 +332,15 @@ class TraceFile:
             self._partial.replace(self.path)
             sync_directory(self.path.parent)
         except BaseException:
-            with contextlib.suppress(OSError):
-                self._partial.unlink()
+            self.discard()
             raise
-        finally:
-            self._stream.close()
+        self._stream.close()
+
+    def discard(self) -> None:
+        """Leave nothing behind; what has the file's name stays."""
+        self._stream.close()
+        with contextlib.suppress(OSError):
+            self._partial.unlink()
 
 
 def slot_pairs(slots: np.ndarray) -> tuple[tuple[int, int], ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fomoe_io.errors import UsageError
+from fomoe_io.files import check_targets
 from fomoe_io.profile import Profile
 from fomoe_io.store import Store
 from layout_tool.direct import write_error
@@ -53,6 +54,7 @@ def collect(
     from fomoe_io.config import EngineConfig
     from fomoe_io.engine import Engine
 
+    check_targets([output])
     text = text_path.read_text(encoding="utf-8", errors="replace")
     with Engine.open(model_path, EngineConfig(ram_bytes=ram_bytes, context_tokens=context)) as engine:
         tokens = engine.tokenizer.encode(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,17 @@ def test_the_tables(trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert sums == pytest.approx([100] * 5, abs=0.02)
 
 
+def test_traces_of_one_name(trace: Path, tmp_path: Path) -> None:
+    """Two runs keep their traces under the same name in two folders: their rows must not be taken for one."""
+    (tmp_path / "b").mkdir()
+    other = Path(shutil.copy(trace, tmp_path / "b"))
+    third = Path(shutil.copy(trace, tmp_path / "third"))
+    traces = [str(trace), str(other), str(third)]
+    assert bench(["cache", *traces, "--slots", "8", "--policy", "lru", "--json", str(tmp_path / "j")]) == 0
+    rows = json.loads((tmp_path / "j").read_text())["rows"]
+    assert [row["trace"] for row in rows] == [str(trace), str(other), "third"]
+
+
 def test_the_plot(
     trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +89,9 @@ def test_the_plot(
         (["TRACE", "--slots", "33"], "from 1 to the 32"),
         (["TRACE", "--tiers", "vram=1%,dram=1%", "--plot", "x.png"], "one size"),
         (["TRACE", "--decay", "1,0.9,0.2"], "is no decay"),
+        (["TRACE", "TRACE"], "was named twice"),
+        (["TRACE", "--json", "/"], "Is a directory"),
+        (["TRACE", "--plot", "/nowhere/x.png"], "No such file"),
     ],
 )
 def test_mistakes(trace: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,10 +85,20 @@ def test_traces(tmp_path: Path) -> None:
     plain.write_text(text)
     packed.write_bytes(lzma.compress(text.encode()))
     assert read_trace(plain) == read_trace(packed) == [(0, 5), (1, 3), (0, 2)]
-    for bad in ("", "layer,expert\n", "a,b\n1,2\n", "layer,expert\n1\n", "layer,expert\n1,x\n"):
+    for bad in (
+        "",
+        "layer,expert\n",
+        "a,b\n1,2\n",
+        "layer,expert\n1\n",
+        "layer,expert\n1,x\n",
+        "layer,expert\n" + "1" * 200_000 + "\n",
+    ):
         plain.write_text(bad)
         with pytest.raises(FormatError):
             read_trace(plain)
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(FormatError, match="is no routing trace"):
+        read_trace(packed)
 
 
 # ---- counting ----
@@ -329,11 +339,14 @@ def test_bad_job_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, text:
         (["--store", "{file}"], "not a GGUF"),
         (["--filename", "{file}", "--bs", "1G"], "does not fit"),
         (["--filename", "{file}", "--rw", "write", "--engine", "mmap"], "writing is not possible"),
+        (["--filename", "{file}", "--randseed", "-1"], "randseed is -1"),
+        (["--filename", "{file}", "--output", "{folder}"], "Is a directory"),
+        (["--filename", "{file}", "--calibrate", "{folder}"], "Is a directory"),
         (["--calibrate", "x"], "--calibrate needs"),
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], file: Path, arguments: list[str], message: str) -> None:
-    assert bench(["io", *(argument.format(file=file) for argument in arguments)]) == 1
+    assert bench(["io", *(argument.format(file=file, folder=file.parent) for argument in arguments)]) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and len(error.splitlines()) <= 2
 

@@ -138,9 +138,21 @@ def test_a_rule_reads_as_it_is_written(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "rule",
+    [
+        CarRule("ratio", 1e-7), CarRule("prior", 0.0341234567, handicap=1e300), CarRule("budget", 5e-324),
+        CarRule("regret", 1 / 3, keep=256, warmup=1 << 24, handicap=1e-9), CarRule("regret", 1, warmup=10_000_000),
+    ],
+)  # fmt: skip
+def test_any_rule_survives_being_written(rule: CarRule) -> None:
+    assert CarRule.parse(str(rule)) == rule
+
+
+@pytest.mark.parametrize(
     "text",
     ["", "best", "ratio", "ratio:", "ratio:2", "ratio:-1", "guess:0.1", "regret:0.1.2", "regret:0.1,swaps=99",
-     "regret:0.1,swap=1", "regret:0.1,keep=1.5", "regret:0.1,handicap=.."],
+     "regret:0.1,swap=1", "regret:0.1,keep=1.5", "regret:0.1,handicap=..", "regret:0.1,warmup=1e3",
+     "regret:e5", "regret:1e", "regret:0.1,handicap=1e999"],
 )  # fmt: skip
 def test_bad_rules(text: str) -> None:
     with pytest.raises(UsageError, match="--car"):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fomoe_io import Engine
 from fomoe_io.cli import ppl, run
 from fomoe_io.config import EngineConfig, Tiers
 from fomoe_io.errors import UsageError
@@ -47,6 +51,42 @@ def test_prompt_file_and_stop(demo_model: Path, tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out.rstrip("\n") == whole[: whole.index(stop)]
 
 
+def test_the_documented_statistics_are_written(demo_model: Path) -> None:
+    """docs/design.md promises these keys: all of them, and no others."""
+    text = (ROOT / "docs/design.md").read_text()
+    match = re.search(r"Statistics \(`--json`, stable keys\): `([^`]+)`", text)
+    assert match is not None
+    words: list[str] = re.findall(r"[a-z_0-9]+", match[1])
+
+    def keys(values: dict[str, object]) -> Iterator[str]:
+        for name, value in values.items():
+            yield name
+            if isinstance(value, dict):
+                yield from keys(value)
+
+    with Engine.open(demo_model, EngineConfig(context_tokens=32)) as engine:
+        assert Counter(keys(engine.statistics())) == Counter(words)
+
+
+def test_text_that_is_not_utf8(demo_model: Path, tmp_path: Path) -> None:
+    """U+FFFD stands for what is no text, the same from a file, an argument, a pipe."""
+    text = b"The r\xefver\xff and"
+    (tmp_path / "prompt").write_bytes(text)
+    command = [sys.executable, "-m", "fomoe_io.cli.run", str(demo_model), *SHORT, "-q"]
+    environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)}
+
+    def out(*options: str | bytes, data: bytes = b"", **more: str) -> str:
+        result = subprocess.run([*command, *options], input=data, capture_output=True, env={**environment, **more})
+        assert result.returncode == 0 and not result.stderr, result.stderr
+        return result.stdout.decode()
+
+    expected = out("-f", str(tmp_path / "prompt"))
+    assert expected.startswith("The r\ufffdver\ufffd and")
+    assert out("-p", text, "--stop", b"\xff\xfe") == expected == out(data=text)
+    utf8 = "The r\u00edver".encode()
+    assert out(data=utf8, PYTHONIOENCODING="ascii:strict", PYTHONUTF8="0").startswith("The r?ver")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -56,6 +96,8 @@ def test_prompt_file_and_stop(demo_model: Path, tmp_path: Path, capsys: pytest.C
         (["{model}", "-f", "/nonexistent.txt"], "/nonexistent.txt"),
         (["{model}", "-p", "x", "--top-p", "3"], "top_p"),
         (["{model}", "-p", "x", "-t", "0"], "threads"),
+        (["/nonexistent.gguf", "-p", "x", "--json", "/"], "/: Is a directory"),
+        (["/nonexistent.gguf", "-p", "x", "--trace", "."], ".: Is a directory"),
         (["{model}", "-p", "", "-c", "64"], "prompt is empty"),
         (["{model}", "-p", "x", "--system", "y"], "chat template"),
         (["{model}", "-p", "word " * 200, "-c", "64"], "exceed the context"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fomoe_io.cli.bench import main as bench
 from fomoe_io.errors import FormatError
 from fomoe_io.expert_slots import slot_layout
 from fomoe_io.io_calibrate import calibrate
+from fomoe_io.io_run import file_bytes
 from fomoe_io.system_card import Drive, drive_of, system_card
 
 # ---- doctor ----
@@ -214,16 +216,20 @@ def test_round_trip_and_damage(tmp_path: Path) -> None:
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(FormatError, match="is no calibration file"):
             Calibration.load(path)
-    for point in ({"bytes_per_second": 0}, {"depth": "4"}, {"p50_us": float("inf")}, {"depth": True}):
+    for point in (
+        {"bytes_per_second": 0}, {"bytes_per_second": 1e300}, {"depth": "4"}, {"depth": True}, {"depth": 10**9},
+        {"block_bytes": 4096.0}, {"block_bytes": 1 << 40}, {"p50_us": float("inf")}, {"p99_us": 10**400},
+    ):  # fmt: skip
         path.write_text(json.dumps({**good, "points": [{**good["points"][0], **point}]}))
         with pytest.raises(FormatError):
             Calibration.load(path)
     path.write_text(json.dumps({**good, "points": [*good["points"], {**good["points"][0], "block_bytes": 8192}]}))
     with pytest.raises(FormatError, match="measurements are missing"):
         Calibration.load(path)
-    path.write_bytes(b"\x00\x01")
-    with pytest.raises(FormatError):
-        Calibration.load(path)
+    for damaged in (b"\x00\x01", b"[" * 100_000):
+        path.write_bytes(damaged)
+        with pytest.raises(FormatError):
+            Calibration.load(path)
 
 
 def test_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,3 +242,26 @@ def test_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert bench(["io", "--filename", str(data), "--calibrate", str(tmp_path / "c.json")]) == 0
     assert "64 KiB x QD   2" in capsys.readouterr().out
     assert Calibration.load(tmp_path / "c.json") == found
+
+
+def test_nothing_to_measure_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    data.write_bytes(b"x" * 4095)
+    for path, size in ((data, "4,095"), (Path("/dev/null"), "0")):
+        assert bench(["io", "--filename", str(path), "--calibrate", str(tmp_path / "c.json")]) == 1
+        error = capsys.readouterr().err
+        assert f"{path} has {size} bytes" in error and "fix: " in error and len(error.splitlines()) == 2
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_a_block_device_has_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its st_size is 0: what counts is where its end lies."""
+    data = tmp_path / "device"
+    data.write_bytes(bytes(20_000))
+    assert file_bytes(data) == 20_000
+    monkeypatch.setattr(Path, "is_file", lambda _: False)
+    monkeypatch.setattr(Path, "stat", lambda path, **_: os.stat_result((stat.S_IFBLK, *[0] * 9)))
+    assert file_bytes(data) == 20_000
+    monkeypatch.setattr("fomoe_io.io_calibrate.system_card", lambda _: {})
+    found = calibrate(data, sizes=(4096, 1 << 20), depths=(1,), seconds=0.02, engine="pread")
+    assert [point.block_bytes for point in found.points] == [4096]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fomoe_io.files import write_atomically
+from fomoe_io.files import check_targets, write_atomically
 from fomoe_io.stats import write_json
 
 
@@ -37,6 +37,14 @@ def test_a_directory_is_refused_before_anything_is_written(tmp_path: Path) -> No
     with pytest.raises(IsADirectoryError, match="there"):
         write_json(tmp_path / "there", {"a": 1})
     assert names(tmp_path) == ["there"]
+
+
+def test_targets_are_checked_before_the_work(tmp_path: Path) -> None:
+    check_targets([None, tmp_path / "new", Path("new"), Path("/dev/stdout"), Path("/dev/null")])
+    for bad in (tmp_path, Path(), Path("/"), Path(".."), tmp_path / "missing" / "file", Path("/proc/version/x")):
+        with pytest.raises(OSError, match=str(bad)):
+            check_targets([bad])
+    assert names(tmp_path) == []
 
 
 def test_a_pipe_stays_a_pipe(tmp_path: Path) -> None:

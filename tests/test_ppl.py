@@ -91,6 +91,62 @@ def test_it_resumes(demo_model: Path, text: Path, capsys: pytest.CaptureFixture[
     assert "--car on" in capsys.readouterr().err
 
 
+def complaint(capsys: pytest.CaptureFixture[str], model: Path, text: Path, *options: str) -> str:
+    """The one line, and perhaps a fix, that a run ends in."""
+    capsys.readouterr()
+    assert ppl.main([str(model), "-f", str(text), "-c", "64", *options]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("fomoe-ppl: ", "  fix: "))]
+    assert lines[0].startswith("fomoe-ppl: ") and len(lines) <= 2
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("other", [["--tiers", "vram=10%,dram=15%"], ["--policy", "lru", *TIERS], []])
+def test_shares_of_other_memory_are_not_mixed(
+    demo_model: Path, text: Path, other: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume = ["--resume", str(text.with_name("resume"))]
+    measure(demo_model, text, *TIERS, *resume, chunks=2)
+    measure(demo_model, text, *TIERS, *resume, chunks=3)
+    assert "other settings or memory" in complaint(capsys, demo_model, text, *other, *resume)
+
+
+def test_damaged_resume_files(demo_model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = text.with_name("resume")
+    resume = ["--resume", str(path), "--chunks", "2"]
+    measure(demo_model, text, "--resume", str(path), chunks=1)
+    saved = json.loads(path.read_text())
+    chunk = saved["chunks"][0]
+    hits = chunk["hits"]
+    changes: list[dict[str, Any]] = [
+        {"count": "31"}, {"count": 0}, {"count": 10**400}, {"nll": None}, {"nll": float("nan")}, {"nll": 1e9},
+        {"nll_squared": 10**400}, {"hits": []}, {"hits": {}}, {"hits": hits | {"x": 1}}, {"hits": hits | {"dram": -1}},
+        {"hits": dict.fromkeys(hits, 0)}, {"cold": 2},
+    ]  # fmt: skip
+    damaged = [json.dumps(saved | {"chunks": [chunk | change]}) for change in changes]
+    for body in [*damaged, json.dumps(saved | {"chunks": 1}), json.dumps(saved | {"chunks": {"a": 1}}), "[" * 100_000]:
+        path.write_text(body)
+        assert "is no resume file" in complaint(capsys, demo_model, text, *resume), body[:300]
+    path.write_text(json.dumps(saved))
+    assert measure(demo_model, text, "--resume", str(path), chunks=2)["tokens_scored"] == 2 * 31
+
+
+def test_nothing_to_score(demo_model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--chunks 0 leaves nothing" in complaint(capsys, demo_model, text, "--chunks", "0")
+    text.write_text("A few words.")
+    assert "a longer text" in complaint(capsys, demo_model, text)
+    text.write_text("")
+    assert "is empty" in complaint(capsys, demo_model, text)
+
+
+@pytest.mark.parametrize("option", ["--json", "--trace", "--resume", "--exact-logits"])
+def test_targets_are_refused_before_the_work(
+    demo_model: Path, text: Path, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Engine, "open", lambda *_: pytest.fail("the model was opened"))
+    for bad in (str(text.parent), ".", "/"):
+        assert "Is a directory" in complaint(capsys, demo_model, text, "--car", "on", option, bad)
+
+
 def test_half_a_chunk_of_exact_logits_is_written_again(tmp_path: Path) -> None:
     path, logits = tmp_path / "exact", np.random.default_rng(1).random((3, 4, 10)).astype(np.float32)
     with ExactLogits(path, "print", 4, 10) as exact:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prompt_toolkit.history import InMemoryHistory
 
 from fomoe_io import Engine, EngineConfig, Tiers, learned_profile
+from fomoe_io.cli import prompt
 from fomoe_io.cli.run import main as run
 from fomoe_io.errors import FormatError
 from fomoe_io.learned_profile import HALF_LIFE_TOKENS, default_path, merged
@@ -118,6 +120,35 @@ def test_it_can_not_be_kept(
     assert run([str(demo_model), "-p", PROMPT, "-n", "3", "--raw", "--profile", str(named)]) == 1
     said = capsys.readouterr()
     assert said.out.startswith(PROMPT) and "file: File exists" in said.err.splitlines()[-1]
+
+
+def test_neither_a_home_nor_the_right_to_read(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a container: the answer comes, and a note says why nothing was learned."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in ("XDG_CACHE_HOME", "XDG_STATE_HOME", "FOMOE_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "home", no_home)
+        text, cold, said = answer(demo_model, tmp_path, capsys)
+        assert text.startswith(PROMPT)
+        assert "note: the profile was not kept: there is no home directory" in said
+        assert isinstance(prompt._history(), InMemoryHistory)
+    monkeypatch.setenv("XDG_STATE_HOME", "/proc/version")  # where nothing can be made
+    assert isinstance(prompt._history(), InMemoryHistory)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert answer(demo_model, tmp_path, capsys)[0] == text
+
+    def refuse(path: Path) -> Profile:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Profile, "load", refuse)
+    again, counted, said = answer(demo_model, tmp_path, capsys)
+    assert again == text and counted["tiers"] == cold["tiers"] and "warm start" not in said
 
 
 def test_an_interrupted_run_is_kept(demo_model: Path, tmp_path: Path, home: Path) -> None:

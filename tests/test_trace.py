@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine, EngineConfig, Tiers
-from fomoe_io.errors import FormatError
+from fomoe_io.errors import FormatError, ReadError
 from fomoe_io.trace import MAGIC, Trace, TraceFile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +112,22 @@ def test_damaged(good: bytes, tmp_path: Path) -> None:
     assert refusals > 40
 
 
+def test_a_batch_that_grows_on_its_way(good: bytes, tmp_path: Path) -> None:
+    """Layer 1 with more tokens than layer 0 had: what would stand before the first token?"""
+    at = 16 + int.from_bytes(good[12:16], "little")
+    count = int.from_bytes(good[at + 4 : at + 8], "little")
+    second = at + 8 + count * 4 * 9
+    assert good[at : at + 4] == b"\1\0\0\0" and good[second : second + 4] == b"\1\0\1\0" and count > 4
+    less = good[:at] + b"\1\0\0\0\1\0\0\0" + _columns(good[at + 8 : second], count) + good[second:]
+    assert "layer 1 computed more tokens than a batch had" in refused(less, tmp_path / "t")
+
+
+def _columns(record: bytes, count: int) -> bytes:
+    """The first token of a batch's record: 4 weights, picks, chosen and found, each column for itself."""
+    places = np.cumsum([0, 16 * count, 8 * count, 8 * count])
+    return b"".join(record[place : place + size] for place, size in zip(places, (16, 8, 8, 4), strict=True))
+
+
 def test_strangers(good: bytes, tmp_path: Path) -> None:
     assert "no routing trace" in refused(b"GGUF" + good[4:], tmp_path / "t")
     assert "version 7" in refused(MAGIC + b"\7\0\0\0" + good[12:], tmp_path / "t")
@@ -140,6 +156,22 @@ def test_a_full_disk_is_reported_at_the_end(demo_model: Path, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
     fine = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert fine.stdout == full.stdout and Trace.load(path).tokens > 24
+
+
+def test_an_engine_that_fails_to_open_leaves_no_trace(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed warm start leaves the trace of an earlier run alone, and nothing beside it."""
+    path = tmp_path / "routing.trace"
+    path.write_bytes(b"of an earlier run")
+
+    def fail(engine: Engine) -> None:
+        raise ReadError("reading expert 3 of layer 0 failed")
+
+    monkeypatch.setattr(Engine, "_warm", fail)
+    with pytest.raises(ReadError, match="expert 3"):
+        Engine.open(demo_model, EngineConfig(trace=path))
+    assert path.read_bytes() == b"of an earlier run" and list(tmp_path.iterdir()) == [path]
 
 
 def test_what_is_not_a_file_is_not_replaced(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""fomoe-bench: measure storage, caching and decoding."""
+"""fomoe-bench: measure storage and caching."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fomoe_io.cache_report import (
 from fomoe_io.cli.common import checked, new_parser, run_command
 from fomoe_io.config import Tiers
 from fomoe_io.errors import UsageError
+from fomoe_io.files import check_targets
 from fomoe_io.residency import DECAY, Decay
 from fomoe_io.simulator import single_tokens
 from fomoe_io.stats import write_json
@@ -108,16 +110,30 @@ def _policies(options: argparse.Namespace) -> list[str]:
     return names
 
 
+def trace_names(paths: Sequence[Path]) -> list[str]:
+    """What the rows call each trace: its file's name, the whole path where two files share a name.
+
+    Raises
+    ------
+    UsageError
+        A trace was named twice.
+    """
+    for path, count in Counter(paths).items():
+        if count > 1:
+            raise UsageError(f"{path} was named twice")
+    shared = Counter(path.name for path in paths)
+    return [path.name if shared[path.name] == 1 else str(path) for path in paths]
+
+
 def run(argv: Sequence[str] | None = None) -> int:
     """The command without its error handling."""
     options = parser().parse_args(argv)
     if options.plot and options.tiers is not None:
         raise UsageError("a plot goes over sizes, --tiers is one size", hint="leave out --tiers")
+    check_targets([options.json, options.plot])
     policies, rows = _policies(options), []
-    for path in options.traces:
-        trace = open_trace(path)
-        found = _report(path.name, trace, options, policies)
-        rows += found
+    for path, name in zip(options.traces, trace_names(options.traces), strict=True):
+        rows += _report(name, open_trace(path), options, policies)
     if options.json:
         write_json(options.json, {"rows": [row.as_json() for row in rows]})
     if options.plot:

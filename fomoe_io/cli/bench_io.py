@@ -10,12 +10,12 @@ from pathlib import Path
 
 from fomoe_io.cli.common import checked, new_parser, package_version, run_command
 from fomoe_io.errors import UsageError
-from fomoe_io.files import write_atomically
-from fomoe_io.io_calibrate import DEPTHS, POINT_SECONDS, SIZES_BYTES, calibrate
+from fomoe_io.files import check_targets, write_atomically
+from fomoe_io.io_calibrate import DEPTHS, POINT_SECONDS, calibrate, sizes_within
 from fomoe_io.io_job import DIRECTIONS, ENGINES, IOJob, IOResult
 from fomoe_io.io_job_file import parse_engine, parse_flag, parse_seconds, read_job_file
 from fomoe_io.io_report import format_result, json_results
-from fomoe_io.io_run import run_jobs
+from fomoe_io.io_run import file_bytes, run_jobs
 from fomoe_io.reader import MODES
 from fomoe_io.store import Store
 from fomoe_io.system_card import format_card, system_card
@@ -35,7 +35,9 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to read")
     what.add_argument("--filename", action="append", type=Path, metavar="FILE", help="file or device, repeatable")
     what.add_argument("--store", type=Path, metavar="STORE", help="the expert records of a store or GGUF")
-    what.add_argument("--trace", type=Path, metavar="CSV", help="routing trace: the order of the records")
+    what.add_argument(
+        "--trace", type=Path, metavar="TRACE", help="the order of the records: file of fomoe-run --trace, or CSV"
+    )
     what.add_argument("--rw", choices=DIRECTIONS, default="randread")
     what.add_argument("--bs", type=checked(parse_bytes), default=4096, metavar="SIZE", help="block size")
     what.add_argument("--size", type=checked(parse_bytes), metavar="SIZE", help="bytes to use; lays out a file")
@@ -110,6 +112,7 @@ def _main(argv: Sequence[str] | None) -> int:
     options = _parser().parse_args(argv)
     if options.job_file and (options.filename or options.store or options.calibrate):
         raise UsageError("a job file names its own files", hint="leave out --filename, --store and --calibrate")
+    check_targets([options.output, options.calibrate])
     if options.calibrate:
         return _calibrate(options)
     groups = read_job_file(options.job_file) if options.job_file else [[_job(options)]]
@@ -142,8 +145,8 @@ def _calibrate(options: argparse.Namespace) -> int:
     if bool(options.filename) == bool(options.store) or len(options.filename or ()) > 1:
         raise UsageError("--calibrate needs one --filename or a --store")
     paths = options.filename or Store.open(options.store).paths
-    path = max(paths, key=lambda path: path.stat().st_size)
-    seconds = len(SIZES_BYTES) * len(DEPTHS) * POINT_SECONDS
+    path = max(paths, key=file_bytes)
+    seconds = len(sizes_within(path)) * len(DEPTHS) * POINT_SECONDS
     print(f"measuring {path}: about {seconds:.0f} s", file=sys.stderr)
     result = calibrate(path, engine=options.engine, direct=options.direct)
     result.save(options.calibrate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from fomoe_io.car import CarRule
 from fomoe_io.config import EngineConfig, Tiers
 from fomoe_io.errors import FomoeError, UsageError
+from fomoe_io.trace import check_trace_target
 from fomoe_io.units import parse_bytes
 
 MODEL_VARIABLE = "FOMOE_MODEL"
@@ -19,6 +21,8 @@ MODEL_VARIABLE = "FOMOE_MODEL"
 
 def run_command(program: str, main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake becomes one line on stderr and exit code 1, Ctrl-C 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where the locale lacks a character, as a model may write any
     try:
         return main(argv)
     except FomoeError as error:
@@ -55,6 +59,11 @@ def checked(parse: Callable[[str], object]) -> Callable[[str], object]:
             raise argparse.ArgumentTypeError(str(error).replace("\n  fix:", "; try")) from None
 
     return convert
+
+
+def valid_text(text: str) -> str:
+    """Of an argument or a terminal: bytes that are not UTF-8 come as lone surrogates, which no tokenizer takes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def new_parser(program: str, description: str) -> argparse.ArgumentParser:
@@ -130,7 +139,15 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:
-    """The configuration that the options ask for."""
+    """The configuration that the options ask for.
+
+    Raises
+    ------
+    UsageError, OSError
+        They do not go together, or no trace can be written where it should go.
+    """
+    if options.trace is not None:
+        check_trace_target(options.trace)
     return EngineConfig(
         ram_bytes=options.ram,
         threads=options.threads,

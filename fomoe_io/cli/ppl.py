@@ -19,10 +19,15 @@ from fomoe_io.config import EngineConfig
 from fomoe_io.engine import Engine
 from fomoe_io.errors import UsageError
 from fomoe_io.exact_logits import ExactLogits
+from fomoe_io.files import check_targets
 from fomoe_io.session import Session
 from fomoe_io.stats import format_banner, format_footer, write_json
 
 TIERS = ("vram", "dram", "nvme")
+LEAST_CHUNK = 4
+"""Tokens of a chunk whose second half scores at least one."""
+MOST_NATS = 700
+"""Of a token's negative log likelihood: the exp of more is no float."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -167,6 +172,8 @@ class Text:
 
     def __init__(self, engine: Engine, options: argparse.Namespace) -> None:
         text = options.file.read_text(encoding="utf-8", errors="replace")
+        if not text:
+            raise UsageError(f"{options.file} is empty")
         # llama.cpp's tools drop one final newline of a file
         tokenizer = engine.tokenizer
         self.tokens = np.array(tokenizer.encode(text.removesuffix("\n"), add_bos=tokenizer.add_bos), np.int32)
@@ -177,7 +184,7 @@ class Text:
         if not self.chunks:
             raise UsageError(
                 f"the text has {len(self.tokens)} tokens, not one chunk of {self.chunk}",
-                hint=f"-c {len(self.tokens) // 2}",
+                hint=f"-c {len(self.tokens) // 2}" if len(self.tokens) >= 2 * LEAST_CHUNK else "a longer text",
             )
         self.scored = self.chunk - self.chunk // 2 - 1
         self._bos = tokenizer.bos_id if tokenizer.add_bos else None
@@ -200,15 +207,32 @@ class Text:
         return digest.hexdigest()[:32]
 
 
+def _chunk(fields: Any) -> Chunk:
+    """One of a resume file; any error for what no run has written."""
+    chunk = Chunk(**fields)
+    sums = (chunk.nll, chunk.nll_squared, chunk.exact_nll, chunk.change_squared, chunk.kl)
+    counts = [chunk.count, *(chunk.hits[name] for name in (*TIERS, "substituted", "read"))]
+    if not all(type(count) is int and 0 <= count < 1 << 53 for count in counts) or len(counts) != 1 + len(chunk.hits):
+        raise ValueError
+    if not all(map(math.isfinite, sums)) or not chunk.count or not sum(counts[1:-1]) or type(chunk.cold) is not bool:
+        raise ValueError
+    if max(chunk.nll, chunk.exact_nll) > MOST_NATS * chunk.count:
+        raise ValueError
+    return chunk
+
+
 def _load(path: Path | None, fingerprint: str) -> list[Chunk]:
     if path is None or not path.exists():
         return []
     try:
         saved = json.loads(path.read_text())
         if saved["fingerprint"] != fingerprint:
-            raise UsageError(f"{path} is of another model, text or chunk size, or of other settings", hint=f"rm {path}")
-        return [Chunk(**chunk) for chunk in saved["chunks"]]
-    except (ValueError, KeyError, TypeError):
+            raise UsageError(
+                f"{path} is of another model, text or chunk size, or of other settings or memory",
+                hint=f"the same --ram, or rm {path}",
+            )
+        return [_chunk(fields) for fields in saved["chunks"]]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UsageError(f"{path} is no resume file of fomoe-ppl", hint=f"rm {path}") from None
 
 
@@ -232,10 +256,11 @@ def evaluate(engine: Engine, options: argparse.Namespace, exact: ExactLogits | N
     """Score the chunks of a text, printing the running value as llama-perplexity does."""
     text = Text(engine, options)
     stepwise = options.stepwise or options.car is not None
-    # where experts are found, and with --car the text's probabilities, follow from these as well
+    # where experts are found, and with --car the text's probabilities, follow from these as well; how many slots there are
+    # may change from run to run where nobody named a size, and a batch's probabilities do not follow from it
     slots = engine.statistics()["budgets"]["slots_per_layer"]
-    settings = (options.car, options.tiers, options.policy, slots) if stepwise else ()
-    fingerprint = text.fingerprint(engine, *settings)
+    memory = slots if stepwise else None
+    fingerprint = text.fingerprint(engine, stepwise, options.car, options.tiers, options.policy, memory)
     total = Total(_load(options.resume, fingerprint)[: text.chunks])
     session = engine.session()
     print(f"perplexity over {text.chunks} chunks of {text.chunk} tokens", file=sys.stderr)
@@ -282,10 +307,13 @@ def _report(engine: Engine, total: Total, options: argparse.Namespace) -> dict[s
 def run(argv: Sequence[str] | None = None) -> int:
     """The command without its error handling."""
     options = parser().parse_args(argv)
-    if options.ctx_size < 4:
+    if options.ctx_size < LEAST_CHUNK:
         raise UsageError(f"chunks of {options.ctx_size} tokens are too short", hint="-c 512")
+    if options.chunks == 0:
+        raise UsageError("--chunks 0 leaves nothing to score", hint="--chunks 1, or -1 for the whole text")
     if options.exact_logits is not None and options.car is None:
         raise UsageError("--exact-logits compares a run that is not exact", hint="--car on")
+    check_targets([options.json, options.resume, options.exact_logits])
     config = engine_config(options)
     exact = None if options.car is None else write_exact(config, options)
     try:

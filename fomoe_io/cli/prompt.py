@@ -7,11 +7,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fomoe_io.cli.common import valid_text
+
+
+def _history() -> Any:
+    """Of earlier conversations where there is a place for it, else of this one."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    try:
+        folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "fomoe_io"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "history").open("ab"):
+            return FileHistory(str(folder / "history"))
+    except (RuntimeError, OSError):  # no home directory, or one that may not be written
+        return InMemoryHistory()
+
 
 @cache
 def _session() -> Any:
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     keys = KeyBindings()
@@ -20,9 +34,7 @@ def _session() -> Any:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "fomoe_io"
-    state.mkdir(parents=True, exist_ok=True)
-    return PromptSession(history=FileHistory(str(state / "history")), key_bindings=keys)
+    return PromptSession(history=_history(), key_bindings=keys)
 
 
 def read_line() -> str | None:
@@ -31,4 +43,4 @@ def read_line() -> str | None:
         text: str = _session().prompt("> ")
     except (EOFError, KeyboardInterrupt):
         return None
-    return text
+    return valid_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,9 +11,18 @@ from pathlib import Path
 
 from fomoe_io import learned_profile
 from fomoe_io.chat import ChatTemplate, Message
-from fomoe_io.cli.common import add_engine_options, add_model, engine_config, model_path, new_parser, run_command
+from fomoe_io.cli.common import (
+    add_engine_options,
+    add_model,
+    engine_config,
+    model_path,
+    new_parser,
+    run_command,
+    valid_text,
+)
 from fomoe_io.engine import Engine
-from fomoe_io.errors import UsageError
+from fomoe_io.errors import FomoeError, UsageError
+from fomoe_io.files import check_targets
 from fomoe_io.generation import Conversation
 from fomoe_io.sampler import Sampler, SamplingConfig
 from fomoe_io.stats import format_banner, format_footer, write_json
@@ -22,12 +32,14 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = new_parser("fomoe-run", "Run a Mixture-of-Experts model; without a prompt, interactively.")
     add_model(p)
-    p.add_argument("-p", "--prompt", help="answer this and exit")
+    p.add_argument("-p", "--prompt", type=valid_text, help="answer this and exit")
     p.add_argument("-f", "--file", type=Path, metavar="FILE", help="the prompt is in a file")
     p.add_argument("-n", "--predict", type=int, default=-1, metavar="N", help="tokens at most (-1: until the end)")
-    p.add_argument("--system", metavar="TEXT", help="system message")
+    p.add_argument("--system", type=valid_text, metavar="TEXT", help="system message")
     p.add_argument("--raw", action="store_true", help="no chat template: continue the text")
-    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    p.add_argument(
+        "--stop", type=valid_text, action="append", default=[], metavar="TEXT", help="end the answer before this text"
+    )
     p.add_argument("--ignore-eos", action="store_true", help="go on at an end-of-text token")
     p.add_argument("--no-display-prompt", action="store_true", help="with -p or -f: print the answer only")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the statistics")
@@ -74,7 +86,14 @@ def _prompt(options: argparse.Namespace) -> str | None:
         return str(options.prompt)
     if options.file is not None:
         return str(options.file.read_text(encoding="utf-8", errors="replace"))
-    return None if sys.stdin.isatty() else sys.stdin.read()
+    return None if sys.stdin.isatty() else _piped()
+
+
+def _piped() -> str:
+    """Standard input, read as a file is: UTF-8 whatever the locale, what is not becomes U+FFFD."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    return sys.stdin.read()
 
 
 class Chat:
@@ -216,15 +235,17 @@ def _keep_profile(engine: Engine) -> None:
         return
     try:
         learned_profile.save(engine, wanted)
-    except OSError as error:
+    except (OSError, FomoeError) as error:
         if wanted != "learned":
             raise
-        print(f"note: the profile was not kept: {error.filename}: {error.strerror}", file=sys.stderr)
+        why = error.message if isinstance(error, FomoeError) else f"{error.filename}: {error.strerror}"
+        print(f"note: the profile was not kept: {why}", file=sys.stderr)
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """The command without its error handling."""
     options = parser().parse_args(argv)
+    check_targets([options.json])
     path, prompt = model_path(options), _prompt(options)
     config = replace(engine_config(options), profile=None if options.no_profile else options.profile or "learned")
     options.interactive = prompt is None

@@ -1,6 +1,6 @@
 #include "car.h"
 
-/* For the tests and bench/decision.py: count decisions in a row, on row r % rows of the inputs. */
+/* For the tests: count decisions in a row, on row r % rows of the inputs. */
 int64_t fomoe_car_choose_many(const fomoe_car *car, int64_t count, int rows, int n, int k, int normalise,
                               const float *logits, const int8_t *tiers, const int32_t *ids, const float *weights,
                               int32_t *chosen, float *chosen_weights, int32_t *replaced) {

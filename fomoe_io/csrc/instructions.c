@@ -44,4 +44,3 @@ int fomoe_use_instructions(const char *name) {
     return -1;
 }
 
-const char *fomoe_instructions_name(void) { return chosen->name; }

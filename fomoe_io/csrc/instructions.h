@@ -32,6 +32,5 @@ extern const fomoe_instructions fomoe_baseline, fomoe_avx2, fomoe_avx512;
 const fomoe_instructions *fomoe_chosen_instructions(void);
 /* By name, for tests and measurements; 0, or -1 when this processor lacks it.  Not while a program runs. */
 int fomoe_use_instructions(const char *name);
-const char *fomoe_instructions_name(void);
 
 #endif
