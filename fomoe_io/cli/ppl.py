@@ -256,8 +256,8 @@ def evaluate(engine: Engine, options: argparse.Namespace, exact: ExactLogits | N
     """Score the chunks of a text, printing the running value as llama-perplexity does."""
     text = Text(engine, options)
     stepwise = options.stepwise or options.car is not None
-    # where experts are found, and with --car the text's probabilities, follow from these as well; how many slots there are
-    # may change from run to run where nobody named a size, and a batch's probabilities do not follow from it
+    # where experts are found, and with --car the text's probabilities, follow from these as well; a batch's do not
+    # follow from the number of slots, which may differ from run to run where nobody named a size
     slots = engine.statistics()["budgets"]["slots_per_layer"]
     memory = slots if stepwise else None
     fingerprint = text.fingerprint(engine, stepwise, options.car, options.tiers, options.policy, memory)
