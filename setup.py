@@ -1,19 +1,60 @@
-"""Build the Cython extensions.  Everything else about the package is in pyproject.toml."""
+"""Build the native side: the C core, each file compiled once and only when it or a header it names has changed, and
+the Cython extensions over it.  Everything else about the package is in pyproject.toml.
 
+FOMOE_BUILD=debug compiles with asserts and without optimisation; FOMOE_BUILD=address or thread with that sanitizer.
+FOMOE_STATIC_LIBURING=1 links liburing's archive, for wheels.
+"""
+
+from __future__ import annotations
+
+import os
 import shutil
 import subprocess
 import sys
-from glob import glob
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
+CORE = Path("fomoe_io/csrc")
 # -ffp-contract=off keeps float results the same whichever instruction set a function is cloned for.
-COMPILE_FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=default"]
+COMMON = ["-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=default", "-fPIC", "-pthread"]
+COMMON += ["-Ifomoe_io", f"-I{CORE}"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]  # steps share one signature
+BUILDS = {
+    "release": ["-O3", "-DNDEBUG"],
+    "debug": ["-O0", "-g"],
+    "address": [
+        "-O1",
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=undefined",
+        "-fno-omit-frame-pointer",
+    ],
+    "thread": ["-O1", "-g", "-fsanitize=thread"],
+}
+BUILD = os.environ.get("FOMOE_BUILD", "release")
+
+SOURCES = {
+    "_uring": ["read/ring.c", "read/read_table.c"],
+    "_pread": ["read/pread_pool.c", "read/read_table.c"],
+    "_io_load": ["read/io_load.c", "read/mmap_reader.c"],
+    "_hip": [],  # no HIP or CUDA header: the driver is found when the program runs
+    "_blaslt": [],
+    "_gpu": ["gpu/*.c", "experts/residency.c"],
+    "_cpu": ["math/*.c", "cpu/*.c", "experts/*.c"],
+}
 
 
-def liburing_flags() -> dict[str, list[str]]:
-    """Ask pkg-config for liburing >= 2.3, or stop with the command that installs it."""
+def sources_of(extension: str) -> list[Path]:
+    """The files of the core that an extension is linked with."""
+    return [path for pattern in SOURCES[extension] for path in sorted(CORE.glob(pattern))]
+
+
+def ask_pkg_config(*flags: str) -> list[str]:
+    """What pkg-config says of liburing >= 2.3, or stop with the command that installs it."""
     found = shutil.which("pkg-config") and not subprocess.call(["pkg-config", "--atleast-version=2.3", "liburing"])
     if not found:
         sys.exit(
@@ -21,83 +62,82 @@ def liburing_flags() -> dict[str, list[str]]:
             "  fix: sudo apt-get install -y gcc pkg-config python3-dev liburing-dev"
             "      (Fedora: sudo dnf install gcc pkgconf python3-devel liburing-devel)"
         )
-
-    def ask(flag: str) -> list[str]:
-        return subprocess.check_output(["pkg-config", flag, "liburing"], text=True).split()
-
-    return {
-        "define_macros": [("FOMOE_LIBURING_VERSION", f'"{ask("--modversion")[0]}"')],
-        "extra_compile_args": COMPILE_FLAGS + ask("--cflags"),
-        "extra_link_args": ask("--libs"),
-    }
+    return subprocess.check_output(["pkg-config", *flags, "liburing"], text=True).split()
 
 
-HEADERS = [*glob("fomoe_io/csrc/*.h"), "fomoe_io/kernels/car_rule.h"]
+class BuildNative(build_ext):
+    """Compiles the core's files that are out of date, in parallel, and links each extension with its own."""
 
-EXTENSIONS = [
-    Extension(
-        "fomoe_io._uring",
-        ["fomoe_io/_uring.pyx", "fomoe_io/csrc/ring.c", "fomoe_io/csrc/read_table.c"],
-        depends=HEADERS,
-        **liburing_flags(),
+    def finalize_options(self) -> None:
+        """As many compilers as processors, unless the command line says otherwise."""
+        super().finalize_options()
+        self.build_temp = f"build/glue-{BUILD}"
+        self.parallel = self.parallel or len(os.sched_getaffinity(0))
+
+    def build_extensions(self) -> None:
+        """Every file that is out of date, in parallel; then the extensions are only linked."""
+        self.objects = Path("build") / f"objects-{BUILD}"
+        core = [path for name in SOURCES for path in sources_of(name)]
+        glue = [Path(source) for extension in self.extensions for source in extension.sources]
+        stale = sorted({path for path in core + glue if self.is_stale(path)}, key=self.cost, reverse=True)
+        with ThreadPoolExecutor(self.parallel) as pool:
+            list(pool.map(self.compile_one, stale))
+        for extension in self.extensions:
+            name = extension.name.removeprefix("fomoe_io.")
+            parts = [*map(Path, extension.sources), *sources_of(name)]
+            extension.extra_objects = extension.depends = [str(self.object_of(path)) for path in parts]
+            extension.sources = []
+        super().build_extensions()
+
+    @staticmethod
+    def cost(path: Path) -> tuple[bool, int]:
+        """What takes longest is started first: the dot products, then the large files."""
+        return path.name.startswith("instructions_"), path.stat().st_size
+
+    def object_of(self, path: Path) -> Path:
+        """Where a file's object lies."""
+        return self.objects / path.with_suffix(".o")
+
+    def is_stale(self, path: Path) -> bool:
+        """Whether its object is older than the file, a header that it named, or this recipe."""
+        target = self.object_of(path)
+        recipe = target.with_suffix(".d")
+        if not target.exists() or not recipe.exists():
+            return True
+        named = [Path(name) for name in recipe.read_text().replace("\\\n", " ").split(":", 1)[1].split()]
+        built = target.stat().st_mtime
+        return any(not path.exists() or path.stat().st_mtime > built for path in [*named, Path("setup.py")])
+
+    def compile_one(self, path: Path) -> None:
+        """One file, with the list of the headers that it named."""
+        target = self.object_of(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        flags = CORE_FLAGS if path.is_relative_to(CORE) else [*GLUE_FLAGS, *(f"-I{d}" for d in self.include_dirs)]
+        command = [*os.environ.get("CC", "gcc").split(), *COMMON, *flags, *LIBURING, "-MMD", "-c", str(path)]
+        if subprocess.call([*command, "-o", str(target)]):
+            sys.exit(f"fomoe_io: {path} could not be compiled")
+
+
+def extension(name: str) -> Extension:
+    """One of Cython's, and what it is linked with."""
+    result = Extension(f"fomoe_io.{name}", [f"fomoe_io/{name}.pyx"], extra_link_args=["-pthread", "-lm", "-ldl"])
+    result.extra_link_args += SANITIZERS
+    if name == "_uring":
+        is_static = os.environ.get("FOMOE_STATIC_LIBURING") == "1"
+        result.extra_link_args += ["-l:liburing.a"] if is_static else ask_pkg_config("--libs")
+    return result
+
+
+SANITIZERS = [flag for flag in BUILDS[BUILD] if flag.startswith("-fsanitize")]
+CORE_FLAGS = [*BUILDS[BUILD], *WARNINGS]
+# Cython's glue is on no hot path.
+GLUE_FLAGS = [*(["-O0", "-g"] if BUILD == "debug" else ["-O1"]), *SANITIZERS]
+LIBURING = [f'-DFOMOE_LIBURING_VERSION="{ask_pkg_config("--modversion")[0]}"', *ask_pkg_config("--cflags")]
+
+setup(
+    ext_modules=cythonize(
+        [extension(name) for name in SOURCES],
+        compiler_directives={"language_level": 3, "embedsignature": True, "show_performance_hints": False},
     ),
-    Extension(
-        "fomoe_io._pread",
-        ["fomoe_io/_pread.pyx", "fomoe_io/csrc/pread_pool.c", "fomoe_io/csrc/read_table.c"],
-        depends=HEADERS,
-        extra_compile_args=[*COMPILE_FLAGS, "-pthread"],
-        extra_link_args=["-pthread"],
-    ),
-    Extension(
-        "fomoe_io._io_load",
-        ["fomoe_io/_io_load.pyx", "fomoe_io/csrc/io_load.c", "fomoe_io/csrc/mmap_reader.c"],
-        depends=HEADERS,
-        extra_compile_args=COMPILE_FLAGS,
-    ),
-    # No HIP or CUDA header: the driver is found when the program runs.
-    Extension("fomoe_io._hip", ["fomoe_io/_hip.pyx"], extra_compile_args=COMPILE_FLAGS, extra_link_args=["-ldl"]),
-    Extension("fomoe_io._blaslt", ["fomoe_io/_blaslt.pyx"], extra_compile_args=COMPILE_FLAGS),
-    Extension(
-        "fomoe_io._gpu",
-        [
-            "fomoe_io/_gpu.pyx",
-            "fomoe_io/csrc/device_batch.c",
-            "fomoe_io/csrc/device_copies.c",
-            "fomoe_io/csrc/device_experts.c",
-            "fomoe_io/csrc/device_fetch.c",
-            "fomoe_io/csrc/residency.c",
-        ],
-        depends=HEADERS,
-        extra_compile_args=COMPILE_FLAGS,
-        extra_link_args=["-lm"],
-    ),
-    Extension(
-        "fomoe_io._cpu",
-        [
-            "fomoe_io/_cpu.pyx",
-            "fomoe_io/csrc/dot.c",
-            "fomoe_io/csrc/instructions.c",
-            "fomoe_io/csrc/instructions_baseline.c",
-            "fomoe_io/csrc/instructions_avx2.c",
-            "fomoe_io/csrc/instructions_avx512.c",
-            "fomoe_io/csrc/vector_ops.c",
-            "fomoe_io/csrc/attention.c",
-            "fomoe_io/csrc/residency.c",
-            "fomoe_io/csrc/replay.c",
-            "fomoe_io/csrc/routing.c",
-            "fomoe_io/csrc/threads.c",
-            "fomoe_io/csrc/trace.c",
-            "fomoe_io/csrc/program.c",
-            "fomoe_io/csrc/experts.c",
-            "fomoe_io/csrc/experts_compute.c",
-            "fomoe_io/csrc/car.c",
-            "fomoe_io/csrc/decision.c",
-            "fomoe_io/csrc/offers.c",
-        ],
-        depends=HEADERS,
-        extra_compile_args=[*COMPILE_FLAGS, "-pthread"],
-        extra_link_args=["-pthread", "-lm", "-ldl"],
-    ),
-]
-
-setup(ext_modules=cythonize(EXTENSIONS, compiler_directives={"language_level": 3, "embedsignature": True}))
+    cmdclass={"build_ext": BuildNative},
+)

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from fomoe_io.cache_report import BOUND, EVERY_POLICY, STATIC, Row, plot, sweep
 from fomoe_io.config import Tiers
 from fomoe_io.engine import WARM_START_WEIGHT
-from fomoe_io.expert_slots import hottest_first
-from fomoe_io.profile import shrunk
-from fomoe_io.residency import DECAY, NVME, Decay
-from fomoe_io.simulator import Replay, belady, even_slots, replay, single_tokens
+from fomoe_io.experts.profile import shrunk
+from fomoe_io.experts.residency import DECAY, NVME, Decay
+from fomoe_io.experts.slots import hottest_first
 from fomoe_io.stats import write_json
-from fomoe_io.trace import Trace, expert_counts
-from fomoe_io.trace_import import open_trace
+from fomoe_io.trace.cache_report import BOUND, EVERY_POLICY, STATIC, Row, plot, sweep
+from fomoe_io.trace.importers import open_trace
+from fomoe_io.trace.simulator import Replay, belady, even_slots, replay, single_tokens
+from fomoe_io.trace.trace import Trace, expert_counts
 
 SIZES = tuple(Tiers(0, share) for share in (0.10, 0.17, 0.25, 0.35, 0.50))
 TWO_TIERS = (Tiers(0.20, 0.15), Tiers(0.10, 0.07))
@@ -150,7 +150,7 @@ def plot_warm(pairs: Sequence[tuple[str, Trace, str, Trace]], path: Path, window
 
     from matplotlib.figure import Figure
 
-    from fomoe_io.files import write_atomically
+    from fomoe_io.system.files import write_atomically
 
     figure = Figure(figsize=(4.6 * len(pairs), 3.4), layout="constrained")
     for panel, (profile_name, profile, name, trace) in zip(

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fomoe_io.system_card import format_card, system_card
+from fomoe_io.system.system_card import format_card, system_card
 
 TIERS = ("vram=20%,dram=15%", "vram=10%,dram=7%")
 PARAMETERS = {

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fomoe_io.car import CarRule
-from fomoe_io.residency import LIBRARY, Residency, address
-from fomoe_io.system_card import system_card
+from fomoe_io.experts.car import CarRule
+from fomoe_io.experts.residency import LIBRARY, Residency, address
+from fomoe_io.system.system_card import system_card
 
 LIBRARY.fomoe_decide_many.restype = ctypes.c_int64
 

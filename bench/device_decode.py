@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from fomoe_io import Engine, EngineConfig
-from fomoe_io.car import CarRule
 from fomoe_io.config import Tiers
-from fomoe_io.device import Gpu
-from fomoe_io.device_engine import DeviceEngine
+from fomoe_io.experts.car import CarRule
+from fomoe_io.gpu.device import Gpu
+from fomoe_io.gpu.engine import DeviceEngine
 from fomoe_io.units import parse_bytes
 
 REPLAYS = 15

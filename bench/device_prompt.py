@@ -20,7 +20,7 @@ from device_decode import decode, drive_bandwidth
 
 from fomoe_io import Engine, EngineConfig
 from fomoe_io.config import Tiers
-from fomoe_io.device_engine import DeviceEngine
+from fomoe_io.gpu.engine import DeviceEngine
 
 
 def prefill(engine: DeviceEngine, tokens: np.ndarray) -> tuple[float, dict[str, Any]]:

@@ -19,9 +19,9 @@ from typing import Any
 import gguf
 import numpy as np
 
-from fomoe_io import kernels
 from fomoe_io._hip import Buffer, Launch
-from fomoe_io.device import Gpu
+from fomoe_io.gpu import kernels
+from fomoe_io.gpu.device import Gpu
 from fomoe_io.units import parse_bytes
 
 D_MODEL, FF, ROUTER = 4096, 1024, 512
@@ -206,7 +206,7 @@ def run(tuning: dict[str, int], pool_bytes: int, is_quick: bool, pool: Buffer | 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tuning", action="append", default=[], help="NAME=VALUE,... as in kernels/tuning.h")
+    parser.add_argument("--tuning", action="append", default=[], help="NAME=VALUE,... as in gpu/kernels/tuning.h")
     parser.add_argument("--pool", type=parse_bytes, default=6 << 30, help="bytes of weights to rotate through")
     parser.add_argument("--quick", action="store_true", help="fewer cases")
     parser.add_argument("--json", type=Path)

@@ -2,7 +2,7 @@
 
 Times are microseconds of one product of all tokens with one matrix, medians over replays of a captured graph whose
 launches rotate through a pool of weights several times the last cache.  "expand" is what it costs to make halves of the
-weights, alone; "mat_mul" is kernels/tile.h.  --scratch tries other sizes of a tile.
+weights, alone; "mat_mul" is gpu/kernels/tile.h.  --scratch tries other sizes of a tile.
 
     python bench/gpu_prefill_products.py [--tokens 128,512] [--scratch 16M,64M] [--json FILE]
 """
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from gpu_kernels import Bench, random_matrix
 
-from fomoe_io import kernels
-from fomoe_io.dense_products import SCRATCH_BYTES, WORKSPACE_BYTES, DenseProducts, padded
-from fomoe_io.device import Gpu
-from fomoe_io.device_rows import DeviceMatrix
+from fomoe_io.gpu import kernels
+from fomoe_io.gpu.arena import DeviceMatrix
+from fomoe_io.gpu.device import Gpu
+from fomoe_io.gpu.products import SCRATCH_BYTES, WORKSPACE_BYTES, DenseProducts, padded
 from fomoe_io.units import parse_bytes
 
 SHAPES = (

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fomoe_io.store import Store
-from fomoe_io.system_card import format_card, system_card
+from fomoe_io.storage.store import Store
+from fomoe_io.system.system_card import format_card, system_card
 
 SIZES = {"4k": 4 << 10, "128k": 128 << 10, "1M": 1 << 20, "4M": 4 << 20}
 DEPTHS = (1, 8, 32)

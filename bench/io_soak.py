@@ -28,9 +28,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from fomoe_io.memory import resident_bytes
-from fomoe_io.reader import ALIGNMENT, Memory, Reader, aligned_memory, open_reader, probe_modes
-from fomoe_io.system_card import system_card
+from fomoe_io.storage.reader import ALIGNMENT, Memory, Reader, aligned_memory, open_reader, probe_modes
+from fomoe_io.system.memory import resident_bytes
+from fomoe_io.system.system_card import system_card
 from fomoe_io.units import parse_bytes
 
 RECORD_BYTES = (ALIGNMENT, 2 << 20)

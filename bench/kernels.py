@@ -15,8 +15,9 @@ import time
 import gguf
 import numpy as np
 
-from fomoe_io import _cpu, kernels_choice
+from fomoe_io import _cpu
 from fomoe_io._cpu import Matrix, Program, Rows, Team
+from fomoe_io.cpu import dot_library
 
 COLUMNS = 2048
 TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32")
@@ -24,7 +25,7 @@ TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32")
 
 def speed(name: str, kind: int, weights: np.ndarray) -> float:
     """GB/s of one pass over the weights with the kernels of that name."""
-    kernels_choice.use(name)
+    dot_library.use(name)
     row_bytes = _cpu.row_bytes(kind, COLUMNS)
     matrix = Matrix(weights.ctypes.data, kind, weights.nbytes // row_bytes, COLUMNS, False, weights)
     program = Program(Team(1), COLUMNS)

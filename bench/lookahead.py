@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fomoe_io import Engine, EngineConfig, Tiers
-from fomoe_io.system_card import system_card
+from fomoe_io.system.system_card import system_card
 
 RANKS, ROUNDS = (0, 2, 4, 8), 3
 

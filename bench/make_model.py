@@ -22,7 +22,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from fomoe_io.gguf import tensor_bytes
+from fomoe_io.storage.gguf import tensor_bytes
 
 F32, Q4_K, Q6_K = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K
 POOL_BLOCKS = 1 << 16

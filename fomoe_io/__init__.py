@@ -13,18 +13,18 @@ from fomoe_io.errors import FomoeError
 
 if TYPE_CHECKING:
     from fomoe_io.engine import Engine
-    from fomoe_io.sampler import Sampler, SamplingConfig
     from fomoe_io.session import Session
-    from fomoe_io.store import Store
+    from fomoe_io.storage.store import Store
+    from fomoe_io.text.sampler import Sampler, SamplingConfig
 
 __all__ = ["Engine", "EngineConfig", "FomoeError", "Sampler", "SamplingConfig", "Session", "Store", "Tiers"]
 
 _LAZY = {
     "Engine": "fomoe_io.engine",
-    "Sampler": "fomoe_io.sampler",
-    "SamplingConfig": "fomoe_io.sampler",
+    "Sampler": "fomoe_io.text.sampler",
+    "SamplingConfig": "fomoe_io.text.sampler",
     "Session": "fomoe_io.session",
-    "Store": "fomoe_io.store",
+    "Store": "fomoe_io.storage.store",
 }
 
 

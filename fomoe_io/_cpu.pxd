@@ -1,7 +1,7 @@
 # The C side of the CPU backend: what csrc/*.h declares.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
-cdef extern from "csrc/dot.h" nogil:
+cdef extern from "csrc/math/dot.h" nogil:
     ctypedef struct fomoe_type:
         int32_t type
         int32_t activation_type
@@ -16,18 +16,18 @@ cdef extern from "csrc/dot.h" nogil:
     const fomoe_type *fomoe_type_of(int32_t type)
     size_t fomoe_row_bytes(int32_t type, int64_t elements)
 
-cdef extern from "csrc/threads.h" nogil:
+cdef extern from "csrc/cpu/threads.h" nogil:
     ctypedef struct fomoe_team:
         pass
     fomoe_team *fomoe_team_new(int threads)
     void fomoe_team_free(fomoe_team *)
     int fomoe_team_size(const fomoe_team *)
 
-cdef extern from "csrc/reader.h" nogil:
+cdef extern from "csrc/read/reader.h" nogil:
     ctypedef struct fomoe_reader:
         pass
 
-cdef extern from "csrc/residency.h" nogil:
+cdef extern from "csrc/experts/residency.h" nogil:
     int FOMOE_TIERS
     ctypedef struct fomoe_residency:
         pass
@@ -50,7 +50,7 @@ cdef extern from "csrc/residency.h" nogil:
     const fomoe_residency_counters *fomoe_residency_count(const fomoe_residency *)
     int fomoe_residency_find(const fomoe_residency *, int layer, int32_t expert, int32_t *slot)
 
-cdef extern from "csrc/trace.h" nogil:
+cdef extern from "csrc/experts/trace.h" nogil:
     ctypedef struct fomoe_trace:
         pass
     fomoe_trace *fomoe_trace_new(int file, int batch, int used, int most)
@@ -58,11 +58,11 @@ cdef extern from "csrc/trace.h" nogil:
     void fomoe_trace_seeds(fomoe_trace *, int layer, int count, const int32_t *experts, const double *scores)
     int fomoe_trace_flush(fomoe_trace *)
 
-cdef extern from "csrc/car.h" nogil:
+cdef extern from "csrc/experts/car.h" nogil:
     ctypedef struct fomoe_car:
         pass
 
-cdef extern from "csrc/experts.h" nogil:
+cdef extern from "csrc/cpu/experts.h" nogil:
     int FOMOE_PARTS
     ctypedef struct fomoe_extent:
         uint64_t offset
@@ -108,7 +108,7 @@ cdef extern from "csrc/experts.h" nogil:
     int fomoe_experts_warm(fomoe_experts *, int layer, const int32_t *experts, const double *scores, int count)
     void fomoe_experts_failure(const fomoe_experts *, int *layer, int *expert)
 
-cdef extern from "csrc/program.h" nogil:
+cdef extern from "csrc/cpu/program.h" nogil:
     int FOMOE_MAT_MUL_PARTS
     int FOMOE_NORM_OUTPUTS
     ctypedef struct fomoe_matrix:

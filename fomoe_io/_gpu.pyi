@@ -1,4 +1,4 @@
-"""The native side of a GPU engine: see _gpu.pyx and csrc/device_experts.h."""
+"""The native side of a GPU engine: see _gpu.pyx and csrc/gpu/device_experts.h."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from fomoe_io._hip import Event, Graph, Stream
 TILE_PAIRS: int
 """Pairs of a tile at most."""
 TILE_BYTES: int
-"""Size of csrc/device_experts.h, fomoe_tile."""
+"""Size of csrc/gpu/device_experts.h, fomoe_tile."""
 LANES: int
 """Streams of copies: up, down."""
 LANE_EVENTS: int

@@ -1,5 +1,5 @@
 # Replays a model on a GPU: one graph a batch, the routed experts served beside it, without the GIL.
-# Thin on purpose: what is launched is recorded in device_program.py, how experts are served is in csrc/device_experts.c.
+# Thin on purpose: what is launched is recorded in fomoe_io/gpu/recorder.py, how experts are served is in csrc/gpu/device_experts.c.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -9,11 +9,11 @@ import numpy as np
 from fomoe_io._hip cimport NOT_READY, Event, Graph, Stream, api, check, count_host_sync
 from fomoe_io.errors import DeviceError
 
-cdef extern from "csrc/reader.h" nogil:
+cdef extern from "csrc/read/reader.h" nogil:
     ctypedef struct fomoe_reader:
         pass
 
-cdef extern from "csrc/residency.h" nogil:
+cdef extern from "csrc/experts/residency.h" nogil:
     int FOMOE_TIERS
     ctypedef struct fomoe_residency:
         pass
@@ -34,7 +34,7 @@ cdef extern from "csrc/residency.h" nogil:
     const fomoe_residency_counters *fomoe_residency_count(const fomoe_residency *)
     void fomoe_residency_scores(const fomoe_residency *, int layer, double *scores)
 
-cdef extern from "csrc/device_experts.h" nogil:
+cdef extern from "csrc/gpu/device_experts.h" nogil:
     enum:
         FOMOE_PARTS, FOMOE_LANES, FOMOE_LANE_EVENTS, FOMOE_LANE_UP, FOMOE_LANE_DOWN
     ctypedef struct fomoe_extent:
@@ -98,7 +98,7 @@ cdef extern from "csrc/device_experts.h" nogil:
 
 
 cdef class DeviceExperts:
-    """The routed experts of all layers.  layers, classes: dicts that device_engine.py makes; keep: what they point to."""
+    """The routed experts of all layers.  layers, classes: dicts that fomoe_io/gpu/engine.py makes; keep: what they point to."""
     cdef fomoe_device_experts *c
     cdef fomoe_residency *residency
     cdef object keep

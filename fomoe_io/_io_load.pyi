@@ -2,7 +2,7 @@ from typing import Any
 
 import numpy as np
 
-from fomoe_io.read_files import ReadFiles
+from fomoe_io.storage.read_files import ReadFiles
 
 LATENCY_STEP_BITS: int
 LATENCY_BINS: int
@@ -10,7 +10,7 @@ PLAN: np.dtype[np.void]
 """One planned read: offset and bytes (multiples of 4096 for direct reads), file index."""
 
 class MmapReader:
-    """Reads as copies out of a memory map: the table of csrc/reader.h, for comparisons."""
+    """Reads as copies out of a memory map: the table of csrc/read/reader.h, for comparisons."""
 
     name: str
     mode: str
@@ -28,14 +28,14 @@ class MmapReader:
     def close(self) -> None: ...
 
 class Load:
-    """Keeps a reader at a depth with reads from a plan and counts latencies (csrc/io_load.h).
+    """Keeps a reader at a depth with reads from a plan and counts latencies (csrc/read/io_load.h).
 
     Parameters
     ----------
     plan : numpy.ndarray
         PLAN records, walked again and again.
     depth : int
-        Reads in flight, 1 to FOMOE_MOST_LOAD_DEPTH (csrc/io_load.h).
+        Reads in flight, 1 to FOMOE_MOST_LOAD_DEPTH (csrc/read/io_load.h).
     buffers : int
         Address of `depth` buffers of `buffer_bytes`.
     memory : object

@@ -1,4 +1,4 @@
-# The Python face of csrc/io_load.c and csrc/mmap_reader.c: what `fomoe-bench io` runs without the GIL.
+# The Python face of csrc/read/io_load.c and csrc/read/mmap_reader.c: what `fomoe-bench io` runs without the GIL.
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from fomoe_io._reader cimport fomoe_reader
 
-cdef extern from "csrc/mmap_reader.h" nogil:
+cdef extern from "csrc/read/mmap_reader.h" nogil:
     ctypedef struct fomoe_mmap_reader:
         pass
     int fomoe_mmap_reader_new(const int *, const uint64_t *, int files, int depth, int random_access,
@@ -16,7 +16,7 @@ cdef extern from "csrc/mmap_reader.h" nogil:
     void fomoe_mmap_reader_free(fomoe_mmap_reader *)
     void fomoe_mmap_reader_table(fomoe_mmap_reader *, fomoe_reader *)
 
-cdef extern from "csrc/io_load.h" nogil:
+cdef extern from "csrc/read/io_load.h" nogil:
     enum:
         FOMOE_LATENCY_STEP_BITS
         FOMOE_LATENCY_BINS

@@ -1,11 +1,11 @@
 from typing import Any
 
-from fomoe_io.read_files import ReadFiles
+from fomoe_io.storage.read_files import ReadFiles
 
 MOST_THREADS: int
 
 class PreadReader:
-    """A pool of pread threads for each drive: the table of csrc/reader.h.
+    """A pool of pread threads for each drive: the table of csrc/read/reader.h.
 
     Parameters
     ----------

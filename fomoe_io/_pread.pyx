@@ -1,4 +1,4 @@
-# The Python face of the pread pool (csrc/pread_pool.c).
+# The Python face of the pread pool (csrc/read/pread_pool.c).
 from libc.stdint cimport int32_t, uint64_t, uintptr_t
 
 import os
@@ -7,7 +7,7 @@ import numpy as np
 
 from fomoe_io._reader cimport fomoe_read_counters, fomoe_read_options, fomoe_reader
 
-cdef extern from "csrc/pread_pool.h" nogil:
+cdef extern from "csrc/read/pread_pool.h" nogil:
     ctypedef struct fomoe_pread_pool:
         pass
     int fomoe_pread_pool_new(const fomoe_read_options *, const int *descriptors, int threads, int write,

@@ -1,11 +1,11 @@
 # The reader interface and what is behind both readers, as C declares them.
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
-cdef extern from "csrc/reader.h" nogil:
+cdef extern from "csrc/read/reader.h" nogil:
     ctypedef struct fomoe_reader:
         pass
 
-cdef extern from "csrc/read_table.h" nogil:
+cdef extern from "csrc/read/read_table.h" nogil:
     ctypedef struct fomoe_read_options:
         int files
         int drives

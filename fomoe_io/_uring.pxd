@@ -1,4 +1,4 @@
-# The io_uring reader, as csrc/ring.h declares it, and the flags that liburing names.
+# The io_uring reader, as csrc/read/ring.h declares it, and the flags that liburing names.
 from libc.stdint cimport uint64_t
 
 from fomoe_io._reader cimport fomoe_read_counters, fomoe_read_options, fomoe_reader
@@ -11,7 +11,7 @@ cdef extern from "liburing.h" nogil:
     unsigned IORING_SETUP_SINGLE_ISSUER
     unsigned IORING_SETUP_DEFER_TASKRUN
 
-cdef extern from "csrc/ring.h" nogil:
+cdef extern from "csrc/read/ring.h" nogil:
     ctypedef struct fomoe_ring:
         pass
     ctypedef struct fomoe_ring_counters:

@@ -1,6 +1,6 @@
 from typing import Any
 
-from fomoe_io.read_files import ReadFiles
+from fomoe_io.storage.read_files import ReadFiles
 
 LIBURING_VERSION: str
 """That this was built against."""
@@ -9,7 +9,7 @@ MODES: dict[str, int]
 """Names of ring set-ups and their IORING_SETUP_* flags."""
 
 class UringReader:
-    """io_uring over a list of files: the table of csrc/reader.h.
+    """io_uring over a list of files: the table of csrc/read/reader.h.
 
     Parameters
     ----------

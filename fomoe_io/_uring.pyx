@@ -1,4 +1,4 @@
-# The Python face of the io_uring reader (csrc/ring.c).
+# The Python face of the io_uring reader (csrc/read/ring.c).
 from libc.stdint cimport int32_t, uint64_t, uintptr_t
 
 import errno

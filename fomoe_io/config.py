@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from fomoe_io.car import CarRule
 from fomoe_io.errors import UsageError
+from fomoe_io.experts.car import CarRule
 
 _CHOICES = {
     "device": ("cpu", "auto", "hip", "cuda"),

@@ -13,27 +13,29 @@ from typing import Any, Self, cast
 
 import numpy as np
 
-from fomoe_io import _cpu, kernels_choice, learned_profile
-from fomoe_io.calibration import Calibration
+from fomoe_io import _cpu
 from fomoe_io.config import EngineConfig
+from fomoe_io.cpu import dot_library
+from fomoe_io.cpu.recorder import Recorder
+from fomoe_io.cpu.weights import Weights
 from fomoe_io.errors import BudgetError, FormatError, ReadError, UsageError
-from fomoe_io.expert_slots import SlotLayout, hottest_first, native_layers, share_slots, slot_layout, tier_slots
-from fomoe_io.memory import available_bytes, peak_resident_bytes, resident_bytes
+from fomoe_io.experts import learned_profile
+from fomoe_io.experts.residency import DECAY, policy_number
+from fomoe_io.experts.slots import SlotLayout, hottest_first, native_layers, share_slots, slot_layout, tier_slots
 from fomoe_io.models import model_of
 from fomoe_io.models.blocks import Shape
-from fomoe_io.program import Recorder
-from fomoe_io.reader import Reader, aligned_memory, open_reader
-from fomoe_io.residency import DECAY, policy_number
 from fomoe_io.session import Session
-from fomoe_io.store import Store
-from fomoe_io.tokenizer import Tokenizer
-from fomoe_io.trace import TraceFile, TraceHeader, slot_pairs
+from fomoe_io.storage.calibration import Calibration
+from fomoe_io.storage.reader import Reader, aligned_memory, open_reader
+from fomoe_io.storage.store import Store
+from fomoe_io.system.memory import available_bytes, peak_resident_bytes, resident_bytes
+from fomoe_io.text.tokenizer import Tokenizer
+from fomoe_io.trace.trace import TraceFile, TraceHeader, slot_pairs
 from fomoe_io.units import format_bytes
-from fomoe_io.weights import Weights
 
 RESERVE_BYTES = 24 << 20
 """Left free of a budget for what Python still allocates after opening: logits, sampling, prompt history.
-Measured on fomoe-run and fomoe-ppl with 8k and 248k vocabularies (tests/test_budget.py holds it)."""
+Measured on fomoe-run and fomoe-ppl with 8k and 248k vocabularies (tests/engine/test_budget.py holds it)."""
 
 DEFAULT_DEPTH = 64
 """Reads in flight, for each drive, without a calibration: more than any drive needs for reads of an expert's size."""
@@ -66,7 +68,7 @@ class Engine:
         started = time.monotonic()
         self.store = store
         self.config = config
-        self.kernels = kernels_choice.use(config.kernels)
+        self.kernels = dot_library.use(config.kernels)
         self.metadata = store.metadata
         self.model_name = store.model_name
         model = model_of(store.metadata)
@@ -106,11 +108,12 @@ class Engine:
         """
         store, config = Store.open(Path(path)), config or EngineConfig()
         if config.device != "cpu":
-            from fomoe_io import device, device_engine  # a machine without a GPU never gets here
+            from fomoe_io.gpu import device  # a machine without a GPU never gets here
+            from fomoe_io.gpu import engine as gpu_engine
 
             gpu = device.open_gpu(config.device)
             if gpu is not None:
-                return cast(Self, device_engine.DeviceEngine(store, config, gpu))
+                return cast(Self, gpu_engine.DeviceEngine(store, config, gpu))
         if config.vram_bytes is not None:
             raise UsageError("a bound of device memory was given, and there is no GPU in use", hint="drop --vram")
         return cls(store, config)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fomoe_io.cpu.recorder import Recorder
 from fomoe_io.errors import UsageError
-from fomoe_io.program import Recorder
-from fomoe_io.reader import aligned_memory
+from fomoe_io.storage.reader import aligned_memory
 
 if TYPE_CHECKING:
     from fomoe_io.engine import Engine

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fomoe_io.files import write_atomically
+from fomoe_io.system.files import write_atomically
 from fomoe_io.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from fomoe_io.errors import UsageError
-from fomoe_io.files import check_targets
-from fomoe_io.profile import Profile
-from fomoe_io.store import Store
+from fomoe_io.experts.profile import Profile
+from fomoe_io.storage.store import Store
+from fomoe_io.system.files import check_targets
 from layout_tool.direct import write_error
 from layout_tool.progress import Progress
 

@@ -9,10 +9,10 @@ from typing import Any
 import gguf
 import numpy as np
 
-from fomoe_io.gguf import GGUFFile, TensorInfo
-from fomoe_io.manifest import FORMAT, PAGE_BYTES, VERSION, checksum
-from fomoe_io.profile import Profile
-from fomoe_io.store import FILE, OFFSET, ExpertLayer, Store, model_name
+from fomoe_io.experts.profile import Profile
+from fomoe_io.storage.gguf import GGUFFile, TensorInfo
+from fomoe_io.storage.manifest import FORMAT, PAGE_BYTES, VERSION, checksum
+from fomoe_io.storage.store import FILE, OFFSET, ExpertLayer, Store, model_name
 from layout_tool.placement import Placement
 
 

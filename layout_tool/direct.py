@@ -17,7 +17,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from fomoe_io.errors import ReadError, StoreError
-from fomoe_io.manifest import PAGE_BYTES, page_up
+from fomoe_io.storage.manifest import PAGE_BYTES, page_up
 from fomoe_io.units import format_bytes
 
 MERGE_GAP_BYTES = 64 << 10

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from fomoe_io.errors import StoreError
-from fomoe_io.files import write_atomically
-from fomoe_io.gguf import TensorInfo
-from fomoe_io.manifest import JOURNAL, MANIFEST, METADATA, page_up, seal
-from fomoe_io.store import Store
+from fomoe_io.storage.gguf import TensorInfo
+from fomoe_io.storage.manifest import JOURNAL, MANIFEST, METADATA, page_up, seal
+from fomoe_io.storage.store import Store
+from fomoe_io.system.files import write_atomically
 from layout_tool import targets as target_tools
 from layout_tool.describe import describe_in_place
 from layout_tool.direct import write_error

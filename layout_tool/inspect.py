@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from fomoe_io.store import Store
+from fomoe_io.storage.store import Store
 from fomoe_io.units import format_bytes
 from layout_tool.plan import model_lines, model_report
 from layout_tool.verify import has_checksums

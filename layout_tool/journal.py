@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fomoe_io.errors import StoreError
-from fomoe_io.manifest import JOURNAL
+from fomoe_io.storage.manifest import JOURNAL
 from layout_tool.direct import write_error
 
 FORMAT, VERSION = "fomoe-journal", 1

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fomoe_io.errors import StoreError, UsageError
-from fomoe_io.files import sync_directory, write_atomically
-from fomoe_io.manifest import MANIFEST, Fields, page_up, seal, unseal
-from fomoe_io.store import Store, manifest_path
+from fomoe_io.storage.manifest import MANIFEST, Fields, page_up, seal, unseal
+from fomoe_io.storage.store import Store, manifest_path
+from fomoe_io.system.files import sync_directory, write_atomically
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
 from layout_tool.direct import DirectFile, write_error

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from fomoe_io.calibration import Calibration
 from fomoe_io.errors import StoreError, UsageError
-from fomoe_io.files import sync_directory, write_atomically
-from fomoe_io.gguf import GGUFFile, TensorInfo
-from fomoe_io.manifest import JOURNAL, MANIFEST, METADATA, data_header, page_up, seal, unseal
-from fomoe_io.profile import Profile
-from fomoe_io.store import Store
+from fomoe_io.experts.profile import Profile
+from fomoe_io.storage.calibration import Calibration
+from fomoe_io.storage.gguf import GGUFFile, TensorInfo
+from fomoe_io.storage.manifest import JOURNAL, MANIFEST, METADATA, data_header, page_up, seal, unseal
+from fomoe_io.storage.store import Store
+from fomoe_io.system.files import sync_directory, write_atomically
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
 from layout_tool.describe import describe_packed

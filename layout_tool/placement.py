@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fomoe_io.gguf import TensorInfo
-from fomoe_io.manifest import PAGE_BYTES, VERSION, page_up
-from fomoe_io.store import BYTES, FILE, OFFSET, ExpertLayer, Store
+from fomoe_io.storage.gguf import TensorInfo
+from fomoe_io.storage.manifest import PAGE_BYTES, VERSION, page_up
+from fomoe_io.storage.store import BYTES, FILE, OFFSET, ExpertLayer, Store
 
 RESIDENT_FILE = 0
 CHUNK_BYTES = 8 << 20

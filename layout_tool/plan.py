@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fomoe_io.profile import Profile
-from fomoe_io.store import Store
+from fomoe_io.experts.profile import Profile
+from fomoe_io.storage.store import Store
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
 from layout_tool.pack import model_frequencies, open_model, striping

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fomoe_io.errors import StoreError, UsageError
-from fomoe_io.files import write_atomically
-from fomoe_io.manifest import MANIFEST, Fields, seal, unseal
-from fomoe_io.store import Store, manifest_path
+from fomoe_io.storage.manifest import MANIFEST, Fields, seal, unseal
+from fomoe_io.storage.store import Store, manifest_path
+from fomoe_io.system.files import write_atomically
 from layout_tool import targets as target_tools
 from layout_tool.direct import write_error
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fomoe_io.calibration import Calibration
 from fomoe_io.errors import StoreError, UsageError
-from fomoe_io.manifest import JOURNAL, MANIFEST, METADATA
+from fomoe_io.storage.calibration import Calibration
+from fomoe_io.storage.manifest import JOURNAL, MANIFEST, METADATA
 from fomoe_io.units import format_bytes
 from layout_tool.direct import DirectFile, aligned_buffer, write_error
 from layout_tool.placement import Placement

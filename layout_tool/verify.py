@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from fomoe_io.errors import StoreError, UsageError
-from fomoe_io.gguf import GGUFFile, TensorInfo
-from fomoe_io.manifest import PACK_AGAIN, page_up
-from fomoe_io.store import Store
+from fomoe_io.storage.gguf import GGUFFile, TensorInfo
+from fomoe_io.storage.manifest import PACK_AGAIN, page_up
+from fomoe_io.storage.store import Store
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool.direct import DirectFile
 from layout_tool.index import id_runs

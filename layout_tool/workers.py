@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from fomoe_io.manifest import PAGE_BYTES
+from fomoe_io.storage.manifest import PAGE_BYTES
 from layout_tool.direct import aligned_buffer
 
 Task = TypeVar("Task")

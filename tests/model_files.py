@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from fomoe_io.store import Store
+from fomoe_io.storage.store import Store
 
 COLUMNS, HIDDEN, EXPERTS, USED = 256, 512, 6, 2
 F16, Q4_K, Q6_K, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("F16", "Q4_K", "Q6_K", "Q8_0"))

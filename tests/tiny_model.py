@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from fomoe_io.gguf import tensor_bytes
+from fomoe_io.storage.gguf import tensor_bytes
 
 Type = gguf.GGMLQuantizationType
 

@@ -8,7 +8,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from fomoe_io.cache_report import (
+from fomoe_io.cli.common import checked, new_parser, run_command
+from fomoe_io.config import Tiers
+from fomoe_io.errors import UsageError
+from fomoe_io.experts.residency import DECAY, Decay
+from fomoe_io.stats import write_json
+from fomoe_io.system.files import check_targets
+from fomoe_io.trace.cache_report import (
     BOUND,
     EVERY_POLICY,
     STATIC,
@@ -19,15 +25,9 @@ from fomoe_io.cache_report import (
     sweep,
     tier_table,
 )
-from fomoe_io.cli.common import checked, new_parser, run_command
-from fomoe_io.config import Tiers
-from fomoe_io.errors import UsageError
-from fomoe_io.files import check_targets
-from fomoe_io.residency import DECAY, Decay
-from fomoe_io.simulator import single_tokens
-from fomoe_io.stats import write_json
-from fomoe_io.trace import Trace
-from fomoe_io.trace_import import open_trace
+from fomoe_io.trace.importers import open_trace
+from fomoe_io.trace.simulator import single_tokens
+from fomoe_io.trace.trace import Trace
 
 PROGRAM = "fomoe-bench cache"
 SIZES = "10%,15%,20%,25%,30%,35%,40%,50%,60%"

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from fomoe_io.cli.common import checked, new_parser, package_version, run_command
 from fomoe_io.errors import UsageError
-from fomoe_io.files import check_targets, write_atomically
-from fomoe_io.io_calibrate import DEPTHS, POINT_SECONDS, calibrate, sizes_within
-from fomoe_io.io_job import DIRECTIONS, ENGINES, IOJob, IOResult
-from fomoe_io.io_job_file import parse_engine, parse_flag, parse_seconds, read_job_file
-from fomoe_io.io_report import format_result, json_results
-from fomoe_io.io_run import file_bytes, run_jobs
-from fomoe_io.reader import MODES
-from fomoe_io.store import Store
-from fomoe_io.system_card import format_card, system_card
+from fomoe_io.io_bench.calibrate import DEPTHS, POINT_SECONDS, calibrate, sizes_within
+from fomoe_io.io_bench.job import DIRECTIONS, ENGINES, IOJob, IOResult
+from fomoe_io.io_bench.job_file import parse_engine, parse_flag, parse_seconds, read_job_file
+from fomoe_io.io_bench.report import format_result, json_results
+from fomoe_io.io_bench.run import file_bytes, run_jobs
+from fomoe_io.storage.reader import MODES
+from fomoe_io.storage.store import Store
+from fomoe_io.system.files import check_targets, write_atomically
+from fomoe_io.system.system_card import format_card, system_card
 from fomoe_io.units import format_rate, parse_bytes
 
 PROGRAM = "fomoe-bench io"

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from fomoe_io.car import CarRule
 from fomoe_io.config import EngineConfig, Tiers
 from fomoe_io.errors import FomoeError, UsageError
-from fomoe_io.trace import check_trace_target
+from fomoe_io.experts.car import CarRule
+from fomoe_io.trace.trace import check_trace_target
 from fomoe_io.units import parse_bytes
 
 MODEL_VARIABLE = "FOMOE_MODEL"

@@ -17,12 +17,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fomoe_io import kernels_choice, memory
 from fomoe_io._uring import LIBURING_VERSION
 from fomoe_io.cli.common import new_parser, package_version, run_command
+from fomoe_io.cpu import dot_library
 from fomoe_io.errors import DeviceError, FomoeError, UsageError
-from fomoe_io.reader import ALIGNMENT, IO_URING_FIX, aligned_memory, open_reader, probe_modes
-from fomoe_io.system_card import drive_of, processor, system_card
+from fomoe_io.storage.reader import ALIGNMENT, IO_URING_FIX, aligned_memory, open_reader, probe_modes
+from fomoe_io.system import memory
+from fomoe_io.system.system_card import drive_of, processor, system_card
 from fomoe_io.units import format_bytes
 
 PROGRAM = "fomoe-doctor"
@@ -185,7 +186,7 @@ def check_memory() -> Check:
 
 def check_processor() -> Check:
     """Processor and the kernels that compute on it."""
-    kernels = kernels_choice.use("auto")
+    kernels = dot_library.use("auto")
     found = f"{processor()}, {len(os.sched_getaffinity(0))} threads, {kernels} kernels"
     if kernels != "ggml" and platform.machine() == "x86_64":
         return Check("processor", WARN, found, "pip install 'libggml-python>=0.20,<0.21'")
@@ -194,7 +195,7 @@ def check_processor() -> Check:
 
 def check_gpu() -> Check:
     """GPU and driver."""
-    from fomoe_io import device  # loads driver libraries
+    from fomoe_io.gpu import device  # loads driver libraries
 
     try:
         found = device.list_devices()

@@ -18,10 +18,10 @@ from fomoe_io.cli.common import add_engine_options, add_model, engine_config, mo
 from fomoe_io.config import EngineConfig
 from fomoe_io.engine import Engine
 from fomoe_io.errors import UsageError
-from fomoe_io.exact_logits import ExactLogits
-from fomoe_io.files import check_targets
 from fomoe_io.session import Session
 from fomoe_io.stats import format_banner, format_footer, write_json
+from fomoe_io.system.files import check_targets
+from fomoe_io.trace.exact_logits import ExactLogits
 
 TIERS = ("vram", "dram", "nvme")
 LEAST_CHUNK = 4

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fomoe_io import learned_profile
-from fomoe_io.chat import ChatTemplate, Message
 from fomoe_io.cli.common import (
     add_engine_options,
     add_model,
@@ -22,10 +20,12 @@ from fomoe_io.cli.common import (
 )
 from fomoe_io.engine import Engine
 from fomoe_io.errors import FomoeError, UsageError
-from fomoe_io.files import check_targets
-from fomoe_io.generation import Conversation
-from fomoe_io.sampler import Sampler, SamplingConfig
+from fomoe_io.experts import learned_profile
 from fomoe_io.stats import format_banner, format_footer, write_json
+from fomoe_io.system.files import check_targets
+from fomoe_io.text.chat import ChatTemplate, Message
+from fomoe_io.text.generation import Conversation
+from fomoe_io.text.sampler import Sampler, SamplingConfig
 
 
 def parser() -> argparse.ArgumentParser:

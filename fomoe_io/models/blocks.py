@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fomoe_io._cpu import Matrix, Rows
+from fomoe_io.cpu.recorder import Activation, Recorder
+from fomoe_io.cpu.weights import Weights
 from fomoe_io.errors import FormatError
-from fomoe_io.program import Activation, Recorder
-from fomoe_io.weights import Weights
 
 NORMALISE = True
 """Both architectures scale the weights of a token's experts to sum 1 (norm_topk_prob)."""

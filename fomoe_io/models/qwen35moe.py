@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fomoe_io._cpu import Rows
+from fomoe_io.cpu.recorder import Recorder
+from fomoe_io.cpu.weights import Weights
 from fomoe_io.errors import FormatError
 from fomoe_io.models.blocks import (
     Metadata,
@@ -15,8 +17,6 @@ from fomoe_io.models.blocks import (
     record_experts,
     record_logits,
 )
-from fomoe_io.program import Recorder
-from fomoe_io.weights import Weights
 
 
 def _full_attention(m: Metadata, layers: int) -> tuple[bool, ...]:

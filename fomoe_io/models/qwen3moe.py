@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fomoe_io.cpu.recorder import Recorder
+from fomoe_io.cpu.weights import Weights
 from fomoe_io.models.blocks import (
     Metadata,
     Shape,
@@ -13,8 +15,6 @@ from fomoe_io.models.blocks import (
     record_experts,
     record_logits,
 )
-from fomoe_io.program import Recorder
-from fomoe_io.weights import Weights
 
 
 def shape_of(metadata: Mapping[str, Any]) -> Shape:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fomoe_io.read_files import ReadFiles
+from fomoe_io.storage.read_files import ReadFiles
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -68,7 +68,7 @@ class _Table(ctypes.Structure):
 
 
 class _Counters(ctypes.Structure):
-    """csrc/read_table.h, fomoe_read_counters."""
+    """csrc/read/read_table.h, fomoe_read_counters."""
 
     _fields_ = (
         *((name, ctypes.c_uint64) for name in ("reads", "sub_reads", "bytes", "short_reads", "retries", "cancelled",
@@ -164,7 +164,7 @@ class FakeRing:
 
 def load_fake_ring(folder: Path) -> ctypes.CDLL:
     """Compile and load the fake."""
-    sources = [HERE / "fake_ring.c", ROOT / "fomoe_io/csrc/read_table.c"]
+    sources = [HERE / "fake_ring.c", ROOT / "fomoe_io/csrc/read/read_table.c"]
     library = ctypes.CDLL(os.fspath(compile_library(folder / "fake_ring.so", sources)))
     library.fake_ring_new.restype = ctypes.c_void_p
     library.fake_ring_new.argtypes = [

@@ -1,4 +1,4 @@
-/* A reader with faults, built by tests/fakes/__init__.py from this file and csrc/read_table.c.
+/* A reader with faults, built by tests/fakes/__init__.py from this file and csrc/read/read_table.c.
  *
  * Everything about reads is the real read table's; only the drives are made up: each piece takes a random time on
  * a clock of its own, may be cut short, interrupted, refused or fail, and finishes in any order.  What lands in
@@ -9,7 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "../../fomoe_io/csrc/read_table.h"
+#include "../../fomoe_io/csrc/read/read_table.h"
 
 enum { GARBAGE = 0xA5, PAGE = 4096 };
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fomoe_io import kernels
-from fomoe_io.dense_products import open_blas
-from fomoe_io.device import Gpu
 from fomoe_io.errors import DeviceError
+from fomoe_io.gpu import kernels
+from fomoe_io.gpu.device import Gpu
+from fomoe_io.gpu.products import open_blas
 from tests.gpu_shim.products import check_independence, check_product
 
 pytestmark = pytest.mark.gpu

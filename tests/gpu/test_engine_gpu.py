@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fomoe_io import Engine, EngineConfig, device
+from fomoe_io import Engine, EngineConfig
 from fomoe_io.config import Tiers
 from fomoe_io.errors import DeviceError
-from tests.test_oracle import MODELS, divergence, nmse
+from fomoe_io.gpu import device
+from tests.engine.test_oracle import MODELS, divergence, nmse
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parent.parent.parent

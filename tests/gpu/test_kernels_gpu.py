@@ -7,13 +7,13 @@ import mmap
 import numpy as np
 import pytest
 
-from fomoe_io import device, kernels
-from fomoe_io.car import CarRule
-from fomoe_io.device import Gpu
 from fomoe_io.errors import DeviceError
+from fomoe_io.experts.car import CarRule
+from fomoe_io.gpu import device, kernels
+from fomoe_io.gpu.device import Gpu
 from tests.gpu_shim import cases, tile_cases
 from tests.gpu_shim.device_runner import DeviceRunner
-from tests.test_car import RULES
+from tests.unit.test_car import RULES
 
 pytestmark = pytest.mark.gpu
 

@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fomoe_io import kernels
-from fomoe_io.car import CarRule
+from fomoe_io.experts.car import CarRule
+from fomoe_io.gpu import kernels
 from tests.gpu_shim import reference as ref
-from tests.test_car import choose
+from tests.unit.test_car import choose
 
 # Float32 arithmetic in another order, and exp to 2 ulp: far below 1e-5 of the norm, far above any wrong index.
 CLOSE = 3e-6
@@ -381,7 +381,7 @@ def check_resolve(runner: Runner, rng: np.random.Generator, experts: int, picks:
 
 
 def check_substitution(runner: Runner, rng: np.random.Generator, experts: int, picks: int, rule: CarRule) -> int:
-    """The device's stand-ins are those of csrc/car.h; returns how many there were."""
+    """The device's stand-ins are those of csrc/experts/car.h; returns how many there were."""
     logits = (2 * normal(rng, 1, experts)).astype(np.float32)
     where = rng.integers(0, 3, experts).astype(np.int8)  # VRAM, DRAM, NVMe
     table = np.select([where == 0, where == 1], [rng.integers(2, 1 << 60, experts), 1], 0).astype(np.uint64)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fomoe_io import kernels
+from fomoe_io.gpu import kernels
 
 SHIM = Path(__file__).resolve().parent
 PAGE = mmap.PAGESIZE

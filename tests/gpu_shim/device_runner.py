@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fomoe_io.device import Gpu
+from fomoe_io.gpu.device import Gpu
 
 
 class DeviceArray:

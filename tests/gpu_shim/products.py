@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from fomoe_io import kernels
-from fomoe_io.dense_products import SCRATCH_BYTES, WORKSPACE_BYTES, DenseProducts, padded
-from fomoe_io.device import Gpu, Step
-from fomoe_io.device_rows import DeviceMatrix
+from fomoe_io.gpu import kernels
+from fomoe_io.gpu.arena import DeviceMatrix
+from fomoe_io.gpu.device import Gpu, Step
+from fomoe_io.gpu.products import SCRATCH_BYTES, WORKSPACE_BYTES, DenseProducts, padded
 from tests.gpu_shim import reference as ref
 
 

@@ -1,10 +1,10 @@
-"""Checks of the many-token kernels (kernels/tile.h) against float64 numpy, and that a tile's makeup changes no bit."""
+"""Checks of the many-token kernels (gpu/kernels/tile.h) against float64 numpy; a tile's makeup changes nothing."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from fomoe_io import kernels
+from fomoe_io.gpu import kernels
 from tests.gpu_shim import reference as ref
 from tests.gpu_shim.cases import Handle, Runner, activations, make_records, normal, poison
 
@@ -34,7 +34,7 @@ def check_mat_mul(runner: Runner, rng: np.random.Generator, name: str, rows: int
 def tiles_of(
     picks: np.ndarray, records: list[Handle], experts: list[int], rng: np.random.Generator | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tiles, order) of the pairs of some experts, as csrc/device_batch.c makes them; shuffled within each by `rng`."""
+    """(tiles, order) of the pairs of some experts, as device_batch.c makes them; shuffled within each by `rng`."""
     tiles, order = [], []
     for expert in experts:
         pairs = np.flatnonzero(picks.ravel() == expert)

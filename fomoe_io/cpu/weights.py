@@ -1,0 +1,127 @@
+"""The resident weights: everything but the routed experts, read once into huge-page memory.
+
+Each tensor is read with O_DIRECT into an aligned window, so nothing is copied and the page cache keeps no
+second copy of what the process holds anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import gguf
+import numpy as np
+
+from fomoe_io import _cpu
+from fomoe_io._cpu import Matrix
+from fomoe_io.errors import FormatError
+from fomoe_io.storage.reader import Memory, Reader, ReadRequest, aligned_memory
+
+if TYPE_CHECKING:
+    from fomoe_io.storage.gguf import TensorInfo
+
+PAGE_BYTES = 4096
+"""Alignment of direct reads: the largest logical block size of common drives."""
+
+
+def aligned_window(offset: int, size: int) -> tuple[int, int]:
+    """The page-aligned (offset, bytes) that covers a range of a file."""
+    start = offset // PAGE_BYTES * PAGE_BYTES
+    end = -(-(offset + size) // PAGE_BYTES) * PAGE_BYTES
+    return start, end - start
+
+
+class Weights:
+    """Resident tensors by name, as matrices and vectors for the recorder.
+
+    Parameters
+    ----------
+    tensors : mapping of str to TensorInfo
+        What to load; the token embedding is left on disk unless it is also the output matrix.
+    float_activations : bool
+        Matrices expand their rows to float32 instead of quantizing activations.
+    """
+
+    EMBEDDING = "token_embd.weight"
+    OUTPUT = "output.weight"
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], *, float_activations: bool) -> None:
+        self._tensors = tensors
+        self._loaded = False
+        self._float_activations = float_activations
+        self._vectors: dict[str, np.ndarray] = {}
+        self._addresses: dict[str, int] = {}
+        self.tied = self.OUTPUT not in tensors
+        loaded = [t for t in tensors.values() if self.tied or t.name != self.EMBEDDING]
+        self._requests: list[ReadRequest] = []
+        windows = [(t, *aligned_window(t.offset, t.bytes)) for t in loaded]
+        self.bytes = sum(size for _, _, size in windows)
+        # address space alone: memory is taken when load() fills it
+        self._memory: Memory = aligned_memory(max(self.bytes, PAGE_BYTES))
+        place = self._memory.address
+        for tensor, start, size in windows:
+            self._addresses[tensor.name] = place + tensor.offset - start
+            self._requests.append((tensor.file, start, place, size))
+            place += size
+
+    def load(self, reader: Reader) -> None:
+        """Read everything; before that, matrices have addresses and vectors are zeros."""
+        reader.read_into(self._requests)
+        self._loaded = True
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self._tensors:
+            raise FormatError(f"the model has no tensor {name}, which its architecture needs")
+        return self._tensors[name]
+
+    def _check_type(self, tensor: TensorInfo) -> None:
+        if _cpu.type_info(int(tensor.type)) is None:
+            raise FormatError(
+                f"{tensor.name} has type {gguf.GGMLQuantizationType(tensor.type).name}, "
+                "which the CPU kernels in use do not know",
+                hint="pip install libggml-python (its kernels know every GGUF type), or another quantization",
+            )
+
+    def matrix(self, name: str, columns: int, rows: int) -> Matrix:
+        """A [rows, columns] weight matrix; FormatError when the file's shape differs."""
+        tensor = self._info(name)
+        shape = tuple(tensor.shape)
+        if len(shape) == 1:
+            shape = (shape[0], 1)
+        if shape != (columns, rows):
+            raise FormatError(f"{name} has shape {list(tensor.shape)}, expected [{columns}, {rows}]")
+        self._check_type(tensor)
+        return Matrix(self._addresses[name], int(tensor.type), rows, columns, self._float_activations, self._memory)
+
+    def embedding(self, columns: int, rows: int) -> tuple[Matrix, int, int]:
+        """(matrix, file, offset): in memory when tied to the output (file -1), else read a row at a time."""
+        tensor = self._info(self.EMBEDDING)
+        if self.tied:
+            return self.matrix(self.EMBEDDING, columns, rows), -1, 0
+        if tuple(tensor.shape) != (columns, rows):
+            raise FormatError(f"{tensor.name} has shape {list(tensor.shape)}, expected [{columns}, {rows}]")
+        self._check_type(tensor)
+        return Matrix(0, int(tensor.type), rows, columns, False, None), tensor.file, tensor.offset
+
+    def vector(self, name: str, length: int) -> np.ndarray:
+        """A small tensor of any type, as contiguous float32 of `length` elements."""
+        if name not in self._vectors:
+            tensor = self._info(name)
+            elements = int(np.prod(tensor.shape))
+            if elements != length:
+                raise FormatError(f"{name} has {elements} elements, expected {length}")
+            if not self._loaded:
+                return np.zeros(length, np.float32)
+            view = self._memory.view[self._addresses[name] - self._memory.address :][: tensor.bytes]
+            raw = np.frombuffer(view, np.uint8)
+            values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(tensor.type))
+            self._vectors[name] = np.array(values, np.float32).reshape(-1)
+        return self._vectors[name]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._vectors.clear()
+        self._memory.close()

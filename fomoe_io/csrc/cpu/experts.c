@@ -1,0 +1,502 @@
+#include "experts_state.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "experts/routing.h"
+#include "math/vector_ops.h"
+
+/* Experts computed together.  While misses wait for a free slot, resident experts are done in smaller
+ * groups, so that their slots come free and the drive does not idle. */
+enum { GROUP_WHILE_MISSES_WAIT = 8, REAP_BATCH = 64 };
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+static int64_t workspace_rows(const fomoe_experts_shape *s) { return (int64_t)s->batch * s->used; }
+
+int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *s) {
+    return workspace_rows(s) * (3 * (int64_t)s->hidden + s->columns) * sizeof(float);
+}
+
+static int allocate(fomoe_experts *e) {
+    const fomoe_experts_shape *s = &e->shape;
+    int64_t rows = workspace_rows(s), most = e->max_experts;
+    e->activation_bytes = (int64_t)s->hidden * sizeof(float); /* enough for any activation type */
+    e->gate = malloc(rows * s->hidden * sizeof(float));
+    e->up = malloc(rows * s->hidden * sizeof(float));
+    e->down = malloc(rows * s->columns * sizeof(float));
+    e->activation = malloc(rows * e->activation_bytes);
+    e->picks = calloc(s->layers * most, sizeof *e->picks);
+    e->ids = malloc(most * sizeof *e->ids);
+    e->index = malloc(most * sizeof *e->index);
+    e->weight = malloc(most * sizeof *e->weight);
+    e->requests = malloc(most * sizeof *e->requests);
+    e->replaced = malloc(s->used * sizeof *e->replaced);
+    e->first = malloc((most + 1) * sizeof *e->first);
+    e->members = malloc(rows * sizeof *e->members);
+    e->slot = malloc(most * sizeof *e->slot);
+    e->source = malloc(most);
+    e->tier = malloc(most);
+    e->done = malloc(most);
+    e->found = malloc(rows);
+    e->reads_left = malloc(most * sizeof *e->reads_left);
+    e->ready = malloc(most * sizeof *e->ready);
+    e->group = malloc(most * sizeof *e->group);
+    e->placements = malloc(most * sizeof *e->placements);
+    e->moves = malloc(2 * most * sizeof *e->moves);
+    e->reads = malloc(FOMOE_PARTS * most * sizeof *e->reads);
+    return e->gate && e->up && e->down && e->activation && e->picks && e->ids && e->index && e->weight && e->requests && e->replaced && e->first &&
+           e->members && e->slot && e->source && e->tier && e->done && e->found && e->reads_left && e->ready && e->group && e->placements && e->moves && e->reads;
+}
+
+static int allocate_physical(fomoe_experts *e) {
+    int64_t total = 0;
+    for (int l = 0; l < e->shape.layers; l++) total += e->layer[l].slots;
+    e->physical = calloc((size_t)(unsigned)e->shape.layers * FOMOE_TIERS, sizeof *e->physical);
+    e->physical_memory = malloc((total + 1) * sizeof *e->physical_memory);
+    if (!e->physical || !e->physical_memory) return 0;
+    int32_t *table = e->physical_memory;
+    for (int l = 0; l < e->shape.layers; l++) {
+        int slot = 0;
+        for (int tier = 0; tier < FOMOE_TIERS && e->layer[l].experts; tier++) {
+            e->physical[l * FOMOE_TIERS + tier] = table;
+            for (int i = fomoe_residency_slots(e->residency, l, tier); i > 0; i--) *table++ = slot++;
+        }
+    }
+    return 1;
+}
+
+fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *shape, const fomoe_expert_layer *layer,
+                                 fomoe_residency *residency, fomoe_reader *reader) {
+    fomoe_experts *e = calloc(1, sizeof *e);
+    if (!e) return NULL;
+    e->shape = *shape;
+    e->residency = residency;
+    e->reader = reader;
+    e->first_layer = -1;
+    fomoe_offers_start(&e->offers, residency, reader);
+    e->layer = malloc(shape->layers * sizeof *e->layer);
+    if (!e->layer) goto fail;
+    memcpy(e->layer, layer, shape->layers * sizeof *e->layer);
+    for (int l = 0; l < shape->layers; l++) {
+        if (layer[l].experts > e->max_experts) e->max_experts = layer[l].experts;
+        if (layer[l].experts && e->first_layer < 0) e->first_layer = l;
+    }
+    if (!allocate(e) || !allocate_physical(e)) goto fail;
+    for (int i = 0; i < e->max_experts; i++) e->index[i] = -1;
+    return e;
+fail:
+    fomoe_experts_free(e);
+    return NULL;
+}
+
+void fomoe_experts_free(fomoe_experts *e) {
+    if (!e) return;
+    void *owned[] = {e->layer, e->physical, e->physical_memory, e->gate, e->up, e->down, e->activation, e->picks,
+                     e->ids, e->index, e->weight, e->requests, e->replaced, e->first, e->members, (void *)e->slot,
+                     e->source, e->tier, e->done, e->found, e->reads_left, e->ready, e->group, e->placements,
+                     e->moves, e->reads};
+    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+    free(e);
+}
+
+void fomoe_experts_set_car(fomoe_experts *e, const fomoe_car *car) { e->car = *car; }
+void fomoe_experts_set_lookahead(fomoe_experts *e, int ranks) { e->lookahead = ranks; }
+const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *e) { return &e->counters; }
+const int64_t *fomoe_experts_picks(const fomoe_experts *e) { return e->picks; }
+
+void fomoe_experts_failure(const fomoe_experts *e, int *layer, int *expert) {
+    *layer = e->failed_layer;
+    *expert = e->failed_expert;
+}
+
+/* ---- residency: slots are exchanged, bytes never move ---- */
+
+static void carry_out(fomoe_experts *e, int layer, const fomoe_move *moves, int count) {
+    int32_t **physical = e->physical + layer * FOMOE_TIERS;
+    for (int i = 0; i < count; i++) {
+        const fomoe_move *m = &moves[i];
+        int32_t *a = &physical[m->from_tier][m->from_slot], *b = &physical[m->to_tier][m->to_slot], swap = *a;
+        *a = *b;
+        *b = swap;
+        /* a swap of two experts comes as a move and its inverse: one exchange does both */
+        if (i + 1 < count && moves[i + 1].from_tier == m->to_tier && moves[i + 1].from_slot == m->to_slot &&
+            moves[i + 1].to_tier == m->from_tier && moves[i + 1].to_slot == m->from_slot)
+            i++;
+    }
+}
+
+static uint8_t *slot_address(const fomoe_experts *e, int layer, const fomoe_placement *p) {
+    const fomoe_expert_layer *l = &e->layer[layer];
+    return l->pool + e->physical[layer * FOMOE_TIERS + p->tier][p->slot] * l->slot_bytes;
+}
+
+static int add_reads(fomoe_experts *e, int layer, int expert, int i, uint8_t *slot, fomoe_read *reads) {
+    const fomoe_expert_layer *l = &e->layer[layer];
+    const fomoe_extent *extent = l->extents + expert * FOMOE_PARTS;
+    int count = l->extent_count[expert];
+    for (int r = 0; r < count; r++, extent++) {
+        reads[r] = (fomoe_read){.tag = (uint64_t)i * FOMOE_PARTS + r, .offset = extent->offset, .bytes = extent->bytes,
+                                .target = slot + extent->slot_offset, .file = extent->file};
+        e->counters.nvme_bytes += extent->bytes;
+    }
+    e->counters.nvme_reads++;
+    return count;
+}
+
+static void fail(fomoe_experts *e, int layer, int i, int error) {
+    if (!e->error) {
+        e->error = error;
+        e->failed_layer = layer;
+        e->failed_expert = e->ids[i];
+    }
+}
+
+/* Find places for experts [begin, end) of the batch and add the reads of those that are not there to e->reads. */
+static void place(fomoe_experts *e, int layer, int begin, int end, int *reads) {
+    int moves = 0;
+    if (begin == end) return;
+    if (fomoe_residency_resolve(e->residency, layer, e->ids + begin, e->requests + begin, end - begin, e->placements,
+                                e->moves, &moves)) {
+        fail(e, layer, begin, -ENOMEM); /* can't be: place() is never asked for more than there is room for */
+        return;
+    }
+    carry_out(e, layer, e->moves, moves);
+    for (int i = begin; i < end; i++) {
+        const fomoe_placement *p = &e->placements[i - begin];
+        uint8_t *slot = slot_address(e, layer, p);
+        e->slot[i] = slot;
+        e->source[i] = p->source == FOMOE_TIER_COMING ? FOMOE_TIER_NVME : p->source;
+        e->tier[i] = p->tier;
+        e->reads_left[i] = 0;
+        if (p->source == FOMOE_TIER_COMING) fomoe_offers_join(&e->offers, layer, e->ids[i], i);
+        if (p->source != FOMOE_TIER_NVME) continue;
+        e->reads_left[i] = add_reads(e, layer, e->ids[i], i, slot, e->reads + *reads);
+        *reads += e->reads_left[i];
+    }
+    e->submitted = end;
+}
+
+static void submit(fomoe_experts *e, int layer, int begin, int reads) {
+    int error = reads ? e->reader->submit(e->reader->self, e->reads, reads) : 0;
+    if (error) fail(e, layer, begin, error);
+}
+
+/* The first wave: resident experts, then as many misses as there are slots. */
+static void place_first(fomoe_experts *e, int layer) {
+    int room = e->layer[layer].slots - e->hits, misses = e->count - e->hits, reads = 0;
+    place(e, layer, 0, e->hits, &reads);
+    if (!e->error) place(e, layer, e->hits, e->hits + (misses < room ? misses : room), &reads);
+    submit(e, layer, e->hits, reads);
+}
+
+/* Later waves: every expert that is done gives its slot to the next one that waits.  One at a time and in the order
+ * of the batch, whatever the order in which reads came back, so that who is evicted does not depend on the drive. */
+static void replace_done(fomoe_experts *e, int layer) {
+    int begin = e->submitted, reads = 0;
+    while (!e->error && e->released < e->submitted && e->done[e->released]) {
+        fomoe_residency_release(e->residency, layer, &e->ids[e->released++], 1);
+        if (e->submitted < e->count) place(e, layer, e->submitted, e->submitted + 1, &reads);
+    }
+    submit(e, layer, begin, reads);
+}
+
+/* ---- the plan of a layer: thread 0 ---- */
+
+static void count_picks(fomoe_experts *e, int layer, const fomoe_rows *ids, int tokens) {
+    int64_t *picks = e->picks + (int64_t)layer * e->max_experts;
+    for (int t = 0; t < tokens; t++) {
+        const int32_t *row = (const int32_t *)fomoe_row(ids, t);
+        fomoe_residency_touch(e->residency, layer, tokens - 1 - t, row, e->shape.used);
+        for (int k = 0; k < e->shape.used; k++) picks[row[k]]++;
+    }
+}
+
+/* Cache-aware routing, of a single token: the rows of picks and weights become those of what will be computed. */
+static void substitute(fomoe_experts *e, const fomoe_step *step, const fomoe_run *run) {
+    int layer = step->as.experts.layer, used = e->shape.used;
+    int asked = run->substitute && run->tokens == 1 && e->car.rule != FOMOE_CAR_OFF && run->position >= e->car.warmup;
+    memset(e->replaced, -1, used * sizeof *e->replaced);
+    if (!asked) return;
+    int swaps = fomoe_car_choose(&e->car, e->layer[layer].experts, used, step->as.experts.normalise,
+                                 fomoe_float_row(&step->as.experts.logits, 0), fomoe_residency_tiers(e->residency, layer),
+                                 (int32_t *)fomoe_row(&step->as.experts.ids, 0),
+                                 fomoe_float_row(&step->as.experts.weights, 0), e->replaced);
+    fomoe_residency_substituted(e->residency, swaps);
+}
+
+/* The distinct experts of the batch in order of first appearance, how many tokens want each, and how many of those
+ * had it from the router. */
+static void collect(fomoe_experts *e, const fomoe_rows *ids, int tokens) {
+    e->count = 0;
+    for (int t = 0; t < tokens; t++) {
+        const int32_t *row = (const int32_t *)fomoe_row(ids, t);
+        for (int k = 0; k < e->shape.used; k++) {
+            int32_t id = row[k];
+            if (e->index[id] < 0) {
+                e->index[id] = e->count;
+                e->weight[e->count] = e->requests[e->count] = 0;
+                e->ids[e->count++] = id;
+            }
+            e->weight[e->index[id]]++;
+            e->requests[e->index[id]] += e->replaced[k] < 0;
+        }
+    }
+}
+
+/* Resident ones to the front, both halves keeping their order. */
+static void partition(fomoe_experts *e, int layer) {
+    int32_t *missing = e->group, *missing_weight = e->ready, misses = 0, slot;
+    e->hits = 0;
+    for (int i = 0; i < e->count; i++) {
+        if (fomoe_residency_find(e->residency, layer, e->ids[i], &slot) == FOMOE_TIER_NVME) {
+            missing[misses] = e->ids[i];
+            missing_weight[misses++] = e->weight[i];
+        } else {
+            e->ids[e->hits] = e->ids[i];
+            e->requests[e->hits] = e->requests[i];
+            e->weight[e->hits++] = e->weight[i];
+        }
+    }
+    /* what is missing was asked for by the router: a stand-in is resident */
+    memcpy(e->ids + e->hits, missing, misses * sizeof *missing);
+    memcpy(e->weight + e->hits, missing_weight, misses * sizeof *missing_weight);
+    memcpy(e->requests + e->hits, missing_weight, misses * sizeof *missing_weight);
+}
+
+/* members: for every expert the (token, rank) pairs that chose it */
+static void list_members(fomoe_experts *e, const fomoe_rows *ids, int tokens) {
+    int used = e->shape.used, total = 0;
+    for (int i = 0; i < e->count; i++) {
+        e->index[e->ids[i]] = i;
+        e->first[i] = total;
+        total += e->weight[i];
+    }
+    e->first[e->count] = total;
+    for (int t = tokens - 1; t >= 0; t--) {
+        const int32_t *row = (const int32_t *)fomoe_row(ids, t);
+        for (int k = used - 1; k >= 0; k--) {
+            int i = e->index[row[k]];
+            e->members[e->first[i] + --e->weight[i]] = t * used + k;
+        }
+    }
+    for (int i = 0; i < e->count; i++) {
+        e->weight[i] = e->first[i + 1] - e->first[i];
+        e->index[e->ids[i]] = -1;
+    }
+}
+
+/* Collect completions; wait for one when asked. */
+static void reap(fomoe_experts *e, int layer, int wait) {
+    fomoe_completion done[REAP_BATCH];
+    int64_t start = wait ? now_ns() : 0;
+    int count = e->reader->reap(e->reader->self, done, REAP_BATCH, wait);
+    if (wait) e->counters.stall_ns += now_ns() - start;
+    if (count < 0) fail(e, layer, 0, count);
+    for (int c = 0; c < count; c++) {
+        if (done[c].tag & FOMOE_OFFER_TAG) {
+            int waiter, error = fomoe_offers_completed(&e->offers, &done[c], &waiter);
+            if (waiter >= 0 && error) fail(e, layer, waiter, error);
+            if (waiter >= 0) e->ready[e->ready_count++] = waiter;
+            continue;
+        }
+        int i = done[c].tag / FOMOE_PARTS;
+        e->reads_left[i]--;
+        if (done[c].error) fail(e, layer, i, done[c].error);
+        if (!e->reads_left[i]) e->ready[e->ready_count++] = i;
+    }
+}
+
+/* After a failure: wait for what is in flight (its targets are slots), forget what was being read. */
+static void abandon(fomoe_experts *e, int layer, fomoe_run *run) {
+    fomoe_completion done[REAP_BATCH];
+    int count, waiter;
+    while ((count = e->reader->reap(e->reader->self, done, REAP_BATCH, 1)) > 0)
+        for (int c = 0; c < count; c++)
+            if (done[c].tag & FOMOE_OFFER_TAG) fomoe_offers_completed(&e->offers, &done[c], &waiter);
+    fomoe_residency_release(e->residency, layer, e->ids, e->submitted);
+    for (int i = e->hits; i < e->submitted; i++) fomoe_residency_drop(e->residency, layer, e->ids[i]);
+    e->group_count = 0;
+    fomoe_fail(run, e->error);
+}
+
+static int looks_ahead(const fomoe_experts *e, const fomoe_run *run) {
+    return run->tokens == 1 && e->lookahead && !e->rest && e->car.rule == FOMOE_CAR_OFF;
+}
+
+/* Does lookahead pay?  Where less than half of what it reads is wanted, it pauses for a while. */
+static void review(fomoe_experts *e) {
+    enum { REVIEW_AFTER = 512, PAUSE_TOKENS = 4096 };
+    if (e->rest) e->rest--;
+    uint64_t issued = e->counters.prefetches - e->judged_prefetches, useful = e->counters.useful - e->judged_useful;
+    if (issued < REVIEW_AFTER) return;
+    if (2 * useful < issued) e->rest = PAUSE_TOKENS;
+    e->judged_prefetches = e->counters.prefetches;
+    e->judged_useful = e->counters.useful;
+}
+
+/* Experts of this layer that were read before anybody asked.  With cache-aware routing they become resident at the same
+ * point of the text whatever the drive's speed, because what stands in for what must not depend on it; a batch needs all
+ * slots.  Lookahead for a single token changes no result: what is not there yet is waited for like any other. */
+static void settle(fomoe_experts *e, const fomoe_step *step, const fomoe_run *run) {
+    int layer = step->as.experts.layer, useful, late;
+    if (run->tokens == 1 && e->car.rule == FOMOE_CAR_OFF) {
+        fomoe_offers_judge(&e->offers, layer, (const int32_t *)fomoe_row(&step->as.experts.ids, 0), e->shape.used,
+                           &useful, &late);
+        e->counters.useful += useful;
+        e->counters.late += late;
+    } else {
+        while (fomoe_offers_hurry(&e->offers, layer) && !e->error) reap(e, layer, 1);
+    }
+    fomoe_offers_settle(&e->offers, layer);
+}
+
+/* Begin to read an expert that nobody waits for, if the policy has a place for it.  Returns 1 if so. */
+static int read_ahead(fomoe_experts *e, int layer, int32_t expert) {
+    if (!fomoe_offers_room(&e->offers)) return 0;
+    fomoe_placement p = fomoe_residency_offer(e->residency, layer, expert, e->shape.used);
+    if (p.tier == FOMOE_TIER_NVME) return 0;
+    int reads = add_reads(e, layer, expert, 0, slot_address(e, layer, &p), e->reads);
+    fomoe_offers_begin(&e->offers, layer, expert, e->reads, reads);
+    return 1;
+}
+
+/* Picks that another expert stands in for, best first. */
+static void back_fill(fomoe_experts *e, int layer) {
+    int left = e->car.backfill;
+    for (int k = 0; k < e->shape.used && left; k++)
+        if (e->replaced[k] >= 0) left -= read_ahead(e, layer, e->replaced[k]);
+}
+
+/* What the next layer's router makes of this layer's output, before its attention: right for most of the best ranks. */
+void fomoe_step_lookahead(const fomoe_step *step, fomoe_run *run, int thread) {
+    fomoe_experts *e = step->as.lookahead.experts;
+    const fomoe_matrix *router = &step->as.lookahead.router;
+    if (!looks_ahead(e, run)) return;
+    float *x = run->scratch[thread], *row = x + router->columns, *logits = fomoe_float_row(&step->as.lookahead.logits, 0);
+    int64_t begin, end;
+    fomoe_rms_norm(router->columns, fomoe_float_row(&step->as.lookahead.input, 0), step->as.lookahead.weight,
+                   step->as.lookahead.epsilon, x);
+    while (fomoe_take(&run->next[run->step], router->rows, 32, &begin, &end))
+        for (int64_t r = begin; r < end; r++) {
+            router->type->to_float(router->data + r * router->row_bytes, row, router->columns);
+            fomoe_type_of(0)->dot(router->columns, &logits[r], 0, row, 0, x, 0, 1);
+        }
+    fomoe_team_barrier(run->team);
+    /* the drive idles: the layer's own reads have all been waited for */
+    if (thread || fomoe_offers_under_way(&e->offers) >= e->lookahead) return;
+    uint64_t bytes = e->counters.nvme_bytes;
+    fomoe_route(router->rows, e->lookahead, logits, 0, 1, run->scratch[0], e->group, (float *)e->ready);
+    for (int k = 0; k < e->lookahead; k++)
+        e->counters.prefetches += read_ahead(e, step->as.lookahead.layer, e->group[k]);
+    e->counters.prefetch_bytes += e->counters.nvme_bytes - bytes;
+}
+
+void fomoe_step_experts_begin(const fomoe_step *step, fomoe_run *run, int thread) {
+    fomoe_experts *e = step->as.experts.experts;
+    int layer = step->as.experts.layer;
+    if (thread) return;
+    if (layer == e->first_layer) {
+        fomoe_residency_tick(e->residency, run->tokens);
+        review(e);
+    }
+    e->submitted = e->computed = e->released = e->grouped_hits = e->ready_count = e->group_count = e->error = 0;
+    settle(e, step, run);
+    count_picks(e, layer, &step->as.experts.ids, run->tokens);
+    substitute(e, step, run);
+    collect(e, &step->as.experts.ids, run->tokens);
+    partition(e, layer);
+    list_members(e, &step->as.experts.ids, run->tokens);
+    memset(e->done, 0, e->count);
+    place_first(e, layer);
+    if (!e->error) back_fill(e, layer);
+    if (e->error) abandon(e, layer, run);
+}
+
+/* Of every (token, rank): its expert's first request found it where it was, the others where it is computed from. */
+static void trace_batch(fomoe_experts *e, const fomoe_step *step, fomoe_run *run) {
+    const fomoe_rows *ids = &step->as.experts.ids;
+    for (int i = 0; i < e->count; i++)
+        for (int j = e->first[i]; j < e->first[i + 1]; j++)
+            e->found[e->members[j]] = j == e->first[i] ? e->source[i] : e->tier[i];
+    fomoe_trace_batch(run->trace, step->as.experts.layer, run->tokens, ids->data, ids->stride, e->found);
+}
+
+/* Give up the slots of the group that was computed, keep the drive busy, choose what to compute next (or nothing: all
+ * is done). */
+static void next_group(fomoe_experts *e, const fomoe_step *step, fomoe_run *run) {
+    int layer = step->as.experts.layer;
+    for (int g = 0; g < e->group_count; g++) e->done[e->group[g]] = 1;
+    e->computed += e->group_count;
+    e->group_count = 0;
+    replace_done(e, layer);
+    if (e->computed == e->count) {
+        if (run->trace) trace_batch(e, step, run);
+        return;
+    }
+    if (e->submitted > e->hits) reap(e, layer, 0);
+    while (!e->error && e->grouped_hits == e->hits && !e->ready_count) reap(e, layer, 1);
+    if (e->error) {
+        abandon(e, layer, run);
+        return;
+    }
+    int limit = e->submitted < e->count ? GROUP_WHILE_MISSES_WAIT : e->count;
+    while (e->grouped_hits < e->hits && e->group_count < limit) e->group[e->group_count++] = e->grouped_hits++;
+    for (int i = 0; i < e->ready_count; i++) e->group[e->group_count++] = e->ready[i];
+    e->ready_count = 0;
+    e->counters.groups++;
+    atomic_store_explicit(&e->next_up, 0, memory_order_relaxed);
+    atomic_store_explicit(&e->next_activation, 0, memory_order_relaxed);
+    atomic_store_explicit(&e->next_down, 0, memory_order_relaxed);
+}
+
+void fomoe_step_experts(const fomoe_step *step, fomoe_run *run, int thread) {
+    fomoe_experts *e = step->as.experts.experts;
+    for (;;) {
+        if (!thread) next_group(e, step, run);
+        fomoe_team_barrier(run->team);
+        if (!e->group_count) return;
+        fomoe_experts_compute_group(e, step, run, thread);
+    }
+}
+
+/* ---- warm start ---- */
+
+static int by_place(const void *a, const void *b) {
+    const fomoe_read *x = a, *y = b;
+    if (x->file != y->file) return x->file < y->file ? -1 : 1;
+    return x->offset < y->offset ? -1 : x->offset > y->offset;
+}
+
+/* Slots are given hottest first, reads go through the files in order: in a packed store, whose records lie hottest
+ * first, that is one sequential pass. */
+int fomoe_experts_warm(fomoe_experts *e, int layer, const int32_t *experts, const double *scores, int count) {
+    int placed = 0, reads = 0;
+    e->error = 0;
+    for (int i = 0; i < count; i++) {
+        fomoe_placement p = fomoe_residency_seed(e->residency, layer, experts[i], scores[i]);
+        if (p.tier == FOMOE_TIER_NVME) continue;
+        e->ids[placed] = experts[i];
+        reads += add_reads(e, layer, experts[i], placed++, slot_address(e, layer, &p), e->reads + reads);
+    }
+    if (!reads) return 0;
+    qsort(e->reads, reads, sizeof *e->reads, by_place);
+    int error = e->reader->submit(e->reader->self, e->reads, reads);
+    if (error) fail(e, layer, 0, error);
+    for (int in_flight = error ? 0 : reads; in_flight > 0;) {
+        fomoe_completion done[REAP_BATCH];
+        int got = e->reader->reap(e->reader->self, done, REAP_BATCH, 1);
+        if (got <= 0) return got ? got : -EIO;
+        for (int c = 0; c < got; c++)
+            if (done[c].error) fail(e, layer, done[c].tag / FOMOE_PARTS, done[c].error);
+        in_flight -= got;
+    }
+    for (int i = 0; i < placed && e->error; i++) fomoe_residency_drop(e->residency, layer, e->ids[i]);
+    return e->error;
+}

@@ -1,0 +1,314 @@
+#include "program.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "math/attention.h"
+#include "experts/routing.h"
+#include "math/vector_ops.h"
+
+struct fomoe_program {
+    fomoe_team *team;
+    fomoe_step *steps;
+    int count, capacity;
+    float **scratch;
+    _Atomic int64_t *next;
+};
+
+fomoe_program *fomoe_program_new(fomoe_team *team, int64_t scratch_floats) {
+    fomoe_program *program = calloc(1, sizeof *program);
+    if (!program) return NULL;
+    int threads = fomoe_team_size(team);
+    program->team = team;
+    program->scratch = calloc(threads, sizeof *program->scratch);
+    if (!program->scratch) goto fail;
+    for (int i = 0; i < threads; i++) {
+        /* a cache line more than asked for, so that two threads' areas never share one */
+        size_t bytes = ((size_t)scratch_floats * sizeof(float) + 127) / 64 * 64;
+        program->scratch[i] = aligned_alloc(64, bytes);
+        if (!program->scratch[i]) goto fail;
+    }
+    return program;
+fail:
+    fomoe_program_free(program);
+    return NULL;
+}
+
+void fomoe_program_free(fomoe_program *program) {
+    if (!program) return;
+    if (program->scratch)
+        for (int i = 0; i < fomoe_team_size(program->team); i++) free(program->scratch[i]);
+    free(program->scratch);
+    free(program->steps);
+    free((void *)program->next);
+    free(program);
+}
+
+int fomoe_program_add(fomoe_program *program, const fomoe_step *step) {
+    if (program->count == program->capacity) {
+        int capacity = program->capacity ? 2 * program->capacity : 64;
+        fomoe_step *steps = realloc(program->steps, capacity * sizeof *steps);
+        if (!steps) return -1;
+        program->steps = steps;
+        _Atomic int64_t *next = realloc((void *)program->next, capacity * sizeof *next);
+        if (!next) return -1;
+        program->next = next;
+        program->capacity = capacity;
+    }
+    program->steps[program->count++] = *step;
+    return 0;
+}
+
+int fomoe_program_steps(const fomoe_program *program) { return program->count; }
+
+typedef struct {
+    fomoe_program *program;
+    fomoe_run *run;
+} replay_argument;
+
+static void replay(void *argument, int thread) {
+    fomoe_program *program = ((replay_argument *)argument)->program;
+    fomoe_run run = *((replay_argument *)argument)->run; /* a copy: run.step is this thread's own */
+    for (int i = 0; i < program->count; i++) {
+        run.step = i;
+        program->steps[i].execute(&program->steps[i], &run, thread);
+        fomoe_team_barrier(program->team);
+        int64_t failure = atomic_load_explicit(run.failure, memory_order_relaxed);
+        if (failure && (failure >> 32) - 1 <= i) break;
+    }
+}
+
+int fomoe_program_run(fomoe_program *program, fomoe_run *run) {
+    run->team = program->team;
+    run->threads = fomoe_team_size(program->team);
+    run->scratch = program->scratch;
+    run->next = program->next;
+    _Atomic int64_t failure = 0;
+    run->failure = &failure;
+    for (int i = 0; i < program->count; i++) atomic_store_explicit(&program->next[i], 0, memory_order_relaxed);
+    replay_argument argument = {program, run};
+    fomoe_team_run(program->team, replay, &argument);
+    return -(int)(uint32_t)atomic_load(&failure);
+}
+
+/* ---- embedding, norms, conversion ---- */
+
+void fomoe_step_embed(const fomoe_step *step, fomoe_run *run, int thread) {
+    const fomoe_matrix *m = &step->as.embed.matrix;
+    uint8_t *row = (uint8_t *)run->scratch[thread];
+    for (int t = thread; t < run->tokens; t += run->threads) {
+        const uint8_t *source = m->data + run->ids[t] * m->row_bytes;
+        if (step->as.embed.file >= 0) {
+            int64_t offset = step->as.embed.offset + run->ids[t] * m->row_bytes, got = 0;
+            while (got < m->row_bytes) {
+                ssize_t n = pread(step->as.embed.file, row + got, m->row_bytes - got, offset + got);
+                if (n < 0 && errno == EINTR) continue;
+                if (n <= 0) { /* the end of the file here means that it was cut since it was opened */
+                    fomoe_fail(run, n < 0 ? -errno : -ENODATA);
+                    return;
+                }
+                got += n;
+            }
+            source = row;
+        }
+        m->type->to_float(source, fomoe_float_row(&step->as.embed.output, t), m->columns);
+    }
+}
+
+static void convert_row(const float *x, const fomoe_rows *output, int64_t i) {
+    if (output->type == 0)
+        memcpy(fomoe_row(output, i), x, output->columns * sizeof(float));
+    else
+        fomoe_type_of(output->type)->from_float(x, fomoe_row(output, i), output->columns);
+}
+
+void fomoe_step_norm(const fomoe_step *step, fomoe_run *run, int thread) {
+    int first = step->as.norm.of_outputs ? run->tokens - run->outputs : 0;
+    int rows = step->as.norm.of_outputs ? run->outputs : run->tokens;
+    const fomoe_rows *input = &step->as.norm.input;
+    float *y = run->scratch[thread];
+    for (int i = thread; i < rows; i += run->threads) {
+        fomoe_rms_norm(input->columns, fomoe_float_row(input, first + i), step->as.norm.weight, step->as.norm.epsilon, y);
+        for (int o = 0; o < step->as.norm.count; o++) convert_row(y, &step->as.norm.outputs[o], i);
+        if (step->as.norm.of_outputs && run->record.final_norm)
+            memcpy(run->record.final_norm + (int64_t)i * input->columns, y, input->columns * sizeof(float));
+    }
+}
+
+void fomoe_step_quantize(const fomoe_step *step, fomoe_run *run, int thread) {
+    for (int t = thread; t < run->tokens; t += run->threads)
+        convert_row(fomoe_float_row(&step->as.quantize.input, t), &step->as.quantize.output, t);
+}
+
+void fomoe_step_silu_mul(const fomoe_step *step, fomoe_run *run, int thread) {
+    const fomoe_rows *gate = &step->as.silu_mul.gate, *up = &step->as.silu_mul.up;
+    float *y = run->scratch[thread];
+    for (int t = thread; t < run->tokens; t += run->threads) {
+        fomoe_silu_mul(gate->columns, fomoe_float_row(gate, t), fomoe_float_row(up, t), y);
+        convert_row(y, &step->as.silu_mul.output, t);
+    }
+}
+
+/* ---- products ---- */
+
+static void multiply_rows(const fomoe_product *part, fomoe_run *run, int thread, int64_t begin, int64_t end, int count,
+                          float *logits) {
+    const fomoe_matrix *m = &part->matrix;
+    float *expanded = run->scratch[thread];
+    for (int64_t r = begin; r < end; r++) {
+        const uint8_t *row = m->data + r * m->row_bytes;
+        if (m->float_activations) m->type->to_float(row, expanded, m->columns);
+        for (int t = 0; t < count; t++) {
+            float y = fomoe_row_dot(m, row, fomoe_row(&part->input, t), expanded);
+            float *out = logits ? logits + (int64_t)t * m->rows + r : fomoe_float_row(&part->output, t) + r;
+            *out = part->add ? *out + y : y;
+        }
+    }
+}
+
+void fomoe_step_mat_mul(const fomoe_step *step, fomoe_run *run, int thread) {
+    int parts = step->as.mat_mul.count;
+    int count = step->as.mat_mul.of_outputs ? run->outputs : run->tokens;
+    float *logits = step->as.mat_mul.to_logits ? run->logits : NULL;
+    int64_t total = 0, begin, end;
+    for (int p = 0; p < parts; p++) total += step->as.mat_mul.parts[p].matrix.rows;
+    /* About eight turns a thread even out a busy neighbour; 8 rows fill an output cache line's half. */
+    int64_t chunk = total / (run->threads * 8);
+    chunk = chunk < 8 ? 8 : chunk > 64 ? 64 : chunk;
+    if (run->threads == 1) chunk = total;
+    while (fomoe_take(&run->next[run->step], total, chunk, &begin, &end)) {
+        int64_t first = 0;
+        for (int p = 0; p < parts && begin < end; p++) {
+            const fomoe_product *part = &step->as.mat_mul.parts[p];
+            int64_t stop = first + part->matrix.rows < end ? first + part->matrix.rows : end;
+            if (begin < stop) {
+                multiply_rows(part, run, thread, begin - first, stop - first, count, logits);
+                begin = stop;
+            }
+            first += part->matrix.rows;
+        }
+    }
+}
+
+/* ---- gated delta rule ---- */
+
+void fomoe_step_conv(const fomoe_step *step, fomoe_run *run, int thread) {
+    int channels = step->as.conv.input.columns, taps = step->as.conv.taps;
+    float *state = (float *)(run->state + step->as.conv.state_offset);
+    int64_t begin, end;
+    /* 512 channels: work for about a microsecond */
+    while (fomoe_take(&run->next[run->step], channels, 512, &begin, &end))
+        for (int t = 0; t < run->tokens; t++)
+            fomoe_conv_step(end - begin, taps, step->as.conv.weight + begin * taps,
+                            fomoe_float_row(&step->as.conv.input, t) + begin, state + begin, channels,
+                            fomoe_float_row(&step->as.conv.output, t) + begin);
+}
+
+static void delta_head(const fomoe_step *step, fomoe_run *run, int thread, int head) {
+    int n = step->as.delta.head_columns, key_heads = step->as.delta.key_heads, value_heads = step->as.delta.value_heads;
+    int key_head = step->as.delta.grouped ? head / (value_heads / key_heads) : head % key_heads;
+    float epsilon = step->as.delta.epsilon;
+    float *state = (float *)(run->state + step->as.delta.state_offset) + (int64_t)head * n * n;
+    float *q = run->scratch[thread], *k = q + n;
+    for (int t = 0; t < run->tokens; t++) {
+        const float *qkv = fomoe_float_row(&step->as.delta.qkv, t);
+        float *out = fomoe_float_row(&step->as.delta.output, t) + head * n;
+        fomoe_l2_norm(n, qkv + key_head * n, epsilon, 1.0f / sqrtf((float)n), q);
+        fomoe_l2_norm(n, qkv + (key_heads + key_head) * n, epsilon, 1.0f, k);
+        float beta = fomoe_sigmoid(fomoe_float_row(&step->as.delta.beta, t)[head]);
+        float rate = fomoe_softplus(fomoe_float_row(&step->as.delta.alpha, t)[head] + step->as.delta.decay_bias[head]);
+        float decay = expf(rate * step->as.delta.decay_rate[head]);
+        fomoe_delta_step(n, n, q, k, qkv + (2 * key_heads + head) * n, beta, decay, state, out);
+        fomoe_rms_norm(n, out, step->as.delta.norm_weight, epsilon, out);
+        fomoe_silu_mul(n, fomoe_float_row(&step->as.delta.gate, t) + head * n, out, out);
+    }
+}
+
+void fomoe_step_delta(const fomoe_step *step, fomoe_run *run, int thread) {
+    int64_t begin, end;
+    while (fomoe_take(&run->next[run->step], step->as.delta.value_heads, 1, &begin, &end))
+        delta_head(step, run, thread, begin);
+}
+
+/* ---- attention ---- */
+
+void fomoe_step_rope_table(const fomoe_step *step, fomoe_run *run, int thread) {
+    for (int t = thread; t < run->tokens; t += run->threads)
+        fomoe_rope_table(step->as.rope_table.rotated, step->as.rope_table.base, run->position + t,
+                         fomoe_float_row(&step->as.rope_table.output, t));
+}
+
+/* Keys and values lie [kv head][position][column], so that a head's history is one stream. */
+static float *cache_row(const fomoe_run *run, int64_t offset, int64_t context, int columns, int head, int64_t position) {
+    return (float *)(run->state + offset) + (head * context + position) * columns;
+}
+
+void fomoe_step_kv(const fomoe_step *step, fomoe_run *run, int thread) {
+    int heads = step->as.kv.heads, kv_heads = step->as.kv.kv_heads, n = step->as.kv.head_columns;
+    int rotated = step->as.kv.rotated, per_token = heads + kv_heads;
+    int64_t begin, end;
+    while (fomoe_take(&run->next[run->step], (int64_t)run->tokens * per_token, 4, &begin, &end)) {
+        for (int64_t i = begin; i < end; i++) {
+            int t = i / per_token, head = i % per_token;
+            const float *table = fomoe_float_row(&step->as.kv.table, t);
+            if (head < heads) {
+                float *q = fomoe_float_row(&step->as.kv.query, t) + (int64_t)head * step->as.kv.query_stride;
+                if (step->as.kv.query_norm) fomoe_rms_norm(n, q, step->as.kv.query_norm, step->as.kv.epsilon, q);
+                fomoe_rope_neox(rotated, table, q);
+                continue;
+            }
+            head -= heads;
+            float *k = fomoe_float_row(&step->as.kv.key, t) + head * n;
+            const float *v = fomoe_float_row(&step->as.kv.value, t) + head * n;
+            int64_t position = run->position + t, context = step->as.kv.context;
+            if (step->as.kv.key_norm) fomoe_rms_norm(n, k, step->as.kv.key_norm, step->as.kv.epsilon, k);
+            fomoe_rope_neox(rotated, table, k);
+            memcpy(cache_row(run, step->as.kv.key_offset, context, n, head, position), k, n * sizeof(float));
+            memcpy(cache_row(run, step->as.kv.value_offset, context, n, head, position), v, n * sizeof(float));
+        }
+    }
+}
+
+void fomoe_step_attention(const fomoe_step *step, fomoe_run *run, int thread) {
+    int heads = step->as.attention.heads, n = step->as.attention.head_columns;
+    int group = heads / step->as.attention.kv_heads;
+    int64_t context = step->as.attention.context, begin, end;
+    while (fomoe_take(&run->next[run->step], (int64_t)run->tokens * heads, 1, &begin, &end)) {
+        int t = begin / heads, head = begin % heads;
+        const float *q = fomoe_float_row(&step->as.attention.query, t) + (int64_t)head * step->as.attention.query_stride;
+        float *out = fomoe_float_row(&step->as.attention.output, t) + head * n;
+        fomoe_attention_head(n, n, run->position + t + 1, 1.0f / sqrtf((float)n), q,
+                             cache_row(run, step->as.attention.key_offset, context, n, head / group, 0), n,
+                             cache_row(run, step->as.attention.value_offset, context, n, head / group, 0), n,
+                             run->scratch[thread], out);
+        if (step->as.attention.gated) fomoe_sigmoid_mul(n, q + n, out, out);
+    }
+}
+
+/* ---- routing (the experts themselves are in experts.c) ---- */
+
+void fomoe_step_route(const fomoe_step *step, fomoe_run *run, int thread) {
+    int n = step->as.route.count, k = step->as.route.used, layer = step->as.route.layer;
+    for (int t = thread; t < run->tokens; t += run->threads) {
+        const float *logits = fomoe_float_row(&step->as.route.logits, t);
+        int32_t *ids = (int32_t *)fomoe_row(&step->as.route.ids, t);
+        float *weights = fomoe_float_row(&step->as.route.weights, t);
+        fomoe_route(n, k, logits, step->as.route.normalise, step->as.route.scale, run->scratch[thread], ids, weights);
+        int64_t row = (int64_t)layer * run->tokens + t;
+        if (run->record.experts) memcpy(run->record.experts + row * k, ids, k * sizeof *ids);
+        if (run->record.weights) memcpy(run->record.weights + row * k, weights, k * sizeof *weights);
+        if (run->record.router_logits) memcpy(run->record.router_logits + row * n, logits, n * sizeof *logits);
+        if (run->trace) fomoe_trace_picks(run->trace, t, ids, weights);
+    }
+}
+
+void fomoe_step_layer_end(const fomoe_step *step, fomoe_run *run, int thread) {
+    if (!run->record.layer_output) return;
+    const fomoe_rows *input = &step->as.layer_end.input;
+    for (int t = thread; t < run->tokens; t += run->threads)
+        memcpy(run->record.layer_output + ((int64_t)step->as.layer_end.layer * run->tokens + t) * input->columns,
+               fomoe_row(input, t), input->columns * sizeof(float));
+}

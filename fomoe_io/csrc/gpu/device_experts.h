@@ -1,0 +1,81 @@
+/* The routed experts of a model on a GPU: the host's side of the conversation with kernels/router.h.
+ *
+ * Every layer's router posts its picks.  The host counts them, and when some are not in VRAM it moves experts between
+ * the tiers as csrc/experts/residency.c says, reads from NVMe what is nowhere, and answers with the addresses.  Slots are
+ * exchanged, never waited for: a victim's bytes go down from the buffer it had, while the newcomer gets a spare one. */
+#ifndef FOMOE_DEVICE_EXPERTS_H
+#define FOMOE_DEVICE_EXPERTS_H
+
+#include <stdint.h>
+
+#include "device_copies.h"
+#include "cpu/experts.h"
+
+typedef struct {
+    int32_t experts; /* 0: not a layer of experts */
+    int32_t size_class;
+    const fomoe_extent *extents; /* [experts][FOMOE_PARTS], as in experts.h */
+    const int32_t *extent_count;
+    const uint32_t *part_offset; /* [experts][FOMOE_PARTS]: in a host slot */
+    uint32_t device_offset[FOMOE_PARTS], part_bytes[FOMOE_PARTS];
+    uint8_t *pool[FOMOE_TIERS]; /* slots of VRAM and of DRAM */
+    uint64_t *table;            /* [experts]: the host's copy of record_of */
+    const uint64_t *post;       /* host memory that the device writes: misses, experts; the run in the upper halves */
+    uint32_t *answer;           /* host memory that the device reads: sequence, unused, records */
+} fomoe_device_layer;
+
+/* Layers whose slots have the same sizes share spare buffers. */
+typedef struct {
+    int64_t slot_bytes[FOMOE_TIERS];
+    uint8_t *spare[FOMOE_TIERS]; /* spares * slot_bytes */
+    int32_t spares[FOMOE_TIERS];
+} fomoe_size_class;
+
+typedef struct {
+    uint64_t nvme_reads, nvme_bytes;
+    uint64_t nvme_stall_ns; /* waiting for reads */
+    uint64_t copy_stall_ns; /* waiting for copies to the device */
+    uint64_t served_layers; /* layers with a miss: the only ones whose kernels waited for the host */
+    uint64_t layers;
+} fomoe_device_expert_counters;
+
+typedef struct fomoe_device_experts fomoe_device_experts;
+
+/* Everything is copied but what the layers point to.  used: picks of a token.  NULL: out of memory. */
+fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe_device_layer *layer,
+                                               int classes, const fomoe_size_class *, fomoe_residency *,
+                                               fomoe_reader *, const fomoe_device_copies *);
+void fomoe_device_experts_free(fomoe_device_experts *);
+
+/* Serve all layers of one token, run number `run`, whose kernels have been enqueued on `compute`.  0, a negative errno
+ * (a read failed), or 1 (a device call failed: see fomoe_device_experts_copies).  After an error *stop is set. */
+int fomoe_device_experts_serve(fomoe_device_experts *, uint32_t run, void *compute, volatile uint32_t *stop);
+
+/* A tile of a batch (kernels/tile.h): up to FOMOE_TILE_PAIRS pairs (token * used + rank) of one expert. */
+enum { FOMOE_TILE_PAIRS = 16 };
+typedef struct {
+    uint64_t record; /* where the expert lies on the device */
+    uint32_t first, count; /* its pairs: order[first .. first + count) */
+} fomoe_tile;
+
+/* A batch of so many tokens begins. */
+void fomoe_device_batch_begin(fomoe_device_experts *, int tokens);
+/* Count a layer's picks, [tokens][used], and sort its pairs by expert into order.  Returns as serve. */
+int fomoe_device_batch_layer(fomoe_device_experts *, int layer, const int32_t *picks, int tokens, int32_t *order);
+/* Put the layer's next experts on the device: first those that are there, then as many as fit, again and again.
+ * *count: their tiles; 0 when all have been there.  What fits is theirs until the next call, whose copies wait for
+ * the event `computed` (NULL: nothing to wait for).  Returns as serve. */
+int fomoe_device_batch_next(fomoe_device_experts *, int layer, void *computed, fomoe_tile *tiles, int *count);
+/* Read these experts into free slots, hottest first.  Returns as above. */
+int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *experts, const double *scores, int count);
+/* Wait for all copies to the host. */
+void fomoe_device_experts_settle(fomoe_device_experts *);
+/* 1 when a table has changed since the last call. */
+int fomoe_device_experts_tables_changed(fomoe_device_experts *);
+
+const fomoe_device_expert_counters *fomoe_device_experts_count(const fomoe_device_experts *);
+const fomoe_device_copies *fomoe_device_experts_copies(const fomoe_device_experts *);
+const int64_t *fomoe_device_experts_picks(const fomoe_device_experts *); /* [layers][most experts of a layer] */
+void fomoe_device_experts_failure(const fomoe_device_experts *, int *layer, int *expert);
+
+#endif

@@ -1,0 +1,1 @@
+"""Experts: which are where, which are kept, which stand in for others."""

@@ -1,0 +1,171 @@
+"""What a recording of a model for a GPU is made of: arenas of addresses, activation rows, matrices, launches.
+
+Addresses come from an :class:`Arena`, so that a model recorded once on an arena without memory tells how much it
+needs, and once more on the device gives its launches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fomoe_io.gpu import kernels
+from fomoe_io.gpu.kernels import up
+
+F32, Q8, HALF = 0, 1, 2
+"""Forms of an activation: floats, a row of ``gpu/kernels/activations.h``, or (in batches) halves."""
+
+ALIGNMENT_BYTES = 256
+
+
+class Arena:
+    """A bump allocator over one device buffer; without one (base 0) it only counts."""
+
+    def __init__(self, base: int = 0) -> None:
+        self.base, self.bytes = base, 0
+
+    def take(self, nbytes: int) -> int:
+        """An aligned address."""
+        address = self.base + self.bytes
+        self.bytes += up(nbytes, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return address
+
+
+@dataclass(slots=True)
+class DeviceRows:
+    """One activation row a token: floats, or Q8 rows."""
+
+    address: int
+    columns: int
+    type: int = F32
+
+    @property
+    def stride_bytes(self) -> int:
+        """From one token to the next."""
+        sizes = {F32: 4 * self.columns, Q8: kernels.q8_row_bytes(self.columns), HALF: 2 * self.columns}
+        return sizes[self.type]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMatrix:
+    """A [rows, columns] weight matrix in device memory; `kernel` names its format."""
+
+    address: int
+    kernel: str
+    rows: int
+    columns: int
+
+    @property
+    def activation_type(self) -> int:
+        """What a product with it reads."""
+        return Q8 if self.kernel in kernels.QUANTIZED_TYPES else F32
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingTable:
+    """Token embeddings in a file.
+
+    Attributes
+    ----------
+    kernel : the format in which rows are sent to the device
+    type : ggml's number of the file's format; the host expands rows to floats when the device does not know it
+    row_bytes, file_row_bytes : of a row as it is sent, and in the file
+    """
+
+    kernel: str
+    type: int
+    columns: int
+    row_bytes: int
+    file_row_bytes: int
+
+
+@dataclass(slots=True)
+class LaunchSpec:
+    """A launch that has not been bound to a device yet; the last three are those of :class:`device.Step`."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    arguments: list[Any]
+    beside: bool = False
+    forks: bool = False
+    joins: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceExpertLayer:
+    """What the kernels must know of a layer's routed experts.
+
+    Attributes
+    ----------
+    gate_kernel, down_kernel : formats of gate and up, and of down
+    device_offset : where gate, up and down stand in a record
+    table, post, answer : addresses as the device sees them (gpu/kernels/router.h)
+    """
+
+    gate_kernel: str
+    down_kernel: str
+    device_offset: tuple[int, int, int]
+    table: int
+    post: int
+    answer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mailbox:
+    """Words that every layer's kernels share: the run's number (device), the word that stops a wait (host)."""
+
+    run: int
+    stop: int
+
+
+class DeviceState:
+    """Addresses of a session's memory; `zeroed` lists (address, bytes) that a new session clears."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self.zeroed: list[tuple[int, int]] = []
+
+    def take(self, floats: int, *, zeroed: bool) -> int:
+        """Reserve float32 elements; return their address."""
+        address = self._arena.take(4 * floats)
+        if zeroed:
+            self.zeroed.append((address, 4 * floats))
+        return address
+
+
+@dataclass(slots=True)
+class Memory:
+    """The arenas of a recording: shared by the programs of a token and of batches, so they are laid out once.
+
+    Rows have room for `batch_tokens` tokens.  Once `is_complete`, nothing new may be asked for: the device's buffer
+    ends with what was.
+    """
+
+    arena: Arena
+    state_arena: Arena
+    batch_tokens: int
+    context_tokens: int
+    rows: dict[tuple[str, int, int], DeviceRows] = field(default_factory=dict)
+    scratch: dict[str, int] = field(default_factory=dict)
+    is_complete: bool = False
+
+    def row(self, name: str, columns: int, type: int) -> DeviceRows:
+        """Rows by name; who asks for the same name, width and form shares them."""
+        key = (name, columns, type)
+        if key not in self.rows:
+            assert not self.is_complete, name
+            rows = DeviceRows(0, columns, type)
+            rows.address = self.arena.take(rows.stride_bytes * self.batch_tokens)
+            self.rows[key] = rows
+        return self.rows[key]
+
+    def row_at(self, name: str, columns: int, address: int) -> None:
+        """Float rows that have a place already."""
+        self.rows[(name, columns, F32)] = DeviceRows(address, columns)
+
+    def words(self, name: str, nbytes: int) -> int:
+        """Other device memory by name."""
+        if name not in self.scratch:
+            assert not self.is_complete, name
+            self.scratch[name] = self.arena.take(nbytes)
+        return self.scratch[name]

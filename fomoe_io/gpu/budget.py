@@ -1,0 +1,215 @@
+"""How device and host memory are shared: what a GPU engine's budgets hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fomoe_io.errors import FormatError
+from fomoe_io.experts.slots import SlotLayout
+from fomoe_io.gpu import kernels
+from fomoe_io.gpu.arena import ALIGNMENT_BYTES
+from fomoe_io.gpu.kernels import up
+from fomoe_io.gpu.weights import kernel_of
+
+if TYPE_CHECKING:
+    from fomoe_io.models.blocks import Shape
+    from fomoe_io.storage.store import ExpertLayer
+
+RECORD_ALIGNMENT_BYTES = 16
+"""Of a part in a device record: the widest load of the kernels."""
+
+CACHE_LINE_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """A layer's records on the device.
+
+    Attributes
+    ----------
+    kernels : formats of gate and up, and of down
+    part_bytes, device_offset : of gate, up, down
+    slot_bytes : in VRAM and in DRAM
+    """
+
+    kernels: tuple[str, str]
+    part_bytes: tuple[int, int, int]
+    device_offset: tuple[int, int, int]
+    slot_bytes: tuple[int, int]
+
+
+def record_layout(index: int, layer: ExpertLayer, layout: SlotLayout) -> RecordLayout:
+    """Gate, up and down one after the other, each where the kernels can load it.
+
+    Raises
+    ------
+    FormatError
+        The kernels do not know a part's type.
+    """
+    names = [kernel_of(int(part.type)) for part in layer.parts]
+    for part, name in zip(layer.parts, names, strict=True):
+        if name is None:
+            raise FormatError(
+                f"blk.{index} expert {part.name} has type number {int(part.type)}, which the GPU kernels do not know",
+                hint="--device cpu",
+            )
+    if names[0] != names[1]:
+        raise FormatError(f"blk.{index} mixes {names[0]} and {names[1]} in gate and up", hint="--device cpu")
+    gate, up_, down = (int(size) for size in layer.extents[0, :, 2])
+    second = _aligned(gate)
+    third = _aligned(second + up_)
+    slot = up(third + down, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return RecordLayout(
+        (str(names[0]), str(names[2])), (gate, up_, down), (0, second, third), (slot, layout.slot_bytes)
+    )
+
+
+def _aligned(offset: int) -> int:
+    return up(offset, RECORD_ALIGNMENT_BYTES) * RECORD_ALIGNMENT_BYTES
+
+
+def check_shape(s: Shape) -> None:
+    """FormatError when the kernels have no size for the model's."""
+    limits: list[tuple[str, int, Sequence[int] | range]] = [
+        ("experts a layer", s.experts, range(1, kernels.MOST_EXPERTS + 1)),
+        ("experts a token", s.used, range(1, kernels.MOST_PICKS + 1)),
+        ("expert width", s.hidden, range(32, 1 << 24, 32)),
+        ("model width", s.columns, range(32, kernels.NORM_MOST_COLUMNS + 1, 32)),
+        ("head size", s.head_columns, (64, 128, 256)),
+    ]
+    if s.state_columns:
+        limits.append(("delta-rule head size", s.state_columns, (64, 128)))
+    for name, value, allowed in limits:
+        if value not in allowed:
+            raise FormatError(f"the GPU kernels do not take a model with {name} {value}", hint="--device cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """Offsets of each layer's post and answer (gpu/kernels/router.h) in memory that host and device share.
+
+    The first cache line holds the word that stops a wait.
+    """
+
+    pairs: int
+    layers: int
+
+    @property
+    def post_bytes(self) -> int:
+        """Of one layer's post."""
+        return up(8 * (1 + self.pairs), CACHE_LINE_BYTES) * CACHE_LINE_BYTES
+
+    @property
+    def answer_bytes(self) -> int:
+        """Of one layer's answer."""
+        return up(4 * kernels.ANSWER_WORDS + 8 * self.pairs, CACHE_LINE_BYTES) * CACHE_LINE_BYTES
+
+    def post(self, layer: int) -> int:
+        """Offset of a layer's post."""
+        return CACHE_LINE_BYTES + layer * (self.post_bytes + self.answer_bytes)
+
+    def answer(self, layer: int) -> int:
+        """Offset of a layer's answer."""
+        return self.post(layer) + self.post_bytes
+
+    @property
+    def bytes(self) -> int:
+        """Of all."""
+        return self.post(self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the host sends before each run, as offsets in one block: run number, positions, embeddings."""
+
+    tokens: int
+    row_bytes: int
+
+    @property
+    def positions(self) -> int:
+        """int32 [tokens]"""
+        return ALIGNMENT_BYTES
+
+    @property
+    def embedding(self) -> int:
+        """uint8 [tokens, row_bytes]"""
+        return self.positions + up(4 * self.tokens, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+    @property
+    def bytes(self) -> int:
+        """Of all."""
+        return self.embedding + up(self.tokens * self.row_bytes, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def rope_values(base: float, rotated: int, positions: int) -> np.ndarray:
+    """float32 [positions, rotated / 2, 2]: cos and sin of position * base^(-2 j / rotated)."""
+    frequency = base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
+    angle = np.arange(positions, dtype=np.float64)[:, None] * frequency
+    return np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
+
+
+def size_classes(records: Mapping[int, RecordLayout]) -> dict[tuple[int, int], int]:
+    """Numbers of the distinct slot sizes: layers of one size share spare buffers."""
+    return {sizes: i for i, sizes in enumerate(dict.fromkeys(r.slot_bytes for r in records.values()))}
+
+
+def pool_places(
+    records: Mapping[int, RecordLayout], slots: np.ndarray, spares: tuple[int, int], tier: int
+) -> tuple[dict[int, int], dict[int, int], int]:
+    """Where each layer's slots and each class's spares begin in a tier's pool.
+
+    Returns
+    -------
+    (layer -> offset, class -> offset, bytes of the pool)
+    """
+    place = 0
+    layers: dict[int, int] = {}
+    classes: dict[int, int] = {}
+    for layer, record in records.items():
+        layers[layer] = place
+        place += int(slots[layer, tier]) * record.slot_bytes[tier]
+    for sizes, number in size_classes(records).items():
+        classes[number] = place
+        place += spares[tier] * sizes[tier]
+    return layers, classes, place
+
+
+def native_device_layers(
+    count: int,
+    records: Mapping[int, RecordLayout],
+    layouts: Mapping[int, SlotLayout],
+    layers: Mapping[int, ExpertLayer],
+    pools: tuple[dict[int, int], dict[int, int]],
+    tables: int,
+    mail: int,
+    posts: Mail,
+) -> list[dict[str, Any] | None]:
+    """What `_gpu.DeviceExperts` takes; addresses are the host's, but for the VRAM pool's."""
+    numbers = size_classes(records)
+    most = max(layer.n_experts for layer in layers.values())
+    result: list[dict[str, Any] | None] = []
+    for index in range(count):
+        if index not in records:
+            result.append(None)
+            continue
+        record, layout = records[index], layouts[index]
+        result.append(
+            {
+                "experts": layers[index].n_experts,
+                "size_class": numbers[record.slot_bytes],
+                "extents": layout.extents,
+                "extent_count": layout.extent_count,
+                "part_offset": layout.part_offset,
+                "device_offset": record.device_offset,
+                "part_bytes": record.part_bytes,
+                "pool": (pools[0][index], pools[1][index]),
+                "table": tables + 8 * most * index,
+                "post": mail + posts.post(index),
+                "answer": mail + posts.answer(index),
+            }
+        )
+    return result

@@ -1,0 +1,310 @@
+"""A GPU: found, opened, its kernels loaded.
+
+The API is HIP.  Three providers stand behind it, tried in this order: hip-python (its C entry points), libamdhip64
+itself, the CUDA driver (the same calls under other names).  Importing this module needs none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+from fomoe_io import _hip
+from fomoe_io._blaslt import Product
+from fomoe_io._hip import Buffer, Event, Graph, Launch, Registration, Stream
+from fomoe_io.errors import DeviceError
+from fomoe_io.gpu import compiler, kernels
+
+PROVIDERS = {"hip": ("hip-python", "hip"), "cuda": ("cuda",), "auto": ("hip-python", "hip", "cuda")}
+
+# HIP 6 and 7: hipDeviceAttributeMultiprocessorCount, hipDeviceAttributeL2CacheSize; CUDA's numbers for the same.
+_MULTIPROCESSORS = {"cuda": 16, "hip": 63, "hip-python": 63}
+_L2_BYTES = {"cuda": 38, "hip": 19, "hip-python": 19}
+# hipFunction_attribute and CUfunction_attribute agree.
+_LOCAL_BYTES, _REGISTERS = 3, 4
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """What a device is.
+
+    Attributes
+    ----------
+    provider : {"hip-python", "hip", "cuda"}
+    ordinal : its number with that provider
+    architecture : ``gfx...`` or ``sm_...``
+    memory_bytes : all of its memory
+    multiprocessors : compute units, or streaming multiprocessors
+    l2_bytes : size of its last cache
+    """
+
+    provider: str
+    ordinal: int
+    name: str
+    architecture: str
+    memory_bytes: int
+    multiprocessors: int
+    l2_bytes: int
+
+
+def use_provider(provider: str) -> int:
+    """Make one provider the process's device API.
+
+    Returns
+    -------
+    The number of its devices, at least 1.
+
+    Raises
+    ------
+    DeviceError
+        Its library is not there, its driver does not start, or it sees no device.
+    """
+    if provider == "hip-python":
+        library = _hip.open_capsules(["rocm.bindings.cyhip", "hip.chip"])
+    elif provider == "hip":
+        library = _hip.open_library(compiler.rocm_libraries("libamdhip64"))
+    else:
+        library = _hip.open_library(["libcuda.so.1"])
+    _hip.use_device_library(provider, library)
+    count = _hip.device_count()
+    if count < 1:
+        raise DeviceError(f"{provider} sees no device")
+    return count
+
+
+def find_provider(kind: str = "auto") -> str:
+    """The first provider of ``hip``, ``cuda`` or ``auto`` that has a device; it is in use afterwards.
+
+    Raises
+    ------
+    DeviceError
+        None has; the message says why of each.
+    """
+    problems = []
+    for provider in PROVIDERS[kind]:
+        try:
+            use_provider(provider)
+        except DeviceError as problem:
+            problems.append(f"{provider}: {problem.message}")
+        else:
+            return provider
+    raise DeviceError("no GPU can be used (" + "; ".join(problems) + ")", hint="--device cpu")
+
+
+def describe(ordinal: int) -> DeviceInfo:
+    """What a device of the provider in use is."""
+    provider = _hip.provider
+    assert provider is not None
+    return DeviceInfo(
+        provider=provider,
+        ordinal=ordinal,
+        name=_hip.device_name(ordinal),
+        architecture=_hip.device_architecture(ordinal),
+        memory_bytes=_hip.device_bytes(ordinal),
+        multiprocessors=_hip.device_attribute(ordinal, _MULTIPROCESSORS[provider]),
+        l2_bytes=_hip.device_attribute(ordinal, _L2_BYTES[provider]),
+    )
+
+
+def list_devices(kind: str = "auto") -> list[DeviceInfo]:
+    """All devices of the first provider that has one (see ``find_provider``)."""
+    find_provider(kind)
+    return [describe(i) for i in range(_hip.device_count())]
+
+
+def open_gpu(kind: str) -> Gpu | None:
+    """The first device of ``hip``, ``cuda`` or ``auto``; None when ``auto`` finds none.
+
+    Raises
+    ------
+    DeviceError
+        A device was asked for by its API and there is none, or the one found does not work.
+    """
+    try:
+        find_provider(kind)
+    except DeviceError:
+        if kind == "auto":
+            return None
+        raise
+    return Gpu(kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A launch of a graph with two branches.
+
+    Attributes
+    ----------
+    launch : Launch or Product
+    beside : it runs on the second branch
+    forks : the second branch may go on from here
+    joins : what the second branch has done must be done before this
+    """
+
+    launch: Launch | Product
+    beside: bool = False
+    forks: bool = False
+    joins: bool = False
+
+
+class Gpu:
+    """An opened device with the kernels loaded.
+
+    Parameters
+    ----------
+    kind : {"auto", "hip", "cuda"}
+    ordinal : int
+        Which of the provider's devices.
+    tuning : mapping, optional
+        Overrides of ``gpu/kernels/tuning.h``.
+
+    Raises
+    ------
+    DeviceError
+        No device, no compiler, or the driver refused.
+
+    Examples
+    --------
+    >>> gpu = Gpu("cuda")
+    >>> x = gpu.upload(np.ones((1, 4096), np.float32))
+    >>> row = gpu.allocate(kernels.q8_row_bytes(4096))
+    >>> gpu.prepare("quantize_q8", (16, 1, 1), x, row, 4096).run(gpu.stream)
+    """
+
+    def __init__(self, kind: str = "auto", ordinal: int = 0, tuning: Mapping[str, int] | None = None) -> None:
+        provider = find_provider(kind)
+        count = _hip.device_count()
+        if not 0 <= ordinal < count:
+            raise DeviceError(f"{provider} has {count} device(s), numbered from 0: there is no {ordinal}")
+        self.info = describe(ordinal)
+        self.table = kernels.kernels(tuning)
+        compiler.open_compiler(provider)
+        self._module = _hip.Module(ordinal, compiler.compile_kernels(self.info.architecture, tuning))
+        self._functions: dict[str, _hip.Function] = {}
+        self.stream = Stream(ordinal)
+
+    def __repr__(self) -> str:
+        return f"<Gpu {self.info.ordinal}: {self.info.name} ({self.info.architecture}, {self.info.provider})>"
+
+    def free_bytes(self) -> int:
+        """Device memory that is free now."""
+        return _hip.memory_info(self.info.ordinal)[0]
+
+    def allocate(self, nbytes: int) -> Buffer:
+        """Device memory, contents undefined; freed with the object or by ``free()``."""
+        if nbytes < 1:
+            raise DeviceError(f"cannot allocate {nbytes} bytes")
+        return Buffer(self.info.ordinal, nbytes)
+
+    def upload(self, array: np.ndarray, stream: Stream | None = None) -> Buffer:
+        """A copy of an array in device memory; it is there when this returns."""
+        array = np.ascontiguousarray(array)
+        stream = stream or self.stream
+        buffer = self.allocate(array.nbytes)
+        stream.copy_in(buffer.pointer, array.ctypes.data, array.nbytes)
+        stream.synchronize()
+        return buffer
+
+    def download(
+        self, buffer: Buffer, shape: Sequence[int], dtype: np.typing.DTypeLike, stream: Stream | None = None
+    ) -> np.ndarray:
+        """The first elements of a buffer as an array, after all that the stream had to do before."""
+        result = np.empty(shape, dtype)
+        if result.nbytes > buffer.nbytes:
+            raise DeviceError(f"a buffer of {buffer.nbytes} bytes does not hold {result.nbytes}")
+        stream = stream or self.stream
+        stream.copy_out(result.ctypes.data, buffer.pointer, result.nbytes)
+        stream.synchronize()
+        return result
+
+    def register(self, memory: np.ndarray) -> Registration:
+        """Let the copy engine and the kernels reach host memory (an array over an anonymous, page-aligned mmap)."""
+        return Registration(self.info.ordinal, memory.ctypes.data, memory.nbytes, memory)
+
+    def new_stream(self) -> Stream:
+        """Another stream, which waits for no other."""
+        return Stream(self.info.ordinal)
+
+    def event(self, *, is_timed: bool = False) -> Event:
+        """An event, to order streams or (timed) to measure between two of them."""
+        return Event(self.info.ordinal, is_timed)
+
+    def function(self, name: str) -> _hip.Function:
+        """A kernel by name."""
+        if name not in self.table:
+            raise DeviceError(f"there is no kernel {name}")
+        if name not in self._functions:
+            self._functions[name] = _hip.Function(self._module, name)
+        return self._functions[name]
+
+    def prepare(self, name: str, grid: tuple[int, int, int], *arguments: object) -> Launch:
+        """A launch with its arguments bound: Buffers, addresses or None for pointers, numbers for the rest.
+
+        The launch keeps the buffers alive.  ``run(stream)`` may be called any number of times, and captured.
+        """
+        function, kernel = self.function(name), self.table[name]
+        return Launch(function, grid, kernel.threads, kernel.signature, *arguments)
+
+    def capture(self, launches: Sequence[Launch | Product], stream: Stream | None = None) -> Graph:
+        """The launches, in order, as one graph."""
+        return self.capture_steps([Step(launch) for launch in launches], stream)
+
+    @property
+    def can_chain(self) -> bool:
+        """Whether a launch may be started before the one it follows has finished (NVIDIA from sm_90 on)."""
+        architecture = self.info.architecture
+        return architecture.startswith("sm_") and int(architecture.removeprefix("sm_")) >= 90
+
+    def capture_steps(self, steps: Sequence[Step], stream: Stream | None = None, *, is_chained: bool = False) -> Graph:
+        """Launches of two branches as one graph; every branch keeps its order.
+
+        With `is_chained`, a launch that follows another on its branch, with nothing else to wait for, may be started
+        before that one has finished; the kernels themselves wait.  Results are the same.
+        """
+        stream = stream or self.stream
+        beside, forked, joined = self.new_stream(), self.event(), self.event()
+        is_open, last = False, {False: False, True: False}  # last: whether the branch's last step was a launch of ours
+        stream.begin_capture()
+        try:
+            for step in steps:
+                if step.joins and is_open:
+                    beside.record(joined)
+                    stream.wait(joined)
+                    is_open = last[False] = False
+                if step.beside and not is_open:
+                    beside.wait(forked)
+                    is_open, last[True] = True, False
+                on = beside if step.beside else stream
+                if isinstance(step.launch, Launch):
+                    step.launch.run(on, is_chained and self.can_chain and last[step.beside])
+                else:
+                    step.launch.run(on)
+                last[step.beside] = isinstance(step.launch, Launch)
+                if step.forks:
+                    stream.record(forked)
+        except DeviceError:
+            # An open capture would refuse everything after it.
+            with suppress(DeviceError):
+                stream.end_capture([])
+            raise
+        return stream.end_capture([step.launch for step in steps])
+
+    def resources(self, name: str) -> tuple[int, int]:
+        """(registers of a thread, bytes of its spills and stack) of a kernel."""
+        function = self.function(name)
+        return function.attribute(_REGISTERS), function.attribute(_LOCAL_BYTES)
+
+    def driver(self) -> str:
+        """The driver's version, as its vendor writes it."""
+        version = _hip.driver_version()
+        if self.info.provider == "cuda":
+            return f"CUDA {version // 1000}.{version % 1000 // 10}"
+        return f"HIP {version // 10_000_000}.{version // 100_000 % 100}"
+
+
+def counts() -> dict[str, int]:
+    """Launches, graph launches, host synchronisations and bytes copied by this process so far."""
+    return _hip.counts()

@@ -1,0 +1,177 @@
+"""The GPU kernels: their sources, their signatures, and the grids they are launched with.
+
+The sources are one translation unit (``fomoe.hip`` and its headers) for hipRTC, clang and NVRTC.  Signatures are
+spelled here once more because a launch passes untyped bytes; a test compares them with what a compiler sees.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+
+QUANTIZED_TYPES = ("q4_k", "q5_k", "q6_k", "q8_0")
+FLOAT_TYPES = ("f16", "bf16", "f32")
+TYPES = QUANTIZED_TYPES + FLOAT_TYPES
+HALF_TYPES = (*QUANTIZED_TYPES, "f16")  # gpu/products.py: those that lose little as halves
+UNIT_ELEMENTS = {"q4_k": 64, "q5_k": 64, "q6_k": 32, "q8_0": 32, "f16": 8, "bf16": 8, "f32": 4}  # units.h
+
+MAIN_SOURCE = "fomoe.hip"
+MOST_EXPERTS = 1024  # router.h: of a layer
+MOST_PICKS = 64  # experts.h: of a token
+ANSWER_WORDS = 2  # router.h: 32-bit words before the entries of struct answer
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """How a kernel is called.
+
+    Attributes
+    ----------
+    threads : threads of a block (the kernels know their own block size)
+    signature : a letter an argument: p pointer, q 64-bit integer, i 32-bit integer, f float
+    """
+
+    threads: int
+    signature: str
+
+
+def sources() -> dict[str, str]:
+    """All files of the translation unit by name."""
+    folder = resources.files(__name__)
+    return {f.name: f.read_text() for f in folder.iterdir() if f.name.endswith((".hip", ".h"))}
+
+
+def _read_tuning() -> dict[str, int]:
+    text = resources.files(__name__).joinpath("tuning.h").read_text()
+    return {name: int(value) for name, value in re.findall(r"#define (\w+) (\d+)", text)}
+
+
+TUNING = _read_tuning()
+
+
+def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
+    """Every kernel by name, for the given overrides of ``tuning.h``."""
+    size = TUNING | dict(tuning or {})
+    table = {
+        "quantize_q8": Kernel(256, "ppi"),
+        "silu_mul": Kernel(256, "ppppi"),
+        "rms_norm": Kernel(512, "pppppif"),
+        "attention_merge": Kernel(256, "pppppiiii"),
+        "conv_step": Kernel(128, "ppppiii"),
+        "gated_norm": Kernel(128, "pppppiif"),
+        "route": Kernel(512, "pppiiif"),
+        "resolve_picks": Kernel(512, "ppppppi"),
+        "route_and_resolve": Kernel(512, "ppppppppiiif"),
+        "substitute_and_resolve": Kernel(512, "pppppppppiii"),
+        "wait_for_misses": Kernel(256, "pppppi"),
+        "combine_picks": Kernel(256, "pppppii"),
+        "read_memory": Kernel(256, "pqpi"),
+        "to_halves": Kernel(256, "ppq"),
+    }
+    for name in QUANTIZED_TYPES:
+        table[f"expand_half_{name}"] = Kernel(256, "ppq")
+    for name in TYPES:
+        table[f"mat_mul_{name}"] = Kernel(128, "pppiii")
+        table[f"group_gate_up_{name}"] = Kernel(128, "ppqqpppiii")
+        table[f"group_down_{name}"] = Kernel(128, "ppqppii")
+        table[f"mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
+        table[f"mat_vec_many_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "ppppppppiiiipiii")
+        table[f"expand_{name}"] = Kernel(32, "pppi")
+        table[f"experts_gate_up_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pqqpppiii")
+        table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiii")
+    for cache in ("f32", "f16"):
+        table[f"attention_prepare_{cache}"] = Kernel(256, "ppppppppppiiiiif")
+        for dim in (64, 128, 256):
+            table[f"attention_{cache}_{dim}"] = Kernel(256, "pppppiiif")
+    for dim in (64, 128):
+        table[f"delta_step_{dim}"] = Kernel(128, "pppppppiiiiif")
+    return table
+
+
+def up(value: int, step: int) -> int:
+    """``value / step``, rounded up."""
+    return -(-value // step)
+
+
+def q8_row_bytes(columns: int) -> int:
+    """Bytes of one vector quantized by ``quantize_q8`` (activations.h)."""
+    return (columns + columns // 4 + 15) // 16 * 16
+
+
+MANY_ROWS = 1024
+"""From so many rows on a matrix fills the device without sharing its rows among warps (docs/gpu.md)."""
+
+
+def split_of(name: str, columns: int, rows: int = 0, tuning: Mapping[str, int] | None = None) -> int:
+    """The ``split`` of ``mat_vec_*`` and ``mat_mul_*``: warps that share a row, each with at least one unit a lane."""
+    if rows >= MANY_ROWS:
+        return 1
+    split = (TUNING | dict(tuning or {}))["MAT_VEC_WARPS"]
+    while split > 1 and columns < 32 * split * UNIT_ELEMENTS[name]:
+        split //= 2
+    return split
+
+
+def mat_vec_grid(
+    name: str, rows: int, split: int, tokens: int = 1, tuning: Mapping[str, int] | None = None
+) -> tuple[int, int, int]:
+    """Grid of ``mat_vec_*``."""
+    size = TUNING | dict(tuning or {})
+    rows_of_warp = size["MAT_VEC_ROWS"] if name in QUANTIZED_TYPES else 1
+    return up(rows, size["MAT_VEC_WARPS"] // split * rows_of_warp), tokens, 1
+
+
+TILE_TOKENS = 16
+MAT_VEC_MANY = 4  # mat_vec.h: matrices of a mat_vec_many launch
+NORM_MOST_COLUMNS = 16384  # norms.h
+
+
+def mat_mul_grid(rows: int, tokens: int) -> tuple[int, int, int]:
+    """Grid of ``mat_mul_*``."""
+    return up(rows, 64), up(tokens, TILE_TOKENS), 1
+
+
+def group_gate_up_grid(rows: int, tiles: int) -> tuple[int, int, int]:
+    """Grid of ``group_gate_up_*``."""
+    return rows // 32, tiles, 1
+
+
+def group_down_grid(rows: int, tiles: int) -> tuple[int, int, int]:
+    """Grid of ``group_down_*``."""
+    return up(rows, 64), tiles, 1
+
+
+def expand_half_grid(name: str, elements: int) -> tuple[int, int, int]:
+    """Grid of ``expand_half_*``."""
+    return up(elements, 256 * UNIT_ELEMENTS[name]), 1, 1
+
+
+def to_halves_grid(elements: int) -> tuple[int, int, int]:
+    """Grid of ``to_halves``."""
+    return up(elements, 1024), 1, 1
+
+
+def gate_up_grid(rows: int, pairs: int) -> tuple[int, int, int]:
+    """Grid of ``experts_gate_up_*``; rows must be a multiple of 32."""
+    return rows // 32, pairs, 1
+
+
+def down_grid(rows: int, tokens: int = 1, tuning: Mapping[str, int] | None = None) -> tuple[int, int, int]:
+    """Grid of ``experts_down_*``."""
+    size = TUNING | dict(tuning or {})
+    return up(rows, size["DOWN_WARPS"] * size["DOWN_ROWS"]), tokens, 1
+
+
+ATTENTION_WARPS, ATTENTION_SPLIT = 8, 32  # attention.h: query heads and positions of a block
+
+
+def attention_grid(heads: int, kv_heads: int, splits: int, tokens: int = 1) -> tuple[int, int, int]:
+    """Grid of ``attention_*``."""
+    return kv_heads * up(heads // kv_heads, ATTENTION_WARPS), splits, tokens
+
+
+def attention_splits(positions: int) -> int:
+    """Parts into which the attention over so many positions is cut."""
+    return up(positions, ATTENTION_SPLIT)

@@ -1,0 +1,334 @@
+// Products of many tokens: a block makes 64 rows for up to 16 tokens, so that every weight is read once for all of them.
+// Weights are unpacked into shared memory a step of columns at a time.  A thread makes four rows for two tokens; each of
+// its sums runs over the columns in their order, so what a token gets does not depend on who else is in the tile.
+#pragma once
+#include "experts.h"
+
+#define TILE_THREADS 128
+#define TILE_ROWS 64
+#define TILE_TOKENS 16
+#define TILE_QUANTS 256  // columns of a step of quantized weights: a block of the K types
+#define TILE_FLOATS 64   // columns of a step of float weights
+
+// Up to TILE_TOKENS pairs of one expert: order[first .. first + count).  csrc/gpu/device_experts.h has the same.
+struct tile {
+    u64 record;
+    u32 first, count;
+};
+
+// The tile's rows in two runs of 32: where each begins, and how many rows there are; those past the end are the first.
+struct tile_rows {
+    const u8 *low, *high;
+    int count;
+    u64 row_bytes;
+    DEVICE_MEMBER const u8 *at(int row) const {
+        if (row >= count) return low;
+        return (row < 32 ? low : high) + (u64)(row & 31) * row_bytes;
+    }
+};
+
+// This thread's sums, [4][2]: rows first_row() + 16 r, tokens first_token() + 8 t.
+DEVICE int first_row() { return thread_index() & 15; }
+DEVICE int first_token() { return thread_index() >> 4; }
+
+// A step of quantized weights and activations.  Rows are 16 bytes longer than a step, so that eight of them read in one
+// go touch every bank once.
+struct quantized_step {
+    u32x4 weights[TILE_ROWS][TILE_QUANTS / 16 + 1], values[TILE_TOKENS][TILE_QUANTS / 16 + 1];
+    float scale[TILE_ROWS][2 * TILE_QUANTS / 32 + 1];  // of 32 weights: (scale, minimum), or two scales of 16
+    float pair[TILE_TOKENS][2 * TILE_QUANTS / 32];     // of 32 activations: (d, d * sum)
+};
+
+// Four numbers of 6 bits as four signed bytes, 32 less each: the sign of the difference is bit 5, flipped.
+DEVICE u32 less_32(u32 word) {
+    const u32 flipped = word ^ 0x20202020u;
+    return flipped | (flipped & 0x20202020u) * 6;
+}
+
+template <class T>
+DEVICE void load_weights(quantized_step &s, const tile_rows &rows, int column, int columns) {
+    const int units = TILE_QUANTS / T::unit_elements;
+    for (int i = thread_index(); i < TILE_ROWS * units; i += TILE_THREADS) {
+        const int row = i / units, unit = i % units, first = column / T::unit_elements;
+        typename T::prepared u = {};
+        if (column + unit * T::unit_elements < columns) {
+            T::unpack(T::load(rows.at(row), first + unit), first + unit, u);
+        }
+#pragma unroll
+        for (int g = 0; g < T::groups; ++g) {
+            const int element = T::element(unit, g);
+#pragma unroll
+            for (int j = 0; j < T::group_elements / 16; ++j) {
+                u32x4 words = {(u32)u.quants[g][4 * j], (u32)u.quants[g][4 * j + 1], (u32)u.quants[g][4 * j + 2],
+                               (u32)u.quants[g][4 * j + 3]};
+                if constexpr (T::centre == 32)
+                    words = {less_32(words.x), less_32(words.y), less_32(words.z), less_32(words.w)};
+                s.weights[row][element / 16 + j] = words;
+            }
+            s.scale[row][element / 16] = u.scale[g];
+            if constexpr (T::group_elements == 32) s.scale[row][element / 16 + 1] = u.minimum[g];
+        }
+    }
+}
+
+// token_rows[t]: the activation row of the tile's token t, -1 for none.
+DEVICE void load_activations(quantized_step &s, const u8 *x, const int *token_rows, int column, int columns) {
+    const int chunks = TILE_QUANTS / 16;
+    for (int i = thread_index(); i < TILE_TOKENS * chunks; i += TILE_THREADS) {
+        const int t = i / chunks, chunk = i % chunks, row = token_rows[t];
+        const u8 *from = x + (u64)row * q8_row_bytes(columns) + column + 16 * chunk;
+        s.values[t][chunk] = row >= 0 && column + 16 * chunk < columns ? fresh16(from) : u32x4{0, 0, 0, 0};
+    }
+    for (int i = thread_index(); i < TILE_TOKENS * TILE_QUANTS / 16; i += TILE_THREADS) {
+        const int t = i / (TILE_QUANTS / 16), j = i % (TILE_QUANTS / 16), row = token_rows[t];
+        const float *from = (const float *)(x + (u64)row * q8_row_bytes(columns) + columns) + column / 16 + j;
+        s.pair[t][j] = row >= 0 && column + 16 * j < columns ? *from : 0.f;
+    }
+}
+
+DEVICE int dot16(const u32x4 &a, const u32x4 &b, int sum) {
+    sum = dot4((int)a.x, (int)b.x, sum);
+    sum = dot4((int)a.y, (int)b.y, sum);
+    sum = dot4((int)a.z, (int)b.z, sum);
+    return dot4((int)a.w, (int)b.w, sum);
+}
+
+template <class T>
+DEVICE void add_step(const quantized_step &s, float (&sums)[4][2]) {
+#pragma unroll 1
+    for (int g = 0; g < TILE_QUANTS / 32; ++g) {
+        u32x4 x[2][2];
+        float d[2], total[2];
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+            const int token = first_token() + 8 * t;
+            x[t][0] = s.values[token][2 * g], x[t][1] = s.values[token][2 * g + 1];
+            d[t] = s.pair[token][2 * g], total[t] = s.pair[token][2 * g + 1];
+        }
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const int row = first_row() + 16 * r;
+            const u32x4 low = s.weights[row][2 * g], high = s.weights[row][2 * g + 1];
+            const float scale = s.scale[row][2 * g], other = s.scale[row][2 * g + 1];
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                float &sum = sums[r][t];
+                if constexpr (T::group_elements == 16) {
+                    sum = fused(scale * d[t], (float)dot16(low, x[t][0], 0), sum);
+                    sum = fused(other * d[t], (float)dot16(high, x[t][1], 0), sum);
+                } else {
+                    sum = fused(scale * d[t], (float)dot16(high, x[t][1], dot16(low, x[t][0], 0)), sum);
+                    if constexpr (T::has_minimum) sum = fused(-other, total[t], sum);
+                }
+            }
+        }
+    }
+}
+
+// A step of float weights and activations, with rows that begin in different banks.
+struct float_step {
+    quad weights[TILE_ROWS][TILE_FLOATS / 4 + 1], values[TILE_TOKENS][TILE_FLOATS / 4 + 1];
+};
+
+template <class T>
+DEVICE void load_weights(float_step &s, const tile_rows &rows, int column, int columns) {
+    const int units = TILE_FLOATS / T::unit_elements;
+    for (int i = thread_index(); i < TILE_ROWS * units; i += TILE_THREADS) {
+        const int row = i / units, unit = i % units;
+        typename T::prepared u = {};
+        if (column + unit * T::unit_elements < columns)
+            T::unpack(T::load(rows.at(row), column / T::unit_elements + unit), unit, u);
+#pragma unroll
+        for (int j = 0; j < T::unit_elements / 4; ++j)
+            s.weights[row][unit * T::unit_elements / 4 + j] = {u.value[4 * j], u.value[4 * j + 1], u.value[4 * j + 2],
+                                                               u.value[4 * j + 3]};
+    }
+}
+
+DEVICE void load_activations(float_step &s, const u8 *x, const int *token_rows, int column, int columns) {
+    const int quads = TILE_FLOATS / 4;
+    for (int i = thread_index(); i < TILE_TOKENS * quads; i += TILE_THREADS) {
+        const int t = i / quads, j = i % quads, row = token_rows[t];
+        const u8 *from = x + 4 * ((u64)row * columns + column + 4 * j);
+        const u32x4 v = row >= 0 && column + 4 * j < columns ? fresh16(from) : u32x4{0, 0, 0, 0};
+        s.values[t][j] = {as_float(v.x), as_float(v.y), as_float(v.z), as_float(v.w)};
+    }
+}
+
+template <class T>
+DEVICE void add_step(const float_step &s, float (&sums)[4][2]) {
+    float part[4][2];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) part[r][0] = part[r][1] = 0.f;
+#pragma unroll 2
+    for (int c = 0; c < TILE_FLOATS / 4; ++c)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const quad w = s.weights[first_row() + 16 * r][c];
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+                const quad v = s.values[first_token() + 8 * t][c];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) part[r][t] = fused(w.v[j], v.v[j], part[r][t]);
+            }
+        }
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+#pragma unroll
+        for (int t = 0; t < 2; ++t) sums[r][t] += part[r][t];
+}
+
+template <bool IS_QUANTIZED>
+struct step_of {
+    typedef quantized_step type;
+    static const int columns = TILE_QUANTS;
+};
+template <>
+struct step_of<false> {
+    typedef float_step type;
+    static const int columns = TILE_FLOATS;
+};
+
+// All sums of the tile.  token_rows: in shared memory.  A whole block calls it.
+template <class T>
+DEVICE void multiply_tile(const tile_rows &rows, const u8 *x, const int *token_rows, int columns,
+                          float (&sums)[4][2]) {
+    typedef step_of<T::is_quantized> step;
+    __shared__ typename step::type s;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) sums[r][0] = sums[r][1] = 0.f;
+    for (int column = 0; column < columns; column += step::columns) {
+        sync_block();  // the last step has been used, and token_rows are there
+        load_weights<T>(s, rows, column, columns);
+        load_activations(s, x, token_rows, column, columns);
+        sync_block();
+        add_step<T>(s, sums);
+    }
+}
+
+template <class T>
+DEVICE tile_rows rows_from(const u8 *weights, int first, int rows, int columns) {
+    const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
+    const u8 *low = weights + first * row_bytes;
+    return {low, low + 32 * row_bytes, rows - first, row_bytes};
+}
+
+// y[token_rows[t]][first + row] for what is there.
+DEVICE void store_sums(const float (&sums)[4][2], float *y, const int *token_rows, int first, int rows) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+        const int row = first + first_row() + 16 * r;
+        if (row >= rows) break;
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+            const int out = token_rows[first_token() + 8 * t];
+            if (out >= 0) y[(u64)out * rows + row] = sums[r][t];
+        }
+    }
+}
+
+// The pairs of a tile, -1 past its end.
+DEVICE void load_pairs(const tile &t, const int *order, int *pairs) {
+    if (thread_index() < TILE_TOKENS) pairs[thread_index()] = (u32)thread_index() < t.count ? order[t.first + thread_index()] : -1;
+}
+
+// y[token][row] = weights[row] . x[token].  Grid (rows / 64 up, tokens / 16 up).
+template <class T>
+DEVICE void multiply(const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens) {
+    __shared__ int token_rows[TILE_TOKENS];
+    const int first = TILE_ROWS * block_x(), token = TILE_TOKENS * block_y() + thread_index();
+    if (thread_index() < TILE_TOKENS) token_rows[thread_index()] = token < tokens ? token : -1;
+    float sums[4][2];
+    multiply_tile<T>(rows_from<T>(weights, first, rows, columns), x, token_rows, columns, sums);
+    store_sums(sums, y, token_rows, first, rows);
+}
+
+// hidden[pair] = Q8(silu(gate x) * (up x)), x the pair's token; as floats too where hidden_floats is given.
+// Grid (rows / 32, tiles).
+template <class T>
+DEVICE void group_gate_up(const tile *tiles, const int *order, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,
+                          float *hidden_floats, int rows, int columns, int picks) {
+    __shared__ int pairs[TILE_TOKENS], token_rows[TILE_TOKENS];
+    __shared__ float values[TILE_TOKENS][32];
+    const tile t = tiles[block_y()];
+    load_pairs(t, order, pairs);
+    if (thread_index() < TILE_TOKENS)
+        token_rows[thread_index()] = pairs[thread_index()] >= 0 ? pairs[thread_index()] / picks : -1;
+    const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
+    const u8 *rows_here = (const u8 *)t.record + 32 * block_x() * row_bytes;
+    const tile_rows r = {rows_here + gate_offset, rows_here + up_offset, TILE_ROWS, row_bytes};
+    float sums[4][2];
+    multiply_tile<T>(r, x, token_rows, columns, sums);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+            values[first_token() + 8 * j][first_row() + 16 * i] = silu(sums[i][j]) * sums[i + 2][j];
+    sync_block();
+    for (int i = warp_index(); i < TILE_TOKENS; i += TILE_THREADS / 32) {
+        if (pairs[i] < 0) break;
+        const float value = values[i][lane_index()];
+        if (hidden_floats) hidden_floats[(u64)pairs[i] * rows + 32 * block_x() + lane_index()] = value;
+        store_q8_group(value, hidden + pairs[i] * q8_row_bytes(rows), rows, block_x());
+    }
+}
+
+// out[pair][row] = down[row] . hidden[pair].  Grid (rows / 64 up, tiles).
+template <class T>
+DEVICE void group_down(const tile *tiles, const int *order, u64 down_offset, const u8 *hidden, float *out, int rows,
+                       int columns) {
+    __shared__ int pairs[TILE_TOKENS];
+    const int first = TILE_ROWS * block_x();
+    const tile t = tiles[block_y()];
+    load_pairs(t, order, pairs);
+    const tile_rows r = rows_from<T>((const u8 *)t.record + down_offset, first, rows, columns);
+    float sums[4][2];
+    multiply_tile<T>(r, hidden, pairs, columns, sums);
+    store_sums(sums, out, pairs, first, rows);
+}
+
+// y[token] = sum over ranks, in order, of weight * out[pair], + sigmoid(shared_gate) * shared where a shared expert is
+// given.  Grid (columns / 256 up, tokens).
+KERNEL(256, combine_picks)
+(const float *out, const float *weights, const float *shared_output, const float *shared_gate, float *y, int columns,
+ int picks) {
+    start_kernel();
+    const int column = block_x() * 256 + thread_index(), token = block_y();
+    if (column >= columns) return;
+    float sum = 0.f;
+    for (int rank = 0; rank < picks; ++rank) {
+        const int pair = token * picks + rank;
+        sum = fused(weights[pair], out[(u64)pair * columns + column], sum);
+    }
+    const u64 i = (u64)token * columns + column;
+    y[i] = shared_output ? fused(shared_gate ? sigmoid(shared_gate[token]) : 1.f, shared_output[i], sum) : sum;
+}
+EXPORT_KERNEL(combine_picks)
+
+#define TILE_KERNELS(type)                                                                                            \
+    KERNEL(TILE_THREADS, mat_mul_##type)(const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens) { \
+        start_kernel();                                                                                                 \
+        multiply<type>(weights, x, y, rows, columns, tokens);                                                         \
+    }                                                                                                                 \
+    EXPORT_KERNEL(mat_mul_##type)                                                                                     \
+    KERNEL(TILE_THREADS, group_gate_up_##type)                                                                        \
+    (const tile *tiles, const int *order, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,                    \
+     float *hidden_floats, int rows, int columns, int picks) {                                                        \
+        start_kernel();                                                                                               \
+        group_gate_up<type>(tiles, order, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks);    \
+    }                                                                                                                 \
+    EXPORT_KERNEL(group_gate_up_##type)                                                                               \
+    KERNEL(TILE_THREADS, group_down_##type)                                                                           \
+    (const tile *tiles, const int *order, u64 down_offset, const u8 *hidden, float *out, int rows, int columns) {     \
+        start_kernel();                                                                                               \
+        group_down<type>(tiles, order, down_offset, hidden, out, rows, columns);                                      \
+    }                                                                                                                 \
+    EXPORT_KERNEL(group_down_##type)
+
+TILE_KERNELS(q4_k)
+TILE_KERNELS(q5_k)
+TILE_KERNELS(q6_k)
+TILE_KERNELS(q8_0)
+TILE_KERNELS(f16)
+TILE_KERNELS(bf16)
+TILE_KERNELS(f32)

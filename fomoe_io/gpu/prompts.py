@@ -1,0 +1,237 @@
+"""Runs a prompt's batches on a GPU: launches up to a layer's picks, experts as they come, launches on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fomoe_io import _gpu
+from fomoe_io.gpu import kernels
+from fomoe_io.gpu.arena import ALIGNMENT_BYTES, DeviceExpertLayer, LaunchSpec
+from fomoe_io.gpu.batch_recorder import LOGITS_TOKENS, BatchRecorder, DenseProduct, PostPicks, ServeExperts
+from fomoe_io.gpu.kernels import up
+
+if TYPE_CHECKING:
+    from fomoe_io.gpu.device import Gpu
+    from fomoe_io.gpu.products import DenseProducts
+    from fomoe_io.models.blocks import Shape
+
+KEPT_PROGRAMS = 2
+"""A long prompt's full batches and its last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptInputs:
+    """Offsets of what host and device exchange about a batch, alike in both memories.
+
+    Attributes
+    ----------
+    positions : int32 [tokens]
+    embedding : uint8 [tokens, row_bytes]
+    order : int32 [tokens * used], a layer's pairs sorted by expert
+    tiles : csrc/gpu/device_experts.h, fomoe_tile: of a layer's experts
+    picks : int32 [tokens, used]; on the host alone
+    logits : float32 [LOGITS_TOKENS, vocabulary]; on the host alone
+    """
+
+    positions: int
+    embedding: int
+    order: int
+    tiles: int
+    picks: int
+    logits: int
+    bytes: int
+
+    @classmethod
+    def of(cls, s: Shape, tokens: int, row_bytes: int) -> PromptInputs:
+        """For batches of up to so many tokens."""
+        pairs = tokens * s.used
+        tiles = min(pairs, s.experts) + pairs // _gpu.TILE_PAIRS
+        sizes = [4 * tokens, row_bytes * tokens, 4 * pairs, _gpu.TILE_BYTES * tiles, 4 * pairs]
+        sizes.append(4 * s.vocabulary * min(tokens, LOGITS_TOKENS))
+        offsets = [0]
+        for size in sizes:
+            offsets.append(offsets[-1] + up(size, ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
+        return cls(*offsets)
+
+    @property
+    def device_bytes(self) -> int:
+        """Of what the device has, too."""
+        return self.picks
+
+
+@dataclass(slots=True)
+class _Program:
+    recorder: BatchRecorder
+    steps: list[Any]
+
+
+class PromptRunner:
+    """The batches of an engine.
+
+    Parameters
+    ----------
+    gpu : Gpu
+    experts : _gpu.DeviceExperts
+    layers : dict of int to DeviceExpertLayer
+    shape : Shape
+    inputs : PromptInputs
+    host : numpy.ndarray
+        uint8 [inputs.bytes], registered with the device.
+    device_address : int
+        Where the device's copy of the inputs lies.
+    record : callable
+        (tokens, uses_products) -> the recorded batch.
+    embed : callable
+        (ids, rows) fills uint8 rows with the tokens' embeddings.
+    products : DenseProducts or None
+        The vendor's library, when it is there.
+    check : callable
+        Raises what an error code of a read stands for.
+    """
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        experts: _gpu.DeviceExperts,
+        layers: dict[int, DeviceExpertLayer],
+        shape: Shape,
+        inputs: PromptInputs,
+        host: np.ndarray,
+        device_address: int,
+        record: Callable[[int, bool], BatchRecorder],
+        embed: Callable[[np.ndarray, np.ndarray], None],
+        products: DenseProducts | None,
+        check: Callable[[int], None],
+    ) -> None:
+        self._gpu, self._experts, self._layers, self._shape = gpu, experts, layers, shape
+        self._inputs, self._host, self._device_address = inputs, host, device_address
+        self._record, self._embed, self._products, self._check = record, embed, products, check
+        self._programs: dict[tuple[int, bool], _Program] = {}
+        self._posted, self._computed = gpu.event(), gpu.event()
+        self._is_running = False
+
+    def _words(self, offset: int, count: int, dtype: Any) -> np.ndarray:
+        return self._host[offset:].view()[: count * np.dtype(dtype).itemsize].view(dtype)
+
+    def _send(self, offset: int, nbytes: int) -> None:
+        self._gpu.stream.copy_in(self._device_address + offset, self._host.ctypes.data + offset, nbytes)
+
+    def _program(self, tokens: int, uses_products: bool) -> _Program:
+        key = (tokens, uses_products)
+        if key not in self._programs:
+            if len(self._programs) == KEPT_PROGRAMS:
+                self._programs.pop(next(iter(self._programs)))
+            recorder = self._record(tokens, uses_products)
+            steps: list[Any] = []
+            for part in recorder.finished_body():
+                steps += self._bound(part, tokens)
+            self._programs[key] = _Program(recorder, steps)
+        return self._programs[key]
+
+    def _bound(self, part: Any, tokens: int) -> list[Any]:
+        if isinstance(part, LaunchSpec):
+            return [self._gpu.prepare(part.kernel, part.grid, *part.arguments)]
+        if isinstance(part, DenseProduct):
+            assert self._products is not None
+            return list(self._products.launches(part.matrix, part.x, part.y, tokens))
+        return [part]
+
+    def run(
+        self,
+        ids: np.ndarray,
+        position: int,
+        logits: np.ndarray,
+        *,
+        uses_products: bool,
+        picks: np.ndarray | None = None,
+    ) -> None:
+        """Read one batch.
+
+        Parameters
+        ----------
+        ids : numpy.ndarray
+            int32 [tokens]
+        position : int
+            Of the first in the session.
+        logits : numpy.ndarray
+            float32 [outputs, vocabulary], out: of the last tokens; none, one or all.
+        uses_products : bool
+            Dense products by the vendor's library.
+        picks : numpy.ndarray, optional
+            int32 [layers, tokens, used], out: what the router picked.
+        """
+        tokens, stream = len(ids), self._gpu.stream
+        program = self._program(tokens, uses_products)
+        if self._is_running:  # the last run was interrupted: the device may still read what the host wrote for it
+            stream.synchronize()
+        self._is_running = True
+        self._fill_inputs(program.recorder, ids, position)
+        self._experts.begin_batch(tokens)
+        for step in program.steps:
+            if isinstance(step, PostPicks):
+                address = self._host.ctypes.data + self._inputs.picks
+                stream.copy_out(address, step.ids, 4 * tokens * self._shape.used)
+                stream.record(self._posted)
+            elif isinstance(step, ServeExperts):
+                self._serve(step, tokens, picks)
+            else:
+                step.run(stream)
+        self._compute_logits(program.recorder, tokens, logits)
+        self._is_running = False
+
+    def _fill_inputs(self, recorder: BatchRecorder, ids: np.ndarray, position: int) -> None:
+        at, table = self._inputs, recorder.embedding
+        assert table is not None
+        self._words(at.positions, len(ids), np.int32)[:] = np.arange(position, position + len(ids))
+        nbytes = len(ids) * table.row_bytes
+        self._embed(ids, self._words(at.embedding, nbytes, np.uint8).reshape(len(ids), table.row_bytes))
+        self._send(at.positions, 4 * len(ids))
+        self._send(at.embedding, nbytes)
+
+    def _serve(self, step: ServeExperts, tokens: int, picks: np.ndarray | None) -> None:
+        """Bring a layer's experts wave by wave; what is there is computed with while the next are read."""
+        at, gpu, e, pairs = self._inputs, self._gpu, self._layers[step.layer], tokens * step.used
+        self._posted.synchronize()
+        found = self._words(at.picks, pairs, np.int32).reshape(tokens, step.used)
+        if picks is not None:
+            picks[step.layer] = found
+        self._check(self._experts.batch_layer(step.layer, found, self._words(at.order, pairs, np.int32)))
+        self._send(at.order, 4 * pairs)
+        order, place, computed = self._device_address + at.order, at.tiles, None
+        down_input = step.hidden if step.hidden_floats is None else step.hidden_floats
+        while True:
+            error, count = self._experts.next_wave(step.layer, computed, self._host[place : at.picks])
+            self._check(error)
+            if not count:
+                return
+            self._send(place, _gpu.TILE_BYTES * count)
+            tiles, hidden = self._device_address + place, self._shape.hidden
+            gpu.prepare(
+                f"group_gate_up_{e.gate_kernel}", kernels.group_gate_up_grid(hidden, count), tiles, order,
+                e.device_offset[0], e.device_offset[1], step.input, step.hidden, step.hidden_floats, hidden,
+                step.columns, step.used,
+            ).run(gpu.stream)  # fmt: skip
+            gpu.prepare(
+                f"group_down_{e.down_kernel}", kernels.group_down_grid(step.columns, count), tiles, order,
+                e.device_offset[2], down_input, step.outputs, step.columns, hidden,
+            ).run(gpu.stream)  # fmt: skip
+            gpu.stream.record(self._computed)
+            computed, place = self._computed, place + _gpu.TILE_BYTES * count
+
+    def _compute_logits(self, recorder: BatchRecorder, tokens: int, logits: np.ndarray) -> None:
+        stream, vocabulary = self._gpu.stream, self._shape.vocabulary
+        place = self._inputs.logits
+        for first in range(tokens - len(logits), tokens, LOGITS_TOKENS):
+            count = min(LOGITS_TOKENS, tokens - first)
+            for spec in recorder.tail(first, count):
+                self._gpu.prepare(spec.kernel, spec.grid, *spec.arguments).run(stream)
+            stream.copy_out(self._host.ctypes.data + place, recorder.logits_address, 4 * count * vocabulary)
+            stream.synchronize()
+            start = first - (tokens - len(logits))
+            logits[start : start + count] = self._words(place, count * vocabulary, np.float32).reshape(count, -1)
+        if not len(logits):
+            stream.synchronize()

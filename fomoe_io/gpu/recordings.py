@@ -1,0 +1,143 @@
+"""A model recorded for a GPU at given addresses: a token's launches, and those of batches of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fomoe_io.gpu.arena import Arena, DeviceExpertLayer, Mailbox, Memory
+from fomoe_io.gpu.batch_recorder import BatchRecorder
+from fomoe_io.gpu.budget import Header, Mail, RecordLayout
+from fomoe_io.gpu.products import padded
+from fomoe_io.gpu.prompts import PromptInputs
+from fomoe_io.gpu.recorder import DeviceRecorder
+from fomoe_io.gpu.weights import DeviceWeights
+
+if TYPE_CHECKING:
+    from fomoe_io.models.blocks import Shape
+    from fomoe_io.storage.store import TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the arenas of weights, activations and state begin, and the mail as the device sees it; 0 to count."""
+
+    weights: int = 0
+    activations: int = 0
+    state: int = 0
+    mail: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What is recorded.
+
+    Attributes
+    ----------
+    build : the model file's function
+    resident : tensors that stay on the device
+    files : descriptors of the store's files
+    records : layouts of the experts' records by layer
+    expert_inputs : forms of the activations that gate and up read, by layer
+    substitutes : whether a token goes through cache-aware routing
+    """
+
+    shape: Shape
+    build: Callable[..., None]
+    resident: Mapping[str, TensorInfo]
+    files: list[int]
+    records: Mapping[int, RecordLayout]
+    expert_inputs: Mapping[int, tuple[int, int]]
+    context_tokens: int
+    substitutes: bool
+
+
+class Recordings:
+    """Recorders that share one memory.
+
+    Parameters
+    ----------
+    source : ModelSource
+    batch_tokens : int
+        Of a full batch; 1: there are no batches.
+    product_bytes : int
+        Memory for the products of the vendor's library, 0 without it.
+    addresses : Addresses
+
+    Attributes
+    ----------
+    memory : Memory
+    weights : DeviceWeights
+    layers : dict of int to DeviceExpertLayer
+    header, header_address : what a token's run begins with
+    inputs, inputs_address : the same of a batch
+    token : DeviceRecorder
+    """
+
+    def __init__(self, source: ModelSource, batch_tokens: int, product_bytes: int, addresses: Addresses) -> None:
+        s = source.shape
+        self._source = source
+        room = padded(batch_tokens) if product_bytes else batch_tokens
+        self._weights_arena = Arena(addresses.weights)
+        self.weights = DeviceWeights(source.resident, self._weights_arena)
+        self.memory = Memory(Arena(addresses.activations), Arena(addresses.state), room, source.context_tokens)
+        self.embedding = self.weights.embedding(s.columns, s.vocabulary)[0]
+        self._place_inputs(batch_tokens)
+        self.rope_address = self.memory.words("rope", 4 * source.context_tokens * s.rotated)
+        self.memory.row_at("rope", s.rotated, self.rope_address)
+        self.tables_address = self.memory.words("tables", 8 * s.layers * s.experts)
+        self.products_address = self.memory.words("products", product_bytes) if product_bytes else 0
+        self.mail = Mail(s.used, s.layers)
+        self._mailbox = Mailbox(self.header_address, addresses.mail)
+        self.layers = {
+            i: DeviceExpertLayer(
+                *record.kernels,
+                record.device_offset,
+                self.tables_address + 8 * s.experts * i,
+                addresses.mail + self.mail.post(i),
+                addresses.mail + self.mail.answer(i),
+            )
+            for i, record in source.records.items()
+        }
+        self.token = self._recorded(DeviceRecorder(self.memory, substitutes=source.substitutes, **self._settings()))
+        for uses_products in (False, True) if product_bytes else (False,):
+            if batch_tokens > 1:
+                self.batch(batch_tokens, uses_products)
+        self.memory.is_complete = True
+
+    def _place_inputs(self, batch_tokens: int) -> None:
+        """The token's header and the batch's inputs: one copy each before a run."""
+        memory, s, row_bytes = self.memory, self._source.shape, self.embedding.row_bytes
+        self.header = Header(1, row_bytes)
+        self.header_address = memory.arena.take(self.header.bytes)
+        memory.scratch["positions"] = self.header_address + self.header.positions
+        memory.scratch["embedding"] = self.header_address + self.header.embedding
+        self.inputs = PromptInputs.of(s, batch_tokens, row_bytes)
+        self.inputs_address = memory.arena.take(self.inputs.device_bytes if batch_tokens > 1 else 0)
+        memory.scratch["batch_positions"] = self.inputs_address + self.inputs.positions
+        memory.scratch["batch_embedding"] = self.inputs_address + self.inputs.embedding
+
+    def _settings(self) -> dict[str, Any]:
+        s = self._source.shape
+        return {
+            "experts": self.layers,
+            "mailbox": self._mailbox,
+            "vocabulary": s.vocabulary,
+            "hidden": s.hidden,
+        }
+
+    def _recorded(self, recorder: Any) -> Any:
+        source = self._source
+        source.build(recorder, self.weights, source.shape, source.expert_inputs, source.files)
+        return recorder
+
+    def batch(self, tokens: int, uses_products: bool) -> BatchRecorder:
+        """The launches for so many tokens."""
+        recorder = BatchRecorder(self.memory, tokens, uses_products=uses_products, **self._settings())
+        return self._recorded(recorder)
+
+    @property
+    def fixed_bytes(self) -> tuple[int, int, int]:
+        """Device bytes of weights, activations and state."""
+        return self._weights_arena.bytes, self.memory.arena.bytes, self.memory.state_arena.bytes

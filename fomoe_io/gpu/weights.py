@@ -1,0 +1,146 @@
+"""The resident weights in device memory, read with O_DIRECT piece by piece: the host keeps no copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import gguf
+import numpy as np
+
+from fomoe_io.cpu.weights import PAGE_BYTES, Weights, aligned_window
+from fomoe_io.errors import FormatError
+from fomoe_io.gpu import kernels
+from fomoe_io.gpu.arena import Arena, DeviceMatrix, EmbeddingTable
+from fomoe_io.storage.reader import Memory, Reader, aligned_memory
+
+if TYPE_CHECKING:
+    from fomoe_io.gpu.device import Gpu
+    from fomoe_io.storage.gguf import TensorInfo
+
+PIECE_BYTES = 16 << 20
+"""Read and copied at once; two of them overlap."""
+
+
+def kernel_of(type: int) -> str | None:
+    """Name of a ggml type's kernels, None when there are none."""
+    name = gguf.GGMLQuantizationType(type).name.lower()
+    return name if name in kernels.TYPES else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    tensor: TensorInfo
+    address: int
+    is_expanded: bool
+
+
+class DeviceWeights:
+    """Resident tensors by name, for the recorder; the interface is that of :class:`fomoe_io.cpu.weights.Weights`.
+
+    Parameters
+    ----------
+    tensors : mapping of str to TensorInfo
+    arena : Arena
+        Where they go; every tensor that is asked for takes its place once.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], arena: Arena) -> None:
+        self._tensors, self._arena = tensors, arena
+        self._planned: dict[str, _Planned] = {}
+        self.tied = Weights.OUTPUT not in tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self._tensors:
+            raise FormatError(f"the model has no tensor {name}, which its architecture needs")
+        return self._tensors[name]
+
+    def _place(self, tensor: TensorInfo, *, is_expanded: bool) -> int:
+        if tensor.name not in self._planned:
+            size = 4 * int(np.prod(tensor.shape)) if is_expanded else tensor.bytes
+            self._planned[tensor.name] = _Planned(tensor, self._arena.take(size), is_expanded)
+        return self._planned[tensor.name].address
+
+    def matrix(self, name: str, columns: int, rows: int) -> DeviceMatrix:
+        """A [rows, columns] weight matrix, expanded to floats when the device has no kernel for its type.
+
+        Raises
+        ------
+        FormatError
+            The file's shape differs, or no kernel takes rows of that length.
+        """
+        tensor = self._info(name)
+        shape = (*tensor.shape, 1) if len(tensor.shape) == 1 else tuple(tensor.shape)
+        if shape != (columns, rows):
+            raise FormatError(f"{name} has shape {list(tensor.shape)}, expected [{columns}, {rows}]")
+        if columns % 32:
+            raise FormatError(
+                f"{name} has rows of {columns}; the GPU kernels take multiples of 32", hint="--device cpu"
+            )
+        kernel = kernel_of(int(tensor.type))
+        return DeviceMatrix(self._place(tensor, is_expanded=kernel is None), kernel or "f32", rows, columns)
+
+    def vector(self, name: str, length: int) -> int:
+        """Address of a small tensor as float32 elements."""
+        tensor = self._info(name)
+        elements = int(np.prod(tensor.shape))
+        if elements != length:
+            raise FormatError(f"{name} has {elements} elements, expected {length}")
+        return self._place(tensor, is_expanded=True)
+
+    def embedding(self, columns: int, rows: int) -> tuple[EmbeddingTable, int, int]:
+        """(table, file, offset): rows are read from the file, tied to the output or not."""
+        tensor = self._info(Weights.EMBEDDING)
+        if tuple(tensor.shape) != (columns, rows):
+            raise FormatError(f"{tensor.name} has shape {list(tensor.shape)}, expected [{columns}, {rows}]")
+        kernel, file_row_bytes = kernel_of(int(tensor.type)), tensor.bytes // rows
+        row_bytes = file_row_bytes if kernel else 4 * columns
+        return (
+            EmbeddingTable(kernel or "f32", int(tensor.type), columns, row_bytes, file_row_bytes),
+            tensor.file,
+            tensor.offset,
+        )
+
+    def load(self, reader: Reader, gpu: Gpu) -> None:
+        """Read and copy everything that was asked for."""
+        staging = [aligned_memory(PIECE_BYTES + 2 * PAGE_BYTES) for _ in range(2)]
+        registrations = [gpu.register(np.frombuffer(memory.view, np.uint8)) for memory in staging]
+        try:
+            for planned in self._planned.values():
+                if planned.is_expanded:
+                    self._load_expanded(planned, reader, gpu)
+                else:
+                    self._load_pieces(planned, reader, gpu, staging)
+        finally:
+            gpu.stream.synchronize()
+            for registration in registrations:
+                registration.close()
+            for memory in staging:
+                memory.close()
+
+    def _load_pieces(self, planned: _Planned, reader: Reader, gpu: Gpu, staging: list[Memory]) -> None:
+        for i, first in enumerate(range(0, planned.tensor.bytes, PIECE_BYTES)):
+            size = min(PIECE_BYTES, planned.tensor.bytes - first)
+            memory = staging[i % 2]
+            if i >= len(staging):
+                gpu.stream.synchronize()  # the copy out of this half may still run
+            start, window = aligned_window(planned.tensor.offset + first, size)
+            reader.read_into([(planned.tensor.file, start, memory.address, window)])
+            gpu.stream.copy_in(planned.address + first, memory.address + planned.tensor.offset + first - start, size)
+        gpu.stream.synchronize()
+
+    def _load_expanded(self, planned: _Planned, reader: Reader, gpu: Gpu) -> None:
+        start, window = aligned_window(planned.tensor.offset, planned.tensor.bytes)
+        memory = aligned_memory(window)
+        reader.read_into([(planned.tensor.file, start, memory.address, window)])
+        skip = planned.tensor.offset - start
+        raw = np.frombuffer(memory.view[skip : skip + planned.tensor.bytes], np.uint8)
+        values = np.array(gguf.quants.dequantize(raw, planned.tensor.type), np.float32).reshape(-1)
+        del raw
+        memory.close()
+        gpu.stream.copy_in(planned.address, values.ctypes.data, values.nbytes)
+        gpu.stream.synchronize()

@@ -1,0 +1,1 @@
+"""`fomoe-bench io`: jobs, runs and reports in fio's terms."""

@@ -1,0 +1,1 @@
+"""Files: GGUF, the store, and the readers of both."""

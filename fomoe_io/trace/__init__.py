@@ -1,0 +1,1 @@
+"""Traces of routing, and their replay."""

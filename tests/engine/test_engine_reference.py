@@ -1,0 +1,119 @@
+"""The engine against the float64 model over shapes that the demo model does not have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from fomoe_io import Engine, EngineConfig, Tiers
+from tests.reference_model import ReferenceModel
+from tests.tiny_model import Tiny, write_tiny
+
+Type = gguf.GGMLQuantizationType
+TOKENS = 12
+
+SHAPES = {
+    "gqa 1": Tiny(heads=2, kv_heads=2),
+    "gqa 8, wide heads": Tiny(heads=8, kv_heads=1, head_columns=64, rotated=64),
+    "value heads = key heads": Tiny(key_heads=4, value_heads=4),
+    "value heads 4x": Tiny(key_heads=2, value_heads=8, state_columns=32),
+    "odd state, 3 taps": Tiny(state_columns=20, taps=3, head_columns=24, rotated=8),
+    "no shared expert": Tiny(shared_hidden=0),
+    "another shared width": Tiny(shared_hidden=96),
+    "top-1": Tiny(used=1),
+    "top-16 of 512": Tiny(experts=512, used=16, hidden=8, layers=2),
+    "all experts": Tiny(experts=5, used=5),
+    "fused gate and up": Tiny(fused=True),
+    "tied output": Tiny(tied=True),
+    "one column wider": Tiny(columns=72, hidden=40),
+    "qwen3moe": Tiny(architecture="qwen3moe", rotated=32),
+    "qwen3moe, gqa 4": Tiny(architecture="qwen3moe", heads=8, kv_heads=2, layers=2, rotated=32),
+}
+
+
+def nmse(a: np.ndarray, b: np.ndarray) -> float:
+    return float(((a - b) ** 2).mean() / (b**2).mean())
+
+
+def compare(path: Path, config: EngineConfig, seed: int) -> tuple[float, bool]:
+    """(NMSE of all logits, whether all chosen experts are the same)."""
+    reference = ReferenceModel(path)
+    with Engine.open(path, config) as engine:
+        tokens = np.random.default_rng(seed).integers(0, engine.shape.vocabulary, TOKENS)
+        session = engine.session()
+        ours = session.evaluate(tokens, record=("experts",))
+        experts = session.records["experts"]
+    theirs = np.stack([reference.forward(int(token)) for token in tokens])
+    picked = np.array(reference.picked).transpose(1, 0, 2)
+    return nmse(ours, theirs), bool(np.array_equal(np.sort(experts, -1), np.sort(picked, -1)))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_float_shapes(tmp_path: Path, name: str) -> None:
+    seed = 100 + list(SHAPES).index(name)
+    path = write_tiny(tmp_path / "tiny.gguf", SHAPES[name], seed)
+    error, same = compare(path, EngineConfig(context_tokens=32), seed)
+    assert same and error < 1e-10
+
+
+@pytest.mark.parametrize("name", ["gqa 1", "top-16 of 512", "qwen3moe"])
+def test_portable_kernels_and_few_slots(tmp_path: Path, name: str) -> None:
+    path = write_tiny(tmp_path / "tiny.gguf", SHAPES[name], 7)
+    config = EngineConfig(
+        context_tokens=32, kernels="portable", tiers=Tiers(0, SHAPES[name].used / SHAPES[name].experts)
+    )
+    error, same = compare(path, config, 7)
+    assert same and error < 1e-10
+
+
+QUANTIZED = [
+    Type.F16,
+    Type.BF16,
+    Type.Q8_0,
+    Type.Q4_0,
+    Type.Q5_0,
+    Type.IQ4_NL,
+    Type.Q4_K,
+    Type.Q5_K,
+    Type.Q6_K,
+    Type.Q3_K,
+]
+
+
+@pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("activations", ["float32", "quantized"])
+def test_types(tmp_path: Path, kind: Type, activations: str) -> None:
+    """Exact with float activations; with quantized ones within what rounding activations to 8 bits may do."""
+    shape = Tiny(columns=256, hidden=256, shared_hidden=256, state_columns=64, head_columns=64, weights=kind, experts=6)
+    path = write_tiny(tmp_path / "tiny.gguf", shape, int(kind))
+    error, same = compare(path, EngineConfig(context_tokens=32, activations=activations), int(kind))
+    if activations == "float32":
+        assert same and error < 1e-9
+    else:
+        assert error < 2e-2
+
+
+@pytest.mark.parametrize("kernels", ["ggml", "portable"])
+def test_mixed_types(tmp_path: Path, kernels: str) -> None:
+    """Gate, up and down of different types, and down changing from layer to layer."""
+    shape = Tiny(
+        columns=256, hidden=256, shared_hidden=256, state_columns=64, head_columns=64,
+        weights=Type.Q4_K, gate=Type.Q8_0, down=Type.Q6_K,
+    )  # fmt: skip
+    path = write_tiny(tmp_path / "tiny.gguf", shape, 5)
+    error, _ = compare(path, EngineConfig(context_tokens=32, kernels=kernels), 5)
+    assert error < 2e-2
+    error, same = compare(path, EngineConfig(context_tokens=32, kernels=kernels, activations="float32"), 5)
+    assert same and error < 1e-9
+
+
+def test_reference_equals_llama_cpp(shared: Path) -> None:
+    """The float64 model itself is right: it agrees with llama.cpp's logits to float32 rounding."""
+    fixtures = shared / "reference/fixtures"
+    expected = np.load(fixtures / "nano-f32-ref.npz")
+    model = ReferenceModel(fixtures / "nano-f32.gguf")
+    logits = np.stack([model.forward(int(token)) for token in expected["tokens"]])
+    assert nmse(logits, expected["logits_step"]) < 1e-11

@@ -1,0 +1,325 @@
+"""The engine on a double of libamdhip64 (streams are threads that sleep before each piece of work), whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fomoe_io import Engine, EngineConfig
+from fomoe_io.config import Tiers
+from fomoe_io.errors import BudgetError, DeviceError, FomoeError, FormatError, ReadError, UsageError
+from fomoe_io.experts.car import CarRule
+from fomoe_io.gpu import device
+from fomoe_io.gpu.engine import DeviceEngine
+from layout_tool.main import main as layout
+from tests.fake_hip.build import Fake, installed_fake
+from tests.tiny_model import Tiny, Type, write_tiny
+
+TOKENS = np.array([3, 141, 59, 26, 5, 35, 89, 79, 32, 38, 46])
+
+BASE = Tiny(
+    layers=4, columns=256, heads=4, kv_heads=2, head_columns=64, rotated=32, key_heads=2, value_heads=4,
+    state_columns=64, experts=16, used=3, hidden=256, shared_hidden=256, weights=Type.F32,
+)  # fmt: skip
+
+
+def tiny(**changes: Any) -> Tiny:
+    """The base shape with changes."""
+    return Tiny(**({name: getattr(BASE, name) for name in BASE.__dataclass_fields__} | changes))
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
+    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=30) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("models") / "mixed.gguf", tiny(weights=Type.Q4_K, down=Type.Q6_K), seed=3)
+
+
+def settings(**more: Any) -> EngineConfig:
+    return EngineConfig(**({"context_tokens": 64, "device": "hip", "batch_tokens": 4} | more))
+
+
+def evaluate(path: Path, config: EngineConfig) -> tuple[np.ndarray, dict[str, Any]]:
+    with Engine.open(path, config) as engine:
+        logits = engine.session().evaluate(TOKENS)
+        return logits, engine.statistics()
+
+
+def nmse(a: np.ndarray, b: np.ndarray) -> float:
+    return float(((a - b) ** 2).mean() / (b**2).mean())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"architecture": "qwen3moe", "shared_hidden": 0, "rotated": 64},
+        {"tied": True, "fused": True, "used": 1},
+        {"weights": Type.BF16, "kv_heads": 4},
+    ],
+    ids=["delta", "attention only", "tied fused", "bf16"],
+)
+def test_float_weights_give_the_processors_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = write_tiny(tmp_path / "model.gguf", tiny(**changes), seed=1)
+    expected, _ = evaluate(path, settings(device="cpu", activations="float32"))
+    found, statistics = evaluate(path, settings())
+    assert nmse(found, expected) < 1e-9
+    assert statistics["device"].startswith("hip:0")
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q8_0])
+def test_quantized_weights_stay_near_float_activations(tmp_path: Path, kind: Any) -> None:
+    path = write_tiny(tmp_path / "model.gguf", tiny(weights=kind), seed=2)
+    exact, _ = evaluate(path, settings(device="cpu", activations="float32"))
+    found, _ = evaluate(path, settings())
+    assert nmse(found, exact) < 2e-3  # 8-bit activations; another formula would give 1
+
+
+def test_types_without_kernels_are_expanded(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "model.gguf", tiny(weights=Type.Q4_K, dense=Type.Q5_1), seed=2)
+    exact, _ = evaluate(path, settings(device="cpu", activations="float32"))
+    found, _ = evaluate(path, settings())
+    assert nmse(found, exact) < 2e-3
+
+
+def test_bits_do_not_depend_on_memory(model: Path) -> None:
+    """From everything in VRAM to barely a token's picks there and nothing in DRAM; any batch size; single tokens."""
+    expected, all_hits = evaluate(model, settings())
+    assert all_hits["tiers"]["vram"]["hits"] == all_hits["expert_requests"] == len(TOKENS) * 4 * 3
+    assert all_hits["layers_served"]["with_misses"] == 0
+    calls = all_hits["device_calls"]
+    assert calls["graph_launches"] == 0 and calls["host_syncs"] == 3 * (4 + 1)  # 4 + 4 + 3 tokens: layers, logits
+    for batch in (2, 11, 64):
+        np.testing.assert_array_equal(evaluate(model, settings(batch_tokens=batch))[0], expected)
+    steps, all_hits = evaluate(model, settings(batch_tokens=1))
+    assert nmse(steps, expected) < 1e-3  # sums of another order, rounded to 8 bits on the way
+    assert all_hits["device_calls"]["graph_launches"] == all_hits["device_calls"]["host_syncs"] == len(TOKENS)
+    for vram, dram in ((0.5, 0.5), (0.5, 0.25), (0.19, 0.2), (0.19, 0.0), (0.3, 0.7)):
+        tiers = Tiers(vram, dram)
+        np.testing.assert_array_equal(evaluate(model, settings(tiers=tiers, batch_tokens=1))[0], steps)
+        logits, s = evaluate(model, settings(tiers=tiers))
+        np.testing.assert_array_equal(logits, expected)
+        hits = {name: tier["hits"] for name, tier in s["tiers"].items()}
+        assert sum(hits.values()) == s["expert_requests"]
+        assert hits["nvme"] == s["tiers"]["nvme"]["reads"]
+        assert (hits["nvme"] > 0) == (vram + dram < 1)  # where everything has a place it is read at the start
+        assert s["layers_served"]["with_misses"] > 0
+        assert (s["demotions"] > 0) == (dram > 0)
+        assert (s["link"]["down_bytes"] > 0) == (dram > 0)
+        assert (hits["dram"] > 0) == (dram > 0)
+
+
+def test_long_prompts_use_the_vendors_library(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their bits depend neither on memory nor on the batch; another arithmetic, the same model."""
+    tokens = np.random.default_rng(8).integers(0, 300, 40)
+
+    def logits(**changes: Any) -> np.ndarray:
+        with Engine.open(model, settings(**changes)) as engine:
+            assert isinstance(engine, DeviceEngine)
+            assert engine.uses_products(40) == engine.may_use_library and not engine.uses_products(31)
+            return engine.session().evaluate(tokens)
+
+    expected = logits(batch_tokens=64)
+    for changes in ({"batch_tokens": 7}, {"batch_tokens": 33, "tiers": Tiers(0.19, 0.2)}):
+        np.testing.assert_array_equal(logits(**changes), expected)
+    monkeypatch.setattr(DeviceEngine, "may_use_library", False)
+    ours = logits(batch_tokens=64)
+    assert 0 < nmse(ours, expected) < 2e-3
+
+
+def test_policies_and_readers_give_the_same_bits(model: Path) -> None:
+    expected, _ = evaluate(model, settings())
+    for changes in ({"policy": "lru"}, {"policy": "lfru"}, {"reader": "pread"}, {"ring_depth": 1}):
+        logits, _ = evaluate(model, settings(tiers=Tiers(0.25, 0.25), **changes))
+        np.testing.assert_array_equal(logits, expected)
+
+
+def test_counters_are_those_of_the_processor(model: Path) -> None:
+    """The same residency code serves both, token by token; only the arithmetic differs."""
+    counts = []
+    for kind in ("hip", "cpu"):
+        with Engine.open(model, settings(device=kind, tiers=Tiers(0.25, 0.25), batch_tokens=1)) as engine:
+            session = engine.session()
+            for token in TOKENS[:6]:
+                session.decode(int(token))
+            s = engine.statistics()
+        counts.append([s["expert_requests"], s["evictions"] > 0, *(tier["hits"] for tier in s["tiers"].values())])
+    assert counts[0][:2] == counts[1][:2]
+    # an expert whose router logits nearly tie may differ
+    np.testing.assert_allclose(counts[0][2:], counts[1][2:], atol=4)
+
+
+@pytest.mark.parametrize("rule", ["ratio:0.5", "regret:0.1,warmup=3"])
+def test_substitutions_are_those_of_the_processor(model: Path, rule: str) -> None:
+    """Same rule, same residency, token by token; activations are rounded otherwise, so near-ties may differ."""
+    found = []
+    for kind in ("hip", "cpu"):
+        config = settings(device=kind, tiers=Tiers(0.25, 0.25), car=CarRule.parse(rule), batch_tokens=1)
+        with Engine.open(model, config) as engine:
+            session = engine.session()
+            logits = np.stack([session.decode(int(token)).copy() for token in TOKENS])
+            s = engine.statistics()
+        assert sum(tier["hits"] for tier in s["tiers"].values()) + s["substitutions"] == s["expert_requests"]
+        assert not s["exact"] and s["substitutions"] > 0
+        found.append((logits, s["substitutions"]))
+    assert abs(found[0][1] - found[1][1]) <= 4
+    with Engine.open(model, settings(tiers=Tiers(0.25, 0.25), car=CarRule.parse(rule))) as engine:
+        session = engine.session()
+        again = np.stack([session.decode(int(token)).copy() for token in TOKENS])
+        np.testing.assert_array_equal(again, found[0][0])  # deterministic, whatever the copies' timing
+        session.reset()
+    exact, _ = evaluate(model, settings())
+    warm, _ = evaluate(model, settings(tiers=Tiers(0.25, 0.25), car=CarRule.parse(rule)))
+    np.testing.assert_array_equal(warm, exact)  # batches are exact
+
+
+def test_in_place_and_packed_stores_agree(model: Path, tmp_path: Path) -> None:
+    assert layout(["pack", str(model), "--to", str(tmp_path / "store")]) == 0
+    expected, _ = evaluate(model, settings(tiers=Tiers(0.25, 0.25)))
+    found, _ = evaluate(tmp_path / "store", settings(tiers=Tiers(0.25, 0.25)))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_sessions_follow_one_another(model: Path) -> None:
+    with Engine.open(model, settings()) as engine:
+        session = engine.session()
+        first = session.prefill(TOKENS).copy()
+        with pytest.raises(UsageError, match="one session at a time"):
+            engine.session()
+        session.reset()
+        steps = [session.decode(int(token)).copy() for token in TOKENS]
+        assert nmse(steps[-1], first) < 1e-3
+        session.close()
+        again = engine.session()
+        np.testing.assert_array_equal(again.prefill(TOKENS), first)
+        with pytest.raises(UsageError, match="records experts alone"):
+            again.evaluate(TOKENS, record=("weights",))
+
+
+def test_everything_is_given_back(model: Path, fake: Fake) -> None:
+    before = fake.live()
+    evaluate(model, settings(tiers=Tiers(0.25, 0.25)))
+    assert fake.live() == before
+
+
+def test_device_budget(model: Path) -> None:
+    with pytest.raises(BudgetError, match="is too small for") as caught:
+        Engine.open(model, settings(vram_bytes=1 << 20))
+    smallest = int((caught.value.hint or "").removeprefix("--vram ").removesuffix("M")) << 20
+    expected, _ = evaluate(model, settings())
+    with Engine.open(model, settings(vram_bytes=smallest)) as engine:
+        held = sum(buffer.nbytes for buffer in engine._buffers)  # type: ignore[attr-defined]
+        assert held <= smallest
+        np.testing.assert_array_equal(engine.session().evaluate(TOKENS), expected)
+    with pytest.raises(BudgetError, match="more than the"):
+        Engine.open(model, settings(vram_bytes=2 << 30))
+
+
+@pytest.mark.parametrize(
+    ("call", "code"), [("hipMemcpyHtoDAsync", 719), ("hipMemcpyDtoHAsync", 719), ("hipGraphLaunch", 719),
+                       ("hipStreamSynchronize", 719), ("hipEventRecord", 719), ("hipStreamWaitEvent", 719)],
+)  # fmt: skip
+@pytest.mark.parametrize("after", [0, 7])
+def test_a_failing_device_ends_in_one_line(model: Path, fake: Fake, call: str, code: int, after: int) -> None:
+    before = fake.live()
+    with Engine.open(model, settings(tiers=Tiers(0.19, 0.2))) as engine:
+        session = engine.session()
+        fake.fail(call, code, after)
+        try:
+            session.evaluate(TOKENS)
+            session.decode(1)
+        except DeviceError as error:
+            assert call in str(error) and "\n" not in error.message
+            with pytest.raises(UsageError, match="stopped in the middle"):
+                session.decode(1)
+        else:
+            assert after or call == "hipStreamWaitEvent"  # fewer calls than that were made
+        fake.fail("", 0)
+    del engine, session
+    assert fake.live() == before
+
+
+def test_out_of_memory_when_opening(model: Path, fake: Fake) -> None:
+    before = fake.live()
+    for after in range(4):
+        fake.fail("hipMalloc", 2, after)
+        with pytest.raises(DeviceError, match="out of memory"):
+            Engine.open(model, settings())
+    assert fake.live() == before
+
+
+def test_a_failed_read_names_the_expert_and_the_device_goes_on(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(model.read_bytes())
+    with Engine.open(copy, settings(tiers=Tiers(0.19, 0.0))) as engine:
+        session = engine.session()
+        expected = session.prefill(TOKENS[:2]).copy()
+        with copy.open("r+b") as stream:
+            stream.truncate(copy.stat().st_size // 8)
+        for _ in range(8):  # more often than there are host buffers on the way: each failure gives its own back
+            with pytest.raises(ReadError, match="expert"):
+                session.prefill(np.arange(60) % 300)
+            session.reset()
+        with pytest.raises(ReadError, match="expert"):
+            for token in range(60):
+                session.decode(token)
+        copy.write_bytes(model.read_bytes())
+        session.reset()
+        np.testing.assert_array_equal(session.prefill(TOKENS[:2]), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"head_columns": 32, "rotated": 16}, "head size 32"),
+        ({"state_columns": 16}, "delta-rule head size 16"),
+        ({"hidden": 48, "shared_hidden": 64}, "expert width 48"),
+        ({"down": Type.Q5_1}, "which the GPU kernels do not know"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_said_at_load(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    path = write_tiny(tmp_path / "model.gguf", tiny(**changes), seed=1)
+    with pytest.raises(FormatError, match=text) as caught:
+        Engine.open(path, settings())
+    assert caught.value.hint == "--device cpu"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"trace": Path("picks.trace")}, "a trace"),
+        ({"lookahead": 2}, "lookahead"),
+        ({"car": CarRule.parse("ratio:0.5,backfill=1")}, "back-fill"),
+    ],
+)
+def test_what_only_the_processor_does_is_refused(model: Path, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=f"{text} is made on the CPU alone") as caught:
+        Engine.open(model, settings(**changes))
+    assert caught.value.hint == "--device cpu"
+
+
+def test_auto_without_a_device_computes_on_the_processor(
+    model: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if Path("/dev/nvidia0").exists():
+        pytest.skip("there is a CUDA device here")
+    monkeypatch.setenv("FAKE_HIP_DEVICES", "0")
+    with Engine.open(model, settings(device="auto")) as engine:
+        assert engine.device_name == "cpu"
+    with pytest.raises(FomoeError, match="no GPU can be used"):
+        Engine.open(model, settings(device="hip"))
+    with pytest.raises(UsageError, match="there is no GPU in use"):
+        Engine.open(model, settings(device="cpu", vram_bytes=1 << 30))

@@ -1,0 +1,63 @@
+"""Files appear whole or not at all, and nothing that is not a file is replaced by one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fomoe_io.stats import write_json
+from fomoe_io.system.files import check_targets, write_atomically
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def test_the_old_file_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result"
+    write_atomically(path, b"first")
+    write_atomically(path, b"second")
+    assert path.read_bytes() == b"second"
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"third")
+    assert path.read_bytes() == b"second" and names(tmp_path) == ["result"]
+
+
+def test_a_directory_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(IsADirectoryError, match="there"):
+        write_json(tmp_path / "there", {"a": 1})
+    assert names(tmp_path) == ["there"]
+
+
+def test_targets_are_checked_before_the_work(tmp_path: Path) -> None:
+    check_targets([None, tmp_path / "new", Path("new"), Path("/dev/stdout"), Path("/dev/null")])
+    for bad in (tmp_path, Path(), Path("/"), Path(".."), tmp_path / "missing" / "file", Path("/proc/version/x")):
+        with pytest.raises(OSError, match=str(bad)):
+            check_targets([bad])
+    assert names(tmp_path) == []
+
+
+def test_a_pipe_stays_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE) as reader:
+        write_json(pipe, {"a": 1})
+        assert reader.communicate(timeout=30)[0] == b'{\n "a": 1\n}\n'
+    assert pipe.is_fifo() and names(tmp_path) == ["pipe"]
+
+
+def test_standard_output_redirected_to_a_file(tmp_path: Path) -> None:
+    program = "from pathlib import Path; from fomoe_io.stats import write_json; write_json(Path('/proc/self/fd/1'), {})"
+    with (tmp_path / "out").open("wb") as stream:
+        subprocess.run([sys.executable, "-c", program], stdout=stream, check=True)
+    assert (tmp_path / "out").read_bytes() == b"{}\n"

@@ -1,0 +1,215 @@
+"""Every kernel on the CPU double: fresh random inputs, odd shapes, against float64 numpy."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import threading
+
+import numpy as np
+import pytest
+
+from fomoe_io.experts.car import CarRule
+from fomoe_io.gpu import kernels
+from tests.gpu_shim import cases, tile_cases
+from tests.gpu_shim.cpu_kernels import CpuRunner, build
+from tests.unit.test_car import RULES
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> CpuRunner:
+    return CpuRunner(build(tmp_path_factory.mktemp("kernels")))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    return np.random.default_rng(sum(request.node.name.encode()))
+
+
+def test_signatures_are_what_the_compiler_sees(runner: CpuRunner) -> None:
+    for name, kernel in runner.table.items():
+        signature = getattr(runner.library, f"{name}__signature")
+        signature.restype = ctypes.c_char_p
+        assert signature().decode() == kernel.signature, name
+        assert getattr(runner.library, f"{name}__block_threads")() == kernel.threads, name
+
+
+@pytest.mark.parametrize(("columns", "tokens"), [(64, 1), (256, 3), (1056, 2)])
+def test_quantize(runner: CpuRunner, rng: np.random.Generator, columns: int, tokens: int) -> None:
+    cases.check_quantize(runner, rng, columns, tokens)
+
+
+@pytest.mark.parametrize("name", kernels.TYPES)
+@pytest.mark.parametrize(("rows", "blocks", "tokens"), [(1, 1, 1), (13, 3, 1), (9, 9, 3), (3, 2, 9)])
+def test_mat_vec(runner: CpuRunner, rng: np.random.Generator, name: str, rows: int, blocks: int, tokens: int) -> None:
+    columns = blocks * (32 if name == "q8_0" else 8 if name in kernels.FLOAT_TYPES else 256)
+    cases.check_mat_vec(runner, rng, name, rows, columns, tokens)
+
+
+@pytest.mark.parametrize("name", kernels.TYPES)
+def test_mat_vec_of_long_rows(runner: CpuRunner, rng: np.random.Generator, name: str) -> None:
+    cases.check_mat_vec(runner, rng, name, 3, 2304, 1)
+
+
+@pytest.mark.parametrize("name", kernels.TYPES)
+@pytest.mark.parametrize(("rows", "blocks", "tokens"), [(1, 1, 1), (70, 2, 17), (130, 3, 5)])
+def test_mat_mul(runner: CpuRunner, rng: np.random.Generator, name: str, rows: int, blocks: int, tokens: int) -> None:
+    columns = blocks * (32 if name == "q8_0" else 8 if name in kernels.FLOAT_TYPES else 256)
+    tile_cases.check_mat_mul(runner, rng, name, rows, columns, tokens)
+
+
+@pytest.mark.parametrize(
+    ("gate_type", "down_type", "ff", "columns", "tokens", "experts", "used"),
+    [("q4_k", "q6_k", 256, 256, 19, 3, 2), ("q5_k", "q8_0", 96, 256, 5, 4, 1), ("q6_k", "q4_k", 256, 512, 3, 2, 2),
+     ("q8_0", "q5_k", 256, 96, 4, 3, 2), ("f32", "bf16", 64, 96, 18, 2, 1), ("bf16", "f16", 32, 32, 3, 3, 3)],
+)  # fmt: skip
+def test_group(
+    runner: CpuRunner, rng: np.random.Generator, gate_type: str, down_type: str, ff: int, columns: int, tokens: int,
+    experts: int, used: int,
+) -> None:  # fmt: skip
+    tile_cases.check_group(runner, rng, gate_type, down_type, ff, columns, tokens, experts, used)
+
+
+@pytest.mark.parametrize("name", kernels.TYPES)
+@pytest.mark.parametrize("rows", [[5, 1, 13, 8], [16, 3], [1]])
+def test_mat_vec_many(runner: CpuRunner, rng: np.random.Generator, name: str, rows: list[int]) -> None:
+    cases.check_mat_vec_many(runner, rng, name, rows, 512)
+
+
+@pytest.mark.parametrize("name", kernels.TYPES)
+def test_expand(runner: CpuRunner, rng: np.random.Generator, name: str) -> None:
+    cases.check_expand(runner, rng, name, 5, 1280)
+
+
+@pytest.mark.parametrize(
+    ("gate_type", "down_type"),
+    [("q4_k", "q6_k"), ("q5_k", "q4_k"), ("q6_k", "q5_k"), ("q8_0", "q8_0"), ("f16", "f16"), ("bf16", "f32"),
+     ("f32", "q8_0")],
+)  # fmt: skip
+def test_experts(runner: CpuRunner, rng: np.random.Generator, gate_type: str, down_type: str) -> None:
+    cases.check_experts(runner, rng, gate_type, down_type, 256, 512, 3, 2)
+
+
+def test_experts_of_an_odd_number_of_blocks(runner: CpuRunner, rng: np.random.Generator) -> None:
+    cases.check_experts(runner, rng, "q6_k", "q8_0", 96, 768, 5, 1)
+
+
+def test_an_absent_expert_is_never_silence(runner: CpuRunner, rng: np.random.Generator) -> None:
+    cases.check_absent_expert_is_nan(runner, rng)
+
+
+@pytest.mark.parametrize(("columns", "tokens"), [(32, 1), (1568, 3)])
+def test_rms_norm(runner: CpuRunner, rng: np.random.Generator, columns: int, tokens: int) -> None:
+    cases.check_rms_norm(runner, rng, columns, tokens)
+
+
+def test_silu_mul(runner: CpuRunner, rng: np.random.Generator) -> None:
+    cases.check_silu_mul(runner, rng, 288, 2)
+
+
+@pytest.mark.parametrize("cache", ["f32", "f16"])
+@pytest.mark.parametrize(
+    ("dim", "heads", "kv_heads", "positions", "rotary", "gated"),
+    [(64, 3, 3, [0], 64, False), (128, 4, 2, [62, 63, 64], 32, True), (256, 12, 1, [130], 64, True)],
+)
+def test_attention(
+    runner: CpuRunner,
+    rng: np.random.Generator,
+    cache: str,
+    dim: int,
+    heads: int,
+    kv_heads: int,
+    positions: list[int],
+    rotary: int,
+    gated: bool,
+) -> None:
+    cases.check_attention(runner, rng, cache, dim, heads, kv_heads, positions, rotary, gated)
+
+
+@pytest.mark.parametrize(("channels", "taps", "tokens"), [(130, 4, 1), (64, 4, 7), (33, 2, 3)])
+def test_conv(runner: CpuRunner, rng: np.random.Generator, channels: int, taps: int, tokens: int) -> None:
+    cases.check_conv(runner, rng, channels, taps, tokens)
+
+
+@pytest.mark.parametrize(
+    ("k_dim", "v_dim", "key_heads", "value_heads", "is_grouped", "tokens"),
+    [(128, 128, 2, 4, False, 1), (64, 32, 3, 6, True, 4)],
+)
+def test_delta(
+    runner: CpuRunner,
+    rng: np.random.Generator,
+    k_dim: int,
+    v_dim: int,
+    key_heads: int,
+    value_heads: int,
+    is_grouped: bool,
+    tokens: int,
+) -> None:
+    cases.check_delta(runner, rng, k_dim, v_dim, key_heads, value_heads, is_grouped, tokens)
+
+
+@pytest.mark.parametrize(("experts", "picks", "tokens"), [(32, 4, 3), (512, 10, 2), (1000, 32, 1), (5, 5, 1)])
+def test_route(runner: CpuRunner, rng: np.random.Generator, experts: int, picks: int, tokens: int) -> None:
+    cases.check_route(runner, rng, experts, picks, tokens)
+
+
+def test_resolve(runner: CpuRunner, rng: np.random.Generator) -> None:
+    cases.check_resolve(runner, rng, 128, 8)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_substitution(runner: CpuRunner, rng: np.random.Generator, rule: str) -> None:
+    shapes = ((128, 8), (512, 10), (40, 4))
+    assert sum(cases.check_substitution(runner, rng, *shape, CarRule.parse(rule)) for shape in shapes) > 0
+
+
+def test_nan_logits_show(runner: CpuRunner, rng: np.random.Generator) -> None:
+    cases.check_nan_logits_show(runner, rng)
+
+
+def test_read_memory(runner: CpuRunner, rng: np.random.Generator) -> None:
+    cases.check_read_memory(runner, rng, 40_016, 3)
+
+
+@pytest.mark.parametrize("word", ["answer", "stop"])
+def test_wait_for_misses(runner: CpuRunner, word: str) -> None:
+    misses, run, stop = (runner.put(np.array([value], np.uint32)) for value in (2, 7, 0))
+    reply = runner.put(np.array([6 << 32 | 6, 500, 0, 700], np.uint64))  # the answer of the run before
+    late = runner.put(np.full(3, 99, np.uint64))
+    waiter = threading.Thread(
+        target=runner.launch, args=("wait_for_misses", (1, 1, 1), misses, reply, run, stop, late, 3)
+    )
+    waiter.start()
+    waiter.join(0.05)
+    assert waiter.is_alive()
+    ctypes.c_uint32.from_address((reply if word == "answer" else stop).pointer).value = 7
+    waiter.join(10)
+    assert not waiter.is_alive()
+    assert late.get().tolist() == ([500, 0, 700] if word == "answer" else [0, 0, 0])
+
+
+def test_nobody_waits_when_nothing_is_missing(runner: CpuRunner) -> None:
+    misses, run, stop = (runner.put(np.array([value], np.uint32)) for value in (0, 7, 0))
+    reply, late = runner.put(np.array([6, 500], np.uint64)), runner.put(np.full(1, 99, np.uint64))
+    runner.launch("wait_for_misses", (1, 1, 1), misses, reply, run, stop, late, 1)
+    assert late.get()[0] == 0
+
+
+@pytest.mark.parametrize("name", kernels.QUANTIZED_TYPES)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 256), (13, 768), (67, 512)])
+def test_expand_half(runner: CpuRunner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
+    cases.check_expand_half(runner, rng, name, rows, columns)
+
+
+@pytest.mark.parametrize("elements", [32, 1024, 5 * 1056])
+def test_to_halves(runner: CpuRunner, rng: np.random.Generator, elements: int) -> None:
+    cases.check_to_halves(runner, rng, elements)
+
+
+def test_every_kernel_waits_for_the_one_before_it() -> None:
+    """A chained launch starts early: whatever its kernel did before start_kernel() could meet unfinished work."""
+    text = "".join(kernels.sources().values())
+    group = r"\((?:[^()]|\([^()]*\))*\)"
+    starts = re.findall(rf"\b(?:RESIDENT_)?KERNEL{group}[\s\\]*{group}[\s\\]*{{[\s\\]*(\w+)\(", text)
+    assert len(starts) == text.count("EXPORT_KERNEL(") - text.count("#define EXPORT_KERNEL(")
+    assert set(starts) == {"start_kernel"}
