@@ -154,6 +154,7 @@ class Engine:
             direct=config.direct,
             sub_read_bytes=sub_read_bytes,
             mirrors=mirrors,
+            pace=config.pace,
         )
 
     def _check_experts(self) -> None:

@@ -17,9 +17,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fomoe_io._io_load import PacedReader
 from fomoe_io._pread import PreadReader
 from fomoe_io._uring import MODES, UringReader
 from fomoe_io.errors import ReadError, UsageError
+from fomoe_io.storage.pace import Pace
 from fomoe_io.storage.read_files import ReadFiles
 
 HUGE_PAGE_BYTES = 2 << 20
@@ -241,6 +243,7 @@ def open_reader(
     mirrors: Mapping[int, int] | None = None,
     mode: str = "auto",
     write: bool = False,
+    pace: Pace | None = None,
 ) -> Reader:
     """Open files for reading.
 
@@ -264,6 +267,8 @@ def open_reader(
         In mode "defer" a reader belongs to the thread that first submits to it.
     write : bool
         Write the targets to the files instead of reading them (benchmarks only).
+    pace : Pace, optional
+        Hold completions back as a drive of that bandwidth and latency would (benchmarks only).
 
     Raises
     ------
@@ -277,9 +282,10 @@ def open_reader(
     try:
         if engine == "pread":
             native: NativeReader = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
-            return Reader(native, depth, sub_read_bytes)
+            return Reader(_paced(native, pace), depth, sub_read_bytes)
         try:
-            return Reader(_open_ring(files, depth, sub_read_bytes, mode, write), depth, sub_read_bytes)
+            ring = _open_ring(files, depth, sub_read_bytes, mode, write)
+            return Reader(_paced(ring, pace), depth, sub_read_bytes)
         except OSError as error:
             if engine == "uring" or mode != "auto":
                 fix = {errno.ENOMEM: "ulimit -l unlimited, or ", errno.EINVAL: "", errno.EOPNOTSUPP: ""}.get(
@@ -289,7 +295,7 @@ def open_reader(
                 raise UsageError(error.strerror or str(error), hint=hint) from None
             reason = error.strerror
         native = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
-        return Reader(native, depth, sub_read_bytes, reason)
+        return Reader(_paced(native, pace), depth, sub_read_bytes, reason)
     except BaseException:
         files.close()
         raise
@@ -306,6 +312,10 @@ def _check_options(paths: Sequence[str | Path], engine: str, depth: int, sub_rea
         raise UsageError(f"sub-reads of {sub_read_bytes} bytes: expected a multiple of {ALIGNMENT} below 2 GiB, or 0")
     if mode != "auto" and (mode not in MODES or engine == "pread"):
         raise UsageError(f"{mode!r} is no mode of {engine}", hint=f"uring has {', '.join(MODES)}")
+
+
+def _paced(native: NativeReader, pace: Pace | None) -> NativeReader:
+    return native if pace is None else PacedReader(native, pace.bandwidth, pace.latency_seconds)
 
 
 def _open_ring(files: ReadFiles, depth: int, sub_read_bytes: int, mode: str, write: bool) -> UringReader:

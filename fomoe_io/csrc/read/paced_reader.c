@@ -1,0 +1,145 @@
+#include "paced_reader.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <time.h>
+
+enum { REAP_BATCH = 64, SLEEP_FROM_NS = 200000 /* nearer than that the wait spins: a sleep overshoots by 50 us */ };
+
+typedef struct {
+    uint64_t tag, due_ns;
+    int32_t error;
+    int32_t is_done; /* the other reader has delivered it */
+} paced_read;
+
+struct fomoe_paced_reader {
+    fomoe_reader *inner;
+    double ns_per_byte;
+    uint64_t latency_ns, free_ns; /* when the drive has done all that was submitted */
+    paced_read *reads;            /* in flight, in the order in which they were submitted, so that dues ascend */
+    int count, capacity;
+    fomoe_paced_counters counters;
+};
+
+static uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000ULL + t.tv_nsec;
+}
+
+static int grow(fomoe_paced_reader *p, int count) {
+    if (p->count + count <= p->capacity) return 0;
+    int capacity = 2 * (p->count + count);
+    paced_read *reads = realloc(p->reads, capacity * sizeof *reads);
+    if (!reads) return -ENOMEM;
+    p->reads = reads;
+    p->capacity = capacity;
+    return 0;
+}
+
+static int submit(void *self, const fomoe_read *reads, int count) {
+    fomoe_paced_reader *p = self;
+    int error = grow(p, count);
+    if (!error) error = p->inner->submit(p->inner->self, reads, count);
+    if (error) return error;
+    uint64_t ready_ns = now_ns() + p->latency_ns;
+    for (int i = 0; i < count; i++) {
+        if (p->free_ns < ready_ns) p->free_ns = ready_ns;
+        p->free_ns += (uint64_t)(reads[i].bytes * p->ns_per_byte);
+        p->reads[p->count++] = (paced_read){.tag = reads[i].tag, .due_ns = p->free_ns};
+        p->counters.reads++;
+        p->counters.bytes += reads[i].bytes;
+    }
+    return 0;
+}
+
+/* What the other reader has delivered.  Returns a count, or a negative errno. */
+static int collect(fomoe_paced_reader *p, int wait) {
+    fomoe_completion done[REAP_BATCH];
+    int count = p->inner->reap(p->inner->self, done, REAP_BATCH, wait);
+    uint64_t now = count > 0 ? now_ns() : 0;
+    for (int c = 0; c < count; c++)
+        for (int i = 0; i < p->count; i++) {
+            paced_read *r = &p->reads[i];
+            if (r->is_done || r->tag != done[c].tag) continue;
+            r->is_done = 1;
+            r->error = done[c].error;
+            if (now > r->due_ns) {
+                p->counters.late++;
+                p->counters.late_ns += now - r->due_ns;
+            }
+            break;
+        }
+    return count;
+}
+
+static int take_due(fomoe_paced_reader *p, fomoe_completion *completions, int max) {
+    int taken = 0, kept = 0;
+    uint64_t now = now_ns();
+    for (int i = 0; i < p->count; i++) {
+        paced_read *r = &p->reads[i];
+        if (r->is_done && r->due_ns <= now && taken < max)
+            completions[taken++] = (fomoe_completion){.tag = r->tag, .error = r->error};
+        else
+            p->reads[kept++] = *r;
+    }
+    p->count = kept;
+    return taken;
+}
+
+/* Until the first read is due that the other reader has delivered; 0 when it has delivered none. */
+static int wait_until_due(const fomoe_paced_reader *p) {
+    for (int i = 0; i < p->count; i++) {
+        if (!p->reads[i].is_done) continue;
+        uint64_t now = now_ns(), due = p->reads[i].due_ns;
+        if (due > now + SLEEP_FROM_NS) {
+            uint64_t ns = due - now - SLEEP_FROM_NS / 2;
+            nanosleep(&(struct timespec){.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000}, NULL);
+        }
+        return 1;
+    }
+    return 0;
+}
+
+static int reap(void *self, fomoe_completion *completions, int max, int wait) {
+    fomoe_paced_reader *p = self;
+    while (p->count) {
+        int error = collect(p, 0);
+        if (error < 0) return error;
+        int taken = take_due(p, completions, max);
+        if (taken || !wait) return taken;
+        if (!wait_until_due(p) && (error = collect(p, 1)) < 0) return error;
+    }
+    return 0;
+}
+
+static void promote(void *self, uint64_t tag) {
+    fomoe_paced_reader *p = self;
+    p->inner->promote(p->inner->self, tag);
+}
+
+static void cancel(void *self, uint64_t tag) {
+    fomoe_paced_reader *p = self;
+    p->inner->cancel(p->inner->self, tag);
+}
+
+fomoe_paced_reader *fomoe_paced_reader_new(fomoe_reader *inner, double bandwidth, uint64_t latency_ns) {
+    fomoe_paced_reader *p = calloc(1, sizeof *p);
+    if (!p) return NULL;
+    p->inner = inner;
+    p->ns_per_byte = 1e9 / bandwidth;
+    p->latency_ns = latency_ns;
+    return p;
+}
+
+void fomoe_paced_reader_free(fomoe_paced_reader *p) {
+    if (!p) return;
+    free(p->reads);
+    free(p);
+}
+
+void fomoe_paced_reader_table(fomoe_paced_reader *p, fomoe_reader *table) {
+    *table = (fomoe_reader){.self = p, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel};
+}
+
+const fomoe_paced_counters *fomoe_paced_reader_count(const fomoe_paced_reader *p) { return &p->counters; }
