@@ -6,20 +6,9 @@
 #include <stdint.h>
 
 #include "experts/car.h"
-#include "math/dot.h"
-#include "read/reader.h"
+#include "experts/expert_reads.h"
 #include "experts/residency.h"
-
-enum { FOMOE_PARTS = 3, FOMOE_GATE = 0, FOMOE_UP = 1, FOMOE_DOWN = 2 };
-
-/* One aligned read of an expert's record; a packed record is one, an in-place expert up to three. */
-typedef struct {
-    uint64_t offset;
-    uint32_t bytes;
-    uint32_t slot_offset;
-    int32_t file;
-    int32_t unused;
-} fomoe_extent;
+#include "math/dot.h"
 
 typedef struct {
     int32_t experts;                     /* 0: not a layer of experts */

@@ -15,7 +15,7 @@ static void expert_rows(const fomoe_experts *e, const fomoe_expert_layer *l, int
     fomoe_matrix m = {.type = l->type[part], .row_bytes = l->row_bytes[part],
                       .columns = part == FOMOE_DOWN ? e->shape.hidden : e->shape.columns,
                       .float_activations = e->shape.float_activations};
-    const uint8_t *data = e->slot[i] + l->part_offset[e->ids[i] * FOMOE_PARTS + part];
+    const uint8_t *data = e->slot[i] + l->part_offset[e->plan.ids[i] * FOMOE_PARTS + part];
     for (int64_t r = begin; r < end; r++) {
         const uint8_t *row = data + r * m.row_bytes;
         if (m.float_activations) m.type->to_float(row, expanded, m.columns);

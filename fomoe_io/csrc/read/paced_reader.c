@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "clock.h"
+
 enum { REAP_BATCH = 64, SLEEP_FROM_NS = 200000 /* nearer than that the wait spins: a sleep overshoots by 50 us */ };
 
 typedef struct {
@@ -21,12 +23,6 @@ struct fomoe_paced_reader {
     fomoe_paced_counters counters;
 };
 
-static uint64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000ULL + t.tv_nsec;
-}
-
 static int grow(fomoe_paced_reader *p, int count) {
     if (p->count + count <= p->capacity) return 0;
     int capacity = 2 * (p->count + count);
@@ -42,7 +38,7 @@ static int submit(void *self, const fomoe_read *reads, int count) {
     int error = grow(p, count);
     if (!error) error = p->inner->submit(p->inner->self, reads, count);
     if (error) return error;
-    uint64_t ready_ns = now_ns() + p->latency_ns;
+    uint64_t ready_ns = fomoe_now_ns() + p->latency_ns;
     for (int i = 0; i < count; i++) {
         if (p->free_ns < ready_ns) p->free_ns = ready_ns;
         p->free_ns += (uint64_t)(reads[i].bytes * p->ns_per_byte);
@@ -57,7 +53,7 @@ static int submit(void *self, const fomoe_read *reads, int count) {
 static int collect(fomoe_paced_reader *p, int wait) {
     fomoe_completion done[REAP_BATCH];
     int count = p->inner->reap(p->inner->self, done, REAP_BATCH, wait);
-    uint64_t now = count > 0 ? now_ns() : 0;
+    uint64_t now = count > 0 ? fomoe_now_ns() : 0;
     for (int c = 0; c < count; c++)
         for (int i = 0; i < p->count; i++) {
             paced_read *r = &p->reads[i];
@@ -75,7 +71,7 @@ static int collect(fomoe_paced_reader *p, int wait) {
 
 static int take_due(fomoe_paced_reader *p, fomoe_completion *completions, int max) {
     int taken = 0, kept = 0;
-    uint64_t now = now_ns();
+    uint64_t now = fomoe_now_ns();
     for (int i = 0; i < p->count; i++) {
         paced_read *r = &p->reads[i];
         if (r->is_done && r->due_ns <= now && taken < max)
@@ -91,7 +87,7 @@ static int take_due(fomoe_paced_reader *p, fomoe_completion *completions, int ma
 static int wait_until_due(const fomoe_paced_reader *p) {
     for (int i = 0; i < p->count; i++) {
         if (!p->reads[i].is_done) continue;
-        uint64_t now = now_ns(), due = p->reads[i].due_ns;
+        uint64_t now = fomoe_now_ns(), due = p->reads[i].due_ns;
         if (due > now + SLEEP_FROM_NS) {
             uint64_t ns = due - now - SLEEP_FROM_NS / 2;
             nanosleep(&(struct timespec){.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000}, NULL);
