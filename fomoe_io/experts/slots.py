@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EXTENT = np.dtype(
     [("offset", "<u8"), ("bytes", "<u4"), ("slot_offset", "<u4"), ("file", "<i4"), ("unused", "<i4")], align=True
 )
-"""csrc/cpu/experts.h, fomoe_extent."""
+"""csrc/experts/expert_reads.h, fomoe_extent."""
 
 PARTS = 3
 
