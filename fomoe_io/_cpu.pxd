@@ -10,11 +10,13 @@ cdef extern from "csrc/math/dot.h" nogil:
         void *dot
         void *from_float
         void *to_float
-    int fomoe_use_ggml(const char *base_path, const char *cpu_path, char *message, size_t message_bytes)
-    void fomoe_use_portable()
-    const char *fomoe_kernels_name()
-    const fomoe_type *fomoe_type_of(int32_t type)
-    size_t fomoe_row_bytes(int32_t type, int64_t elements)
+    ctypedef struct fomoe_kernels:
+        pass
+    fomoe_kernels *fomoe_kernels_of_ggml(const char *base_path, const char *cpu_path, char *message, size_t message_bytes)
+    fomoe_kernels *fomoe_kernels_portable()
+    void fomoe_kernels_free(fomoe_kernels *)
+    const fomoe_type *fomoe_type_of(const fomoe_kernels *, int32_t type)
+    size_t fomoe_row_bytes(const fomoe_kernels *, int32_t type, int64_t elements)
 
 cdef extern from "csrc/cpu/threads.h" nogil:
     ctypedef struct fomoe_team:
@@ -277,7 +279,7 @@ cdef extern from "csrc/cpu/program.h" nogil:
         step_arguments arguments "as"
     ctypedef struct fomoe_program:
         pass
-    fomoe_program *fomoe_program_new(fomoe_team *, int64_t scratch_floats)
+    fomoe_program *fomoe_program_new(fomoe_team *, const fomoe_kernels *, int64_t scratch_floats)
     void fomoe_program_free(fomoe_program *)
     int fomoe_program_add(fomoe_program *, const fomoe_step *)
     int fomoe_program_steps(const fomoe_program *)

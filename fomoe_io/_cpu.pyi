@@ -4,18 +4,30 @@ import numpy as np
 
 FloatVector = np.ndarray | None
 
-def use_kernels(base_path: bytes | None, cpu_path: bytes | None) -> str: ...
-def type_info(type: int) -> tuple[int, int, int] | None: ...
-def row_bytes(type: int, elements: int) -> int: ...
+class Kernels:
+    name: str
+    def __init__(self, base_path: bytes | None = None, cpu_path: bytes | None = None) -> None: ...
+    @property
+    def address(self) -> int: ...
+    def type_info(self, type: int) -> tuple[int, int, int] | None: ...
+    def row_bytes(self, type: int, elements: int) -> int: ...
 
 class Team:
     threads: int
     def __init__(self, threads: int) -> None: ...
 
 class Matrix:
+    kernels: Kernels
     owner: object
     def __init__(
-        self, address: int, type: int, rows: int, columns: int, float_activations: bool, owner: object
+        self,
+        kernels: Kernels,
+        address: int,
+        type: int,
+        rows: int,
+        columns: int,
+        float_activations: bool,
+        owner: object,
     ) -> None: ...
     @property
     def rows(self) -> int: ...
@@ -25,7 +37,7 @@ class Matrix:
     def activation_type(self) -> int: ...
 
 class Rows:
-    def __init__(self, columns: int, tokens: int, type: int = 0) -> None: ...
+    def __init__(self, kernels: Kernels, columns: int, tokens: int, type: int = 0) -> None: ...
     @property
     def columns(self) -> int: ...
     @property
@@ -34,10 +46,12 @@ class Rows:
     def stride_bytes(self) -> int: ...
 
 class Experts:
+    kernels: Kernels
     most: int
     counts: tuple[int, ...]
     def __init__(
         self,
+        kernels: Kernels,
         shape: dict[str, int],
         layers: list[dict[str, Any] | None],
         slots: np.ndarray,
@@ -62,7 +76,8 @@ class Trace:
     def flush(self) -> int: ...
 
 class Program:
-    def __init__(self, team: Team, scratch_floats: int) -> None: ...
+    kernels: Kernels
+    def __init__(self, team: Team, kernels: Kernels, scratch_floats: int) -> None: ...
     def trace(self, trace: Trace | None) -> None: ...
     @property
     def steps(self) -> int: ...

@@ -68,7 +68,8 @@ class Engine:
         started = time.monotonic()
         self.store = store
         self.config = config
-        self.kernels = dot_library.use(config.kernels)
+        self._kernels = dot_library.open_kernels(config.kernels)
+        self.kernels = self._kernels.name
         self.metadata = store.metadata
         self.model_name = store.model_name
         model = model_of(store.metadata)
@@ -170,7 +171,7 @@ class Engine:
                     f"expected {s.experts} of {expected}"
                 )
             for part in found.parts:
-                if _cpu.type_info(int(part.type)) is None:
+                if self._kernels.type_info(int(part.type)) is None:
                     raise FormatError(
                         f"blk.{layer} expert {part.name} has type number {int(part.type)}, "
                         f"which the {self.kernels} kernels do not know"
@@ -186,7 +187,7 @@ class Engine:
             if not name.startswith("blk.") or int(name.split(".")[1]) < s.layers
         }
         self._float = self.config.activations == "float32"
-        self._weights = Weights(resident, float_activations=self._float)
+        self._weights = Weights(resident, self._kernels, float_activations=self._float)
         layers = {i: self.store.experts[i] for i in range(s.layers)}
         layouts = {i: slot_layout(layer) for i, layer in layers.items()}
         self._expert_inputs = {
@@ -200,6 +201,7 @@ class Engine:
         self.reader.register_buffers(self._pool.address, self.budgets.pool_bytes)
         tiers = self._tier_slots()
         self._experts = _cpu.Experts(
+            self._kernels,
             self._experts_shape(self.budgets.batch_tokens),
             native,
             tiers,
@@ -218,7 +220,7 @@ class Engine:
 
     def _activation_type(self, weight_type: int) -> int:
         """What a product with weights of this type reads: its own activation type, or floats (0)."""
-        info = _cpu.type_info(weight_type)
+        info = self._kernels.type_info(weight_type)
         return 0 if self._float or info is None else info[0]
 
     def _tier_slots(self) -> np.ndarray:
@@ -267,6 +269,7 @@ class Engine:
         widest = max(s.columns, s.hidden, s.shared_hidden, s.experts, channels, s.heads * s.head_columns)
         recorder = Recorder(
             self._team,
+            self._kernels,
             batch_tokens=batch_tokens,
             context_tokens=self.context_tokens,
             # attention scores of a whole context, or the widest row (twice: normalised q and k)

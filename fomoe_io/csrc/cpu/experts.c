@@ -386,7 +386,7 @@ void fomoe_step_lookahead(const fomoe_step *step, fomoe_run *run, int thread) {
     while (fomoe_take(&run->next[run->step], router->rows, 32, &begin, &end))
         for (int64_t r = begin; r < end; r++) {
             router->type->to_float(router->data + r * router->row_bytes, row, router->columns);
-            fomoe_type_of(0)->dot(router->columns, &logits[r], 0, row, 0, x, 0, 1);
+            fomoe_type_of(run->kernels, 0)->dot(router->columns, &logits[r], 0, row, 0, x, 0, 1);
         }
     fomoe_team_barrier(run->team);
     /* the drive idles: the layer's own reads have all been waited for */

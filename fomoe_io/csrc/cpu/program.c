@@ -12,17 +12,19 @@
 
 struct fomoe_program {
     fomoe_team *team;
+    const fomoe_kernels *kernels;
     fomoe_step *steps;
     int count, capacity;
     float **scratch;
     _Atomic int64_t *next;
 };
 
-fomoe_program *fomoe_program_new(fomoe_team *team, int64_t scratch_floats) {
+fomoe_program *fomoe_program_new(fomoe_team *team, const fomoe_kernels *kernels, int64_t scratch_floats) {
     fomoe_program *program = calloc(1, sizeof *program);
     if (!program) return NULL;
     int threads = fomoe_team_size(team);
     program->team = team;
+    program->kernels = kernels;
     program->scratch = calloc(threads, sizeof *program->scratch);
     if (!program->scratch) goto fail;
     for (int i = 0; i < threads; i++) {
@@ -83,6 +85,7 @@ static void replay(void *argument, int thread) {
 
 int fomoe_program_run(fomoe_program *program, fomoe_run *run) {
     run->team = program->team;
+    run->kernels = program->kernels;
     run->threads = fomoe_team_size(program->team);
     run->scratch = program->scratch;
     run->next = program->next;
@@ -118,11 +121,11 @@ void fomoe_step_embed(const fomoe_step *step, fomoe_run *run, int thread) {
     }
 }
 
-static void convert_row(const float *x, const fomoe_rows *output, int64_t i) {
+static void convert_row(const fomoe_run *run, const float *x, const fomoe_rows *output, int64_t i) {
     if (output->type == 0)
         memcpy(fomoe_row(output, i), x, output->columns * sizeof(float));
     else
-        fomoe_type_of(output->type)->from_float(x, fomoe_row(output, i), output->columns);
+        fomoe_type_of(run->kernels, output->type)->from_float(x, fomoe_row(output, i), output->columns);
 }
 
 void fomoe_step_norm(const fomoe_step *step, fomoe_run *run, int thread) {
@@ -132,7 +135,7 @@ void fomoe_step_norm(const fomoe_step *step, fomoe_run *run, int thread) {
     float *y = run->scratch[thread];
     for (int i = thread; i < rows; i += run->threads) {
         fomoe_rms_norm(input->columns, fomoe_float_row(input, first + i), step->as.norm.weight, step->as.norm.epsilon, y);
-        for (int o = 0; o < step->as.norm.count; o++) convert_row(y, &step->as.norm.outputs[o], i);
+        for (int o = 0; o < step->as.norm.count; o++) convert_row(run, y, &step->as.norm.outputs[o], i);
         if (step->as.norm.of_outputs && run->record.final_norm)
             memcpy(run->record.final_norm + (int64_t)i * input->columns, y, input->columns * sizeof(float));
     }
@@ -140,7 +143,7 @@ void fomoe_step_norm(const fomoe_step *step, fomoe_run *run, int thread) {
 
 void fomoe_step_quantize(const fomoe_step *step, fomoe_run *run, int thread) {
     for (int t = thread; t < run->tokens; t += run->threads)
-        convert_row(fomoe_float_row(&step->as.quantize.input, t), &step->as.quantize.output, t);
+        convert_row(run, fomoe_float_row(&step->as.quantize.input, t), &step->as.quantize.output, t);
 }
 
 void fomoe_step_silu_mul(const fomoe_step *step, fomoe_run *run, int thread) {
@@ -148,7 +151,7 @@ void fomoe_step_silu_mul(const fomoe_step *step, fomoe_run *run, int thread) {
     float *y = run->scratch[thread];
     for (int t = thread; t < run->tokens; t += run->threads) {
         fomoe_silu_mul(gate->columns, fomoe_float_row(gate, t), fomoe_float_row(up, t), y);
-        convert_row(y, &step->as.silu_mul.output, t);
+        convert_row(run, y, &step->as.silu_mul.output, t);
     }
 }
 
@@ -162,7 +165,7 @@ static void multiply_rows(const fomoe_product *part, fomoe_run *run, int thread,
         const uint8_t *row = m->data + r * m->row_bytes;
         if (m->float_activations) m->type->to_float(row, expanded, m->columns);
         for (int t = 0; t < count; t++) {
-            float y = fomoe_row_dot(m, row, fomoe_row(&part->input, t), expanded);
+            float y = fomoe_row_dot(run, m, row, fomoe_row(&part->input, t), expanded);
             float *out = logits ? logits + (int64_t)t * m->rows + r : fomoe_float_row(&part->output, t) + r;
             *out = part->add ? *out + y : y;
         }

@@ -55,6 +55,7 @@ typedef struct {
     fomoe_trace *trace;   /* NULL: none is written */
     /* filled by fomoe_program_run */
     fomoe_team *team;
+    const fomoe_kernels *kernels;
     int32_t threads;
     float **scratch; /* one area a thread */
     _Atomic int64_t *failure; /* 0, or where and why the run fails: see fomoe_fail */
@@ -168,7 +169,8 @@ struct fomoe_step {
 
 typedef struct fomoe_program fomoe_program;
 
-fomoe_program *fomoe_program_new(fomoe_team *team, int64_t scratch_floats);
+/* The kernels must be those of the matrices and experts of its steps. */
+fomoe_program *fomoe_program_new(fomoe_team *team, const fomoe_kernels *kernels, int64_t scratch_floats);
 void fomoe_program_free(fomoe_program *);
 /* The step is copied.  0, or -1 when memory runs out. */
 int fomoe_program_add(fomoe_program *, const fomoe_step *);
@@ -216,10 +218,11 @@ static inline int fomoe_take(_Atomic int64_t *next, int64_t total, int64_t chunk
 }
 
 /* y = row . x for one weight row and one activation row */
-static inline float fomoe_row_dot(const fomoe_matrix *m, const uint8_t *row, const uint8_t *x, const float *expanded) {
+static inline float fomoe_row_dot(const fomoe_run *run, const fomoe_matrix *m, const uint8_t *row, const uint8_t *x,
+                                  const float *expanded) {
     float y;
     if (m->float_activations)
-        fomoe_type_of(0)->dot(m->columns, &y, 0, expanded, 0, x, 0, 1);
+        fomoe_type_of(run->kernels, 0)->dot(m->columns, &y, 0, expanded, 0, x, 0, 1);
     else
         m->type->dot(m->columns, &y, 0, row, 0, x, 0, 1);
     return y;
