@@ -1,6 +1,8 @@
 # The C side of the CPU backend: what csrc/*.h declares.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
+from fomoe_io._gate cimport fomoe_watch
+
 cdef extern from "csrc/math/dot.h" nogil:
     ctypedef struct fomoe_type:
         int32_t type
@@ -107,7 +109,8 @@ cdef extern from "csrc/cpu/experts.h" nogil:
     void fomoe_experts_set_car(fomoe_experts *, const fomoe_car *)
     const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *)
     const int64_t *fomoe_experts_picks(const fomoe_experts *)
-    int fomoe_experts_warm(fomoe_experts *, int layer, const int32_t *experts, const double *scores, int count)
+    int fomoe_experts_warm(fomoe_experts *, int layer, const int32_t *experts, const double *scores, int count,
+                           fomoe_watch *)
     void fomoe_experts_failure(const fomoe_experts *, int *layer, int *expert)
 
 cdef extern from "csrc/cpu/program.h" nogil:
@@ -141,6 +144,7 @@ cdef extern from "csrc/cpu/program.h" nogil:
         int32_t substitute
         fomoe_record record
         fomoe_trace *trace
+        fomoe_watch *watch
     ctypedef struct fomoe_product:
         fomoe_matrix matrix
         fomoe_rows input

@@ -7,6 +7,8 @@ from posix.stdlib cimport posix_memalign
 
 import numpy as np
 
+from fomoe_io._gate cimport Gate
+
 F32 = 0  # ggml's number
 
 
@@ -206,12 +208,13 @@ cdef class Experts:
         s.float_activations = shape["float_activations"]
         return fomoe_experts_workspace_bytes(&s)
 
-    def warm(self, int layer, const int32_t[::1] experts, const double[::1] scores):
+    def warm(self, int layer, const int32_t[::1] experts, const double[::1] scores, Gate gate=None):
         cdef int error, count = experts.shape[0]
+        cdef fomoe_watch *watch = NULL if gate is None else &gate.watch
         if count == 0:
             return 0
         with nogil:
-            error = fomoe_experts_warm(self.c, layer, &experts[0], &scores[0], count)
+            error = fomoe_experts_warm(self.c, layer, &experts[0], &scores[0], count, watch)
         return error
 
     def set_lookahead(self, int ranks):
@@ -538,8 +541,9 @@ cdef class Program:
 
     def run(self, const int32_t[::1] ids, int outputs, int64_t position, uintptr_t state, float[:, ::1] logits,
             int32_t[:, :, ::1] experts=None, float[:, :, ::1] weights=None, float[:, :, ::1] router_logits=None,
-            float[:, :, ::1] layer_output=None, float[:, ::1] final_norm=None, bint substitute=False):
-        """0, or a negative errno.  logits: [outputs, vocabulary]; the rest are records, [layers, tokens, ...]."""
+            float[:, :, ::1] layer_output=None, float[:, ::1] final_norm=None, bint substitute=False,
+            Gate gate=None):
+        """0, or a negative errno; the gate may end it.  logits: [outputs, vocabulary]; the rest are records, [layers, tokens, ...]."""
         cdef fomoe_run r
         cdef int error
         memset(&r, 0, sizeof(r))
@@ -550,6 +554,7 @@ cdef class Program:
         r.state = <uint8_t *>state
         r.logits = &logits[0, 0] if outputs else NULL
         r.substitute = substitute
+        r.watch = NULL if gate is None else &gate.watch
         r.trace = NULL if self.tracer is None else self.tracer.c
         if experts is not None:
             r.record.experts = &experts[0, 0, 0]

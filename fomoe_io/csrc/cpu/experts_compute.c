@@ -31,7 +31,7 @@ static void gate_and_up(fomoe_experts *e, const fomoe_step *step, fomoe_run *run
     const fomoe_expert_layer *l = &e->layer[step->as.experts.layer];
     const fomoe_rows *input = step->as.experts.input;
     int64_t hidden = e->shape.hidden, total = e->group_count * hidden, begin, end;
-    while (fomoe_take(&e->next_up, total, chunk_of(total, run->threads), &begin, &end))
+    while (fomoe_take_of(run, thread, &e->next_up, total, chunk_of(total, run->threads), &begin, &end))
         while (begin < end) {
             int g = begin / hidden;
             int64_t r = begin % hidden, stop = r + (end - begin) < hidden ? r + (end - begin) : hidden;
@@ -47,7 +47,7 @@ static void activations(fomoe_experts *e, const fomoe_step *step, fomoe_run *run
     const fomoe_expert_layer *l = &e->layer[step->as.experts.layer];
     int type = e->shape.float_activations ? 0 : l->type[FOMOE_DOWN]->activation_type;
     int64_t hidden = e->shape.hidden, begin, end;
-    while (fomoe_take(&e->next_activation, e->group_count, 1, &begin, &end)) {
+    while (fomoe_take_of(run, thread, &e->next_activation, e->group_count, 1, &begin, &end)) {
         int i = e->group[begin];
         for (int j = e->first[i]; j < e->first[i + 1]; j++) {
             int64_t member = e->members[j];
@@ -61,7 +61,7 @@ static void activations(fomoe_experts *e, const fomoe_step *step, fomoe_run *run
 static void down(fomoe_experts *e, const fomoe_step *step, fomoe_run *run, int thread) {
     const fomoe_expert_layer *l = &e->layer[step->as.experts.layer];
     int64_t columns = e->shape.columns, total = e->group_count * columns, begin, end;
-    while (fomoe_take(&e->next_down, total, chunk_of(total, run->threads), &begin, &end))
+    while (fomoe_take_of(run, thread, &e->next_down, total, chunk_of(total, run->threads), &begin, &end))
         while (begin < end) {
             int g = begin / columns;
             int64_t r = begin % columns, stop = r + (end - begin) < columns ? r + (end - begin) : columns;
@@ -88,7 +88,7 @@ void fomoe_step_combine(const fomoe_step *step, fomoe_run *run, int thread) {
     const fomoe_rows *shared = &step->as.combine.shared, *gate = &step->as.combine.shared_gate;
     float sum[BLOCK];
     int64_t begin, end;
-    while (fomoe_take(&run->next[run->step], (int64_t)run->tokens * blocks, 1, &begin, &end)) {
+    while (fomoe_take_of(run, thread, &run->next[run->step], (int64_t)run->tokens * blocks, 1, &begin, &end)) {
         int t = begin / blocks, first = begin % blocks * BLOCK, n = columns - first < BLOCK ? columns - first : BLOCK;
         const float *weights = fomoe_float_row(&step->as.combine.weights, t);
         memset(sum, 0, sizeof sum);

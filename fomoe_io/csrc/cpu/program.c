@@ -17,6 +17,7 @@ struct fomoe_program {
     int count, capacity;
     float **scratch;
     _Atomic int64_t *next;
+    fomoe_experts *experts; /* of its steps, or NULL */
 };
 
 fomoe_program *fomoe_program_new(fomoe_team *team, const fomoe_kernels *kernels, int64_t scratch_floats) {
@@ -61,6 +62,7 @@ int fomoe_program_add(fomoe_program *program, const fomoe_step *step) {
         program->capacity = capacity;
     }
     program->steps[program->count++] = *step;
+    if (step->execute == fomoe_step_experts_begin) program->experts = step->as.experts.experts;
     return 0;
 }
 
@@ -77,6 +79,7 @@ static void replay(void *argument, int thread) {
     for (int i = 0; i < program->count; i++) {
         run.step = i;
         program->steps[i].execute(&program->steps[i], &run, thread);
+        if (!thread) fomoe_ask(&run);
         fomoe_team_barrier(program->team);
         int64_t failure = atomic_load_explicit(run.failure, memory_order_relaxed);
         if (failure && (failure >> 32) - 1 <= i) break;
@@ -94,6 +97,7 @@ int fomoe_program_run(fomoe_program *program, fomoe_run *run) {
     for (int i = 0; i < program->count; i++) atomic_store_explicit(&program->next[i], 0, memory_order_relaxed);
     replay_argument argument = {program, run};
     fomoe_team_run(program->team, replay, &argument);
+    if (atomic_load(&failure) && program->experts) fomoe_experts_abandon(program->experts);
     return -(int)(uint32_t)atomic_load(&failure);
 }
 
@@ -181,8 +185,7 @@ void fomoe_step_mat_mul(const fomoe_step *step, fomoe_run *run, int thread) {
     /* About eight turns a thread even out a busy neighbour; 8 rows fill an output cache line's half. */
     int64_t chunk = total / (run->threads * 8);
     chunk = chunk < 8 ? 8 : chunk > 64 ? 64 : chunk;
-    if (run->threads == 1) chunk = total;
-    while (fomoe_take(&run->next[run->step], total, chunk, &begin, &end)) {
+    while (fomoe_take_of(run, thread, &run->next[run->step], total, chunk, &begin, &end)) {
         int64_t first = 0;
         for (int p = 0; p < parts && begin < end; p++) {
             const fomoe_product *part = &step->as.mat_mul.parts[p];
@@ -203,7 +206,7 @@ void fomoe_step_conv(const fomoe_step *step, fomoe_run *run, int thread) {
     float *state = (float *)(run->state + step->as.conv.state_offset);
     int64_t begin, end;
     /* 512 channels: work for about a microsecond */
-    while (fomoe_take(&run->next[run->step], channels, 512, &begin, &end))
+    while (fomoe_take_of(run, thread, &run->next[run->step], channels, 512, &begin, &end))
         for (int t = 0; t < run->tokens; t++)
             fomoe_conv_step(end - begin, taps, step->as.conv.weight + begin * taps,
                             fomoe_float_row(&step->as.conv.input, t) + begin, state + begin, channels,
@@ -232,7 +235,7 @@ static void delta_head(const fomoe_step *step, fomoe_run *run, int thread, int h
 
 void fomoe_step_delta(const fomoe_step *step, fomoe_run *run, int thread) {
     int64_t begin, end;
-    while (fomoe_take(&run->next[run->step], step->as.delta.value_heads, 1, &begin, &end))
+    while (fomoe_take_of(run, thread, &run->next[run->step], step->as.delta.value_heads, 1, &begin, &end))
         delta_head(step, run, thread, begin);
 }
 
@@ -253,7 +256,7 @@ void fomoe_step_kv(const fomoe_step *step, fomoe_run *run, int thread) {
     int heads = step->as.kv.heads, kv_heads = step->as.kv.kv_heads, n = step->as.kv.head_columns;
     int rotated = step->as.kv.rotated, per_token = heads + kv_heads;
     int64_t begin, end;
-    while (fomoe_take(&run->next[run->step], (int64_t)run->tokens * per_token, 4, &begin, &end)) {
+    while (fomoe_take_of(run, thread, &run->next[run->step], (int64_t)run->tokens * per_token, 4, &begin, &end)) {
         for (int64_t i = begin; i < end; i++) {
             int t = i / per_token, head = i % per_token;
             const float *table = fomoe_float_row(&step->as.kv.table, t);
@@ -279,7 +282,7 @@ void fomoe_step_attention(const fomoe_step *step, fomoe_run *run, int thread) {
     int heads = step->as.attention.heads, n = step->as.attention.head_columns;
     int group = heads / step->as.attention.kv_heads;
     int64_t context = step->as.attention.context, begin, end;
-    while (fomoe_take(&run->next[run->step], (int64_t)run->tokens * heads, 1, &begin, &end)) {
+    while (fomoe_take_of(run, thread, &run->next[run->step], (int64_t)run->tokens * heads, 1, &begin, &end)) {
         int t = begin / heads, head = begin % heads;
         const float *q = fomoe_float_row(&step->as.attention.query, t) + (int64_t)head * step->as.attention.query_stride;
         float *out = fomoe_float_row(&step->as.attention.output, t) + head * n;

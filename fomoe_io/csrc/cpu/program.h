@@ -6,11 +6,13 @@
 #ifndef FOMOE_PROGRAM_H
 #define FOMOE_PROGRAM_H
 
+#include <errno.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #include "math/dot.h"
+#include "read/watch.h"
 #include "experts.h"
 #include "threads.h"
 #include "experts/trace.h"
@@ -53,6 +55,7 @@ typedef struct {
     int32_t substitute;   /* 1: experts may stand in for others, when this is a single token */
     fomoe_record record;
     fomoe_trace *trace;   /* NULL: none is written */
+    fomoe_watch *watch;   /* NULL: the run goes on to its end */
     /* filled by fomoe_program_run */
     fomoe_team *team;
     const fomoe_kernels *kernels;
@@ -175,7 +178,8 @@ void fomoe_program_free(fomoe_program *);
 /* The step is copied.  0, or -1 when memory runs out. */
 int fomoe_program_add(fomoe_program *, const fomoe_step *);
 int fomoe_program_steps(const fomoe_program *);
-/* 0, or a negative errno (a read failed). */
+/* 0, or a negative errno: a read failed, or -ECANCELED when the watch ended the run.  No read of a failed run is in
+ * flight any more, and its experts' slots are free or whole. */
 int fomoe_program_run(fomoe_program *, fomoe_run *);
 
 /* The ops, for fomoe_step.execute */
@@ -208,6 +212,15 @@ static inline void fomoe_fail(fomoe_run *run, int error) {
     atomic_compare_exchange_strong(run->failure, &none, ((int64_t)(run->step + 1) << 32) | (uint32_t)-error);
 }
 
+static inline int fomoe_failed(const fomoe_run *run) {
+    return atomic_load_explicit(run->failure, memory_order_relaxed) != 0;
+}
+
+/* Thread 0, which began the run, asks whether it shall end. */
+static inline void fomoe_ask(fomoe_run *run) {
+    if (fomoe_watch_ended(run->watch)) fomoe_fail(run, -ECANCELED);
+}
+
 /* Take the next chunk of 0..total of a step's work: sets *begin and *end, 0 when none is left. */
 static inline int fomoe_take(_Atomic int64_t *next, int64_t total, int64_t chunk, int64_t *begin, int64_t *end) {
     int64_t b = atomic_fetch_add_explicit(next, chunk, memory_order_relaxed);
@@ -215,6 +228,13 @@ static inline int fomoe_take(_Atomic int64_t *next, int64_t total, int64_t chunk
     *begin = b;
     *end = b + chunk < total ? b + chunk : total;
     return 1;
+}
+
+/* As fomoe_take, and nothing is left of a run that fails: steps take long when a batch is large. */
+static inline int fomoe_take_of(fomoe_run *run, int thread, _Atomic int64_t *next, int64_t total, int64_t chunk,
+                                int64_t *begin, int64_t *end) {
+    if (!thread) fomoe_ask(run);
+    return !fomoe_failed(run) && fomoe_take(next, total, chunk, begin, end);
 }
 
 /* y = row . x for one weight row and one activation row */
