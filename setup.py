@@ -38,6 +38,7 @@ BUILDS = {
 BUILD = os.environ.get("FOMOE_BUILD", "release")
 
 SOURCES = {
+    "_gate": [],
     "_uring": ["read/ring.c", "read/read_table.c"],
     "_pread": ["read/pread_pool.c", "read/read_table.c"],
     "_io_load": ["read/io_load.c", "read/mmap_reader.c", "read/paced_reader.c"],

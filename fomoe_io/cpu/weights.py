@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import gguf
 import numpy as np
 
-from fomoe_io import _cpu
-from fomoe_io._cpu import Matrix
+from fomoe_io._cpu import Kernels, Matrix
 from fomoe_io.errors import FormatError
 from fomoe_io.storage.reader import Memory, Reader, ReadRequest, aligned_memory
 
@@ -38,6 +37,8 @@ class Weights:
     ----------
     tensors : mapping of str to TensorInfo
         What to load; the token embedding is left on disk unless it is also the output matrix.
+    kernels : Kernels
+        What they are multiplied with.
     float_activations : bool
         Matrices expand their rows to float32 instead of quantizing activations.
     """
@@ -45,8 +46,9 @@ class Weights:
     EMBEDDING = "token_embd.weight"
     OUTPUT = "output.weight"
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], *, float_activations: bool) -> None:
+    def __init__(self, tensors: Mapping[str, TensorInfo], kernels: Kernels, *, float_activations: bool) -> None:
         self._tensors = tensors
+        self._kernels = kernels
         self._loaded = False
         self._float_activations = float_activations
         self._vectors: dict[str, np.ndarray] = {}
@@ -78,7 +80,7 @@ class Weights:
         return self._tensors[name]
 
     def _check_type(self, tensor: TensorInfo) -> None:
-        if _cpu.type_info(int(tensor.type)) is None:
+        if self._kernels.type_info(int(tensor.type)) is None:
             raise FormatError(
                 f"{tensor.name} has type {gguf.GGMLQuantizationType(tensor.type).name}, "
                 "which the CPU kernels in use do not know",
@@ -94,7 +96,8 @@ class Weights:
         if shape != (columns, rows):
             raise FormatError(f"{name} has shape {list(tensor.shape)}, expected [{columns}, {rows}]")
         self._check_type(tensor)
-        return Matrix(self._addresses[name], int(tensor.type), rows, columns, self._float_activations, self._memory)
+        place, kind = self._addresses[name], int(tensor.type)
+        return Matrix(self._kernels, place, kind, rows, columns, self._float_activations, self._memory)
 
     def embedding(self, columns: int, rows: int) -> tuple[Matrix, int, int]:
         """(matrix, file, offset): in memory when tied to the output (file -1), else read a row at a time."""
@@ -104,7 +107,7 @@ class Weights:
         if tuple(tensor.shape) != (columns, rows):
             raise FormatError(f"{tensor.name} has shape {list(tensor.shape)}, expected [{columns}, {rows}]")
         self._check_type(tensor)
-        return Matrix(0, int(tensor.type), rows, columns, False, None), tensor.file, tensor.offset
+        return Matrix(self._kernels, 0, int(tensor.type), rows, columns, False, None), tensor.file, tensor.offset
 
     def vector(self, name: str, length: int) -> np.ndarray:
         """A small tensor of any type, as contiguous float32 of `length` elements."""

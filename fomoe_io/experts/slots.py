@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 
-from fomoe_io import _cpu
 from fomoe_io.cpu.weights import PAGE_BYTES
+from fomoe_io.storage.gguf import tensor_bytes
 
 if TYPE_CHECKING:
     from fomoe_io.storage.store import ExpertLayer
@@ -129,7 +130,7 @@ def native_layers(
             {
                 "experts": layer.n_experts,
                 "types": [int(part.type) for part in layer.parts],
-                "row_bytes": [_cpu.row_bytes(int(part.type), part.shape[0]) for part in layer.parts],
+                "row_bytes": [tensor_bytes(GGMLQuantizationType(part.type), part.shape[:1]) for part in layer.parts],
                 "extents": layout.extents,
                 "extent_count": layout.extent_count,
                 "part_offset": layout.part_offset,

@@ -317,6 +317,9 @@ class DeviceEngine(Engine):
     def _slots_of(self, layer: int) -> int:
         return int(self.budgets.slots[layer].sum())
 
+    def _warm_layer(self, layer: int, order: np.ndarray, scores: np.ndarray) -> int:
+        return self._experts.warm(layer, order, scores)
+
     # ---- running ----
 
     def _graph(self, outputs: int) -> Graph:
@@ -416,6 +419,7 @@ class DeviceEngine(Engine):
         UsageError
             Another one is open.
         """
+        self.gate.check()
         if self.live_session is not None:
             raise UsageError("a GPU engine holds one session at a time; close() the other first")
         self.live_session = DeviceSession(self)
@@ -434,7 +438,7 @@ class DeviceEngine(Engine):
     def statistics(self) -> dict[str, Any]:
         """As :meth:`Engine.statistics`, with what a device adds: bytes over the link, launches, synchronisations."""
         result = super().statistics()
-        now = self._experts.counters()
+        now = self._counters()
         c = {key: now[key] - self._base[key] for key in now}
         calls = device.counts()
         result["device"] = self.device_name
@@ -450,8 +454,7 @@ class DeviceEngine(Engine):
         self._calls = device.counts()
         super().reset_statistics()
 
-    def close(self) -> None:
-        """Give device and host memory back.  Idempotent."""
+    def _release(self) -> None:
         gpu = self.__dict__.get("gpu")
         if gpu is not None and "_experts" in self.__dict__:
             gpu.stream.synchronize()
@@ -459,7 +462,7 @@ class DeviceEngine(Engine):
         self._graphs.clear()
         for name in ("_recorded", "_prompts", "_products"):
             self.__dict__.pop(name, None)
-        super().close()
+        super()._release()
         for registration in self.__dict__.pop("_registrations", []):
             registration.close()
         self.__dict__.pop("_shared_words", None)

@@ -83,6 +83,7 @@ class _Table(ctypes.Structure):
         ("reap", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)),
         ("promote", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)),
         ("cancel", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)),
+        ("wait", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)),
     )
 
 
@@ -109,6 +110,9 @@ class Reader:
 
     PIECE_BYTES = 4 << 20
     """Blocking reads are cut into pieces of this size, so that several are in flight."""
+
+    WAIT_MS = 100
+    """Of one native wait: signal handlers run between them."""
 
     def __init__(
         self, native: NativeReader, depth: int, sub_read_bytes: int = 0, fallback_reason: str | None = None
@@ -178,6 +182,8 @@ class Reader:
     def reap(self, most: int = 64, *, wait: bool = True) -> list[tuple[int, int]]:
         """Completions as (tag, 0 or negative errno); empty when nothing is in flight (or ready)."""
         done = (_Completion * most)()
+        while wait and not self._table.wait(self._table.self, self.WAIT_MS):
+            pass
         count = self._table.reap(self._table.self, ctypes.addressof(done), most, int(wait))
         if count < 0:
             raise ReadError(f"waiting for reads failed: {os.strerror(-count)}")
@@ -197,7 +203,7 @@ class Reader:
         Raises
         ------
         ReadError
-            Names the file and offset; no read is in flight any more.
+            Names the file and offset; no read is in flight any more, nor after an interrupt.
         """
         pieces = [
             (file, offset + start, address + start, min(self.PIECE_BYTES, size - start))
@@ -208,10 +214,17 @@ class Reader:
             return
         self.submit(pieces)
         left, failed = len(pieces), 0
-        while left:
-            done = self.reap()
-            left -= len(done)
-            failed = failed or next((error for _, error in done if error), 0)
+        try:
+            while left:
+                done = self.reap()
+                left -= len(done)
+                failed = failed or next((error for _, error in done if error), 0)
+        except BaseException:
+            for tag in range(len(pieces)):
+                self.cancel(tag)
+            while self.reap():
+                pass
+            raise
         if failed:
             raise ReadError(self.last_error or os.strerror(-failed), hint="check the drive (dmesg, smartctl)")
 

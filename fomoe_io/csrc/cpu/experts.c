@@ -75,7 +75,7 @@ fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *shape, const fomoe_e
     e->shape = *shape;
     e->residency = residency;
     e->reader = reader;
-    e->first_layer = -1;
+    e->first_layer = e->open_layer = -1;
     fomoe_offers_start(&e->offers, residency, reader);
     e->layer = malloc(shape->layers * sizeof *e->layer);
     if (!e->layer) goto fail;
@@ -250,12 +250,19 @@ static void list_members(fomoe_experts *e, const fomoe_rows *ids, int tokens) {
     fomoe_plan_end(&e->plan);
 }
 
-/* Collect completions; wait for one when asked. */
-static void reap(fomoe_experts *e, int layer, int wait) {
+/* Wait until a read has come back; a failure when the watch ends the work before. */
+static void await(fomoe_experts *e, int layer, fomoe_watch *watch) {
+    int64_t start = fomoe_now_ns();
+    int ready = 0, ended = 0;
+    while (!ready && !(ended = fomoe_watch_ended(watch))) ready = e->reader->wait(e->reader->self, FOMOE_POLL_MS);
+    e->counters.stall_ns += fomoe_now_ns() - start;
+    if (ended || ready < 0) fail(e, layer, 0, ended ? -ECANCELED : ready);
+}
+
+/* Collect what has come back. */
+static void reap(fomoe_experts *e, int layer) {
     fomoe_completion done[REAP_BATCH];
-    int64_t start = wait ? fomoe_now_ns() : 0;
-    int count = e->reader->reap(e->reader->self, done, REAP_BATCH, wait);
-    if (wait) e->counters.stall_ns += fomoe_now_ns() - start;
+    int count = e->reader->reap(e->reader->self, done, REAP_BATCH, 0);
     if (count < 0) fail(e, layer, 0, count);
     for (int c = 0; c < count; c++) {
         if (done[c].tag & FOMOE_OFFER_TAG) {
@@ -271,17 +278,23 @@ static void reap(fomoe_experts *e, int layer, int wait) {
     }
 }
 
-/* After a failure: wait for what is in flight (its targets are slots), forget what was being read. */
-static void abandon(fomoe_experts *e, int layer, fomoe_run *run) {
+/* Drop the reads of experts [begin, end) of the batch that have not begun, wait for the others. */
+static void drain(fomoe_experts *e, int begin, int end) {
     fomoe_completion done[REAP_BATCH];
     int count, waiter;
+    for (int tag = begin * FOMOE_PARTS; tag < end * FOMOE_PARTS; tag++) e->reader->cancel(e->reader->self, tag);
     while ((count = e->reader->reap(e->reader->self, done, REAP_BATCH, 1)) > 0)
         for (int c = 0; c < count; c++)
             if (done[c].tag & FOMOE_OFFER_TAG) fomoe_offers_completed(&e->offers, &done[c], &waiter);
+}
+
+void fomoe_experts_abandon(fomoe_experts *e) {
+    int layer = e->open_layer;
+    if (layer < 0) return;
+    e->open_layer = -1;
+    drain(e, e->plan.hits, e->submitted);
     fomoe_residency_release(e->residency, layer, e->plan.ids, e->submitted);
     for (int i = e->plan.hits; i < e->submitted; i++) fomoe_residency_drop(e->residency, layer, e->plan.ids[i]);
-    e->group_count = 0;
-    fomoe_fail(run, e->error);
 }
 
 static int looks_ahead(const fomoe_experts *e, const fomoe_run *run) {
@@ -310,7 +323,10 @@ static void settle(fomoe_experts *e, const fomoe_step *step, const fomoe_run *ru
         e->counters.useful += useful;
         e->counters.late += late;
     } else {
-        while (fomoe_offers_hurry(&e->offers, layer) && !e->error) reap(e, layer, 1);
+        while (fomoe_offers_hurry(&e->offers, layer) && !e->error) {
+            await(e, layer, run->watch);
+            reap(e, layer);
+        }
     }
     fomoe_offers_settle(&e->offers, layer);
 }
@@ -341,14 +357,14 @@ void fomoe_step_lookahead(const fomoe_step *step, fomoe_run *run, int thread) {
     int64_t begin, end;
     fomoe_rms_norm(router->columns, fomoe_float_row(&step->as.lookahead.input, 0), step->as.lookahead.weight,
                    step->as.lookahead.epsilon, x);
-    while (fomoe_take(&run->next[run->step], router->rows, 32, &begin, &end))
+    while (fomoe_take_of(run, thread, &run->next[run->step], router->rows, 32, &begin, &end))
         for (int64_t r = begin; r < end; r++) {
             router->type->to_float(router->data + r * router->row_bytes, row, router->columns);
-            fomoe_type_of(0)->dot(router->columns, &logits[r], 0, row, 0, x, 0, 1);
+            fomoe_type_of(run->kernels, 0)->dot(router->columns, &logits[r], 0, row, 0, x, 0, 1);
         }
     fomoe_team_barrier(run->team);
     /* the drive idles: the layer's own reads have all been waited for */
-    if (thread || fomoe_offers_under_way(&e->offers) >= e->lookahead) return;
+    if (thread || fomoe_failed(run) || fomoe_offers_under_way(&e->offers) >= e->lookahead) return;
     uint64_t bytes = e->counters.nvme_bytes;
     fomoe_route(router->rows, e->lookahead, logits, 0, 1, run->scratch[0], e->group, (float *)e->ready);
     for (int k = 0; k < e->lookahead; k++)
@@ -365,6 +381,8 @@ void fomoe_step_experts_begin(const fomoe_step *step, fomoe_run *run, int thread
         review(e);
     }
     e->submitted = e->computed = e->released = e->grouped_hits = e->ready_count = e->group_count = e->error = 0;
+    e->plan.hits = 0;
+    e->open_layer = layer;
     settle(e, step, run);
     count_picks(e, layer, &step->as.experts.ids, run->tokens);
     substitute(e, step, run);
@@ -373,7 +391,7 @@ void fomoe_step_experts_begin(const fomoe_step *step, fomoe_run *run, int thread
     memset(e->done, 0, e->plan.count);
     place_first(e, layer);
     if (!e->error) back_fill(e, layer);
-    if (e->error) abandon(e, layer, run);
+    if (e->error) fomoe_fail(run, e->error);
 }
 
 /* Of every (token, rank): its expert's first request found it where it was, the others where it is computed from. */
@@ -388,19 +406,24 @@ static void trace_batch(fomoe_experts *e, const fomoe_step *step, fomoe_run *run
 /* Give up the slots of the group that was computed, keep the drive busy, choose what to compute next (or nothing: all
  * is done). */
 static void next_group(fomoe_experts *e, const fomoe_step *step, fomoe_run *run) {
-    int layer = step->as.experts.layer;
-    for (int g = 0; g < e->group_count; g++) e->done[e->group[g]] = 1;
-    e->computed += e->group_count;
+    int layer = step->as.experts.layer, computed = e->group_count;
     e->group_count = 0;
+    if (fomoe_failed(run)) return;
+    for (int g = 0; g < computed; g++) e->done[e->group[g]] = 1;
+    e->computed += computed;
     replace_done(e, layer);
     if (e->computed == e->plan.count) {
         if (run->trace) trace_batch(e, step, run);
+        e->open_layer = -1;
         return;
     }
-    if (e->submitted > e->plan.hits) reap(e, layer, 0);
-    while (!e->error && e->grouped_hits == e->plan.hits && !e->ready_count) reap(e, layer, 1);
+    if (e->submitted > e->plan.hits) reap(e, layer);
+    while (!e->error && e->grouped_hits == e->plan.hits && !e->ready_count) {
+        await(e, layer, run->watch);
+        reap(e, layer);
+    }
     if (e->error) {
-        abandon(e, layer, run);
+        fomoe_fail(run, e->error);
         return;
     }
     int limit = e->submitted < e->plan.count ? GROUP_WHILE_MISSES_WAIT : e->plan.count;
@@ -433,27 +456,26 @@ static int by_place(const void *a, const void *b) {
 
 /* Slots are given hottest first, reads go through the files in order: in a packed store, whose records lie hottest
  * first, that is one sequential pass. */
-int fomoe_experts_warm(fomoe_experts *e, int layer, const int32_t *experts, const double *scores, int count) {
+int fomoe_experts_warm(fomoe_experts *e, int layer, const int32_t *experts, const double *scores, int count,
+                       fomoe_watch *watch) {
     int placed = 0, reads = 0;
-    e->error = 0;
+    e->error = e->ready_count = 0;
     for (int i = 0; i < count; i++) {
         fomoe_placement p = fomoe_residency_seed(e->residency, layer, experts[i], scores[i]);
         if (p.tier == FOMOE_TIER_NVME) continue;
         e->plan.ids[placed] = experts[i];
-        reads += add_reads(e, layer, experts[i], placed++, slot_address(e, layer, &p), e->reads + reads);
+        e->reads_left[placed] = add_reads(e, layer, experts[i], placed, slot_address(e, layer, &p), e->reads + reads);
+        reads += e->reads_left[placed++];
     }
     if (!reads) return 0;
     qsort(e->reads, reads, sizeof *e->reads, by_place);
     int error = e->reader->submit(e->reader->self, e->reads, reads);
     if (error) fail(e, layer, 0, error);
-    for (int in_flight = error ? 0 : reads; in_flight > 0;) {
-        fomoe_completion done[REAP_BATCH];
-        int got = e->reader->reap(e->reader->self, done, REAP_BATCH, 1);
-        if (got <= 0) return got ? got : -EIO;
-        for (int c = 0; c < got; c++)
-            if (done[c].error) fail(e, layer, fomoe_expert_of_tag(done[c].tag), done[c].error);
-        in_flight -= got;
+    while (!e->error && e->ready_count < placed) {
+        await(e, layer, watch);
+        reap(e, layer);
     }
+    if (e->error) drain(e, 0, placed);
     for (int i = 0; i < placed && e->error; i++) fomoe_residency_drop(e->residency, layer, e->plan.ids[i]);
     return e->error;
 }

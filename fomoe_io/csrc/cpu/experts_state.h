@@ -19,6 +19,7 @@ struct fomoe_experts {
     fomoe_expert_counters counters;
     int64_t *picks;
     int failed_layer, failed_expert;
+    int open_layer; /* whose reads are in flight and whose slots are held; -1: none */
     fomoe_car car;
     fomoe_offers offers;
     int lookahead, rest;                       /* ranks read ahead; tokens for which that pauses */
