@@ -18,7 +18,6 @@ import numpy as np
 from fomoe_io.errors import FormatError, StoreError
 from fomoe_io.storage.gguf import (
     GGUFFile,
-    Metadata,
     TensorInfo,
     fingerprint_of,
     read_metadata,
@@ -38,6 +37,7 @@ from fomoe_io.storage.manifest import (
     page_up,
     unseal,
 )
+from fomoe_io.storage.metadata import Metadata
 
 MAX_EXPERTS = 1 << 16
 FILE, OFFSET, BYTES = 0, 1, 2
@@ -239,13 +239,12 @@ class Store:
 
 def model_name(metadata: Metadata, path: Path) -> str:
     """general.name, or the file's name."""
-    name = metadata.get("general.name")
-    return name if isinstance(name, str) and name.strip() else path.stem
+    return metadata.text("general.name", "").strip() or path.stem
 
 
 def _architecture(metadata: Metadata, path: Path) -> str:
-    name = metadata.get("general.architecture")
-    if not isinstance(name, str) or not name:
+    name = metadata.text("general.architecture", "")
+    if not name:
         raise FormatError(f"{path}: the model has no architecture (metadata key general.architecture)")
     return name
 
