@@ -1,6 +1,9 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from fomoe_io.models.rope import Rope
 
 FloatVector = np.ndarray | None
 
@@ -94,7 +97,7 @@ class Program:
         grouped: bool,
         epsilon: float,
     ) -> None: ...
-    def rope_table(self, output: Rows, base: float, rotated: int) -> None: ...
+    def rope_table(self, output: Rows, rope: Rope) -> None: ...
     def kv(
         self,
         query: Rows,
@@ -112,6 +115,7 @@ class Program:
         query_stride: int,
         rotated: int,
         epsilon: float,
+        biases: Sequence[FloatVector],
     ) -> None: ...
     def attention(
         self,
