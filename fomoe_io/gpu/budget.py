@@ -17,7 +17,7 @@ from fomoe_io.gpu.weights import kernel_of
 
 if TYPE_CHECKING:
     from fomoe_io.models.shape import Shape
-    from fomoe_io.storage.store import ExpertLayer
+    from fomoe_io.storage.expert_layers import ExpertLayer
 
 RECORD_ALIGNMENT_BYTES = 16
 """Of a part in a device record: the widest load of the kernels."""

@@ -10,8 +10,8 @@ from fomoe_io.models import keys, rope, tensors
 from fomoe_io.models.shape import Shape
 
 if TYPE_CHECKING:
+    from fomoe_io.storage.expert_layers import ExpertLayer
     from fomoe_io.storage.gguf import TensorInfo
-    from fomoe_io.storage.store import ExpertLayer
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ import numpy as np
 from fomoe_io.errors import FormatError
 from fomoe_io.models.keys import LLAMA_CPP
 from fomoe_io.models.shape import Shape
+from fomoe_io.storage.expert_layers import ExpertLayer
 from fomoe_io.storage.gguf import TensorInfo
-from fomoe_io.storage.store import ExpertLayer
 
 EMBEDDING, OUTPUT, OUTPUT_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
 
