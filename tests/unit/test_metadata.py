@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,15 @@ def test_each_accessor_takes_its_type_alone(accessor: str) -> None:
             read(metadata, key)
         assert key in caught.value.message and len(caught.value.message) < 200
         assert caught.value.message.isprintable()
+
+
+def test_no_module_reads_a_value_without_its_type() -> None:
+    """Those that read text adopt the accessors with their own checks."""
+    bare = re.compile(r"metadata(\.get\(|\[)")
+    root = Path(__file__).resolve().parents[2]
+    found = [path for folder in ("fomoe_io", "layout_tool") for path in (root / folder).rglob("*.py")]
+    offenders = {path.name for path in found if bare.search(path.read_text())}
+    assert offenders <= {"keys.py", "tokenizer.py", "chat.py"}
 
 
 def test_bounds_defaults_and_lengths() -> None:
