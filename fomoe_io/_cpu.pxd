@@ -197,8 +197,9 @@ cdef extern from "csrc/cpu/program.h" nogil:
         float epsilon
     ctypedef struct rope_table_step:
         fomoe_rows output
-        double base
-        int32_t rotated
+        const double *frequency
+        double magnitude
+        int32_t pairs
     ctypedef struct kv_step:
         fomoe_rows query
         fomoe_rows key
@@ -206,6 +207,9 @@ cdef extern from "csrc/cpu/program.h" nogil:
         fomoe_rows table
         const float *query_norm
         const float *key_norm
+        const float *query_bias
+        const float *key_bias
+        const float *value_bias
         int64_t key_offset
         int64_t value_offset
         int64_t context

@@ -1,8 +1,10 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fomoe_io._gate import Gate
+from fomoe_io.models.rope import Rope
 
 FloatVector = np.ndarray | None
 
@@ -111,7 +113,7 @@ class Program:
         grouped: bool,
         epsilon: float,
     ) -> None: ...
-    def rope_table(self, output: Rows, base: float, rotated: int) -> None: ...
+    def rope_table(self, output: Rows, rope: Rope) -> None: ...
     def kv(
         self,
         query: Rows,
@@ -129,6 +131,7 @@ class Program:
         query_stride: int,
         rotated: int,
         epsilon: float,
+        biases: Sequence[FloatVector],
     ) -> None: ...
     def attention(
         self,

@@ -413,18 +413,23 @@ cdef class Program:
         s.arguments.delta.epsilon = epsilon
         self._add(&s, (qkv, beta, alpha, gate, output, decay_rate, decay_bias, norm_weight))
 
-    def rope_table(self, Rows output, double base, int rotated):
+    def rope_table(self, Rows output, rope):
+        """The positions' table of a models.rope.Rope."""
         cdef fomoe_step s
+        cdef double[::1] frequency = np.array(rope.frequencies, np.float64)
         memset(&s, 0, sizeof(s))
+        if output.c.columns != 2 * frequency.shape[0] or frequency.shape[0] == 0:
+            raise ValueError("a table row takes two floats a pair")
         s.execute = fomoe_step_rope_table
         s.arguments.rope_table.output = output.c
-        s.arguments.rope_table.base = base
-        s.arguments.rope_table.rotated = rotated
-        self._add(&s, (output,))
+        s.arguments.rope_table.frequency = &frequency[0]
+        s.arguments.rope_table.magnitude = rope.magnitude
+        s.arguments.rope_table.pairs = frequency.shape[0]
+        self._add(&s, (output, frequency))
 
     def kv(self, Rows query, Rows key, Rows value, Rows table, query_norm, key_norm, int64_t key_offset,
            int64_t value_offset, int64_t context, int heads, int kv_heads, int head_columns, int query_stride,
-           int rotated, float epsilon):
+           int rotated, float epsilon, biases):
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
         s.execute = fomoe_step_kv
@@ -434,6 +439,10 @@ cdef class Program:
         s.arguments.kv.table = table.c
         s.arguments.kv.query_norm = vector(query_norm)
         s.arguments.kv.key_norm = vector(key_norm)
+        query_bias, key_bias, value_bias = biases
+        s.arguments.kv.query_bias = vector(query_bias)
+        s.arguments.kv.key_bias = vector(key_bias)
+        s.arguments.kv.value_bias = vector(value_bias)
         s.arguments.kv.key_offset = key_offset
         s.arguments.kv.value_offset = value_offset
         s.arguments.kv.context = context
@@ -443,7 +452,7 @@ cdef class Program:
         s.arguments.kv.query_stride = query_stride
         s.arguments.kv.rotated = rotated
         s.arguments.kv.epsilon = epsilon
-        self._add(&s, (query, key, value, table, query_norm, key_norm))
+        self._add(&s, (query, key, value, table, query_norm, key_norm, biases))
 
     def attention(self, Rows query, Rows output, int64_t key_offset, int64_t value_offset, int64_t context, int heads,
                   int kv_heads, int head_columns, int query_stride, bint gated):

@@ -25,8 +25,7 @@ from fomoe_io.errors import BudgetError, FormatError, ReadError, UsageError
 from fomoe_io.experts import learned_profile
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import SlotLayout, hottest_first, native_layers, share_slots, slot_layout, tier_slots
-from fomoe_io.models import model_of
-from fomoe_io.models.blocks import Shape
+from fomoe_io.models import check_model
 from fomoe_io.session import Session
 from fomoe_io.storage.calibration import Calibration
 from fomoe_io.storage.reader import Reader, aligned_memory, open_reader
@@ -83,9 +82,9 @@ class Engine:
         self.kernels = self._kernels.name
         self.metadata = store.metadata
         self.model_name = store.model_name
-        model = model_of(store.metadata)
-        self.shape: Shape = model.shape_of(store.metadata)
-        self._check_experts()
+        self.model = check_model(store)
+        self.shape = self.model.shape
+        self._check_types()
         self.tokenizer = Tokenizer.from_metadata(store.metadata)
         self._trace: _cpu.Trace | None = None
         self._trace_file: TraceFile | None = None
@@ -97,7 +96,7 @@ class Engine:
             self._team = _cpu.Team(self.threads)
             self._files = [os.open(path, os.O_RDONLY) for path in store.paths]
             with self.gate:
-                self._open(model.build)
+                self._open(self.model.architecture.build)
         except BaseException:
             self._discard_trace()
             self.close()
@@ -170,38 +169,20 @@ class Engine:
             pace=config.pace,
         )
 
-    def _check_experts(self) -> None:
-        s = self.shape
-        for layer in range(s.layers):
-            found = self.store.experts.get(layer)
-            if found is None:
-                raise FormatError(f"layer {layer} has no expert tensors (blk.{layer}.ffn_*_exps.weight)")
-            shapes = [tuple(part.shape[:2]) for part in found.parts]
-            expected = [(s.columns, s.hidden), (s.columns, s.hidden), (s.hidden, s.columns)]
-            if found.n_experts != s.experts or shapes != expected:
-                raise FormatError(
-                    f"layer {layer} has {found.n_experts} experts of shapes {shapes}, "
-                    f"expected {s.experts} of {expected}"
-                )
+    def _check_types(self) -> None:
+        for layer, found in self.model.experts.items():
             for part in found.parts:
                 if self._kernels.type_info(int(part.type)) is None:
                     raise FormatError(
                         f"blk.{layer} expert {part.name} has type number {int(part.type)}, "
                         f"which the {self.kernels} kernels do not know"
                     )
-        if s.used > s.experts:
-            raise FormatError(f"expert_used_count {s.used} is more than expert_count {s.experts}")
 
     def _open(self, build: Callable[..., None]) -> None:
         s = self.shape
-        resident = {
-            name: tensor
-            for name, tensor in self.store.resident.items()
-            if not name.startswith("blk.") or int(name.split(".")[1]) < s.layers
-        }
         self._float = self.config.activations == "float32"
-        self._weights = Weights(resident, self._kernels, float_activations=self._float)
-        layers = {i: self.store.experts[i] for i in range(s.layers)}
+        self._weights = Weights(self.model.resident, self._kernels, float_activations=self._float)
+        layers = self.model.experts
         layouts = {i: slot_layout(layer) for i, layer in layers.items()}
         self._expert_inputs = {
             i: tuple(self._activation_type(int(part.type)) for part in layer.parts[:2]) for i, layer in layers.items()

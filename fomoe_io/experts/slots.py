@@ -13,7 +13,7 @@ from fomoe_io.cpu.weights import PAGE_BYTES
 from fomoe_io.storage.gguf import tensor_bytes
 
 if TYPE_CHECKING:
-    from fomoe_io.storage.store import ExpertLayer
+    from fomoe_io.storage.expert_layers import ExpertLayer
 
 EXTENT = np.dtype(
     [("offset", "<u8"), ("bytes", "<u4"), ("slot_offset", "<u4"), ("file", "<i4"), ("unused", "<i4")], align=True

@@ -23,7 +23,6 @@ from fomoe_io.gpu.budget import (
     native_device_layers,
     pool_places,
     record_layout,
-    rope_values,
     size_classes,
 )
 from fomoe_io.gpu.device import Gpu, Step
@@ -128,13 +127,13 @@ class DeviceEngine(Engine):
             if is_wanted:
                 raise UsageError(f"{name} is made on the CPU alone", hint="--device cpu")
         check_shape(s)
-        self._layers = {i: self.store.experts[i] for i in range(s.layers)}
+        self._layers = self.model.experts
         self._layouts = {i: slot_layout(layer) for i, layer in self._layers.items()}
         self._records = {i: record_layout(i, layer, self._layouts[i]) for i, layer in self._layers.items()}
         forms = {i: Q8 if r.kernels[0] in kernels.QUANTIZED_TYPES else F32 for i, r in self._records.items()}
         inputs = {i: (form, form) for i, form in forms.items()}
         self._source = ModelSource(
-            s, build, self._resident(), self._files, self._records, inputs, self.context_tokens,
+            s, build, self.model.resident, self._files, self._records, inputs, self.context_tokens,
             substitutes=self.config.car is not None,
         )  # fmt: skip
         self._batch_tokens = min(self.config.batch_tokens, self.context_tokens)
@@ -143,7 +142,7 @@ class DeviceEngine(Engine):
         self.budgets = self._share_memory()
         self._allocate()
         self._recorded.weights.load(self.reader, self.gpu)
-        rope = rope_values(self.shape.rope_base, self.shape.rotated, self.context_tokens)
+        rope = self.shape.rope.table(self.context_tokens)
         self.gpu.stream.copy_in(self._recorded.rope_address, rope.ctypes.data, rope.nbytes)
         if self.config.car is not None:
             rule = self.config.car.native()
@@ -152,13 +151,6 @@ class DeviceEngine(Engine):
         self._warm()
 
     # ---- memory ----
-
-    def _resident(self) -> dict[str, Any]:
-        return {
-            name: tensor
-            for name, tensor in self.store.resident.items()
-            if not name.startswith("blk.") or int(name.split(".")[1]) < self.shape.layers
-        }
 
     def _recordings(self, addresses: Addresses) -> Recordings:
         """The model at these addresses, for a token and for batches."""

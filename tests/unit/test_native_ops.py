@@ -72,7 +72,10 @@ def test_rope(rotated: int, columns: int) -> None:
     for position in (0, 1, 777, 200_000):
         x, table = f32(random, 1, columns), np.empty(rotated, np.float32)
         expected = rope(x.astype(np.float64), position, rotated, 1e6)
-        NATIVE.fomoe_rope_table(rotated, ctypes.c_double(1e6), ctypes.c_int64(position), pointer(table))
+        frequency = 1e6 ** (-2.0 * np.arange(rotated // 2) / rotated)
+        NATIVE.fomoe_rope_table(
+            rotated // 2, pointer(frequency), ctypes.c_double(1), ctypes.c_int64(position), pointer(table)
+        )
         NATIVE.fomoe_rope_neox(rotated, pointer(table), pointer(x))
         close(x, expected)
 

@@ -243,8 +243,8 @@ void fomoe_step_delta(const fomoe_step *step, fomoe_run *run, int thread) {
 
 void fomoe_step_rope_table(const fomoe_step *step, fomoe_run *run, int thread) {
     for (int t = thread; t < run->tokens; t += run->threads)
-        fomoe_rope_table(step->as.rope_table.rotated, step->as.rope_table.base, run->position + t,
-                         fomoe_float_row(&step->as.rope_table.output, t));
+        fomoe_rope_table(step->as.rope_table.pairs, step->as.rope_table.frequency, step->as.rope_table.magnitude,
+                         run->position + t, fomoe_float_row(&step->as.rope_table.output, t));
 }
 
 /* Keys and values lie [kv head][position][column], so that a head's history is one stream. */
@@ -261,15 +261,19 @@ void fomoe_step_kv(const fomoe_step *step, fomoe_run *run, int thread) {
             int t = i / per_token, head = i % per_token;
             const float *table = fomoe_float_row(&step->as.kv.table, t);
             if (head < heads) {
-                float *q = fomoe_float_row(&step->as.kv.query, t) + (int64_t)head * step->as.kv.query_stride;
+                int stride = step->as.kv.query_stride; /* a gate may follow the query; the bias is of both */
+                float *q = fomoe_float_row(&step->as.kv.query, t) + (int64_t)head * stride;
+                if (step->as.kv.query_bias) fomoe_add(stride, step->as.kv.query_bias + (int64_t)head * stride, q);
                 if (step->as.kv.query_norm) fomoe_rms_norm(n, q, step->as.kv.query_norm, step->as.kv.epsilon, q);
                 fomoe_rope_neox(rotated, table, q);
                 continue;
             }
             head -= heads;
             float *k = fomoe_float_row(&step->as.kv.key, t) + head * n;
-            const float *v = fomoe_float_row(&step->as.kv.value, t) + head * n;
+            float *v = fomoe_float_row(&step->as.kv.value, t) + head * n;
             int64_t position = run->position + t, context = step->as.kv.context;
+            if (step->as.kv.key_bias) fomoe_add(n, step->as.kv.key_bias + head * n, k);
+            if (step->as.kv.value_bias) fomoe_add(n, step->as.kv.value_bias + head * n, v);
             if (step->as.kv.key_norm) fomoe_rms_norm(n, k, step->as.kv.key_norm, step->as.kv.epsilon, k);
             fomoe_rope_neox(rotated, table, k);
             memcpy(cache_row(run, step->as.kv.key_offset, context, n, head, position), k, n * sizeof(float));

@@ -121,12 +121,14 @@ struct fomoe_step {
         } delta;
         struct {
             fomoe_rows output; /* cos, sin pairs of each token's position */
-            double base;
-            int32_t rotated;
+            const double *frequency; /* of each pair */
+            double magnitude;
+            int32_t pairs;
         } rope_table;
         struct {
             fomoe_rows query, key, value, table; /* query is normalised and rotated in place */
             const float *query_norm, *key_norm;  /* NULL: none */
+            const float *query_bias, *key_bias, *value_bias; /* added before the norms, a row of each; NULL: none */
             int64_t key_offset, value_offset, context;
             int32_t heads, kv_heads, head_columns, query_stride, rotated;
             float epsilon;
