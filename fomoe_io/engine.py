@@ -186,9 +186,9 @@ class Engine:
             if not name.startswith("blk.") or int(name.split(".")[1]) < s.layers
         }
         self._float = self.config.activations == "float32"
-        self._weights = Weights(resident, float_activations=self._float)
+        self._weights = Weights(resident, float_activations=self._float, block_bytes=self.reader.block_bytes)
         layers = {i: self.store.experts[i] for i in range(s.layers)}
-        layouts = {i: slot_layout(layer) for i, layer in layers.items()}
+        layouts = {i: slot_layout(layer, self.reader.block_bytes) for i, layer in layers.items()}
         self._expert_inputs = {
             i: tuple(self._activation_type(int(part.type)) for part in layer.parts[:2]) for i, layer in layers.items()
         }
@@ -342,11 +342,8 @@ class Engine:
         if not error:
             return
         layer, expert = self._experts.failure()
-        detail = self.reader.last_error or os.strerror(-error)
-        raise ReadError(
-            f"reading expert {expert} of layer {layer} failed: {detail}",
-            hint="check the drive (dmesg, smartctl), then: fomoe-layout verify STORE",
-        )
+        detail, fix = self.reader.last_error or os.strerror(-error), self.reader.last_fix
+        raise ReadError(f"reading expert {expert} of layer {layer} failed: {detail}", hint=fix or None)
 
     def session(self) -> Session:
         """A new, empty timeline."""

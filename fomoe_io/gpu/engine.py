@@ -129,7 +129,7 @@ class DeviceEngine(Engine):
                 raise UsageError(f"{name} is made on the CPU alone", hint="--device cpu")
         check_shape(s)
         self._layers = {i: self.store.experts[i] for i in range(s.layers)}
-        self._layouts = {i: slot_layout(layer) for i, layer in self._layers.items()}
+        self._layouts = {i: slot_layout(layer, self.reader.block_bytes) for i, layer in self._layers.items()}
         self._records = {i: record_layout(i, layer, self._layouts[i]) for i, layer in self._layers.items()}
         forms = {i: Q8 if r.kernels[0] in kernels.QUANTIZED_TYPES else F32 for i, r in self._records.items()}
         inputs = {i: (form, form) for i, form in forms.items()}
