@@ -142,19 +142,19 @@ _FAULTS = {
 }
 
 
-def read_fault(code: int, bytes_opened: int, bytes_now: int) -> ReadFault:
+def read_fault(code: int, bytes_expected: int, bytes_now: int) -> ReadFault:
     """What a failed read means.
 
     Parameters
     ----------
     code : int
         A positive errno; ENODATA where bytes were missing.
-    bytes_opened, bytes_now : int
-        The file's size when it was opened and at this moment.
+    bytes_expected, bytes_now : int
+        The size that the file should have, and has at this moment.
     """
-    if code == errno.ENODATA and bytes_now < bytes_opened:
+    if code == errno.ENODATA and bytes_now < bytes_expected:
         return ReadFault(
-            f"the file ends before, at byte {bytes_now:,} (it had {bytes_opened:,} when it was opened)",
+            f"the file ends before, at byte {bytes_now:,} of {bytes_expected:,}: it was cut while in use",
             "copy or pack it again",
         )
     if code == errno.ENODATA:
