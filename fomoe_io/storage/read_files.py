@@ -68,7 +68,7 @@ class ReadFiles:
                 self.descriptors.append(opened.descriptor)
                 blocks.append(opened.block_bytes)
                 if opened.reason:
-                    reasons.setdefault(os.path.dirname(path) or ".", opened.reason)
+                    reasons.setdefault(str(Path(path).parent), opened.reason)
                 devices.append(os.fstat(opened.descriptor).st_dev)
                 self.sizes.append(os.lseek(opened.descriptor, 0, os.SEEK_END))  # block devices have no st_size
             order = list(dict.fromkeys(devices))

@@ -111,6 +111,8 @@ class Reader:
     drives : int
         Drives that the files lie on.
     paths : list of str
+    sizes : list of int
+        Bytes of each file when it was opened.
     fallback_reason : str or None
         Why `auto` took pread.
     """
@@ -136,6 +138,7 @@ class Reader:
             self.notes.append(f"{fallback_reason}; reading with pread threads instead")
         self.drives = native.files.drive_count
         self.paths = native.files.paths
+        self.sizes = native.files.sizes
 
     @property
     def address(self) -> int:
@@ -399,7 +402,7 @@ def _try_mode(files: ReadFiles, mode: str) -> None:
 def _first_bytes(path: str, size: int) -> bytes:
     """Of a file, read in the plainest way."""
     data = b""
-    with open(path, "rb", buffering=0) as stream:
+    with Path(path).open("rb", buffering=0) as stream:
         while len(data) < size and (more := os.pread(stream.fileno(), size - len(data), len(data))):
             data += more
     return data
