@@ -83,9 +83,7 @@ class DirectFile:
             return
         self.size = size
         if unit % self.block_bytes:
-            self._go_buffered(
-                f"written in multiples of {unit:,} bytes, and the drive has blocks of {self.block_bytes:,}"
-            )
+            self._go_buffered(f"written in units of {unit:,} bytes, and the drive has blocks of {self.block_bytes:,}")
         self._reserve(size)
 
     def _go_buffered(self, reason: str) -> None:
