@@ -215,7 +215,7 @@ def reserve(descriptor: int, size: int) -> None:
         Such as ENOSPC.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    call = getattr(libc, "fallocate64", libc.fallocate)
+    call = getattr(libc, "fallocate64", None) or libc.fallocate
     if size and call(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
         code = ctypes.get_errno()
         if code not in REFUSALS:
