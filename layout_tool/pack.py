@@ -24,7 +24,7 @@ from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
 from layout_tool.check_runs import check_runs
 from layout_tool.describe import describe_packed
-from layout_tool.direct import DirectFile, write_error
+from layout_tool.direct import DirectFile, buffered_notes, write_error
 from layout_tool.journal import Journal, check_idle, journal_header
 from layout_tool.placement import RESIDENT_FILE, Placement, Run, place, runs
 from layout_tool.progress import Progress
@@ -291,10 +291,8 @@ class _Pack:
         return file
 
     def _tell_buffered(self) -> None:
-        for file in (*self._sources, *self._files):
-            if not file.direct:
-                print(f"note: no direct I/O on the file system of {file.path.parent}; buffered", file=sys.stderr)
-                return
+        for note in buffered_notes(self._files):
+            print(note, file=sys.stderr)
 
     def _write(self, task: TensorInfo | Run, buffers: Buffers) -> dict[str, Any]:
         """In a worker thread: copy a resident tensor or a run of records; returns its journal entry."""

@@ -104,6 +104,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ram", type=checked(parse_bytes), metavar="SIZE", help="bound of the whole process, such as 16G"
     )
+    group.add_argument(
+        "--slots", type=int, metavar="N", help="experts of each layer in memory (default: all that --ram has room for)"
+    )
     group.add_argument("-t", "--threads", type=int, metavar="N", help="default: all processors of this process")
     group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context (default: the model's, at most 4096)")
     group.add_argument("-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens at once")
@@ -155,6 +158,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         check_trace_target(options.trace)
     return EngineConfig(
         ram_bytes=options.ram,
+        slots=options.slots,
         threads=options.threads,
         context_tokens=options.ctx_size,
         batch_tokens=options.batch_size,
