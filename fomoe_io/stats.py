@@ -27,6 +27,7 @@ def format_banner(engine: Engine) -> list[str]:
     lines[-1] += f"; loaded in {format_seconds(engine.load_seconds)}"
     if engine.profile is not None:
         lines.append(f"warm start from a profile of {engine.profile.tokens:,} tokens")
+    lines += [f"note: {note}" for note in engine.tokenizer.notes]
     lines += [f"note: {problem}; reading the other copy" for problem in engine.store.lost_copies]
     if reader.fallback_reason:
         lines.append(f"note: {reader.fallback_reason}; reading with pread threads instead")
