@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fomoe_io.errors import printable
 from fomoe_io.system.files import write_atomically
 from fomoe_io.units import format_bytes, format_seconds
 
@@ -31,7 +32,7 @@ def format_banner(engine: Engine) -> list[str]:
     lines += [f"note: {problem}; reading the other copy" for problem in engine.store.lost_copies]
     if reader.fallback_reason:
         lines.append(f"note: {reader.fallback_reason}; reading with pread threads instead")
-    return lines
+    return [printable(line) for line in lines]
 
 
 def _exactness(engine: Engine) -> str:

@@ -45,7 +45,9 @@ def test_generation_marks_are_inert() -> None:
 
 
 def test_tools_and_documents_are_none() -> None:
-    source = "{% if tools is not none or documents is not none %}{{ tools | length }}{% endif %}{{ messages[0].content }}"
+    source = (
+        "{% if tools is not none or documents is not none %}{{ tools | length }}{% endif %}{{ messages[0].content }}"
+    )
     assert render(source) == "hi"
 
 
@@ -67,7 +69,9 @@ def test_templates_that_take_both_get_texts() -> None:
 
 
 def test_json_is_written_as_asked() -> None:
-    source = "{{ {'b': '<é>', 'a': [1]} | tojson }}{{ [1, 2] | tojson(separators=(',', ':')) }}{{ messages[0].content }}"
+    source = (
+        "{{ {'b': '<é>', 'a': [1]} | tojson }}{{ [1, 2] | tojson(separators=(',', ':')) }}{{ messages[0].content }}"
+    )
     assert render(source) == '{"b": "<é>", "a": [1]}[1,2]hi'
 
 
@@ -92,7 +96,9 @@ def test_failures_are_one_line(source: str, message: str) -> None:
     assert error.value.hint == "--raw" and "\n" not in error.value.message
 
 
-@pytest.mark.parametrize("source", ["{% for %}", "{{ 'a", "{% if 1 %}", "{{ " + "(" * 5000 + " }}", "{{ x | no_such }}"])
+@pytest.mark.parametrize(
+    "source", ["{% for %}", "{{ 'a", "{% if 1 %}", "{{ " + "(" * 5000 + " }}", "{{ x | no_such }}"]
+)
 def test_damaged_templates(source: str) -> None:
     with pytest.raises(FormatError, match="is damaged") as error:
         ChatTemplate(source)
@@ -145,8 +151,8 @@ def test_what_runs_for_minutes_is_stopped(source: str, monkeypatch: pytest.Monke
 
 
 def test_a_template_goes_on_after_a_run_that_was_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    template = ChatTemplate("{% if messages[0].content == 'loop' %}{% for a in range(99999) %}{% for b in range(99999) %}"
-                            "{% endfor %}{% endfor %}{% endif %}{{ messages[0].content }}")  # fmt: skip
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template = ChatTemplate("{% if messages[0].content == 'loop' %}" + loop + "{% endif %}{{ messages[0].content }}")
     assert template.render(HI) == "hi"
     monkeypatch.setattr(chat, "MOST_SECONDS", 0.5)
     with pytest.raises(FormatError, match="takes more than"):

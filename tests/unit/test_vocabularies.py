@@ -114,7 +114,7 @@ def test_merges_of_unknown_tokens_work_as_in_llama_cpp() -> None:
     spelt = 0
     for _ in range(150):
         alphabet = [c for c in "abcdeé" if rng.random() < 0.85]
-        parts, ranks = list("abcde") + ["Ã", "©"], {}
+        parts, ranks = [*"abcde", "Ã", "©"], {}
         for rank in range(12):
             pair = rng.choice(parts), rng.choice(parts)
             ranks.setdefault(pair, rank)
