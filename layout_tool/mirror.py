@@ -104,8 +104,8 @@ def _copy(store: Store, copies: dict[int, Path], missing: list[int]) -> None:
                 files[number] = stack.enter_context(DirectFile(partial[number], store.file_bytes[number]))
             except OSError as error:
                 raise write_error(error, partial[number]) from error
-        for note in buffered_notes(files.values()):
-            print(note, file=sys.stderr)
+        for text in buffered_notes(files.values()):
+            note(text)
         progress = stack.enter_context(Progress("mirror", total))
 
         def copy(chunk: _Chunk, buffers: Buffers) -> None:
