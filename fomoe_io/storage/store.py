@@ -172,8 +172,9 @@ class Store:
 
 
 def model_name(metadata: Metadata, path: Path) -> str:
-    """general.name, or the file's name."""
-    return metadata.text("general.name", "").strip() or path.stem
+    """general.name, or the file's name; it is shown on terminals, so nothing in it may be a command to them."""
+    name = metadata.text("general.name", "").strip() or path.stem
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
 def _architecture(metadata: Metadata, path: Path) -> str:
