@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from fomoe_io.errors import FormatError, StoreError
+from fomoe_io.errors import FormatError, StoreError, printable
 from fomoe_io.storage.expert_layers import ExpertLayer, experts_of, resident_tensors
 from fomoe_io.storage.gguf import GGUFFile, TensorInfo, fingerprint_of, read_metadata
 from fomoe_io.storage.gguf_cursor import HEADER_LIMIT_BYTES
@@ -173,8 +173,7 @@ class Store:
 
 def model_name(metadata: Metadata, path: Path) -> str:
     """general.name, or the file's name; it is shown on terminals, so nothing in it may be a command to them."""
-    name = metadata.text("general.name", "").strip() or path.stem
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+    return printable(metadata.text("general.name", "").strip() or path.stem)
 
 
 def _architecture(metadata: Metadata, path: Path) -> str:
