@@ -145,6 +145,10 @@ def test_waits_for_a_slow_drive_end_too(demo_model: Path, tmp_path: Path, what: 
     )
     environment = {**os.environ, "LD_PRELOAD": str(library), "FAULT": "slow", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, "-c", SLOW, what, str(demo_model)], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", SLOW, what, str(demo_model)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 0 and float(result.stdout) < 1, result.stdout + result.stderr
