@@ -359,7 +359,7 @@ class Engine:
     def _check(self, error: int) -> None:
         if not error:
             return
-        if error == -errno.ECANCELED:
+        if error == -errno.ECANCELED or self.gate.was_interrupted:
             self.gate.raise_end()
         layer, expert = self._experts.failure()
         detail = self.reader.last_error or os.strerror(-error)

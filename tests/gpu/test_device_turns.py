@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,6 +73,23 @@ def test_after_close_everything_is_refused(engine: Engine) -> None:
         with pytest.raises(UsageError, match="closed"):
             call()
     session.close()
+
+
+def test_closing_ends_a_prompt_of_another_thread_between_its_batches(engine: Engine) -> None:
+    session, inside, errors = engine.session(), threading.Event(), []
+
+    def read() -> None:
+        try:
+            session.prefill(TOKENS * 4, lambda done, total: inside.set() or time.sleep(0.2))
+        except UsageError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    assert inside.wait(30)
+    engine.close()
+    thread.join(30)
+    assert errors == ["the engine was closed while it ran"]
 
 
 def test_a_fork_is_refused_and_leaves_the_engine_alone(engine: Engine) -> None:
