@@ -14,6 +14,7 @@ cdef extern from *:
 
 ctypedef int (*cu_retain_t)(void **, int) noexcept nogil
 ctypedef int (*cu_current_t)(void *) noexcept nogil
+ctypedef int (*cu_enable_peer_t)(void *, unsigned int) noexcept nogil
 
 cdef enum:
     MOST_DEVICES = 64
@@ -23,6 +24,7 @@ cdef enum:
     NO_TIMING = 2         # hipEventDisableTiming, CU_EVENT_DISABLE_TIMING
     PORTABLE_MAPPED = 3   # hipHostRegisterPortable | Mapped, CU_MEMHOSTREGISTER_PORTABLE | DEVICEMAP
     CHAINED = 6           # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    PEER_ALREADY = 704    # hipErrorPeerAccessAlreadyEnabled, CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED
     CAPTURE_THREAD = 1    # hipStreamCaptureModeThreadLocal, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 cdef device_api api
@@ -31,6 +33,7 @@ cdef device_counters counters
 cdef cu_retain_t cu_retain
 cdef cu_current_t cu_current
 cdef cu_launch_t cu_launch
+cdef cu_enable_peer_t cu_enable_peer
 cdef void *contexts[MOST_DEVICES]
 
 provider = None           # "hip-python", "hip" or "cuda"
@@ -47,6 +50,17 @@ cdef int cuda_set_device(int ordinal) noexcept nogil:
         if code:
             return code
     return cu_current(contexts[ordinal])
+
+
+cdef int cuda_enable_peer(int peer, unsigned int flags) noexcept nogil:
+    cdef int code
+    if peer < 0 or peer >= MOST_DEVICES:
+        return INVALID_DEVICE
+    if contexts[peer] == NULL:
+        code = cu_retain(&contexts[peer], peer)
+        if code:
+            return code
+    return cu_enable_peer(contexts[peer], flags)
 
 
 # ---- libraries ----------------------------------------------------------------------------------------------------
@@ -122,6 +136,10 @@ def use_device_library(str name, Library library):
     bind(l, cuda, <void **>&api.hipMemcpyDtoDAsync, "hipMemcpyDtoDAsync", "cuMemcpyDtoDAsync_v2")
     bind(l, cuda, <void **>&api.hipMemsetD8Async, "hipMemsetD8Async", "cuMemsetD8Async")
     bind(l, cuda, <void **>&api.hipStreamCreateWithFlags, "hipStreamCreateWithFlags", "cuStreamCreate")
+    bind(l, cuda, <void **>&api.hipStreamCreateWithPriority, "hipStreamCreateWithPriority", "cuStreamCreateWithPriority")
+    bind(l, cuda, <void **>&api.hipDeviceGetStreamPriorityRange, "hipDeviceGetStreamPriorityRange",
+         "cuCtxGetStreamPriorityRange")
+    bind(l, cuda, <void **>&api.hipDeviceCanAccessPeer, "hipDeviceCanAccessPeer", "cuDeviceCanAccessPeer", True)
     bind(l, cuda, <void **>&api.hipStreamDestroy, "hipStreamDestroy", "cuStreamDestroy_v2")
     bind(l, cuda, <void **>&api.hipStreamSynchronize, "hipStreamSynchronize", "cuStreamSynchronize")
     bind(l, cuda, <void **>&api.hipStreamQuery, "hipStreamQuery", "cuStreamQuery")
@@ -149,8 +167,12 @@ def use_device_library(str name, Library library):
         bind(l, cuda, <void **>&cu_current, "hipCtxSetCurrent", "cuCtxSetCurrent")
         bind(l, cuda, <void **>&cu_launch, "hipDrvLaunchKernelEx", "cuLaunchKernelEx", True)
         memset(contexts, 0, sizeof(contexts))
+        bind(l, cuda, <void **>&cu_enable_peer, "hipCtxEnablePeerAccess", "cuCtxEnablePeerAccess", True)
         api.hipSetDevice = cuda_set_device
+        if cu_enable_peer != NULL:
+            api.hipDeviceEnablePeerAccess = cuda_enable_peer
     else:
+        bind(l, cuda, <void **>&api.hipDeviceEnablePeerAccess, "hipDeviceEnablePeerAccess", "", True)
         bind(l, cuda, <void **>&api.hipSetDevice, "hipSetDevice", "")
         # HIP 6 gave the struct a new layout and the call a new name; only the text "gfx..." in it is read.
         bind(l, cuda, <void **>&api.hipGetDeviceProperties, "hipGetDevicePropertiesR0600", "", True)
@@ -222,6 +244,48 @@ cdef int check(int code, str call) except -1:
 
 cdef void count_host_sync() noexcept nogil:
     fomoe_count(counters.host_syncs, 1)
+
+
+# ---- waits with an end --------------------------------------------------------------------------------------------
+
+_interruption = None
+
+
+cdef int was_interrupted() noexcept with gil:
+    """What a native wait asks now and then: whether a signal's handler has raised.  raise_interruption() raises it."""
+    global _interruption
+    try:
+        PyErr_CheckSignals()
+    except BaseException as raised:
+        _interruption = raised
+        return 1
+    return 0
+
+
+cdef int raise_interruption() except -1:
+    global _interruption
+    if patience.is_interrupted:
+        patience.is_interrupted = 0
+        raised, _interruption = _interruption, None
+        raise raised
+    return 0
+
+
+def set_patience(double seconds=10.0):
+    """The longest that anybody waits for a device that makes no progress; an interrupted one waits for 0.5 s at most."""
+    patience.limit_ns = <uint64_t>(1e9 * seconds)
+    patience.interrupted_limit_ns = <uint64_t>(1e9 * min(seconds, 0.5))
+    patience.was_interrupted = was_interrupted
+
+
+cdef object stuck(str what):
+    return DeviceError(
+        f"the device has not answered for {patience.limit_ns / 1e9:g} s: {what}",
+        hint="fomoe-doctor --gpu says what does not work; a device that hangs needs its driver reloaded, or a restart",
+    )
+
+
+set_patience()
 
 
 def counts():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from fomoe_io.config import EngineConfig, Tiers
+from fomoe_io.config import EngineConfig, Tiers, device_name
 from fomoe_io.errors import FomoeError, UsageError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.trace.trace import check_trace_target
@@ -107,7 +107,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context (default: the model's, at most 4096)")
     group.add_argument("-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens at once")
     group.add_argument(
-        "--device", choices=("auto", "cpu", "hip", "cuda"), default="auto", help="auto: a GPU where there is one"
+        "--device", type=checked(device_name), default="auto", metavar="NAME",
+        help="auto (a GPU where there is one), cpu, hip or cuda, or one by its number, such as hip:1 (fomoe-doctor lists them)",
     )
     group.add_argument(
         "--vram", type=checked(parse_bytes), metavar="SIZE", help="bound of device memory (default: what is free)"

@@ -62,6 +62,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "conv_step": Kernel(128, "ppppiii"),
         "gated_norm": Kernel(128, "pppppiif"),
         "route": Kernel(512, "pppiiif"),
+        "begin_run": Kernel(512, "pppppii"),
         "resolve_picks": Kernel(512, "ppppppi"),
         "route_and_resolve": Kernel(512, "ppppppppiiif"),
         "substitute_and_resolve": Kernel(512, "pppppppppiii"),
@@ -162,6 +163,11 @@ def down_grid(rows: int, tokens: int = 1, tuning: Mapping[str, int] | None = Non
     """Grid of ``experts_down_*``."""
     size = TUNING | dict(tuning or {})
     return up(rows, size["DOWN_WARPS"] * size["DOWN_ROWS"]), tokens, 1
+
+
+def begin_run_grid(header_bytes: int, layers: int) -> tuple[int, int, int]:
+    """Grid of ``begin_run``."""
+    return up(header_bytes, 16 * 512) + layers, 1, 1
 
 
 ATTENTION_WARPS, ATTENTION_SPLIT = 8, 32  # attention.h: query heads and positions of a block
