@@ -173,7 +173,9 @@ def main() -> None:
     parser.add_argument("--car", type=CarRule.parse, help="cache-aware routing, such as regret:0.03")
     parser.add_argument("--calibration", help="of `fomoe-bench io --calibrate`: the sizes of sub-reads, the depth")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--branches", type=int, choices=(1, 2), help="2: the shared expert beside the routed ones (CUDA's default)")
+    parser.add_argument(
+        "--branches", type=int, choices=(1, 2), help="2: the shared expert beside the routed ones (CUDA's default)"
+    )
     parser.add_argument("--unchained", action="store_true", help="each kernel starts when the one before has finished")
     parser.add_argument("--resident-ms", type=float, help="of a token that misses nothing, from an unlimited run")
     parser.add_argument("-o", "--output", type=Path)

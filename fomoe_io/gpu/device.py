@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 PROVIDERS = {"hip": ("hip-python", "hip"), "cuda": ("cuda",), "auto": ("hip-python", "hip", "cuda")}
 
-# HIP 6 and 7: hipDeviceAttributeMultiprocessorCount, hipDeviceAttributeL2CacheSize, Integrated; CUDA's numbers for the same.
+# HIP 6 and 7: hipDeviceAttribute{MultiprocessorCount,L2CacheSize,Integrated}; CUDA's
+# numbers for the same.
 _MULTIPROCESSORS = {"cuda": 16, "hip": 63, "hip-python": 63}
 _L2_BYTES = {"cuda": 38, "hip": 19, "hip-python": 19}
 _INTEGRATED = {"cuda": 18, "hip": 16, "hip-python": 16}
@@ -127,7 +128,9 @@ def best_device() -> int:
     found = [describe(i) for i in range(_hip.device_count())]
     own = [d for d in found if not d.is_integrated]
     if not own:
-        raise DeviceError(f"only a part of the processor, {found[0].name}: --device {found[0].option} takes it all the same")
+        raise DeviceError(
+            f"only a part of the processor, {found[0].name}: --device {found[0].option} takes it all the same"
+        )
     return max(own, key=lambda d: (d.memory_bytes, -d.ordinal)).ordinal
 
 

@@ -79,8 +79,8 @@ class DeviceEngine(Engine):
     budgets: DeviceBudgets  # type: ignore[assignment]
 
     two_branches: bool | None = None
-    """Whether the shared expert runs beside the routed ones; None: on CUDA.  HIP submits a graph of one branch in one piece,
-    and one of two command by command, through a queue that it may share with other streams."""
+    """Whether the shared expert runs beside the routed ones; None: on CUDA.  HIP submits a graph of one branch in one
+    piece, and one of two command by command, through a queue that it may share with other streams."""
 
     chained_launches = True
     """Whether a token's kernels may be started before the ones they follow have finished, where the device can."""
@@ -326,7 +326,12 @@ class DeviceEngine(Engine):
         if outputs not in self._graphs:
             steps = [Step(self._begin_run())]
             steps += [
-                Step(self.gpu.prepare(s.kernel, s.grid, *s.arguments), s.beside and self.has_two_branches, s.forks, s.joins)
+                Step(
+                    self.gpu.prepare(s.kernel, s.grid, *s.arguments),
+                    s.beside and self.has_two_branches,
+                    s.forks,
+                    s.joins,
+                )
                 for s in self._recorded.token.launches(outputs)
             ]
             self._graphs[outputs] = self.gpu.capture_steps(steps, is_chained=self.chained_launches)

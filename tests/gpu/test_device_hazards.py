@@ -173,11 +173,13 @@ def test_hip_gets_one_branch(model: Path) -> None:
         assert not engine.has_two_branches
 
 
-@pytest.mark.parametrize(("call", "after"), [("hipGraphLaunch", 1), ("hipMemcpyDtoHAsync", 1), ("hipStreamSynchronize", 2)])
+@pytest.mark.parametrize(
+    ("call", "after"), [("hipGraphLaunch", 1), ("hipMemcpyDtoHAsync", 1), ("hipStreamSynchronize", 2)]
+)
 def test_what_a_failed_run_has_not_brought_is_brought_again(
     model: Path, fake: Fake, expected: np.ndarray, call: str, after: int
 ) -> None:
-    """Tables count as sent when the run that fetches them has succeeded, and no run begins before the last has ended."""
+    """Tables count as sent when the run that fetches them succeeds, and no run begins before the last has ended."""
     with opened(model, tiers=Tiers(0.5, 0.0)) as engine:
         session = engine.session()
         fake.fail(call, 719, after)
@@ -199,7 +201,7 @@ def test_work_that_never_ends_is_an_error_in_one_line(model: Path, fake: Fake, c
     _hip.set_patience(0.4)
     fake.hang(call, 2)
     started = time.monotonic()
-    with pytest.raises(DeviceError, match="has not answered for 0.4 s") as caught:
+    with pytest.raises(DeviceError, match=r"has not answered for 0\.4 s") as caught:
         if reads == "tokens":
             for token in (*TOKENS, *TOKENS):
                 session.decode(token)
@@ -266,7 +268,9 @@ def test_a_failed_query_is_not_a_finished_copy(model: Path, fake: Fake) -> None:
 def test_an_engine_serves_any_thread(model: Path, expected: np.ndarray) -> None:
     with opened(model) as engine:
         session, found = engine.session(), []
-        thread = threading.Thread(target=lambda: found.extend([session.prefill([1, 2]), session.reset(), decoded(session)]))
+        thread = threading.Thread(
+            target=lambda: found.extend([session.prefill([1, 2]), session.reset(), decoded(session)])
+        )
         thread.start()
         thread.join()
         np.testing.assert_array_equal(found[-1], expected)

@@ -70,6 +70,9 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "combine_picks": Kernel(256, "pppppii"),
         "read_memory": Kernel(256, "pqpi"),
         "to_halves": Kernel(256, "ppq"),
+        "probe_wait": Kernel(32, "pp"),
+        "probe_header": Kernel(32, "pppp"),
+        "probe_echo": Kernel(32, "ppi"),
     }
     for name in QUANTIZED_TYPES:
         table[f"expand_half_{name}"] = Kernel(256, "ppq")
