@@ -21,7 +21,7 @@ from fomoe_io._uring import LIBURING_VERSION
 from fomoe_io.cli.common import checked, new_parser, package_version, run_command
 from fomoe_io.config import device_name
 from fomoe_io.cpu import dot_library
-from fomoe_io.errors import DeviceError, FomoeError, UsageError
+from fomoe_io.errors import DeviceError, FomoeError, UsageError, printable
 from fomoe_io.storage.reader import ALIGNMENT, IO_URING_FIX, aligned_memory, open_reader, probe_modes
 from fomoe_io.system import memory
 from fomoe_io.system.system_card import drive_of, processor, system_card
@@ -190,7 +190,7 @@ def check_memory() -> Check:
 
 def check_processor() -> Check:
     """Processor and the kernels that compute on it."""
-    kernels = dot_library.use("auto")
+    kernels = dot_library.open_kernels("auto").name
     found = f"{processor()}, {len(os.sched_getaffinity(0))} threads, {kernels} kernels"
     if kernels != "ggml" and platform.machine() == "x86_64":
         return Check("processor", WARN, found, "pip install 'libggml-python>=0.20,<0.21'")
@@ -301,9 +301,9 @@ def _main(argv: Sequence[str] | None) -> int:
     for check in found:  # a GPU's come one by one
         checks.append(check)
         if not options.json:
-            print(f"{check.status:5}{check.name:15}{check.found}", flush=True)
+            print(printable(f"{check.status:5}{check.name:15}{check.found}"), flush=True)
             if check.fix:
-                print(f"{'':5}{'':15}fix: {check.fix}", flush=True)
+                print(printable(f"{'':5}{'':15}fix: {check.fix}"), flush=True)
     if options.json:
         print(json.dumps(_json(checks, options.place), indent=1))
     return int(any(check.status == FAIL for check in checks))
