@@ -14,6 +14,7 @@ cdef extern from *:
 
 ctypedef int (*cu_retain_t)(void **, int) noexcept nogil
 ctypedef int (*cu_current_t)(void *) noexcept nogil
+ctypedef int (*cu_enable_peer_t)(void *, unsigned int) noexcept nogil
 
 cdef enum:
     MOST_DEVICES = 64
@@ -23,6 +24,7 @@ cdef enum:
     NO_TIMING = 2         # hipEventDisableTiming, CU_EVENT_DISABLE_TIMING
     PORTABLE_MAPPED = 3   # hipHostRegisterPortable | Mapped, CU_MEMHOSTREGISTER_PORTABLE | DEVICEMAP
     CHAINED = 6           # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    PEER_ALREADY = 704    # hipErrorPeerAccessAlreadyEnabled, CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED
     CAPTURE_THREAD = 1    # hipStreamCaptureModeThreadLocal, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 cdef device_api api
@@ -31,6 +33,7 @@ cdef device_counters counters
 cdef cu_retain_t cu_retain
 cdef cu_current_t cu_current
 cdef cu_launch_t cu_launch
+cdef cu_enable_peer_t cu_enable_peer
 cdef void *contexts[MOST_DEVICES]
 cdef Library bound = None           # what `api` was filled from
 cdef Library compiler_bound = None
@@ -50,6 +53,17 @@ cdef int cuda_set_device(int ordinal) noexcept nogil:
         if code:
             return code
     return cu_current(contexts[ordinal])
+
+
+cdef int cuda_enable_peer(int peer, unsigned int flags) noexcept nogil:
+    cdef int code
+    if peer < 0 or peer >= MOST_DEVICES:
+        return INVALID_DEVICE
+    if contexts[peer] == NULL:
+        code = cu_retain(&contexts[peer], peer)
+        if code:
+            return code
+    return cu_enable_peer(contexts[peer], flags)
 
 
 # ---- libraries ----------------------------------------------------------------------------------------------------
@@ -104,6 +118,7 @@ cdef struct cuda_calls:
     cu_retain_t retain
     cu_current_t current
     cu_launch_t launch
+    cu_enable_peer_t enable_peer
 
 
 def use_device_library(str name, Library library not None):
@@ -111,7 +126,7 @@ def use_device_library(str name, Library library not None):
 
     Another one takes its place only while nothing of the first is alive; a table half filled is never seen.
     """
-    global provider, bound, api, cu_retain, cu_current, cu_launch
+    global provider, bound, api, cu_retain, cu_current, cu_launch, cu_enable_peer
     cdef device_api table
     cdef cuda_calls calls
     cdef int code
@@ -127,6 +142,7 @@ def use_device_library(str name, Library library not None):
     fill_table(name == "cuda", library, &table, &calls)
     memset(contexts, 0, sizeof(contexts))
     api, cu_retain, cu_current, cu_launch = table, calls.retain, calls.current, calls.launch
+    cu_enable_peer = calls.enable_peer
     provider, bound = name, None
     with nogil:
         code = api.hipInit(0)
@@ -155,6 +171,11 @@ cdef int fill_table(bint cuda, Library library, device_api *table, cuda_calls *c
     bind(library, cuda, <void **>&table.hipMemcpyDtoDAsync, "hipMemcpyDtoDAsync", "cuMemcpyDtoDAsync_v2")
     bind(library, cuda, <void **>&table.hipMemsetD8Async, "hipMemsetD8Async", "cuMemsetD8Async")
     bind(library, cuda, <void **>&table.hipStreamCreateWithFlags, "hipStreamCreateWithFlags", "cuStreamCreate")
+    bind(library, cuda, <void **>&table.hipStreamCreateWithPriority, "hipStreamCreateWithPriority",
+         "cuStreamCreateWithPriority")
+    bind(library, cuda, <void **>&table.hipDeviceGetStreamPriorityRange, "hipDeviceGetStreamPriorityRange",
+         "cuCtxGetStreamPriorityRange")
+    bind(library, cuda, <void **>&table.hipDeviceCanAccessPeer, "hipDeviceCanAccessPeer", "cuDeviceCanAccessPeer", True)
     bind(library, cuda, <void **>&table.hipStreamDestroy, "hipStreamDestroy", "cuStreamDestroy_v2")
     bind(library, cuda, <void **>&table.hipStreamSynchronize, "hipStreamSynchronize", "cuStreamSynchronize")
     bind(library, cuda, <void **>&table.hipStreamQuery, "hipStreamQuery", "cuStreamQuery")
@@ -181,8 +202,12 @@ cdef int fill_table(bint cuda, Library library, device_api *table, cuda_calls *c
         bind(library, cuda, <void **>&calls.retain, "hipDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRetain")
         bind(library, cuda, <void **>&calls.current, "hipCtxSetCurrent", "cuCtxSetCurrent")
         bind(library, cuda, <void **>&calls.launch, "hipDrvLaunchKernelEx", "cuLaunchKernelEx", True)
+        bind(library, cuda, <void **>&calls.enable_peer, "hipCtxEnablePeerAccess", "cuCtxEnablePeerAccess", True)
         table.hipSetDevice = cuda_set_device
+        if calls.enable_peer != NULL:
+            table.hipDeviceEnablePeerAccess = cuda_enable_peer
     else:
+        bind(library, cuda, <void **>&table.hipDeviceEnablePeerAccess, "hipDeviceEnablePeerAccess", "", True)
         bind(library, cuda, <void **>&table.hipSetDevice, "hipSetDevice", "")
         # HIP 6 gave the struct a new layout and the call a new name; only the text "gfx..." in it is read.
         bind(library, cuda, <void **>&table.hipGetDeviceProperties, "hipGetDevicePropertiesR0600", "", True)
@@ -254,6 +279,48 @@ cdef int check(int code, str call) except -1:
 
 cdef void count_host_sync() noexcept nogil:
     fomoe_count(counters.host_syncs, 1)
+
+
+# ---- waits with an end --------------------------------------------------------------------------------------------
+
+_interruption = None
+
+
+cdef int was_interrupted() noexcept with gil:
+    """What a native wait asks now and then: whether a signal's handler has raised.  raise_interruption() raises it."""
+    global _interruption
+    try:
+        PyErr_CheckSignals()
+    except BaseException as raised:
+        _interruption = raised
+        return 1
+    return 0
+
+
+cdef int raise_interruption() except -1:
+    global _interruption
+    if patience.is_interrupted:
+        patience.is_interrupted = 0
+        raised, _interruption = _interruption, None
+        raise raised
+    return 0
+
+
+def set_patience(double seconds=10.0):
+    """The longest that anybody waits for a device that makes no progress; an interrupted one waits for 0.5 s at most."""
+    patience.limit_ns = <uint64_t>(1e9 * seconds)
+    patience.interrupted_limit_ns = <uint64_t>(1e9 * min(seconds, 0.5))
+    patience.was_interrupted = was_interrupted
+
+
+cdef object stuck(str what):
+    return DeviceError(
+        f"the device has not answered for {patience.limit_ns / 1e9:g} s: {what}",
+        hint="fomoe-doctor --gpu says what does not work; a device that hangs needs its driver reloaded, or a restart",
+    )
+
+
+set_patience()
 
 
 def counts():

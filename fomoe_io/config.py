@@ -16,12 +16,26 @@ from fomoe_io.storage.pace import Pace
 from fomoe_io.units import parse_bytes
 
 _CHOICES = {
-    "device": ("cpu", "auto", "hip", "cuda"),
     "reader": ("auto", "uring", "pread"),
     "kernels": ("auto", "ggml", "portable"),
     "activations": ("quantized", "float32"),
     "policy": ("lru", "lfu", "decayed", "lfru"),
 }
+
+
+def device_name(text: str) -> str:
+    """The text itself, when it names a device: cpu, auto, hip, cuda, or one of a kind by its number, such as hip:1.
+
+    Raises
+    ------
+    UsageError
+    """
+    if re.fullmatch(r"cpu|auto|(hip|cuda)(:\d{1,3})?", text) is None:
+        raise UsageError(
+            f"{text!r} names no device, expected cpu, auto, hip or cuda, or one by its number, such as hip:1",
+            hint="fomoe-doctor lists them",
+        )
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +164,9 @@ class EngineConfig:
         Which expert leaves memory first.
     tiers : Tiers or None
         Most experts in VRAM and in DRAM; on a CPU both are simulated.
-    device : {"cpu", "auto", "hip", "cuda"}
-        "auto" takes a GPU when there is one.
+    device : str
+        "cpu"; "auto" takes a GPU when there is one; "hip" or "cuda" one of its devices, "hip:1" that one.  Devices that
+        share the processor's memory are taken by number only; of the others, the one with the most memory.
     vram_bytes : int or None
         Bound of the device memory; None takes what is free.
     lookahead : int
@@ -202,6 +217,7 @@ class EngineConfig:
     def _check_values(self) -> None:
         if not 0 <= self.lookahead <= MOST_LOOKAHEAD:
             raise UsageError(f"lookahead is {self.lookahead}, expected 0 to {MOST_LOOKAHEAD}")
+        device_name(self.device)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
