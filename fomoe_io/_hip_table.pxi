@@ -85,7 +85,9 @@ def open_capsules(list modules):
     raise DeviceError("hip-python is not installed", hint="pip install 'fomoe_io[hip]'")
 
 
-cdef int bind(Library library, bint is_cuda, void **place, str hip_name, str cuda_name, bint is_optional=False) except -1:
+cdef int bind(
+    Library library, bint is_cuda, void **place, str hip_name, str cuda_name, bint is_optional=False
+) except -1:
     name = cuda_name if is_cuda else hip_name
     place[0] = library.find(name)
     _cuda_names[hip_name] = cuda_name
@@ -139,7 +141,8 @@ def use_device_library(str name, Library library):
     bind(l, cuda, <void **>&api.hipModuleGetFunction, "hipModuleGetFunction", "cuModuleGetFunction")
     bind(l, cuda, <void **>&api.hipFuncGetAttribute, "hipFuncGetAttribute", "cuFuncGetAttribute")
     bind(l, cuda, <void **>&api.hipModuleLaunchKernel, "hipModuleLaunchKernel", "cuLaunchKernel")
-    bind(l, cuda, <void **>&api.hipGraphInstantiateWithFlags, "hipGraphInstantiateWithFlags", "cuGraphInstantiateWithFlags")
+    bind(l, cuda, <void **>&api.hipGraphInstantiateWithFlags, "hipGraphInstantiateWithFlags",
+         "cuGraphInstantiateWithFlags")
     bind(l, cuda, <void **>&api.hipGraphLaunch, "hipGraphLaunch", "cuGraphLaunch")
     bind(l, cuda, <void **>&api.hipGraphExecDestroy, "hipGraphExecDestroy", "cuGraphExecDestroy")
     bind(l, cuda, <void **>&api.hipGraphDestroy, "hipGraphDestroy", "cuGraphDestroy")

@@ -1,9 +1,10 @@
-"""Run a selection of tests again and again while the processors are busy: what waits for a thread that does not come, hangs.
+"""Run tests again and again while the processors are busy: what waits for a thread that does not come, hangs.
 
     python tools/stress.py -n 20 [--load 4] [--seconds 300] TEST...
 
-Twice as many busy processes as there are processors (`--load`), started and ended with each run, and stopped now and then,
-so that threads lose their processor in the middle of anything.  Ends with 1 and the log of a run that fails or hangs.
+Twice as many busy processes as there are processors (`--load`), started and ended with each run and stopped now and
+then, so that threads lose their processor in the middle of anything.  Ends with 1 and the log of a run that fails or
+hangs.
 """
 
 from __future__ import annotations

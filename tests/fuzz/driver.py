@@ -1,4 +1,4 @@
-"""Runs inputs of one kind one after another, in a process of its own, which may die of one: the parent goes on behind it.
+"""Runs inputs of one kind one after another, in a process of its own, which may die: the parent goes on behind it.
 
 Again what a test has found::
 
@@ -103,7 +103,7 @@ def _place(error: BaseException) -> str:
     """The innermost frame of ours and the exception."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if "fomoe_io" in f.filename or "layout_tool" in f.filename] or frames
-    name = ours[-1].filename.rsplit("/lib/")[-1].removeprefix(os.getcwd() + "/")
+    name = ours[-1].filename.rsplit("/lib/")[-1].removeprefix(f"{Path.cwd()}/")
     return f"{name}:{ours[-1].lineno} {type(error).__name__}: {str(error)[:80]!r}"
 
 

@@ -16,12 +16,46 @@ from tests.tiny_model import Tiny, Type, write_tiny
 NUMBERS = (0, 1, 2, 3, 5, 7, 63, 255, 256, 4095, 65535, 65536, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1,
            1 << 40, 1 << 62, (1 << 63) - 1, (1 << 64) - 1, -1, -2, -(1 << 31), -(1 << 63))  # fmt: skip
 FLOATS = (0.0, -0.0, 1e-45, 1e-6, 0.5, 1.0, -1.0, 1e30, 1e300, math.inf, -math.inf, math.nan)
-TEXTS = (b"", b"\0", b" ", b"a", b"qwen3moe", b"llama", b"gpt2", "ü".encode(), b"\xff\xfe", b"\x1b[2J\x1b]0;x\7",
-         b"{{ messages }}", b"{% for", b"<|endoftext|>", b"a\nb", b"-1", b"1e9", b"\xed\xa0\x80", b"A" * 70000)  # fmt: skip
-NAMES = (b"", b"blk.", b"blk.x.foo", b"blk.01.attn_norm.weight", b"blk.-1.attn_norm.weight", b"blk.99999999999.a",
-         b"blk.1.", b"blk..ffn_down_exps.weight", "blk.１.attn_norm.weight".encode(), b"\xff", b"\x1b[31m",
-         b"token_embd", b"a" * 300, b"blk.0.ffn_gate_up_exps.weight", b"blk.0.ffn_gate.0.weight",
-         b"rope_freqs.weight", b"blk.0.attn_q.bias", b"blk.0.exp_probs_b.bias")  # fmt: skip
+TEXTS = (
+    b"",
+    b"\0",
+    b" ",
+    b"a",
+    b"qwen3moe",
+    b"llama",
+    b"gpt2",
+    "ü".encode(),
+    b"\xff\xfe",
+    b"\x1b[2J\x1b]0;x\7",
+    b"{{ messages }}",
+    b"{% for",
+    b"<|endoftext|>",
+    b"a\nb",
+    b"-1",
+    b"1e9",
+    b"\xed\xa0\x80",
+    b"A" * 70000,
+)
+NAMES = (
+    b"",
+    b"blk.",
+    b"blk.x.foo",
+    b"blk.01.attn_norm.weight",
+    b"blk.-1.attn_norm.weight",
+    b"blk.99999999999.a",
+    b"blk.1.",
+    b"blk..ffn_down_exps.weight",
+    "blk.\uff11.attn_norm.weight".encode(),
+    b"\xff",
+    b"\x1b[31m",
+    b"token_embd",
+    b"a" * 300,
+    b"blk.0.ffn_gate_up_exps.weight",
+    b"blk.0.ffn_gate.0.weight",
+    b"rope_freqs.weight",
+    b"blk.0.attn_q.bias",
+    b"blk.0.exp_probs_b.bias",
+)
 MORE_KEYS = ("general.alignment", "split.count", "split.no", "split.tensors.count", "tokenizer.ggml.bos_token_id",
              "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id", "tokenizer.ggml.add_bos_token",
              "tokenizer.chat_template", "A.rope.scaling.type", "A.rope.scaling.factor", "A.attention.sliding_window",
@@ -56,13 +90,26 @@ def _odd_shape(r: random.Random, folder: Path) -> Image:
     kind = r.choice([Type.F32, Type.F16, Type.BF16, Type.Q8_0])
     size = [32, 64, 96] if kind == Type.Q8_0 else [1, 2, 8, 24, 31, 32, 63, 64, 65]
     shape = Tiny(
-        architecture=r.choice(["qwen3moe", "qwen35moe"]), layers=r.randint(1, 4), columns=r.choice(size),
-        heads=r.randint(1, 9), kv_heads=r.randint(1, 9), head_columns=r.choice(size), rotated=r.choice([0, 1, 2, 7, 16, 64]),
-        key_heads=r.randint(1, 5), value_heads=r.randint(1, 6), state_columns=r.choice(size), taps=r.randint(1, 6),
-        experts=r.choice([1, 2, 3, 8, 65]), used=r.choice([1, 2, 3, 8, 70]), hidden=r.choice(size),
-        shared_hidden=r.choice([0, *size]), vocabulary=r.choice([258, 259, 300, 1025]), tied=r.random() < 0.3,
-        fused=r.random() < 0.3, weights=kind,
-    )  # fmt: skip
+        architecture=r.choice(["qwen3moe", "qwen35moe"]),
+        layers=r.randint(1, 4),
+        columns=r.choice(size),
+        heads=r.randint(1, 9),
+        kv_heads=r.randint(1, 9),
+        head_columns=r.choice(size),
+        rotated=r.choice([0, 1, 2, 7, 16, 64]),
+        key_heads=r.randint(1, 5),
+        value_heads=r.randint(1, 6),
+        state_columns=r.choice(size),
+        taps=r.randint(1, 6),
+        experts=r.choice([1, 2, 3, 8, 65]),
+        used=r.choice([1, 2, 3, 8, 70]),
+        hidden=r.choice(size),
+        shared_hidden=r.choice([0, *size]),
+        vocabulary=r.choice([258, 259, 300, 1025]),
+        tied=r.random() < 0.3,
+        fused=r.random() < 0.3,
+        weights=kind,
+    )
     path = write_tiny(folder / "odd.gguf", shape, r.randrange(1 << 30))
     return Image.read(path)
 

@@ -1,7 +1,7 @@
 """Mutated files and templates by the hundred: each is refused in one printable line or runs; nothing crashes or hangs.
 
-`make sanitize` runs them under AddressSanitizer and UBSan.  FOMOE_FUZZ_FIRST and FOMOE_FUZZ_SCALE choose other seeds and
-more of them.
+`make sanitize` runs them under AddressSanitizer and UBSan.  FOMOE_FUZZ_FIRST and FOMOE_FUZZ_SCALE choose other
+seeds and more of them.
 """
 
 from __future__ import annotations
