@@ -22,6 +22,7 @@ from fomoe_io.storage.store import Store
 from fomoe_io.system.files import sync_directory, write_atomically
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
+from layout_tool.check_runs import check_runs
 from layout_tool.describe import describe_packed
 from layout_tool.direct import DirectFile, write_error
 from layout_tool.journal import Journal, check_idle, journal_header
@@ -35,7 +36,7 @@ SYNC_SECONDS = 2.0
 
 
 def open_model(path: Path) -> tuple[GGUFFile, Store]:
-    """The GGUF to pack, and its tensors in place.
+    """The GGUF to pack, and its tensors in place, once it is known that the store would run.
 
     Raises
     ------
@@ -44,7 +45,9 @@ def open_model(path: Path) -> tuple[GGUFFile, Store]:
     if path.is_dir():
         raise UsageError(f"{path} is a directory", hint="give the GGUF: fomoe-layout pack MODEL.gguf --to DIR")
     model = GGUFFile.open(path)
-    return model, Store.of_gguf(model)
+    store = Store.of_gguf(model)
+    check_runs(store)
+    return model, store
 
 
 def model_frequencies(source: Store, profile: Profile | None) -> dict[int, np.ndarray]:

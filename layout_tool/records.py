@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from fomoe_io.storage.expert_layers import BYTES, FILE, OFFSET, ExpertLayer
 from fomoe_io.storage.gguf import TensorInfo
-from fomoe_io.storage.store import BYTES, FILE, OFFSET, ExpertLayer
 from layout_tool.direct import DirectFile, Piece, gather
 from layout_tool.placement import CHUNK_BYTES
 from layout_tool.workers import Buffers

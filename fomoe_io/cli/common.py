@@ -13,6 +13,7 @@ from pathlib import Path
 from fomoe_io.config import EngineConfig, Tiers
 from fomoe_io.errors import FomoeError, UsageError
 from fomoe_io.experts.car import CarRule
+from fomoe_io.storage.pace import Pace
 from fomoe_io.trace.trace import check_trace_target
 from fomoe_io.units import parse_bytes
 
@@ -113,6 +114,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--vram", type=checked(parse_bytes), metavar="SIZE", help="bound of device memory (default: what is free)"
     )
     group.add_argument("--reader", choices=("auto", "uring", "pread"), default="auto")
+    group.add_argument(
+        "--pace", type=checked(Pace.parse), metavar="RATE,LATENCY",
+        help="read no faster than such a drive, for measurements: 14.5G,80us",
+    )  # fmt: skip
     group.add_argument("--calibration", metavar="FILE", help="how to read: from fomoe-bench io --calibrate FILE")
     group.add_argument("--kernels", choices=("auto", "ggml", "portable"), default="auto")
     group.add_argument(
@@ -155,6 +160,7 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         batch_tokens=options.batch_size,
         reader=options.reader,
         calibration=options.calibration,
+        pace=options.pace,
         kernels=options.kernels,
         policy=options.policy,
         tiers=options.tiers,
