@@ -6,7 +6,8 @@ MODEL := models/fomoe-demo-32x8.Q4_K_M.gguf
 STORE := demo-store
 BUILD := $(BIN)/python setup.py -q build_ext --inplace
 
-.PHONY: demo test native debug lint format bench sanitize sanitize-address sanitize-thread stress dist clean clean-native
+.PHONY: demo test native debug lint format bench sanitize sanitize-address sanitize-thread stress dist
+.PHONY: clean clean-native
 
 # Less memory than all experts need, so that they are streamed from the drive while the text appears.
 demo: native

@@ -14,7 +14,8 @@ cdef extern from "csrc/math/dot.h" nogil:
         void *to_float
     ctypedef struct fomoe_kernels:
         pass
-    fomoe_kernels *fomoe_kernels_of_ggml(const char *base_path, const char *cpu_path, char *message, size_t message_bytes)
+    fomoe_kernels *fomoe_kernels_of_ggml(const char *base_path, const char *cpu_path, char *message,
+                                         size_t message_bytes)
     fomoe_kernels *fomoe_kernels_portable()
     void fomoe_kernels_free(fomoe_kernels *)
     const fomoe_type *fomoe_type_of(const fomoe_kernels *, int32_t type)

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -31,7 +32,7 @@ LIMIT_SECONDS = 30
 """Of one input, under a sanitizer on a busy machine; the slowest that is right takes 2."""
 LIMIT_BYTES, MOST_BYTES = 2 << 30, 12 << 30
 """By which one input may let the process grow; address space of the process."""
-SANITIZED = "LD_PRELOAD" in os.environ
+SANITIZED = bool(os.environ.get("LD_PRELOAD"))
 HANG, CRASH = "hang", "crash"
 
 
@@ -168,7 +169,7 @@ def explore(kind: str, first: int, count: int) -> Findings:
     findings, end = Findings(), first + count
     while first < end:
         command = [sys.executable, "-m", "tests.fuzz.driver", kind, str(first), str(end - first)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=_environment())
         rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         for row in rows:
             if "seed" in row:
@@ -183,6 +184,12 @@ def explore(kind: str, first: int, count: int) -> Findings:
             raise AssertionError(f"a sanitizer complains:\n{done.stderr[-4000:]}")
         first = begun[-1] + 1
     return findings
+
+
+def _environment() -> dict[str, str]:
+    """A sanitizer's report goes to stderr, not to a file: it is read here."""
+    options = {name: re.sub(r"log_path=[^:]*:?", "", value) for name, value in os.environ.items() if "SAN_OPT" in name}
+    return {**os.environ, **options}
 
 
 def _died(done: subprocess.CompletedProcess[str]) -> str:

@@ -80,7 +80,8 @@ void fomoe_offers_judge(fomoe_offers *o, int layer, const int32_t *picks, int co
         for (int k = 0; k < count; k++) wanted |= picks[k] == offer->expert;
         *useful += wanted;
         *late += wanted && offer->left;
-        for (int r = 0; !wanted && offer->left && r < offer->reads; r++) o->reader->cancel(o->reader->self, tag_of(i, r));
+        for (int r = 0; !wanted && offer->left && r < offer->reads; r++)
+            o->reader->cancel(o->reader->self, tag_of(i, r));
     }
 }
 

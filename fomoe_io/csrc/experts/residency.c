@@ -107,7 +107,7 @@ void fomoe_residency_free(fomoe_residency *r) {
     if (!r) return;
     for (int i = 0; r->layer && i < r->layers; i++) {
         layer_state *l = &r->layer[i];
-        void *owned[] = {l->occupant[0], l->occupant[1], l->held,  l->tier,    l->home,
+        void *owned[] = {l->occupant[0], l->occupant[1], l->held, l->tier,    l->home,
                          l->slot,        l->slow,        l->fast, l->touched, l->order};
         for (size_t j = 0; j < sizeof owned / sizeof *owned; j++) free(owned[j]);
     }
@@ -143,15 +143,12 @@ void fomoe_residency_touch(fomoe_residency *r, int layer, int64_t age, const int
 static double worth(const fomoe_residency *r, const layer_state *l, int expert) {
     int64_t age = r->clock - l->touched[expert];
     switch (r->policy) {
-    case FOMOE_POLICY_LRU:
-        return (double)l->order[expert];
+    case FOMOE_POLICY_LRU: return (double)l->order[expert];
     case FOMOE_POLICY_DECAYED:
         return (1 - r->decay.fast_share) * (1 - r->decay.slow) * (l->slow[expert] * slow_after(r, age)) +
                r->decay.fast_share * (1 - r->decay.fast) * (l->fast[expert] * fast_after(r, age));
-    case FOMOE_POLICY_LFRU:
-        return l->slow[expert] / (double)(age + 1);
-    default:
-        return l->slow[expert];
+    case FOMOE_POLICY_LFRU: return l->slow[expert] / (double)(age + 1);
+    default: return l->slow[expert];
     }
 }
 
@@ -221,7 +218,8 @@ static void evict(fomoe_residency *r, layer_state *l, int expert) {
     r->counters.evictions++;
 }
 
-static void record_move(fomoe_move *moves, int *count, int expert, int from_tier, int from_slot, int to_tier, int to_slot) {
+static void record_move(fomoe_move *moves, int *count, int expert, int from_tier, int from_slot, int to_tier,
+                        int to_slot) {
     moves[(*count)++] = (fomoe_move){expert, from_tier, from_slot, to_tier, to_slot};
 }
 
