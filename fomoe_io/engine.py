@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from fomoe_io.session import Session
 from fomoe_io.storage.calibration import Calibration
 from fomoe_io.storage.reader import Reader, aligned_memory, open_reader
 from fomoe_io.storage.store import Store
-from fomoe_io.system.memory import available_bytes, peak_resident_bytes, resident_bytes
+from fomoe_io.system.memory import available_bytes, peak_resident_bytes, process_bytes, rounded_budget
 from fomoe_io.text.tokenizer import Tokenizer
 from fomoe_io.trace.trace import TraceFile, TraceHeader, slot_pairs
 from fomoe_io.units import format_bytes
@@ -38,6 +38,9 @@ from fomoe_io.units import format_bytes
 RESERVE_BYTES = 24 << 20
 """Left free of a budget for what Python still allocates after opening: logits, sampling, prompt history.
 Measured on fomoe-run and fomoe-ppl with 8k and 248k vocabularies (tests/engine/test_budget.py holds it)."""
+
+RAM_SHARE = 0.8
+"""Of what is available, for an engine that is not told how much it may take."""
 
 DEFAULT_DEPTH = 64
 """Reads in flight, for each drive, without a calibration: more than any drive needs for reads of an expert's size."""
@@ -144,10 +147,16 @@ class Engine:
         """Where the memory goes, for the banner."""
         b, s = self.budgets, self.shape
         return [
-            f"memory {format_bytes(b.ram_bytes)}: weights {format_bytes(b.resident_bytes)}, "
-            f"experts {format_bytes(b.pool_bytes)} ({min(b.slots.values())} of {s.experts} a layer), "
+            f"{self._ram_text()}: weights {format_bytes(b.resident_bytes)}, "
+            f"experts {format_bytes(b.pool_bytes)} ({_slots_text(b.slots.values())} of {s.experts} a layer), "
             f"state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}"
         ]
+
+    def _ram_text(self) -> str:
+        """The budget, and how to ask for the same one again where nobody did."""
+        ram_bytes = self.budgets.ram_bytes
+        again = "" if self.config.ram_bytes is not None else f" (--ram {-(-ram_bytes // (1 << 20))}M repeats it)"
+        return f"memory {format_bytes(ram_bytes)}{again}"
 
     # ---- opening ----
 
@@ -181,9 +190,12 @@ class Engine:
     def _open(self, build: Callable[..., None]) -> None:
         s = self.shape
         self._float = self.config.activations == "float32"
-        self._weights = Weights(self.model.resident, self._kernels, float_activations=self._float)
+        block_bytes = self.reader.block_bytes
+        self._weights = Weights(
+            self.model.resident, self._kernels, float_activations=self._float, block_bytes=block_bytes
+        )
         layers = self.model.experts
-        layouts = {i: slot_layout(layer) for i, layer in layers.items()}
+        layouts = {i: slot_layout(layer, block_bytes) for i, layer in layers.items()}
         self._expert_inputs = {
             i: tuple(self._activation_type(int(part.type)) for part in layer.parts[:2]) for i, layer in layers.items()
         }
@@ -281,21 +293,19 @@ class Engine:
         state = sketch.state.bytes
         per_token = sketch.activation_bytes + _cpu.Experts.workspace_bytes(self._experts_shape(1))
         del sketch
-        least = s.used
-        base = resident_bytes() + self._weights.bytes + state + RESERVE_BYTES
-        smallest = base + per_token + least * sum(layout.slot_bytes for layout in layouts.values())
-        limit = self.config.ram_bytes
-        if limit is None:
-            limit = resident_bytes() + int(0.8 * available_bytes())
-        if limit < smallest or peak_resident_bytes() > limit:
-            raise self._too_small(limit, max(smallest, peak_resident_bytes()))
-        everything = s.experts * sum(layout.slot_bytes for layout in layouts.values())
+        least = self._wanted_slots() or s.used
+        process = self._process_bytes()
+        base = process + self._weights.bytes + state + RESERVE_BYTES
+        row_bytes = sum(layout.slot_bytes for layout in layouts.values())
+        smallest = base + per_token + least * row_bytes
+        limit = self._ram_limit(process, smallest)
+        everything = (self._wanted_slots() or s.experts) * row_bytes
         batch = self.config.batch_tokens
         # An eighth of what is left at most for activations: a smaller batch costs prompt speed, fewer slots cost reads.
         while batch > 1 and batch * per_token > max((limit - smallest) // 8, limit - base - everything):
             batch //= 2
         room = limit - base - batch * per_token
-        most = s.experts
+        most = self._wanted_slots() or s.experts
         if self.config.tiers is not None:
             most = max(least, round((self.config.tiers.vram + self.config.tiers.dram) * s.experts))
         slots = share_slots(layouts, most, room, least)
@@ -304,10 +314,49 @@ class Engine:
         pool = sum(slots[i] * layout.slot_bytes for i, layout in layouts.items())
         return Budgets(limit, self._weights.bytes, state, batch * per_token, pool, batch, slots)
 
+    def _process_bytes(self) -> int:
+        s = self.shape
+        return process_bytes(s.vocabulary, s.layers * s.experts)
+
+    def _wanted_slots(self) -> int | None:
+        """Slots a layer that the configuration asks for.
+
+        Raises
+        ------
+        UsageError
+            More than there are experts, or fewer than a token needs.
+        """
+        slots, s = self.config.slots, self.shape
+        if slots is not None and not s.used <= slots <= s.experts:
+            raise UsageError(
+                f"slots is {slots}, and {self.model_name} uses {s.used} of {s.experts} experts a layer",
+                hint=f"--slots {min(max(slots, s.used), s.experts)}",
+            )
+        return slots
+
+    def _ram_limit(self, process: int, smallest: int) -> int:
+        """The budget: as configured, or a share of what is available, rounded so that it repeats.
+
+        Raises
+        ------
+        BudgetError
+            It is too small.
+        """
+        limit = self.config.ram_bytes
+        if limit is None:
+            available = process + int(RAM_SHARE * available_bytes())
+            limit = max(rounded_budget(available), min(smallest, available))
+        least = max(smallest, peak_resident_bytes())
+        if limit < least:
+            raise self._too_small(limit, least)
+        return limit
+
     def _too_small(self, limit: int, smallest: int) -> BudgetError:
         mib = -(-smallest // (1 << 20)) + 1
+        what = "" if self.config.slots is None else f" with {self.config.slots} slots a layer"
+        hint = f"--ram {mib}M" if self.config.slots is None else f"--ram {mib}M, or fewer --slots"
         return BudgetError(
-            f"a memory budget of {format_bytes(limit)} is too small for {self.model_name}", hint=f"--ram {mib}M"
+            f"a memory budget of {format_bytes(limit)} is too small for {self.model_name}{what}", hint=hint
         )
 
     def _slots_of(self, layer: int) -> int:
@@ -344,11 +393,8 @@ class Engine:
         if error == -errno.ECANCELED:
             self.gate.raise_end()
         layer, expert = self._experts.failure()
-        detail = self.reader.last_error or os.strerror(-error)
-        raise ReadError(
-            f"reading expert {expert} of layer {layer} failed: {detail}",
-            hint="check the drive (dmesg, smartctl), then: fomoe-layout verify STORE",
-        )
+        detail, fix = self.reader.last_error or os.strerror(-error), self.reader.last_fix
+        raise ReadError(f"reading expert {expert} of layer {layer} failed: {detail}", hint=fix or None)
 
     def session(self) -> Session:
         """A new, empty timeline."""
@@ -490,6 +536,12 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _slots_text(slots: Iterable[int]) -> str:
+    """`12`, or `12 to 13` where the first layers have one more."""
+    counts = sorted(set(slots))
+    return " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
 
 
 def _rate(count: int, seconds: float) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from fomoe_io.errors import FormatError
+from fomoe_io.errors import FormatError, printable
 from fomoe_io.storage.store import Store
 from fomoe_io.units import format_bytes
 from layout_tool.check_runs import check_runs
@@ -29,7 +29,7 @@ def inspect(path: Path, *, as_json: bool) -> int:
     """
     store = Store.open(path)
     report = _report(store)
-    print(json.dumps(report, indent=1) if as_json else "\n".join(_lines(report)))
+    print(json.dumps(report, indent=1) if as_json else "\n".join(printable(line) for line in _lines(report)))
     return 0
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from fomoe_io.cli.common import note
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.storage.manifest import MANIFEST, Fields, page_up, seal, unseal
 from fomoe_io.storage.store import Store, manifest_path
 from fomoe_io.system.files import sync_directory, write_atomically
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
-from layout_tool.direct import DirectFile, write_error
+from layout_tool.direct import DirectFile, buffered_notes, write_error
 from layout_tool.placement import CHUNK_BYTES
 from layout_tool.progress import Progress
 from layout_tool.records import opened
@@ -66,7 +66,7 @@ def mirror(directory: Path, target: Path) -> int:
     except OSError as error:
         raise write_error(error, path) from error
     if any(source.stat().st_dev == target.stat().st_dev for source in store.paths):
-        print(f"note: {target} lies on the drive of the store: a mirror there survives no drive", file=sys.stderr)
+        note(f"note: {target} lies on the drive of the store: a mirror there survives no drive")
     return 0
 
 
@@ -104,6 +104,8 @@ def _copy(store: Store, copies: dict[int, Path], missing: list[int]) -> None:
                 files[number] = stack.enter_context(DirectFile(partial[number], store.file_bytes[number]))
             except OSError as error:
                 raise write_error(error, partial[number]) from error
+        for text in buffered_notes(files.values()):
+            note(text)
         progress = stack.enter_context(Progress("mirror", total))
 
         def copy(chunk: _Chunk, buffers: Buffers) -> None:
@@ -116,8 +118,7 @@ def _copy(store: Store, copies: dict[int, Path], missing: list[int]) -> None:
     for number in missing:
         partial[number].rename(copies[number])
         sync_directory(copies[number].parent)
-    print(
+    note(
         f"mirror  {format_bytes(total)} in {format_seconds(progress.seconds)}  {format_rate(progress.rate)}; "
-        f"to check both copies: fomoe-layout verify {store.path}",
-        file=sys.stderr,
+        f"to check both copies: fomoe-layout verify {store.path}"
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fomoe_io.errors import printable
 from fomoe_io.experts.profile import Profile
 from fomoe_io.storage.store import Store
 from fomoe_io.units import format_bytes, format_rate, format_seconds
@@ -121,4 +122,4 @@ def _print(report: dict[str, Any], short: Sequence[str]) -> None:
         lines.append(
             f"  takes      ~{format_seconds(report['seconds'])} at {format_rate(rate)} (measured, 1 s a drive)"
         )
-    print("\n".join(lines))
+    print("\n".join(printable(line) for line in lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,16 +12,19 @@ import xxhash
 
 from fomoe_io.storage.expert_layers import BYTES, FILE, OFFSET, ExpertLayer
 from fomoe_io.storage.gguf import TensorInfo
-from layout_tool.direct import DirectFile, Piece, gather
+from layout_tool.direct import DirectFile, Piece, buffered_notes, gather
 from layout_tool.placement import CHUNK_BYTES
 from layout_tool.workers import Buffers
 
 
 @contextmanager
 def opened(paths: Sequence[Path]) -> Iterator[list[DirectFile]]:
-    """All files open for direct reading."""
+    """All files open for direct reading; a note on stderr says where that does not work."""
     with ExitStack() as stack:
-        yield [stack.enter_context(DirectFile(path)) for path in paths]
+        files = [stack.enter_context(DirectFile(path)) for path in paths]
+        for note in buffered_notes(files):
+            print(note, file=sys.stderr)
+        yield files
 
 
 def buffer_bytes(layers: Sequence[ExpertLayer]) -> int:

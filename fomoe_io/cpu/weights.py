@@ -17,19 +17,19 @@ from fomoe_io._cpu import Kernels, Matrix
 from fomoe_io.errors import FormatError
 from fomoe_io.models.tensors import EMBEDDING, OUTPUT, same_shape
 from fomoe_io.storage.reader import Memory, Reader, ReadRequest, aligned_memory
+from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, round_down, round_up
 
 if TYPE_CHECKING:
     from fomoe_io.storage.gguf import TensorInfo
 
-PAGE_BYTES = 4096
-"""Alignment of direct reads: the largest logical block size of common drives."""
+PAGE_BYTES = LEAST_BLOCK_BYTES
+"""Alignment of direct reads, unless a drive has larger blocks."""
 
 
-def aligned_window(offset: int, size: int) -> tuple[int, int]:
-    """The page-aligned (offset, bytes) that covers a range of a file."""
-    start = offset // PAGE_BYTES * PAGE_BYTES
-    end = -(-(offset + size) // PAGE_BYTES) * PAGE_BYTES
-    return start, end - start
+def aligned_window(offset: int, size: int, block_bytes: int = PAGE_BYTES) -> tuple[int, int]:
+    """The (offset, bytes) of the whole blocks that cover a range of a file."""
+    start = round_down(offset, block_bytes)
+    return start, round_up(offset + size, block_bytes) - start
 
 
 def checked(tensor: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
@@ -50,9 +50,18 @@ class Weights:
         What they are multiplied with.
     float_activations : bool
         Matrices expand their rows to float32 instead of quantizing activations.
+    block_bytes : int
+        What reads are multiples of (`Reader.block_bytes`).
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], kernels: Kernels, *, float_activations: bool) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        kernels: Kernels,
+        *,
+        float_activations: bool,
+        block_bytes: int = PAGE_BYTES,
+    ) -> None:
         self._tensors = tensors
         self._kernels = kernels
         self._loaded = False
@@ -62,7 +71,7 @@ class Weights:
         self.tied = OUTPUT not in tensors
         loaded = [t for t in tensors.values() if self.tied or t.name != EMBEDDING]
         self._requests: list[ReadRequest] = []
-        windows = [(t, *aligned_window(t.offset, t.bytes)) for t in loaded]
+        windows = [(t, *aligned_window(t.offset, t.bytes, block_bytes)) for t in loaded]
         self.bytes = sum(size for _, _, size in windows)
         # address space alone: memory is taken when load() fills it
         self._memory: Memory = aligned_memory(max(self.bytes, PAGE_BYTES))

@@ -44,16 +44,16 @@ class SlotLayout:
     slot_bytes: int
 
 
-def slot_layout(layer: ExpertLayer) -> SlotLayout:
+def slot_layout(layer: ExpertLayer, block_bytes: int = PAGE_BYTES) -> SlotLayout:
     """Join the parts of each expert that are neighbours on disk into aligned reads.
 
     A packed record becomes one read; an expert of an in-place store up to three, each with the rest of its
-    first and last page.
+    first and last block of `block_bytes`, what direct reads are multiples of.
     """
     file, offset, size = (layer.extents[:, :, i] for i in range(3))
     experts = len(file)
-    start = offset // PAGE_BYTES * PAGE_BYTES
-    end = -(-(offset + size) // PAGE_BYTES) * PAGE_BYTES
+    start = offset // block_bytes * block_bytes
+    end = -(-(offset + size) // block_bytes) * block_bytes
     extents = np.zeros((experts, PARTS), EXTENT)
     extent_count = np.zeros(experts, np.int32)
     part_offset = np.zeros((experts, PARTS), np.uint32)

@@ -33,7 +33,7 @@ from fomoe_io.gpu.recordings import Addresses, ModelSource, Recordings
 from fomoe_io.gpu.session import DeviceSession
 from fomoe_io.gpu.weights import kernel_of
 from fomoe_io.storage.reader import aligned_memory
-from fomoe_io.system.memory import available_bytes, peak_resident_bytes, resident_bytes
+from fomoe_io.system.direct_io import round_down
 from fomoe_io.units import format_bytes
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ FREE_SHARE = 16
 """One part in so many of the device's memory stays free (at most MOST_FREE_BYTES): the driver takes some later."""
 
 MOST_FREE_BYTES = 256 << 20
+
+FREE_UNIT_BYTES = 64 << 20
+"""What is free is rounded down to this: it varies from run to run, and the slots should not."""
 
 EXTRA_SPARES = 4
 """Spare buffers beyond a token's picks: victims still on their way down from the layer before."""
@@ -111,7 +114,7 @@ class DeviceEngine(Engine):
             f"VRAM {format_bytes(b.vram_bytes)}: weights {format_bytes(b.resident_bytes)}, experts "
             f"{format_bytes(b.vram_pool_bytes)} ({least[VRAM]} of {s.experts} a layer), "
             f"state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}",
-            f"RAM {format_bytes(b.ram_bytes)}: experts {format_bytes(b.pool_bytes)} ({least[DRAM]} a layer)",
+            f"{self._ram_text()}: experts {format_bytes(b.pool_bytes)} ({least[DRAM]} a layer)",
         ]
 
     def _open(self, build: Callable[..., None]) -> None:
@@ -128,7 +131,7 @@ class DeviceEngine(Engine):
                 raise UsageError(f"{name} is made on the CPU alone", hint="--device cpu")
         check_shape(s)
         self._layers = self.model.experts
-        self._layouts = {i: slot_layout(layer) for i, layer in self._layers.items()}
+        self._layouts = {i: slot_layout(layer, self.reader.block_bytes) for i, layer in self._layers.items()}
         self._records = {i: record_layout(i, layer, self._layouts[i]) for i, layer in self._layers.items()}
         forms = {i: Q8 if r.kernels[0] in kernels.QUANTIZED_TYPES else F32 for i, r in self._records.items()}
         inputs = {i: (form, form) for i, form in forms.items()}
@@ -180,7 +183,7 @@ class DeviceEngine(Engine):
         return share_slots(layouts, most, room - spare_bytes, least)  # type: ignore[arg-type]
 
     def _most_slots(self, share: float, least: int) -> int:
-        return max(least, round(share * self.shape.experts))
+        return max(least, round(share * (self._wanted_slots() or self.shape.experts)))
 
     def _share_memory(self) -> DeviceBudgets:  # type: ignore[override]
         s, config = self.shape, self.config
@@ -188,6 +191,7 @@ class DeviceEngine(Engine):
         limit = config.vram_bytes
         if limit is None:
             limit = free - min(MOST_FREE_BYTES, self.gpu.info.memory_bytes // FREE_SHARE)
+            limit = round_down(limit, FREE_UNIT_BYTES) or limit
         elif limit > free:
             raise BudgetError(
                 f"a device budget of {format_bytes(limit)} is more than the {format_bytes(free)} that are free on "
@@ -221,18 +225,19 @@ class DeviceEngine(Engine):
         """Fill in the DRAM slots; returns the budget and what the words shared with the device take."""
         s, config = self.shape, self.config
         shared = self._shared_layout(sketch)["end"]
-        base = resident_bytes() + shared + RESERVE_BYTES
+        process = self._process_bytes()
+        base = process + shared + RESERVE_BYTES
         base += spares * sum(sizes[DRAM] for sizes in size_classes(self._records))
-        limit = config.ram_bytes
-        if limit is None:
-            limit = resident_bytes() + int(0.8 * available_bytes())
-        if limit < max(base, peak_resident_bytes()):
-            raise self._too_small(limit, max(base, peak_resident_bytes()))
-        missing = s.experts - int(table[list(self._records), VRAM].min())
+        limit = self._ram_limit(process, base)
+        wanted = self._wanted_slots() or s.experts
+        missing = max(0, wanted - int(table[list(self._records), VRAM].min()))
         most = missing if config.tiers is None else min(missing, self._most_slots(config.tiers.dram, 0))
         slots = share_slots(self._layouts, most, limit - base, 0) if most else {}
         for layer, count in (slots or {}).items():
-            table[layer, DRAM] = min(count, s.experts - table[layer, VRAM])
+            table[layer, DRAM] = min(count, max(0, wanted - table[layer, VRAM]))
+        if config.slots is not None and (table[list(self._records)].sum(1) < wanted).any():
+            rest = sum((wanted - table[i, VRAM]) * self._layouts[i].slot_bytes for i in self._records)
+            raise self._too_small(limit, base + int(rest))
         return limit, shared
 
     def _allocate(self) -> None:

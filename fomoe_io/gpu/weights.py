@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import gguf
 import numpy as np
 
-from fomoe_io.cpu.weights import PAGE_BYTES, aligned_window, checked
+from fomoe_io.cpu.weights import aligned_window, checked
 from fomoe_io.errors import FormatError
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import Arena, DeviceMatrix, EmbeddingTable
@@ -103,7 +103,7 @@ class DeviceWeights:
 
     def load(self, reader: Reader, gpu: Gpu) -> None:
         """Read and copy everything that was asked for."""
-        staging = [aligned_memory(PIECE_BYTES + 2 * PAGE_BYTES) for _ in range(2)]
+        staging = [aligned_memory(PIECE_BYTES + 2 * reader.block_bytes) for _ in range(2)]
         registrations = [gpu.register(np.frombuffer(memory.view, np.uint8)) for memory in staging]
         try:
             for planned in self._planned.values():
@@ -124,13 +124,13 @@ class DeviceWeights:
             memory = staging[i % 2]
             if i >= len(staging):
                 gpu.stream.synchronize()  # the copy out of this half may still run
-            start, window = aligned_window(planned.tensor.offset + first, size)
+            start, window = aligned_window(planned.tensor.offset + first, size, reader.block_bytes)
             reader.read_into([(planned.tensor.file, start, memory.address, window)])
             gpu.stream.copy_in(planned.address + first, memory.address + planned.tensor.offset + first - start, size)
         gpu.stream.synchronize()
 
     def _load_expanded(self, planned: _Planned, reader: Reader, gpu: Gpu) -> None:
-        start, window = aligned_window(planned.tensor.offset, planned.tensor.bytes)
+        start, window = aligned_window(planned.tensor.offset, planned.tensor.bytes, reader.block_bytes)
         memory = aligned_memory(window)
         reader.read_into([(planned.tensor.file, start, memory.address, window)])
         skip = planned.tensor.offset - start

@@ -153,6 +153,11 @@ class FakeRing:
         c = self._count
         return self.files.describe_error(c.error_file, c.error_offset, c.error_code) if c.errors else ""
 
+    @property
+    def last_fix(self) -> str:
+        c = self._count
+        return self.files.mend_error(c.error_file, c.error_offset, c.error_code) if c.errors else ""
+
     def register_buffers(self, address: int, size: int) -> bool:
         return False
 
