@@ -16,6 +16,7 @@ CODE = (".py", ".pyi", ".pyx", ".pxd", ".pxi", ".c", ".h", ".hip")
 COLUMNS, LINES = 120, 500
 
 LONG_FILES = {
+    "fomoe_io/engine.py": "the CPU's backend and the engine are one class until there is a backend of each device",
     "tests/cli/test_layout_hostile.py": "a list of attacks on stores",
     "tests/fake_hip/fake_hip.c": "a driver's whole face",
     "fomoe_io/_cpu.pyx": "every step of a program once, and nothing else",

@@ -139,7 +139,8 @@ fomoe_read_table *fomoe_read_table_new(const fomoe_read_options *options) {
 
 void fomoe_read_table_free(fomoe_read_table *t) {
     if (!t) return;
-    void *owned[] = {t->file_bytes, t->drive, t->mirror, t->restart, t->errors_in_a_row, t->drives, t->operations, t->pieces, t};
+    void *owned[] = {t->file_bytes, t->drive,      t->mirror, t->restart, t->errors_in_a_row,
+                     t->drives,     t->operations, t->pieces, t};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
 }
 
