@@ -33,8 +33,9 @@ cdef enum:
     MOST_WORKSPACE = 1  # HIPBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
     REDUCTIONS = 3      # CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK; hipBLASLt has no such preference
     SEPARATE_STEP = 6   # CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE
-    RESULT_WORDS = 16   # a ...MatmulHeuristicResult_t, which begins with its algorithm: cuBLASLt's has 96 bytes (64 of
-                        # them the algorithm), hipBLASLt's 56 (24)
+    # a ...MatmulHeuristicResult_t, which begins with its algorithm: cuBLASLt's has 96 bytes (64 of them the algorithm),
+    # hipBLASLt's 56 (24)
+    RESULT_WORDS = 16
 
 cdef blas_api blas
 cdef int transpose_a, transpose, compute_float32

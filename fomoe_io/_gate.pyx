@@ -28,8 +28,8 @@ cdef int ask_python(void *gate) noexcept nogil:
 cdef class Gate:
     """Who may be inside an engine: one call at a time, of the process that opened it, until it is shut.
 
-    ``with gate:`` takes the turn or raises UsageError at once.  A run inside is watched: shut() from another thread ends
-    it, and so does a signal handler that raises (Ctrl-C), when the main thread runs it; raise_end() says which.
+    ``with gate:`` takes the turn or raises UsageError at once.  A run inside is watched: shut() from another thread
+    ends it, and so does a signal handler that raises (Ctrl-C), when the main thread runs it; raise_end() says which.
     """
 
     def __cinit__(self):

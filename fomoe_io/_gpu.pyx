@@ -1,5 +1,6 @@
 # Replays a model on a GPU: one graph a batch, the routed experts served beside it, without the GIL.
-# Thin on purpose: what is launched is recorded in fomoe_io/gpu/recorder.py, how experts are served is in csrc/gpu/device_experts.c.
+# Thin on purpose: what is launched is recorded in fomoe_io/gpu/recorder.py, how experts are served is in
+# csrc/gpu/device_experts.c.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -104,7 +105,8 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
 
 
 cdef class DeviceExperts:
-    """The routed experts of all layers.  layers, classes: dicts that fomoe_io/gpu/engine.py makes; keep: what they point to."""
+    """The routed experts of all layers.  layers, classes: dicts that fomoe_io/gpu/engine.py makes; keep: what they
+    point to."""
     cdef fomoe_device_experts *c
     cdef fomoe_residency *residency
     cdef object keep
@@ -194,8 +196,9 @@ cdef class DeviceExperts:
         return {
             "requests": r.requests, "vram_hits": r.hits[0], "dram_hits": r.hits[1], "nvme_hits": r.hits[2],
             "evictions": r.evictions, "promotions": r.promotions, "demotions": r.demotions,
-            "substitutions": r.substitutions, "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes, "stall_ns": e.nvme_stall_ns,
-            "copy_stall_ns": e.copy_stall_ns, "layers": e.layers, "served_layers": e.served_layers, "up_bytes": copies.bytes[FOMOE_LANE_UP],
+            "substitutions": r.substitutions, "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes,
+            "stall_ns": e.nvme_stall_ns, "copy_stall_ns": e.copy_stall_ns, "layers": e.layers,
+            "served_layers": e.served_layers, "up_bytes": copies.bytes[FOMOE_LANE_UP],
             "down_bytes": copies.bytes[FOMOE_LANE_DOWN],
         }
 

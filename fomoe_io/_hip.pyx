@@ -158,7 +158,6 @@ cdef class Registration:
     def __cinit__(self, int device, uintptr_t address, size_t nbytes, owner):
         cdef void *p = NULL
         cdef int code
-        cdef str call = "hipHostRegister"
         with nogil:
             code = api.hipSetDevice(device)
             if code == 0:
@@ -485,7 +484,8 @@ cdef class Launch:
         return api.hipModuleLaunchKernel(self.function.handle, self.gx, self.gy, self.gz, self.threads, 1, 1, 0, stream,
                                          self.addresses, NULL)
 
-    # May start while the launch before it on the stream still runs; its kernel waits (gpu/kernels/prelude.h, start_kernel).
+    # May start while the launch before it on the stream still runs; its kernel waits (gpu/kernels/prelude.h,
+    # start_kernel).
     # An ordinary launch where the driver has no such call.
     cdef int enqueue_chained(self, void *stream) noexcept nogil:
         cdef launch_config config

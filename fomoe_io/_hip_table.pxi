@@ -105,7 +105,9 @@ def open_capsules(list modules):
     raise DeviceError("hip-python is not installed", hint="pip install 'fomoe_io[hip]'")
 
 
-cdef int bind(Library library, bint is_cuda, void **place, str hip_name, str cuda_name, bint is_optional=False) except -1:
+cdef int bind(
+    Library library, bint is_cuda, void **place, str hip_name, str cuda_name, bint is_optional=False
+) except -1:
     name = cuda_name if is_cuda else hip_name
     place[0] = library.find(name)
     _cuda_names[hip_name] = cuda_name
