@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import reprlib
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -96,9 +97,13 @@ class Metadata(Mapping[str, Any]):
         return len(self._values)
 
     def length(self, key: str) -> int:
-        """Elements of an array, without loading it."""
+        """Elements of an array, without loading it; FormatError when the key holds something else."""
         value = self._values[key]
-        return value.count if isinstance(value, LazyArray) else len(value)
+        if isinstance(value, LazyArray):
+            return value.count
+        if not isinstance(value, list):
+            raise FormatError(f"metadata key {key} is {reprlib.repr(value)}, expected a list")
+        return len(value)
 
 
 @dataclass(frozen=True, slots=True)
