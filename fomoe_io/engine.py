@@ -74,6 +74,7 @@ class Engine:
         model = model_of(store.metadata)
         self.shape: Shape = model.shape_of(store.metadata)
         self._check_experts()
+        self._check_vocabulary()
         self.tokenizer = Tokenizer.from_metadata(store.metadata)
         self._trace: _cpu.Trace | None = None
         self._trace_file: TraceFile | None = None
@@ -177,6 +178,15 @@ class Engine:
                     )
         if s.used > s.experts:
             raise FormatError(f"expert_used_count {s.used} is more than expert_count {s.experts}")
+
+    def _check_vocabulary(self) -> None:
+        """Before the tokenizer is built, which takes minutes for a mostly empty file with millions of cheap tokens."""
+        embedding = self.store.resident.get(Weights.EMBEDDING)
+        if embedding is not None and embedding.shape[-1] != self.shape.vocabulary:
+            raise FormatError(
+                f"the vocabulary has {self.shape.vocabulary:,} tokens, {embedding.name} has shape "
+                f"{list(embedding.shape)} (damaged?)"
+            )
 
     def _open(self, build: Callable[..., None]) -> None:
         s = self.shape

@@ -10,8 +10,8 @@ import numpy as np
 
 from fomoe_io.errors import FormatError
 
-MOST_ELEMENTS = 1 << 21
-"""Of a list.  The largest vocabularies have 262,144 tokens and as many merges; a sparse file may claim 30 million."""
+MOST_ELEMENTS = 1 << 20
+"""Of a list.  The largest vocabularies have 262,144 tokens and 515,000 merges; a sparse file may claim 30 million."""
 
 
 class Fields:

@@ -22,6 +22,9 @@ from fomoe_io.text.special_tokens import ROLES, special_tokens
 
 KEYS = "tokenizer.ggml."
 
+MOST_SPELLED = 1 << 17
+"""Texts that merges make and the vocabulary lacks: as many as if half of a large one had been cut away."""
+
 
 def _byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte -> the byte."""
@@ -102,6 +105,8 @@ class Tokenizer:
         pairs = list(dict.fromkeys(pairs))  # of a pair that comes twice the first rank counts
         texts = {text for left, right in pairs for text in (left, right, left + right)} | _BYTES.keys()
         missing = sorted(texts - first.keys())
+        if len(missing) > MOST_SPELLED:
+            raise FormatError(f"the merges make {len(missing):,} texts that are no tokens of the vocabulary (damaged?)")
         vocabulary = first | {text: self.vocab_size + i for i, text in enumerate(missing)}
         self._spelled = {
             vocabulary[text]: [first[c] for c in text if c.isascii() and c in first] for text in missing

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fomoe_io.cli import run
+from fomoe_io.text.tokenizer import Tokenizer
 from layout_tool import main as layout
 from tests.tiny_model import Tiny, write_tiny
 
@@ -58,3 +59,13 @@ def test_keys_of_another_type(tmp_path: Path, key: str, capsys: pytest.CaptureFi
             assert [line[:7] for line in err.splitlines()[1:]] in ([], ["  fix: "])
         assert layout.main(["inspect", str(changed)]) in (0, 1)
         capsys.readouterr()
+
+
+def test_a_vocabulary_beyond_the_embeddings_is_refused_before_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_tiny(tmp_path / "tiny.gguf", Tiny(architecture="qwen3moe", layers=1), 3)
+    changed = with_key(model, "tokenizer.ggml.tokens", [f"token {i}" for i in range(5000)])
+    monkeypatch.setattr(Tokenizer, "from_metadata", None)
+    assert run.main([str(changed), "-p", "x"]) == 1
+    assert "5,000 tokens, token_embd.weight has shape [64, 300]" in capsys.readouterr().err

@@ -231,6 +231,7 @@ def test_values_of_another_type_are_refused_in_one_line(key: str, value: Any) ->
         ({"bos_token_id": 1 << 40}, "bos_token_id"),
         ({"token_type": [1] * 255}, "256 tokens but 255 token types"),
         ({"token_type": [1] * 257}, "256 tokens but 257 token types"),
+        ({"merges": [f"{i} x{i}" for i in range(100_000)]}, "texts that are no tokens"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
