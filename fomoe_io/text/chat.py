@@ -7,6 +7,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,6 +133,7 @@ class ChatTemplate:
         self._names = {"bos_token": bos_text, "eos_token": eos_text, "tools": None, "documents": None}
         self._worker: _Worker | None = None
         self._takes_parts: bool | None = None
+        self._lock = threading.Lock()  # one question at a time
         with _bounds():
             self._started()
 
@@ -182,7 +184,7 @@ class ChatTemplate:
         return self._worker
 
     def _run(self, values: Mapping[str, Any]) -> str:
-        with _bounds():
+        with self._lock, _bounds():
             return self._started().ask({"values": values})
 
 
