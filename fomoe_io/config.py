@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from fomoe_io.errors import UsageError
 from fomoe_io.experts.car import CarRule
+from fomoe_io.storage.pace import Pace
 
 _CHOICES = {
     "device": ("cpu", "auto", "hip", "cuda"),
@@ -54,7 +55,10 @@ class EngineConfig:
     Attributes
     ----------
     ram_bytes : int or None
-        Bound of the whole process (peak resident set); None takes 80 % of what is available.
+        Bound of the whole process (peak resident set); None takes 80 % of what is available, rounded down.
+    slots : int or None
+        Experts of each layer that memory holds; None: as many as the budget has room for.  It follows from the
+        configuration and the model alone where `ram_bytes` is given.
     threads : int or None
         None takes the processors this process may run on.
     context_tokens : int or None
@@ -68,6 +72,8 @@ class EngineConfig:
         File of `fomoe-bench io --calibrate`: sizes of sub-reads and the depth come from it.
     direct : bool
         O_DIRECT where the file system allows it.
+    pace : Pace or None
+        Hold reads back to the pace of a drive that is not at hand (benchmarks: `storage/pace.py`).
     kernels : {"auto", "ggml", "portable"}
     activations : {"quantized", "float32"}
         "float32" expands weights instead of quantizing activations: slow, for comparisons.
@@ -91,6 +97,7 @@ class EngineConfig:
     """
 
     ram_bytes: int | None = None
+    slots: int | None = None
     threads: int | None = None
     context_tokens: int | None = None
     batch_tokens: int = 512
@@ -98,6 +105,7 @@ class EngineConfig:
     ring_depth: int | None = None
     calibration: str | None = None
     direct: bool = True
+    pace: Pace | None = None
     kernels: str = "auto"
     activations: str = "quantized"
     policy: str = "decayed"
@@ -115,11 +123,19 @@ class EngineConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
-        limits = {"threads": 256, "context_tokens": 1 << 22, "batch_tokens": 1 << 14, "ring_depth": 4096}
+        limits = {
+            "threads": 256,
+            "context_tokens": 1 << 22,
+            "batch_tokens": 1 << 14,
+            "ring_depth": 4096,
+            "slots": 1 << 16,
+        }
         for name, most in limits.items():
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise UsageError(f"{name} is {value}, expected 1 to {most}")
+        if self.slots is not None and self.tiers is not None:
+            raise UsageError("tiers say how many experts memory holds, and so do slots", hint="drop --slots or --tiers")
         for name in ("ram_bytes", "vram_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def format_banner(engine: Engine) -> list[str]:
     """What runs, how exact, and where its memory goes: lines for stderr."""
     s, reader = engine.shape, engine.reader
-    how = f"{reader.name}{' O_DIRECT' if reader.direct else ', page cache (the file system refuses O_DIRECT)'}"
+    how = f"{reader.name}{' O_DIRECT' if reader.direct else ', page cache'}"
     lines = [
         f"{engine.model_name}  {_exactness(engine)}",
         f"{s.layers} layers x {s.experts} experts, top-{s.used}; {engine.store.kind} store; {how}; "
@@ -30,8 +30,7 @@ def format_banner(engine: Engine) -> list[str]:
         lines.append(f"warm start from a profile of {engine.profile.tokens:,} tokens")
     lines += [f"note: {note}" for note in engine.tokenizer.notes]
     lines += [f"note: {problem}; reading the other copy" for problem in engine.store.lost_copies]
-    if reader.fallback_reason:
-        lines.append(f"note: {reader.fallback_reason}; reading with pread threads instead")
+    lines += [f"note: {note}" for note in reader.notes]
     return [printable(line) for line in lines]
 
 

@@ -14,7 +14,7 @@ from fomoe_io.storage.store import Store, manifest_path
 from fomoe_io.system.files import sync_directory, write_atomically
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
-from layout_tool.direct import DirectFile, write_error
+from layout_tool.direct import DirectFile, buffered_notes, write_error
 from layout_tool.placement import CHUNK_BYTES
 from layout_tool.progress import Progress
 from layout_tool.records import opened
@@ -104,6 +104,8 @@ def _copy(store: Store, copies: dict[int, Path], missing: list[int]) -> None:
                 files[number] = stack.enter_context(DirectFile(partial[number], store.file_bytes[number]))
             except OSError as error:
                 raise write_error(error, partial[number]) from error
+        for text in buffered_notes(files.values()):
+            note(text)
         progress = stack.enter_context(Progress("mirror", total))
 
         def copy(chunk: _Chunk, buffers: Buffers) -> None:

@@ -23,8 +23,9 @@ from fomoe_io.storage.store import Store
 from fomoe_io.system.files import sync_directory, write_atomically
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
+from layout_tool.check_runs import check_runs
 from layout_tool.describe import describe_packed
-from layout_tool.direct import DirectFile, write_error
+from layout_tool.direct import DirectFile, buffered_notes, write_error
 from layout_tool.journal import Journal, check_idle, journal_header
 from layout_tool.placement import RESIDENT_FILE, Placement, Run, place, runs
 from layout_tool.progress import Progress
@@ -36,7 +37,7 @@ SYNC_SECONDS = 2.0
 
 
 def open_model(path: Path) -> tuple[GGUFFile, Store]:
-    """The GGUF to pack, and its tensors in place.
+    """The GGUF to pack, and its tensors in place, once it is known that the store would run.
 
     Raises
     ------
@@ -45,7 +46,9 @@ def open_model(path: Path) -> tuple[GGUFFile, Store]:
     if path.is_dir():
         raise UsageError(f"{path} is a directory", hint="give the GGUF: fomoe-layout pack MODEL.gguf --to DIR")
     model = GGUFFile.open(path)
-    return model, Store.of_gguf(model)
+    store = Store.of_gguf(model)
+    check_runs(store)
+    return model, store
 
 
 def model_frequencies(source: Store, profile: Profile | None) -> dict[int, np.ndarray]:
@@ -285,10 +288,8 @@ class _Pack:
         return file
 
     def _tell_buffered(self) -> None:
-        for file in (*self._sources, *self._files):
-            if not file.direct:
-                note(f"note: no direct I/O on the file system of {file.path.parent}; buffered")
-                return
+        for text in buffered_notes(self._files):
+            note(text)
 
     def _write(self, task: TensorInfo | Run, buffers: Buffers) -> dict[str, Any]:
         """In a worker thread: copy a resident tensor or a run of records; returns its journal entry."""

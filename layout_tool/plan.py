@@ -63,10 +63,10 @@ def plan(
 def model_report(store: Store) -> dict[str, Any]:
     """What a model consists of, with stable keys."""
     layers = list(store.experts.values())
-    used = store.metadata.get(f"{store.architecture}.expert_used_count")
+    used = store.metadata.integer(f"{store.architecture}.expert_used_count", None)
     weights = sum(layer.n_experts * layer.expert_bytes for layer in layers)
     records = sum(layer.n_experts * layer.record_bytes for layer in layers)
-    per_token = sum(layer.expert_bytes for layer in layers) * used if isinstance(used, int) else None
+    per_token = sum(layer.expert_bytes for layer in layers) * used if used else None
     return {
         "model": store.model_name,
         "architecture": store.architecture,

@@ -147,9 +147,11 @@ def _calibrate(options: argparse.Namespace) -> int:
         raise UsageError("--calibrate needs one --filename or a --store")
     paths = options.filename or Store.open(options.store).paths
     path = max(paths, key=file_bytes)
-    seconds = len(sizes_within(path)) * len(DEPTHS) * POINT_SECONDS
+    seconds = len(sizes_within(path, direct=options.direct)) * len(DEPTHS) * POINT_SECONDS
     note(f"measuring {path}: about {seconds:.0f} s")
     result = calibrate(path, engine=options.engine, direct=options.direct)
+    if options.direct and not result.direct:
+        note(f"note: direct reads of {path} do not work: this is the page cache, not the drive")
     result.save(options.calibrate)
     for point in result.points:
         print(

@@ -18,6 +18,7 @@ from fomoe_io.commands import open_streams
 from fomoe_io.config import EngineConfig, Tiers
 from fomoe_io.errors import FomoeError, UsageError, printable
 from fomoe_io.experts.car import CarRule
+from fomoe_io.storage.pace import Pace
 from fomoe_io.trace.trace import check_trace_target
 from fomoe_io.units import parse_bytes
 
@@ -168,6 +169,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ram", type=checked(parse_bytes), metavar="SIZE", help="bound of the whole process, such as 16G"
     )
+    group.add_argument(
+        "--slots", type=int, metavar="N", help="experts of each layer in memory (default: all that --ram has room for)"
+    )
     group.add_argument("-t", "--threads", type=int, metavar="N", help="default: all processors of this process")
     group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context (default: the model's, at most 4096)")
     group.add_argument("-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens at once")
@@ -178,6 +182,10 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--vram", type=checked(parse_bytes), metavar="SIZE", help="bound of device memory (default: what is free)"
     )
     group.add_argument("--reader", choices=("auto", "uring", "pread"), default="auto")
+    group.add_argument(
+        "--pace", type=checked(Pace.parse), metavar="RATE,LATENCY",
+        help="read no faster than such a drive, for measurements: 14.5G,80us",
+    )  # fmt: skip
     group.add_argument("--calibration", metavar="FILE", help="how to read: from fomoe-bench io --calibrate FILE")
     group.add_argument("--kernels", choices=("auto", "ggml", "portable"), default="auto")
     group.add_argument(
@@ -215,11 +223,13 @@ def engine_config(options: argparse.Namespace) -> EngineConfig:
         check_trace_target(options.trace)
     return EngineConfig(
         ram_bytes=options.ram,
+        slots=options.slots,
         threads=options.threads,
         context_tokens=options.ctx_size,
         batch_tokens=options.batch_size,
         reader=options.reader,
         calibration=options.calibration,
+        pace=options.pace,
         kernels=options.kernels,
         policy=options.policy,
         tiers=options.tiers,

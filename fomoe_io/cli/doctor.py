@@ -186,7 +186,7 @@ def check_memory() -> Check:
 
 def check_processor() -> Check:
     """Processor and the kernels that compute on it."""
-    kernels = dot_library.use("auto")
+    kernels = dot_library.open_kernels("auto").name
     found = f"{processor()}, {len(os.sched_getaffinity(0))} threads, {kernels} kernels"
     if kernels != "ggml" and platform.machine() == "x86_64":
         return Check("processor", WARN, found, "pip install 'libggml-python>=0.20,<0.21'")

@@ -23,7 +23,6 @@ from fomoe_io.gpu.budget import (
     native_device_layers,
     pool_places,
     record_layout,
-    rope_values,
     size_classes,
 )
 from fomoe_io.gpu.device import Gpu, Step
@@ -34,7 +33,7 @@ from fomoe_io.gpu.recordings import Addresses, ModelSource, Recordings
 from fomoe_io.gpu.session import DeviceSession
 from fomoe_io.gpu.weights import kernel_of
 from fomoe_io.storage.reader import aligned_memory
-from fomoe_io.system.memory import available_bytes, peak_resident_bytes, resident_bytes
+from fomoe_io.system.direct_io import round_down
 from fomoe_io.units import format_bytes
 
 if TYPE_CHECKING:
@@ -46,6 +45,9 @@ FREE_SHARE = 16
 """One part in so many of the device's memory stays free (at most MOST_FREE_BYTES): the driver takes some later."""
 
 MOST_FREE_BYTES = 256 << 20
+
+FREE_UNIT_BYTES = 64 << 20
+"""What is free is rounded down to this: it varies from run to run, and the slots should not."""
 
 EXTRA_SPARES = 4
 """Spare buffers beyond a token's picks: victims still on their way down from the layer before."""
@@ -112,7 +114,7 @@ class DeviceEngine(Engine):
             f"VRAM {format_bytes(b.vram_bytes)}: weights {format_bytes(b.resident_bytes)}, experts "
             f"{format_bytes(b.vram_pool_bytes)} ({least[VRAM]} of {s.experts} a layer), "
             f"state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}",
-            f"RAM {format_bytes(b.ram_bytes)}: experts {format_bytes(b.pool_bytes)} ({least[DRAM]} a layer)",
+            f"{self._ram_text()}: experts {format_bytes(b.pool_bytes)} ({least[DRAM]} a layer)",
         ]
 
     def _open(self, build: Callable[..., None]) -> None:
@@ -128,13 +130,13 @@ class DeviceEngine(Engine):
             if is_wanted:
                 raise UsageError(f"{name} is made on the CPU alone", hint="--device cpu")
         check_shape(s)
-        self._layers = {i: self.store.experts[i] for i in range(s.layers)}
-        self._layouts = {i: slot_layout(layer) for i, layer in self._layers.items()}
+        self._layers = self.model.experts
+        self._layouts = {i: slot_layout(layer, self.reader.block_bytes) for i, layer in self._layers.items()}
         self._records = {i: record_layout(i, layer, self._layouts[i]) for i, layer in self._layers.items()}
         forms = {i: Q8 if r.kernels[0] in kernels.QUANTIZED_TYPES else F32 for i, r in self._records.items()}
         inputs = {i: (form, form) for i, form in forms.items()}
         self._source = ModelSource(
-            s, build, self._resident(), self._files, self._records, inputs, self.context_tokens,
+            s, build, self.model.resident, self._files, self._records, inputs, self.context_tokens,
             substitutes=self.config.car is not None,
         )  # fmt: skip
         self._batch_tokens = min(self.config.batch_tokens, self.context_tokens)
@@ -143,7 +145,7 @@ class DeviceEngine(Engine):
         self.budgets = self._share_memory()
         self._allocate()
         self._recorded.weights.load(self.reader, self.gpu)
-        rope = rope_values(self.shape.rope_base, self.shape.rotated, self.context_tokens)
+        rope = self.shape.rope.table(self.context_tokens)
         self.gpu.stream.copy_in(self._recorded.rope_address, rope.ctypes.data, rope.nbytes)
         if self.config.car is not None:
             rule = self.config.car.native()
@@ -152,13 +154,6 @@ class DeviceEngine(Engine):
         self._warm()
 
     # ---- memory ----
-
-    def _resident(self) -> dict[str, Any]:
-        return {
-            name: tensor
-            for name, tensor in self.store.resident.items()
-            if not name.startswith("blk.") or int(name.split(".")[1]) < self.shape.layers
-        }
 
     def _recordings(self, addresses: Addresses) -> Recordings:
         """The model at these addresses, for a token and for batches."""
@@ -188,7 +183,7 @@ class DeviceEngine(Engine):
         return share_slots(layouts, most, room - spare_bytes, least)  # type: ignore[arg-type]
 
     def _most_slots(self, share: float, least: int) -> int:
-        return max(least, round(share * self.shape.experts))
+        return max(least, round(share * (self._wanted_slots() or self.shape.experts)))
 
     def _share_memory(self) -> DeviceBudgets:  # type: ignore[override]
         s, config = self.shape, self.config
@@ -196,6 +191,7 @@ class DeviceEngine(Engine):
         limit = config.vram_bytes
         if limit is None:
             limit = free - min(MOST_FREE_BYTES, self.gpu.info.memory_bytes // FREE_SHARE)
+            limit = round_down(limit, FREE_UNIT_BYTES) or limit
         elif limit > free:
             raise BudgetError(
                 f"a device budget of {format_bytes(limit)} is more than the {format_bytes(free)} that are free on "
@@ -229,18 +225,19 @@ class DeviceEngine(Engine):
         """Fill in the DRAM slots; returns the budget and what the words shared with the device take."""
         s, config = self.shape, self.config
         shared = self._shared_layout(sketch)["end"]
-        base = resident_bytes() + shared + RESERVE_BYTES
+        process = self._process_bytes()
+        base = process + shared + RESERVE_BYTES
         base += spares * sum(sizes[DRAM] for sizes in size_classes(self._records))
-        limit = config.ram_bytes
-        if limit is None:
-            limit = resident_bytes() + int(0.8 * available_bytes())
-        if limit < max(base, peak_resident_bytes()):
-            raise self._too_small(limit, max(base, peak_resident_bytes()))
-        missing = s.experts - int(table[list(self._records), VRAM].min())
+        limit = self._ram_limit(process, base)
+        wanted = self._wanted_slots() or s.experts
+        missing = max(0, wanted - int(table[list(self._records), VRAM].min()))
         most = missing if config.tiers is None else min(missing, self._most_slots(config.tiers.dram, 0))
         slots = share_slots(self._layouts, most, limit - base, 0) if most else {}
         for layer, count in (slots or {}).items():
-            table[layer, DRAM] = min(count, s.experts - table[layer, VRAM])
+            table[layer, DRAM] = min(count, max(0, wanted - table[layer, VRAM]))
+        if config.slots is not None and (table[list(self._records)].sum(1) < wanted).any():
+            rest = sum((wanted - table[i, VRAM]) * self._layouts[i].slot_bytes for i in self._records)
+            raise self._too_small(limit, base + int(rest))
         return limit, shared
 
     def _allocate(self) -> None:
@@ -316,6 +313,9 @@ class DeviceEngine(Engine):
 
     def _slots_of(self, layer: int) -> int:
         return int(self.budgets.slots[layer].sum())
+
+    def _warm_layer(self, layer: int, order: np.ndarray, scores: np.ndarray) -> int:
+        return self._experts.warm(layer, order, scores)
 
     # ---- running ----
 
@@ -416,6 +416,7 @@ class DeviceEngine(Engine):
         UsageError
             Another one is open.
         """
+        self.gate.check()
         if self.live_session is not None:
             raise UsageError("a GPU engine holds one session at a time; close() the other first")
         self.live_session = DeviceSession(self)
@@ -434,7 +435,7 @@ class DeviceEngine(Engine):
     def statistics(self) -> dict[str, Any]:
         """As :meth:`Engine.statistics`, with what a device adds: bytes over the link, launches, synchronisations."""
         result = super().statistics()
-        now = self._experts.counters()
+        now = self._counters()
         c = {key: now[key] - self._base[key] for key in now}
         calls = device.counts()
         result["device"] = self.device_name
@@ -450,8 +451,7 @@ class DeviceEngine(Engine):
         self._calls = device.counts()
         super().reset_statistics()
 
-    def close(self) -> None:
-        """Give device and host memory back.  Idempotent."""
+    def _release(self) -> None:
         gpu = self.__dict__.get("gpu")
         if gpu is not None and "_experts" in self.__dict__:
             gpu.stream.synchronize()
@@ -459,7 +459,7 @@ class DeviceEngine(Engine):
         self._graphs.clear()
         for name in ("_recorded", "_prompts", "_products"):
             self.__dict__.pop(name, None)
-        super().close()
+        super()._release()
         for registration in self.__dict__.pop("_registrations", []):
             registration.close()
         self.__dict__.pop("_shared_words", None)

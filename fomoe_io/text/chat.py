@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_io.errors import FormatError
-from fomoe_io.text.fields import Fields
+from fomoe_io.storage.metadata import Metadata
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 
@@ -145,7 +145,7 @@ class ChatTemplate:
         ------
         FormatError
         """
-        source = Fields(metadata, "").text(TEMPLATE_KEY)
+        source = Metadata(metadata).text(TEMPLATE_KEY, None)
         return cls(source, bos_text=bos_text, eos_text=eos_text) if source else None
 
     def render(self, messages: Sequence[Message], *, enable_thinking: bool | None = None) -> str:

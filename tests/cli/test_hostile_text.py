@@ -68,4 +68,5 @@ def test_a_vocabulary_beyond_the_embeddings_is_refused_before_it_is_built(
     changed = with_key(model, "tokenizer.ggml.tokens", [f"token {i}" for i in range(5000)])
     monkeypatch.setattr(Tokenizer, "from_metadata", None)
     assert run.main([str(changed), "-p", "x"]) == 1
-    assert "5,000 tokens, token_embd.weight has shape [64, 300]" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "token_embd.weight" in err and "5000" in err

@@ -14,9 +14,8 @@ import pytest
 
 from fomoe_io.errors import FormatError
 from fomoe_io.storage.gguf import GGUFFile
-from fomoe_io.text.fields import MOST_ELEMENTS
 from fomoe_io.text.pre_tokenizers import PRE_TOKENIZERS
-from fomoe_io.text.tokenizer import Tokenizer
+from fomoe_io.text.tokenizer import MOST_ELEMENTS, Tokenizer
 from tests.tiny_model import vocabulary
 
 KEYS = "tokenizer.ggml."
@@ -259,5 +258,5 @@ def test_a_vocabulary_that_claims_too_much_is_not_loaded(tmp_path: Path) -> None
     path.write_bytes(data[: at + 8])
     with path.open("r+b") as stream:
         stream.truncate(at + 8 + 8 * count)
-    with pytest.raises(FormatError, match="at most"):
+    with pytest.raises(FormatError, match="elements; at most"):
         Tokenizer.from_metadata(GGUFFile.open(path).metadata)
