@@ -26,6 +26,7 @@ from fomoe_io.models import model_of
 from fomoe_io.models.blocks import Shape
 from fomoe_io.session import Session
 from fomoe_io.storage.calibration import Calibration
+from fomoe_io.storage.read_files import read_fault
 from fomoe_io.storage.reader import Reader, aligned_memory, open_reader
 from fomoe_io.storage.store import Store
 from fomoe_io.system.memory import available_bytes, peak_resident_bytes, process_bytes, rounded_budget
@@ -387,9 +388,20 @@ class Engine:
     def _check(self, error: int) -> None:
         if not error:
             return
+        reads = self.reader.counters
+        if reads["errors"] == reads["failovers"]:  # every expert came, if not from the first copy
+            raise self._embedding_error(-error)
         layer, expert = self._experts.failure()
         detail, fix = self.reader.last_error or os.strerror(-error), self.reader.last_fix
         raise ReadError(f"reading expert {expert} of layer {layer} failed: {detail}", hint=fix or None)
+
+    def _embedding_error(self, code: int) -> ReadError:
+        """What a failed read of a row of the token embeddings means."""
+        tensor = self.store.resident[Weights.EMBEDDING]
+        now = os.lseek(self._files[tensor.file], 0, os.SEEK_END)
+        fault = read_fault(code, self.store.file_bytes[tensor.file], now)
+        path = self.store.paths[tensor.file]
+        return ReadError(f"reading the token embeddings from {path} failed: {fault.reason}", hint=fault.fix)
 
     def session(self) -> Session:
         """A new, empty timeline."""
