@@ -27,6 +27,34 @@ class MmapReader:
     def register_buffers(self, address: int, size: int) -> bool: ...
     def close(self) -> None: ...
 
+class PacedReader:
+    """Another native reader at the pace of a drive (csrc/read/paced_reader.h); what is not here is the other's.
+
+    Parameters
+    ----------
+    inner : NativeReader
+        Faster than the pace; its counters gain `paced_late` and `paced_late_seconds`, which say whether it was.
+    bandwidth : float
+        Bytes a second.
+    latency_seconds : float
+    """
+
+    name: str
+    files: ReadFiles
+    buffers_registered: bool
+    registration_error: str
+    last_error: str
+    last_fix: str
+    mode: str
+
+    def __init__(self, inner: Any, bandwidth: float, latency_seconds: float) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def counters(self) -> dict[str, Any]: ...
+    def register_buffers(self, address: int, size: int) -> bool: ...
+    def close(self) -> None: ...
+
 class Load:
     """Keeps a reader at a depth with reads from a plan and counts latencies (csrc/read/io_load.h).
 

@@ -1,4 +1,4 @@
-# The Python face of csrc/read/io_load.c and csrc/read/mmap_reader.c: what `fomoe-bench io` runs without the GIL.
+# The Python face of csrc/read/io_load.c and csrc/read/{mmap,paced}_reader.c: what `fomoe-bench io` runs without the GIL.
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
@@ -15,6 +15,19 @@ cdef extern from "csrc/read/mmap_reader.h" nogil:
                               fomoe_mmap_reader **)
     void fomoe_mmap_reader_free(fomoe_mmap_reader *)
     void fomoe_mmap_reader_table(fomoe_mmap_reader *, fomoe_reader *)
+
+cdef extern from "csrc/read/paced_reader.h" nogil:
+    ctypedef struct fomoe_paced_reader:
+        pass
+    ctypedef struct fomoe_paced_counters:
+        uint64_t reads
+        uint64_t bytes
+        uint64_t late
+        uint64_t late_ns
+    fomoe_paced_reader *fomoe_paced_reader_new(fomoe_reader *inner, double bandwidth, uint64_t latency_ns)
+    void fomoe_paced_reader_free(fomoe_paced_reader *)
+    void fomoe_paced_reader_table(fomoe_paced_reader *, fomoe_reader *)
+    const fomoe_paced_counters *fomoe_paced_reader_count(const fomoe_paced_reader *)
 
 cdef extern from "csrc/read/io_load.h" nogil:
     enum:
@@ -97,6 +110,43 @@ cdef class MmapReader:
 
     def register_buffers(self, uintptr_t address, size_t size):
         return False
+
+
+cdef class PacedReader:
+    cdef fomoe_reader table
+    cdef fomoe_paced_reader *paced
+    cdef readonly object inner
+
+    def __cinit__(self, inner, double bandwidth, double latency_seconds):
+        if bandwidth <= 0 or latency_seconds < 0:
+            raise ValueError("a pace needs a bandwidth above 0 and a latency of 0 or more")
+        self.inner = inner
+        self.paced = fomoe_paced_reader_new(
+            <fomoe_reader *><uintptr_t>inner.address, bandwidth, <uint64_t>(1e9 * latency_seconds)
+        )
+        if self.paced == NULL:
+            raise MemoryError
+        fomoe_paced_reader_table(self.paced, &self.table)
+
+    def __dealloc__(self):
+        fomoe_paced_reader_free(self.paced)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    @property
+    def mode(self):
+        return f"{self.inner.mode}, paced"
+
+    @property
+    def address(self):
+        self.inner.address  # refuses when that is closed
+        return <uintptr_t>&self.table
+
+    @property
+    def counters(self):
+        cdef const fomoe_paced_counters *c = fomoe_paced_reader_count(self.paced)
+        return self.inner.counters | {"paced_late": c.late, "paced_late_seconds": c.late_ns * 1e-9}
 
 
 cdef class Load:

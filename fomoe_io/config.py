@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from fomoe_io.errors import UsageError
 from fomoe_io.experts.car import CarRule
+from fomoe_io.storage.pace import Pace
 
 _CHOICES = {
     "device": ("cpu", "auto", "hip", "cuda"),
@@ -71,6 +72,8 @@ class EngineConfig:
         File of `fomoe-bench io --calibrate`: sizes of sub-reads and the depth come from it.
     direct : bool
         O_DIRECT where the file system allows it.
+    pace : Pace or None
+        Hold reads back to the pace of a drive that is not at hand (benchmarks: `storage/pace.py`).
     kernels : {"auto", "ggml", "portable"}
     activations : {"quantized", "float32"}
         "float32" expands weights instead of quantizing activations: slow, for comparisons.
@@ -102,6 +105,7 @@ class EngineConfig:
     ring_depth: int | None = None
     calibration: str | None = None
     direct: bool = True
+    pace: Pace | None = None
     kernels: str = "auto"
     activations: str = "quantized"
     policy: str = "decayed"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 
 from fomoe_io import _cpu
+from fomoe_io._gate import Gate
 from fomoe_io.config import EngineConfig
 from fomoe_io.cpu import dot_library
 from fomoe_io.cpu.recorder import Recorder
@@ -22,8 +25,8 @@ from fomoe_io.errors import BudgetError, FormatError, ReadError, UsageError
 from fomoe_io.experts import learned_profile
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import SlotLayout, hottest_first, native_layers, share_slots, slot_layout, tier_slots
-from fomoe_io.models import model_of
-from fomoe_io.models.blocks import Shape
+from fomoe_io.models import check_model
+from fomoe_io.models.tensors import EMBEDDING
 from fomoe_io.session import Session
 from fomoe_io.storage.calibration import Calibration
 from fomoe_io.storage.read_files import read_fault
@@ -52,6 +55,9 @@ DEFAULT_CONTEXT_TOKENS = 4096
 """When neither the user nor the model says less: as llama.cpp's examples use; KV memory grows with it."""
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True, slots=True)
 class Budgets:
     """What the memory was shared into; `slots` is per layer."""
@@ -66,18 +72,24 @@ class Budgets:
 
 
 class Engine:
-    """A model opened from a store directory or a GGUF file.  Use :meth:`open`."""
+    """A model opened from a store directory or a GGUF file.  Use :meth:`open`.
+
+    One thread at a time: what another asks meanwhile is a UsageError, and so is everything after :meth:`close` or in a
+    fork of the process.  Only :meth:`close` may come at any time, from any thread.
+    """
 
     def __init__(self, store: Store, config: EngineConfig) -> None:
         started = time.monotonic()
+        self.gate = Gate()
         self.store = store
         self.config = config
-        self.kernels = dot_library.use(config.kernels)
+        self._kernels = dot_library.open_kernels(config.kernels)
+        self.kernels = self._kernels.name
         self.metadata = store.metadata
         self.model_name = store.model_name
-        model = model_of(store.metadata)
-        self.shape: Shape = model.shape_of(store.metadata)
-        self._check_experts()
+        self.model = check_model(store)
+        self.shape = self.model.shape
+        self._check_types()
         self.tokenizer = Tokenizer.from_metadata(store.metadata)
         self._trace: _cpu.Trace | None = None
         self._trace_file: TraceFile | None = None
@@ -85,10 +97,11 @@ class Engine:
         self.threads = config.threads or len(os.sched_getaffinity(0))
         self.context_tokens = config.context_tokens or min(self.shape.context_tokens, DEFAULT_CONTEXT_TOKENS)
         self.reader: Reader = self._open_reader()
-        self._team = _cpu.Team(self.threads)
-        self._files = [os.open(path, os.O_RDONLY) for path in store.paths]
         try:
-            self._open(model.build)
+            self._team = _cpu.Team(self.threads)
+            self._files = [os.open(path, os.O_RDONLY) for path in store.paths]
+            with self.gate:
+                self._open(self.model.architecture.build)
         except BaseException:
             self._discard_trace()
             self.close()
@@ -164,41 +177,27 @@ class Engine:
             direct=config.direct,
             sub_read_bytes=sub_read_bytes,
             mirrors=mirrors,
+            pace=config.pace,
         )
 
-    def _check_experts(self) -> None:
-        s = self.shape
-        for layer in range(s.layers):
-            found = self.store.experts.get(layer)
-            if found is None:
-                raise FormatError(f"layer {layer} has no expert tensors (blk.{layer}.ffn_*_exps.weight)")
-            shapes = [tuple(part.shape[:2]) for part in found.parts]
-            expected = [(s.columns, s.hidden), (s.columns, s.hidden), (s.hidden, s.columns)]
-            if found.n_experts != s.experts or shapes != expected:
-                raise FormatError(
-                    f"layer {layer} has {found.n_experts} experts of shapes {shapes}, "
-                    f"expected {s.experts} of {expected}"
-                )
+    def _check_types(self) -> None:
+        for layer, found in self.model.experts.items():
             for part in found.parts:
-                if _cpu.type_info(int(part.type)) is None:
+                if self._kernels.type_info(int(part.type)) is None:
                     raise FormatError(
                         f"blk.{layer} expert {part.name} has type number {int(part.type)}, "
                         f"which the {self.kernels} kernels do not know"
                     )
-        if s.used > s.experts:
-            raise FormatError(f"expert_used_count {s.used} is more than expert_count {s.experts}")
 
     def _open(self, build: Callable[..., None]) -> None:
         s = self.shape
-        resident = {
-            name: tensor
-            for name, tensor in self.store.resident.items()
-            if not name.startswith("blk.") or int(name.split(".")[1]) < s.layers
-        }
         self._float = self.config.activations == "float32"
-        self._weights = Weights(resident, float_activations=self._float, block_bytes=self.reader.block_bytes)
-        layers = {i: self.store.experts[i] for i in range(s.layers)}
-        layouts = {i: slot_layout(layer, self.reader.block_bytes) for i, layer in layers.items()}
+        block_bytes = self.reader.block_bytes
+        self._weights = Weights(
+            self.model.resident, self._kernels, float_activations=self._float, block_bytes=block_bytes
+        )
+        layers = self.model.experts
+        layouts = {i: slot_layout(layer, block_bytes) for i, layer in layers.items()}
         self._expert_inputs = {
             i: tuple(self._activation_type(int(part.type)) for part in layer.parts[:2]) for i, layer in layers.items()
         }
@@ -210,6 +209,7 @@ class Engine:
         self.reader.register_buffers(self._pool.address, self.budgets.pool_bytes)
         tiers = self._tier_slots()
         self._experts = _cpu.Experts(
+            self._kernels,
             self._experts_shape(self.budgets.batch_tokens),
             native,
             tiers,
@@ -228,7 +228,7 @@ class Engine:
 
     def _activation_type(self, weight_type: int) -> int:
         """What a product with weights of this type reads: its own activation type, or floats (0)."""
-        info = _cpu.type_info(weight_type)
+        info = self._kernels.type_info(weight_type)
         return 0 if self._float or info is None else info[0]
 
     def _tier_slots(self) -> np.ndarray:
@@ -277,6 +277,7 @@ class Engine:
         widest = max(s.columns, s.hidden, s.shared_hidden, s.experts, channels, s.heads * s.head_columns)
         recorder = Recorder(
             self._team,
+            self._kernels,
             batch_tokens=batch_tokens,
             context_tokens=self.context_tokens,
             # attention scores of a whole context, or the widest row (twice: normalised q and k)
@@ -379,25 +380,32 @@ class Engine:
                 scores = np.zeros(slots)
             else:
                 continue
-            self._check(self._experts.warm(layer, order, scores))
+            self._check(self._warm_layer(layer, order, scores))
             if self._trace is not None:
                 self._trace.seeds(layer, order, scores)
+
+    def _warm_layer(self, layer: int, order: np.ndarray, scores: np.ndarray) -> int:
+        return self._experts.warm(layer, order, scores, self.gate)
 
     # ---- running ----
 
     def _check(self, error: int) -> None:
         if not error:
             return
-        reads = self.reader.counters
-        if reads["errors"] == reads["failovers"]:  # every expert came, if not from the first copy
-            raise self._embedding_error(-error)
+        if error == -errno.ECANCELED:
+            self.gate.raise_end()
         layer, expert = self._experts.failure()
         detail, fix = self.reader.last_error or os.strerror(-error), self.reader.last_fix
         raise ReadError(f"reading expert {expert} of layer {layer} failed: {detail}", hint=fix or None)
 
+    def _has_every_expert(self) -> bool:
+        """Whether all reads of experts have succeeded, if not from the first copy."""
+        reads = self.reader.counters
+        return bool(reads["errors"] == reads["failovers"])
+
     def _embedding_error(self, code: int) -> ReadError:
         """What a failed read of a row of the token embeddings means."""
-        tensor = self.store.resident[Weights.EMBEDDING]
+        tensor = self.store.resident[EMBEDDING]
         now = os.lseek(self._files[tensor.file], 0, os.SEEK_END)
         fault = read_fault(code, self.store.file_bytes[tensor.file], now)
         path = self.store.paths[tensor.file]
@@ -405,22 +413,44 @@ class Engine:
 
     def session(self) -> Session:
         """A new, empty timeline."""
-        return Session(self, self._recorder, self._check)
+        self.gate.check()
+        return Session(self)
+
+    def _run(self, ids: np.ndarray, logits: np.ndarray, outputs: int, **how: Any) -> None:
+        """One batch of a session, whose turn it is."""
+        error = self._recorder.program.run(ids, outputs, logits=logits, gate=self.gate, **how)
+        if error not in (0, -errno.ECANCELED) and self._has_every_expert():
+            raise self._embedding_error(-error)
+        self._check(error)
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """What the native side says while it stands still: between the batches of this thread's own run, or alone."""
+        if self.gate.is_mine:
+            return question()
+        with self.gate:
+            return question()
 
     def expert_counts(self) -> dict[int, np.ndarray]:
         """How often the router has picked each expert since the engine was opened: layer -> int64 [experts]."""
-        picks = self._experts.picks()
+        picks = self._ask(lambda: self._experts.picks())
         return {layer: picks[layer, : self.shape.experts].copy() for layer in range(self.shape.layers)}
+
+    def _counters(self) -> dict[str, int]:
+        """The experts' counters; while a run is at work in another thread, as they were before it."""
+        self.gate.check()
+        with suppress(UsageError):
+            self._last_counters = self._ask(lambda: self._experts.counters())
+        return self._last_counters
 
     def reset_statistics(self) -> None:
         """Start the counters of :meth:`statistics` afresh."""
-        self._base = self._experts.counters()
+        self._base = self._last_counters = self._ask(lambda: self._experts.counters())
         self.prompt_tokens = self.generated_tokens = 0
         self.prompt_seconds = self.decode_seconds = 0.0
 
     def statistics(self) -> dict[str, Any]:
         """Counters since opening or :meth:`reset_statistics`, with the stable keys of docs/design.md, section 9."""
-        now = self._experts.counters()
+        now = self._counters()
         c = {key: now[key] - self._base[key] for key in now}
         tokens = self.prompt_tokens + self.generated_tokens
         return {
@@ -476,16 +506,37 @@ class Engine:
         }
 
     def close(self) -> None:
-        """Stop reading and give the memory back.  Idempotent.
+        """End the run at work, stop reading and give the memory back.  Idempotent, and from any thread.
+
+        A run of another thread leaves at its next step, with a UsageError there.  In a fork of the process that opened
+        the engine only its copies of the files are closed.
 
         Raises
         ------
+        UsageError
+            From inside a run of the same thread: a progress callback, a signal handler.
         OSError
             When the trace could not be written.
         """
+        if not self.gate.shut():
+            return
+        if self.gate.is_foreign:
+            self._leave()
+        else:
+            self._release()
+
+    def _leave(self) -> None:
         for descriptor in self.__dict__.pop("_files", []):
             os.close(descriptor)
-        for name in ("_recorder", "_experts"):
+        self.reader.close()
+        if self._trace_file is not None:
+            self._trace_file.leave()
+
+    def _release(self) -> None:
+        """Nobody is inside, and nobody will be."""
+        for descriptor in self.__dict__.pop("_files", []):
+            os.close(descriptor)
+        for name in ("_recorder", "_experts", "_team"):
             self.__dict__.pop(name, None)
         self.reader.close()
         for name in ("_weights", "_pool"):

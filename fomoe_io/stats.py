@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fomoe_io.errors import printable
 from fomoe_io.system.files import write_atomically
 from fomoe_io.units import format_bytes, format_seconds
 
@@ -27,8 +28,10 @@ def format_banner(engine: Engine) -> list[str]:
     lines[-1] += f"; loaded in {format_seconds(engine.load_seconds)}"
     if engine.profile is not None:
         lines.append(f"warm start from a profile of {engine.profile.tokens:,} tokens")
+    lines += [f"note: {note}" for note in engine.tokenizer.notes]
     lines += [f"note: {problem}; reading the other copy" for problem in engine.store.lost_copies]
-    return lines + [f"note: {note}" for note in reader.notes]
+    lines += [f"note: {note}" for note in reader.notes]
+    return [printable(line) for line in lines]
 
 
 def _exactness(engine: Engine) -> str:

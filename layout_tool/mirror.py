@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from fomoe_io.cli.common import note
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.storage.manifest import MANIFEST, Fields, page_up, seal, unseal
 from fomoe_io.storage.store import Store, manifest_path
@@ -68,7 +68,7 @@ def mirror(directory: Path, target: Path, *, ignore_free_space: bool = False) ->
     except OSError as error:
         raise write_error(error, path) from error
     if any(source.stat().st_dev == target.stat().st_dev for source in store.paths):
-        print(f"note: {target} lies on the drive of the store: a mirror there survives no drive", file=sys.stderr)
+        note(f"note: {target} lies on the drive of the store: a mirror there survives no drive")
     return 0
 
 
@@ -106,8 +106,8 @@ def _copy(store: Store, copies: dict[int, Path], missing: list[int]) -> None:
                 files[number] = stack.enter_context(DirectFile(partial[number], store.file_bytes[number]))
             except OSError as error:
                 raise write_error(error, partial[number]) from error
-        for note in buffered_notes(files.values()):
-            print(note, file=sys.stderr)
+        for text in buffered_notes(files.values()):
+            note(text)
         progress = stack.enter_context(Progress("mirror", total))
 
         def copy(chunk: _Chunk, buffers: Buffers) -> None:
@@ -120,8 +120,7 @@ def _copy(store: Store, copies: dict[int, Path], missing: list[int]) -> None:
     for number in missing:
         partial[number].rename(copies[number])
         sync_directory(copies[number].parent)
-    print(
+    note(
         f"mirror  {format_bytes(total)} in {format_seconds(progress.seconds)}  {format_rate(progress.rate)}; "
-        f"to check both copies: fomoe-layout verify {store.path}",
-        file=sys.stderr,
+        f"to check both copies: fomoe-layout verify {store.path}"
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fomoe_io.cli.common import note
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.experts.profile import Profile
 from fomoe_io.storage.calibration import Calibration
@@ -22,6 +23,7 @@ from fomoe_io.storage.store import Store
 from fomoe_io.system.files import sync_directory, write_atomically
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
+from layout_tool.check_runs import check_runs
 from layout_tool.describe import describe_packed
 from layout_tool.direct import DirectFile, buffered_notes, write_error
 from layout_tool.journal import Journal, check_idle, journal_header
@@ -35,7 +37,7 @@ SYNC_SECONDS = 2.0
 
 
 def open_model(path: Path) -> tuple[GGUFFile, Store]:
-    """The GGUF to pack, and its tensors in place.
+    """The GGUF to pack, and its tensors in place, once it is known that the store would run.
 
     Raises
     ------
@@ -44,7 +46,9 @@ def open_model(path: Path) -> tuple[GGUFFile, Store]:
     if path.is_dir():
         raise UsageError(f"{path} is a directory", hint="give the GGUF: fomoe-layout pack MODEL.gguf --to DIR")
     model = GGUFFile.open(path)
-    return model, Store.of_gguf(model)
+    store = Store.of_gguf(model)
+    check_runs(store)
+    return model, store
 
 
 def model_frequencies(source: Store, profile: Profile | None) -> dict[int, np.ndarray]:
@@ -58,10 +62,7 @@ def model_frequencies(source: Store, profile: Profile | None) -> dict[int, np.nd
     if profile is None:
         return {}
     if profile.fingerprint not in (None, source.fingerprint):
-        print(
-            f"note: profile {profile.source} was counted on another file; used, since its layers and experts fit",
-            file=sys.stderr,
-        )
+        note(f"note: profile {profile.source} was counted on another file; used, since its layers and experts fit")
     return profile.frequencies({number: layer.n_experts for number, layer in source.experts.items()})
 
 
@@ -166,7 +167,7 @@ def _already_packed(targets: Sequence[Path], placement: Placement) -> int:
         )
     Store.open(directory)
     (directory / JOURNAL).unlink(missing_ok=True)  # left by a death between the manifest and its removal
-    print(f"{directory} already holds this store; to check its data: fomoe-layout verify {directory}", file=sys.stderr)
+    note(f"{directory} already holds this store; to check its data: fomoe-layout verify {directory}")
     return 0
 
 
@@ -278,10 +279,9 @@ class _Pack:
                 run_tasks(tasks, self._write, done, buffer_bytes(list(self._placement.experts.values())))
             finally:
                 self._sync(journal)
-        print(
+        note(
             f"pack  {format_bytes(left)} in {format_seconds(progress.seconds)}  {format_rate(progress.rate)}  "
-            f"with checksums  -> {', '.join(str(target) for target in self._targets)}",
-            file=sys.stderr,
+            f"with checksums  -> {', '.join(str(target) for target in self._targets)}"
         )
 
     def _create(self, index: int) -> DirectFile:
@@ -298,8 +298,8 @@ class _Pack:
         return file
 
     def _tell_buffered(self) -> None:
-        for note in buffered_notes(self._files):
-            print(note, file=sys.stderr)
+        for text in buffered_notes(self._files):
+            note(text)
 
     def _write(self, task: TensorInfo | Run, buffers: Buffers) -> dict[str, Any]:
         """In a worker thread: copy a resident tensor or a run of records; returns its journal entry."""

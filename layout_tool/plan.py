@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fomoe_io.errors import printable
 from fomoe_io.experts.profile import Profile
 from fomoe_io.storage.store import Store
 from fomoe_io.units import format_bytes, format_rate, format_seconds
@@ -67,10 +68,10 @@ def plan(
 def model_report(store: Store) -> dict[str, Any]:
     """What a model consists of, with stable keys."""
     layers = list(store.experts.values())
-    used = store.metadata.get(f"{store.architecture}.expert_used_count")
+    used = store.metadata.integer(f"{store.architecture}.expert_used_count", None)
     weights = sum(layer.n_experts * layer.expert_bytes for layer in layers)
     records = sum(layer.n_experts * layer.record_bytes for layer in layers)
-    per_token = sum(layer.expert_bytes for layer in layers) * used if isinstance(used, int) else None
+    per_token = sum(layer.expert_bytes for layer in layers) * used if used else None
     return {
         "model": store.model_name,
         "architecture": store.architecture,
@@ -130,4 +131,4 @@ def _print(report: dict[str, Any], short: Sequence[str]) -> None:
         lines.append(
             f"  takes      ~{format_seconds(report['seconds'])} at {format_rate(rate)} (measured, 1 s a drive)"
         )
-    print("\n".join(lines))
+    print("\n".join(printable(line) for line in lines))

@@ -21,7 +21,7 @@ from typing import Any
 from fomoe_io._uring import LIBURING_VERSION
 from fomoe_io.cli.common import new_parser, package_version, run_command
 from fomoe_io.cpu import dot_library
-from fomoe_io.errors import DeviceError, FomoeError, UsageError
+from fomoe_io.errors import DeviceError, FomoeError, UsageError, printable
 from fomoe_io.storage.reader import ALIGNMENT, IO_URING_FIX, aligned_memory, open_reader, probe_modes
 from fomoe_io.system import memory
 from fomoe_io.system.system_card import drive_of, processor, system_card
@@ -207,7 +207,7 @@ def check_memory() -> Check:
 
 def check_processor() -> Check:
     """Processor and the kernels that compute on it."""
-    kernels = dot_library.use("auto")
+    kernels = dot_library.open_kernels("auto").name
     found = f"{processor()}, {len(os.sched_getaffinity(0))} threads, {kernels} kernels"
     if kernels != "ggml" and platform.machine() == "x86_64":
         return Check("processor", WARN, found, "pip install 'libggml-python>=0.20,<0.21'")
@@ -300,9 +300,9 @@ def _main(argv: Sequence[str] | None) -> int:
         print(json.dumps(_json(checks, options.place), indent=1))
     else:
         for check in checks:
-            print(f"{check.status:5}{check.name:15}{check.found}")
+            print(printable(f"{check.status:5}{check.name:15}{check.found}"))
             if check.fix:
-                print(f"{'':5}{'':15}fix: {check.fix}")
+                print(printable(f"{'':5}{'':15}fix: {check.fix}"))
     return int(any(check.status == FAIL for check in checks))
 
 

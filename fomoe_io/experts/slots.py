@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 
-from fomoe_io import _cpu
 from fomoe_io.cpu.weights import PAGE_BYTES
+from fomoe_io.storage.gguf import tensor_bytes
 
 if TYPE_CHECKING:
-    from fomoe_io.storage.store import ExpertLayer
+    from fomoe_io.storage.expert_layers import ExpertLayer
 
 EXTENT = np.dtype(
     [("offset", "<u8"), ("bytes", "<u4"), ("slot_offset", "<u4"), ("file", "<i4"), ("unused", "<i4")], align=True
 )
-"""csrc/cpu/experts.h, fomoe_extent."""
+"""csrc/experts/expert_reads.h, fomoe_extent."""
 
 PARTS = 3
 
@@ -129,7 +130,7 @@ def native_layers(
             {
                 "experts": layer.n_experts,
                 "types": [int(part.type) for part in layer.parts],
-                "row_bytes": [_cpu.row_bytes(int(part.type), part.shape[0]) for part in layer.parts],
+                "row_bytes": [tensor_bytes(GGMLQuantizationType(part.type), part.shape[:1]) for part in layer.parts],
                 "extents": layout.extents,
                 "extent_count": layout.extent_count,
                 "part_offset": layout.part_offset,

@@ -24,7 +24,6 @@ from fomoe_io.gpu.budget import (
     native_device_layers,
     pool_places,
     record_layout,
-    rope_values,
     size_classes,
 )
 from fomoe_io.gpu.device import Gpu, Step
@@ -132,13 +131,13 @@ class DeviceEngine(Engine):
             if is_wanted:
                 raise UsageError(f"{name} is made on the CPU alone", hint="--device cpu")
         check_shape(s)
-        self._layers = {i: self.store.experts[i] for i in range(s.layers)}
+        self._layers = self.model.experts
         self._layouts = {i: slot_layout(layer, self.reader.block_bytes) for i, layer in self._layers.items()}
         self._records = {i: record_layout(i, layer, self._layouts[i]) for i, layer in self._layers.items()}
         forms = {i: Q8 if r.kernels[0] in kernels.QUANTIZED_TYPES else F32 for i, r in self._records.items()}
         inputs = {i: (form, form) for i, form in forms.items()}
         self._source = ModelSource(
-            s, build, self._resident(), self._files, self._records, inputs, self.context_tokens,
+            s, build, self.model.resident, self._files, self._records, inputs, self.context_tokens,
             substitutes=self.config.car is not None,
         )  # fmt: skip
         self._batch_tokens = min(self.config.batch_tokens, self.context_tokens)
@@ -147,7 +146,7 @@ class DeviceEngine(Engine):
         self.budgets = self._share_memory()
         self._allocate()
         self._recorded.weights.load(self.reader, self.gpu)
-        rope = rope_values(self.shape.rope_base, self.shape.rotated, self.context_tokens)
+        rope = self.shape.rope.table(self.context_tokens)
         self.gpu.stream.copy_in(self._recorded.rope_address, rope.ctypes.data, rope.nbytes)
         if self.config.car is not None:
             rule = self.config.car.native()
@@ -156,13 +155,6 @@ class DeviceEngine(Engine):
         self._warm()
 
     # ---- memory ----
-
-    def _resident(self) -> dict[str, Any]:
-        return {
-            name: tensor
-            for name, tensor in self.store.resident.items()
-            if not name.startswith("blk.") or int(name.split(".")[1]) < self.shape.layers
-        }
 
     def _recordings(self, addresses: Addresses) -> Recordings:
         """The model at these addresses, for a token and for batches."""
@@ -323,6 +315,9 @@ class DeviceEngine(Engine):
     def _slots_of(self, layer: int) -> int:
         return int(self.budgets.slots[layer].sum())
 
+    def _warm_layer(self, layer: int, order: np.ndarray, scores: np.ndarray) -> int:
+        return self._experts.warm(layer, order, scores)
+
     # ---- running ----
 
     def _graph(self, outputs: int) -> Graph:
@@ -423,6 +418,7 @@ class DeviceEngine(Engine):
         UsageError
             Another one is open.
         """
+        self.gate.check()
         if self.live_session is not None:
             raise UsageError("a GPU engine holds one session at a time; close() the other first")
         self.live_session = DeviceSession(self)
@@ -441,7 +437,7 @@ class DeviceEngine(Engine):
     def statistics(self) -> dict[str, Any]:
         """As :meth:`Engine.statistics`, with what a device adds: bytes over the link, launches, synchronisations."""
         result = super().statistics()
-        now = self._experts.counters()
+        now = self._counters()
         c = {key: now[key] - self._base[key] for key in now}
         calls = device.counts()
         result["device"] = self.device_name
@@ -457,8 +453,7 @@ class DeviceEngine(Engine):
         self._calls = device.counts()
         super().reset_statistics()
 
-    def close(self) -> None:
-        """Give device and host memory back.  Idempotent."""
+    def _release(self) -> None:
         gpu = self.__dict__.get("gpu")
         if gpu is not None and "_experts" in self.__dict__:
             gpu.stream.synchronize()
@@ -466,7 +461,7 @@ class DeviceEngine(Engine):
         self._graphs.clear()
         for name in ("_recorded", "_prompts", "_products"):
             self.__dict__.pop(name, None)
-        super().close()
+        super()._release()
         for registration in self.__dict__.pop("_registrations", []):
             registration.close()
         self.__dict__.pop("_shared_words", None)

@@ -13,7 +13,8 @@ import numpy as np
 from fomoe_io._io_load import PLAN
 from fomoe_io.errors import FormatError, UsageError
 from fomoe_io.experts.slots import slot_layout
-from fomoe_io.storage.store import ExpertLayer, Store
+from fomoe_io.storage.expert_layers import ExpertLayer
+from fomoe_io.storage.store import Store
 from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES
 from fomoe_io.trace.trace import MAGIC, Trace
 

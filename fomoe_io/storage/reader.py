@@ -17,9 +17,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fomoe_io._io_load import PacedReader
 from fomoe_io._pread import PreadReader
 from fomoe_io._uring import MODES, UringReader
 from fomoe_io.errors import ReadError, UsageError
+from fomoe_io.storage.pace import Pace
 from fomoe_io.storage.read_files import ReadFiles, read_fault
 from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, round_up
 
@@ -87,6 +89,7 @@ class _Table(ctypes.Structure):
         ("reap", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)),
         ("promote", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)),
         ("cancel", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)),
+        ("wait", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)),
     )
 
 
@@ -119,6 +122,9 @@ class Reader:
 
     PIECE_BYTES = 4 << 20
     """Blocking reads are cut into pieces of this size, so that several are in flight."""
+
+    WAIT_MS = 100
+    """Of one native wait: signal handlers run between them."""
 
     def __init__(
         self, native: NativeReader, depth: int, sub_read_bytes: int = 0, fallback_reason: str | None = None
@@ -198,6 +204,8 @@ class Reader:
     def reap(self, most: int = 64, *, wait: bool = True) -> list[tuple[int, int]]:
         """Completions as (tag, 0 or negative errno); empty when nothing is in flight (or ready)."""
         done = (_Completion * most)()
+        while wait and not self._table.wait(self._table.self, self.WAIT_MS):
+            pass
         count = self._table.reap(self._table.self, ctypes.addressof(done), most, int(wait))
         if count < 0:
             raise ReadError(f"waiting for reads failed: {os.strerror(-count)}")
@@ -217,7 +225,7 @@ class Reader:
         Raises
         ------
         ReadError
-            Names the file and offset; no read is in flight any more.
+            Names the file and offset; no read is in flight any more, nor after an interrupt.
         """
         pieces = [
             (file, offset + start, address + start, min(self.PIECE_BYTES, size - start))
@@ -228,10 +236,17 @@ class Reader:
             return
         self.submit(pieces)
         left, failed = len(pieces), 0
-        while left:
-            done = self.reap()
-            left -= len(done)
-            failed = failed or next((error for _, error in done if error), 0)
+        try:
+            while left:
+                done = self.reap()
+                left -= len(done)
+                failed = failed or next((error for _, error in done if error), 0)
+        except BaseException:
+            for tag in range(len(pieces)):
+                self.cancel(tag)
+            while self.reap():
+                pass
+            raise
         if failed:
             raise ReadError(self.last_error or read_fault(-failed, 0, 0).reason, hint=self.last_fix or None)
 
@@ -263,6 +278,7 @@ def open_reader(
     mirrors: Mapping[int, int] | None = None,
     mode: str = "auto",
     write: bool = False,
+    pace: Pace | None = None,
 ) -> Reader:
     """Open files for reading.
 
@@ -287,6 +303,8 @@ def open_reader(
         In mode "defer" a reader belongs to the thread that first submits to it.
     write : bool
         Write the targets to the files instead of reading them (benchmarks only).
+    pace : Pace, optional
+        Hold completions back as a drive of that bandwidth and latency would (benchmarks only).
 
     Raises
     ------
@@ -301,9 +319,10 @@ def open_reader(
     try:
         if engine == "pread":
             native: NativeReader = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
-            return Reader(native, depth, sub_read_bytes)
+            return Reader(_paced(native, pace), depth, sub_read_bytes)
         try:
-            return Reader(_open_ring(files, depth, sub_read_bytes, mode, write), depth, sub_read_bytes)
+            ring = _open_ring(files, depth, sub_read_bytes, mode, write)
+            return Reader(_paced(ring, pace), depth, sub_read_bytes)
         except OSError as error:
             if engine == "uring" or mode != "auto":
                 fix = ring_fix(error.errno or 0)
@@ -311,7 +330,7 @@ def open_reader(
                 raise UsageError(error.strerror or str(error), hint=hint) from None
             reason = error.strerror
         native = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
-        return Reader(native, depth, sub_read_bytes, reason)
+        return Reader(_paced(native, pace), depth, sub_read_bytes, reason)
     except BaseException:
         files.close()
         raise
@@ -343,6 +362,10 @@ def _check_options(paths: Sequence[str | Path], engine: str, depth: int, sub_rea
         raise UsageError(f"sub-reads of {sub_read_bytes} bytes: expected a multiple of {ALIGNMENT} below 2 GiB, or 0")
     if mode != "auto" and (mode not in MODES or engine == "pread"):
         raise UsageError(f"{mode!r} is no mode of {engine}", hint=f"uring has {', '.join(MODES)}")
+
+
+def _paced(native: NativeReader, pace: Pace | None) -> NativeReader:
+    return native if pace is None else PacedReader(native, pace.bandwidth, pace.latency_seconds)
 
 
 def _open_ring(files: ReadFiles, depth: int, sub_read_bytes: int, mode: str, write: bool) -> UringReader:

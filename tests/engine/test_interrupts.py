@@ -25,7 +25,7 @@ def interrupted_in_a_token(conversation: Conversation, monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversation.session, "_check", stop)
+        patch.setattr(conversation.session._engine, "_check", stop)
         conversation.read(TOKENS[:20])
 
 

@@ -64,7 +64,7 @@ class _Faults(ctypes.Structure):
 
 
 class _Table(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("self", "submit", "reap", "promote", "cancel"))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("self", "submit", "reap", "promote", "cancel", "wait"))
 
 
 class _Counters(ctypes.Structure):

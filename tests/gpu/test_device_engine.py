@@ -18,6 +18,7 @@ from fomoe_io.gpu.engine import DeviceEngine
 from fomoe_io.system import direct_io
 from layout_tool.main import main as layout
 from tests.fake_hip.build import Fake, installed_fake
+from tests.gguf_edit import Keys, Tensors, edited
 from tests.tiny_model import Tiny, Type, write_tiny
 
 TOKENS = np.array([3, 141, 59, 26, 5, 35, 89, 79, 32, 38, 46])
@@ -26,6 +27,9 @@ BASE = Tiny(
     layers=4, columns=256, heads=4, kv_heads=2, head_columns=64, rotated=32, key_heads=2, value_heads=4,
     state_columns=64, experts=16, used=3, hidden=256, shared_hidden=256, weights=Type.F32,
 )  # fmt: skip
+
+
+YARN = (("rope.scaling.type", "yarn"), ("rope.scaling.factor", 4.0))
 
 
 def tiny(**changes: Any) -> Tiny:
@@ -70,8 +74,11 @@ def nmse(a: np.ndarray, b: np.ndarray) -> float:
         {"architecture": "qwen3moe", "shared_hidden": 0, "rotated": 64},
         {"tied": True, "fused": True, "used": 1},
         {"weights": Type.BF16, "kv_heads": 4},
+        {"architecture": "qwen3moe", "shared_hidden": 0, "rotated": 64, "biased": True, "layers": 2, "keys": YARN},
+        {"architecture": "qwen3moe", "shared_hidden": 0, "rotated": 64, "biased": True, "layers": 2, "fused_qkv": True},
+        {"fused_qkv": True},
     ],
-    ids=["delta", "attention only", "tied fused", "bf16"],
+    ids=["delta", "attention only", "tied fused", "bf16", "biases, yarn", "fused qkv with a bias", "fused qkv"],
 )
 def test_float_weights_give_the_processors_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = write_tiny(tmp_path / "model.gguf", tiny(**changes), seed=1)
@@ -79,6 +86,19 @@ def test_float_weights_give_the_processors_logits(tmp_path: Path, changes: dict[
     found, statistics = evaluate(path, settings())
     assert nmse(found, expected) < 1e-9
     assert statistics["device"].startswith("hip:0")
+
+
+@pytest.mark.parametrize("dense", [Type.Q6_K, Type.Q5_1])
+def test_a_fused_matrix_gives_the_bits_of_its_parts(tmp_path: Path, dense: Any) -> None:
+    """Rows that begin inside a tensor that is quantized, or expanded because the device has no kernel for its type."""
+    apart = write_tiny(tmp_path / "apart.gguf", tiny(weights=Type.Q4_K, dense=dense), seed=2)
+
+    def fuse(keys: Keys, tensors: Tensors) -> None:
+        parts = [tensors.pop(f"blk.3.attn_{part}.weight")[0] for part in "qkv"]
+        tensors["blk.3.attn_qkv.weight"] = np.concatenate(parts), dense
+
+    fused = edited(apart, tmp_path / "fused.gguf", fuse)
+    np.testing.assert_array_equal(evaluate(fused, settings())[0], evaluate(apart, settings())[0])
 
 
 @pytest.mark.parametrize("kind", [Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q8_0])

@@ -9,12 +9,13 @@
 #include <stdint.h>
 
 #include "device_copies.h"
-#include "cpu/experts.h"
+#include "experts/expert_reads.h"
+#include "experts/residency.h"
 
 typedef struct {
     int32_t experts; /* 0: not a layer of experts */
     int32_t size_class;
-    const fomoe_extent *extents; /* [experts][FOMOE_PARTS], as in experts.h */
+    const fomoe_extent *extents; /* [experts][FOMOE_PARTS], as in expert_reads.h */
     const int32_t *extent_count;
     const uint32_t *part_offset; /* [experts][FOMOE_PARTS]: in a host slot */
     uint32_t device_offset[FOMOE_PARTS], part_bytes[FOMOE_PARTS];

@@ -1,15 +1,9 @@
 #include <errno.h>
-#include <time.h>
 
 #include "device_experts_state.h"
+#include "read/clock.h"
 
 enum { REAP_BATCH = 64, IN_DRAM = 1 /* kernels/router.h */ };
-
-static uint64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000ULL + t.tv_nsec;
-}
 
 void fomoe_device_fail(fomoe_device_experts *e, int layer, int expert, int error) {
     if (e->error) return;
@@ -119,15 +113,8 @@ static void carry_out(fomoe_device_experts *e, int layer, const fomoe_move *move
 
 static int add_reads(fomoe_device_experts *e, int layer, int i, uint8_t *target, fomoe_read *reads) {
     const fomoe_device_layer *l = &e->layer[layer];
-    int expert = e->ids[i], count = l->extent_count[expert];
-    const fomoe_extent *extent = l->extents + expert * FOMOE_PARTS;
-    for (int r = 0; r < count; r++, extent++) {
-        reads[r] = (fomoe_read){.tag = (uint64_t)i * FOMOE_PARTS + r, .offset = extent->offset, .bytes = extent->bytes,
-                                .target = target + extent->slot_offset, .file = extent->file};
-        e->counters.nvme_bytes += extent->bytes;
-    }
     e->counters.nvme_reads++;
-    return count;
+    return fomoe_expert_reads(l->extents, l->extent_count, e->ids[i], i, target, reads, &e->counters.nvme_bytes);
 }
 
 /* A buffer of the device for an expert that stays in DRAM, until the layer has been computed. */
@@ -179,12 +166,12 @@ static int start_read(fomoe_device_experts *e, int layer, int i, int or_none) {
 
 static int reap(fomoe_device_experts *e, int layer) {
     fomoe_completion done[REAP_BATCH];
-    uint64_t start = now_ns();
+    uint64_t start = fomoe_now_ns();
     int count = e->reader->reap(e->reader->self, done, REAP_BATCH, 1);
-    e->counters.nvme_stall_ns += now_ns() - start;
+    e->counters.nvme_stall_ns += fomoe_now_ns() - start;
     if (count <= 0) fomoe_device_fail(e, layer, -1, count ? count : -EIO);
     for (int c = 0; c < count; c++) {
-        int i = done[c].tag / FOMOE_PARTS;
+        int i = fomoe_expert_of_tag(done[c].tag);
         if (done[c].error) fomoe_device_fail(e, layer, e->ids[i], done[c].error);
         if (--e->reads_left[i] == 0) landed(e, layer, i);
     }
@@ -244,9 +231,9 @@ void fomoe_device_bring(fomoe_device_experts *e, int layer) {
             send_up(e, layer, i, *slot_of(e, layer, FOMOE_TIER_DRAM, p->slot));
     }
     fomoe_device_fetch(e, layer);
-    uint64_t start = now_ns();
+    uint64_t start = fomoe_now_ns();
     fomoe_lane_wait(&e->copies, FOMOE_LANE_UP);
-    e->counters.copy_stall_ns += now_ns() - start;
+    e->counters.copy_stall_ns += fomoe_now_ns() - start;
     for (int i = 0; i < e->count && e->error; i++)
         if (e->placements[i].source == FOMOE_TIER_NVME) fomoe_residency_drop(e->residency, layer, e->ids[i]);
     fomoe_residency_release(e->residency, layer, e->ids, e->count);

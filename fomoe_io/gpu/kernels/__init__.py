@@ -58,6 +58,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "quantize_q8": Kernel(256, "ppi"),
         "silu_mul": Kernel(256, "ppppi"),
         "rms_norm": Kernel(512, "pppppif"),
+        "add_bias": Kernel(256, "ppi"),
         "attention_merge": Kernel(256, "pppppiiii"),
         "conv_step": Kernel(128, "ppppiii"),
         "gated_norm": Kernel(128, "pppppiif"),

@@ -54,6 +54,14 @@ KERNEL(NORM_THREADS, rms_norm)
 }
 EXPORT_KERNEL(rms_norm)
 
+// x += bias, in every row.  x: [tokens][columns].  Grid (columns / 256 rounded up, tokens).
+KERNEL(256, add_bias)(float *x, const float *bias, int columns) {
+    start_kernel();
+    const int i = block_x() * 256 + thread_index();
+    if (i < columns) x[(u64)block_y() * columns + i] += bias[i];
+}
+EXPORT_KERNEL(add_bias)
+
 struct cache_f32 {
     typedef float element;
     static DEVICE_MEMBER quad get_quad(const float *p) { return *(const quad *)p; }
