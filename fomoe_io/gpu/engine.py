@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +15,7 @@ import numpy as np
 
 from fomoe_io import _gpu, _hip
 from fomoe_io.engine import RESERVE_BYTES, Engine
-from fomoe_io.errors import BudgetError, DeviceError, ReadError, UsageError
+from fomoe_io.errors import BudgetError, DeviceError, UsageError
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import share_slots, slot_layout
 from fomoe_io.gpu import device, kernels
@@ -362,15 +363,16 @@ class DeviceEngine(Engine):
         table, file = self._recorded.embedding, recorder.embedding_file
         for row, token in zip(rows, ids.tolist(), strict=True):
             place = recorder.embedding_offset + token * table.file_row_bytes
-            if table.row_bytes == table.file_row_bytes:
-                got = os.preadv(file, [row], place)
-            else:
-                raw = np.frombuffer(os.pread(file, table.file_row_bytes, place), np.uint8)
-                got = len(raw)
-                if got == table.file_row_bytes:
-                    row[:] = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(table.type)).view(np.uint8)
-            if got != table.file_row_bytes:
-                raise ReadError(f"the token embeddings end early, at byte {place + got} of the model")
+            try:
+                raw = os.pread(file, table.file_row_bytes, place)
+            except OSError as error:
+                raise self._embedding_error(error.errno or errno.EIO) from error
+            if len(raw) != table.file_row_bytes:
+                raise self._embedding_error(errno.ENODATA)
+            values = np.frombuffer(raw, np.uint8)
+            if table.row_bytes != table.file_row_bytes:
+                values = gguf.quants.dequantize(values, gguf.GGMLQuantizationType(table.type)).view(np.uint8)
+            row[:] = values.reshape(-1)
 
     def _fill_header(self, token: int, position: int, substitute: bool) -> None:
         h = self._recorded.header
