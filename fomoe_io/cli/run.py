@@ -245,6 +245,7 @@ def _interactive(engine: Engine, options: argparse.Namespace) -> None:
             print(printable(f"no command {command}; {_HELP}"), file=sys.stderr)
         else:
             _turn(conversation, chat, sampler, line, options)
+            _keep_profile(engine)  # now: AMD's runtime aborts the process when its device is lost
     if options.json:
         write_json(options.json, engine.statistics())
 

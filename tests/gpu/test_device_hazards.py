@@ -14,10 +14,14 @@ import pytest
 
 from fomoe_io import Engine, EngineConfig, _hip
 from fomoe_io.config import Tiers
-from fomoe_io.errors import DeviceError, UsageError
+from fomoe_io.errors import BudgetError, DeviceError, UsageError
+from fomoe_io.experts import learned_profile
+from fomoe_io.experts.profile import Profile
 from fomoe_io.gpu import device
 from fomoe_io.gpu.device import Gpu, Step
 from fomoe_io.gpu.engine import DeviceEngine
+from fomoe_io.gpu.recorder import ATTENTION_BYTES
+from fomoe_io.gpu.recordings import Addresses
 from fomoe_io.session import Session
 from tests.fake_hip.build import Fake, installed_fake
 from tests.tiny_model import Tiny, Type, write_tiny
@@ -263,6 +267,39 @@ def test_a_failed_query_is_not_a_finished_copy(model: Path, fake: Fake) -> None:
         with pytest.raises(DeviceError, match="hipEventQuery"):
             for token in (*TOKENS, *TOKENS):
                 session.decode(token)
+
+
+def test_a_context_that_no_device_holds_names_one_that_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_HIP_MEMORY", str(160 << 20))
+    with pytest.raises(BudgetError, match="a context of 200000") as caught:
+        Engine.open(model, settings(context_tokens=200_000))
+    hint = caught.value.hint or ""
+    assert hint.startswith("-c ")
+    with Engine.open(model, settings(context_tokens=int(hint.removeprefix("-c ")))) as engine:
+        assert engine.context_tokens > 1024
+
+
+def test_attention_of_a_long_context_takes_bounded_room(model: Path) -> None:
+    with opened(model) as engine:
+        assert isinstance(engine, DeviceEngine)
+        sizes = [sum(engine._recordings(Addresses(), context_tokens=n).fixed_bytes[1:2]) for n in (1 << 20, 2 << 20)]
+    rope = 4 * 32 * (1 << 20)
+    assert sizes[1] - sizes[0] - rope < ATTENTION_BYTES
+
+
+def test_what_the_router_picked_is_kept_once(model: Path, tmp_path: Path) -> None:
+    """A profile may be saved after each answer: a device that is lost later may take the process with it."""
+    kept = tmp_path / "kept.json"
+    with opened(model) as engine:
+        session = engine.session()
+        for token in TOKENS:
+            session.decode(token)
+            learned_profile.save(engine, kept)
+        counts = engine.expert_counts()
+        found = Profile.load(kept)
+    assert found.tokens == len(TOKENS)
+    for layer, picks in counts.items():
+        np.testing.assert_array_equal(found.counts[layer], picks)
 
 
 def test_an_engine_serves_any_thread(model: Path, expected: np.ndarray) -> None:
