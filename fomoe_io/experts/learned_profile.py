@@ -114,7 +114,7 @@ def merged(old: Profile | None, counts: dict[int, np.ndarray], tokens: int, stor
 
 
 def save(engine: Engine, wanted: Path | Literal["learned"]) -> int:
-    """Add what the engine's router has picked, since this was last done, to a profile; the tokens behind it, 0: no file.
+    """Add what the engine's router has picked, since this was last done, to a profile; the tokens behind it, 0: none.
 
     The file is read again, so that a run that ended meanwhile is not lost, and replaced whole.
 

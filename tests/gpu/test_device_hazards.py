@@ -271,8 +271,8 @@ def test_a_failed_query_is_not_a_finished_copy(model: Path, fake: Fake) -> None:
 
 def test_a_context_that_no_device_holds_names_one_that_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_HIP_MEMORY", str(160 << 20))
-    with pytest.raises(BudgetError, match="a context of 200000") as caught:
-        Engine.open(model, settings(context_tokens=200_000))
+    with pytest.raises(BudgetError, match="a context of 1000000") as caught:
+        Engine.open(model, settings(context_tokens=1_000_000))
     hint = caught.value.hint or ""
     assert hint.startswith("-c ")
     with Engine.open(model, settings(context_tokens=int(hint.removeprefix("-c ")))) as engine:
