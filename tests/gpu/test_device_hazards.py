@@ -171,6 +171,25 @@ def test_copies_pass_a_graph_that_waits_for_them(
         np.testing.assert_array_equal(decoded(engine.session()), expected)
 
 
+def test_on_ordinary_streams_they_would_not(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer waits for is copied by a stream whose queue the layer holds up: it ends as an error, not never."""
+    monkeypatch.setenv("FAKE_HIP_QUEUES", "1")
+    monkeypatch.setattr(Gpu, "new_stream", lambda gpu, is_urgent=False: _hip.Stream(gpu.info.ordinal))
+    with opened(model) as engine:
+        session = engine.session()
+        _hip.set_patience(0.5)
+        with pytest.raises(DeviceError, match="has not answered"):
+            for token in TOKENS:
+                session.decode(token)
+        _hip.set_patience()
+
+
+@pytest.mark.parametrize("name", ["gpu", "hip:", "hip:x", "hip:-1", "cpu:0", "auto:1", "cuda:1,2"])
+def test_what_names_no_device_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="names no device"):
+        EngineConfig(device=name)
+
+
 def test_hip_gets_one_branch(model: Path) -> None:
     with opened(model) as engine:
         assert isinstance(engine, DeviceEngine)
