@@ -99,6 +99,7 @@ cdef class Library:
     cdef void *handle
     cdef dict capsules
     cdef readonly str path
+    cdef bint is_same(self, Library other)
     cdef void *find(self, str name)
 
 cdef class Buffer:

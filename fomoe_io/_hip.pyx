@@ -5,12 +5,20 @@ from cpython.pycapsule cimport PyCapsule_GetName, PyCapsule_GetPointer
 from cpython.ref cimport Py_INCREF, PyObject, Py_XDECREF
 from libc.string cimport memcpy, memset
 
+import gc
 import importlib
 import re
 
 from fomoe_io.errors import DeviceError
 
 include "_hip_table.pxi"
+
+
+cdef void count_alive(int n) noexcept:
+    global live
+    live += n
+
+
 include "_hip_compile.pxi"
 
 
@@ -120,6 +128,7 @@ cdef class Buffer:
             if code == 0:
                 code = api.hipMalloc(&p, nbytes)
         check(code, "hipMalloc")
+        count_alive(1)
         self.pointer = <uintptr_t>p
         self.nbytes = nbytes
 
@@ -129,6 +138,7 @@ cdef class Buffer:
         if p == NULL:
             return
         self.pointer = 0
+        count_alive(-1)
         with nogil:
             code = api.hipSetDevice(self.device)
             if code == 0:
@@ -138,6 +148,7 @@ cdef class Buffer:
     def __dealloc__(self):
         cdef void *p = <void *>self.pointer
         if p != NULL:
+            count_alive(-1)
             with nogil:
                 api.hipSetDevice(self.device)
                 api.hipFree(p)
@@ -154,6 +165,7 @@ cdef class Registration:
                 code = api.hipHostRegister(<void *>address, nbytes, PORTABLE_MAPPED)
         check(code, "hipHostRegister")
         self.device, self.address, self.nbytes, self.owner = device, address, nbytes, owner
+        count_alive(1)
         check(api.hipHostGetDevicePointer(&p, <void *>address, 0), "hipHostGetDevicePointer")
         self.pointer = <uintptr_t>p
 
@@ -163,6 +175,7 @@ cdef class Registration:
         if p == NULL:
             return
         self.address = 0
+        count_alive(-1)
         with nogil:
             code = api.hipSetDevice(self.device)
             if code == 0:
@@ -173,6 +186,7 @@ cdef class Registration:
     def __dealloc__(self):
         cdef void *p = <void *>self.address
         if p != NULL:
+            count_alive(-1)
             with nogil:
                 api.hipSetDevice(self.device)
                 api.hipHostUnregister(p)
@@ -189,6 +203,7 @@ cdef class Event:
             if code == 0:
                 code = api.hipEventCreateWithFlags(&self.handle, 0 if is_timed else NO_TIMING)
         check(code, "hipEventCreateWithFlags")
+        count_alive(1)
 
     def synchronize(self):
         cdef int code
@@ -229,6 +244,7 @@ cdef class Event:
 
     def __dealloc__(self):
         if self.handle != NULL:
+            count_alive(-1)
             with nogil:
                 api.hipSetDevice(self.device)
                 api.hipEventDestroy(self.handle)
@@ -250,6 +266,7 @@ cdef class Stream:
                 else:
                     code = api.hipStreamCreateWithFlags(&self.handle, NON_BLOCKING)
         check(code, "hipStreamCreateWithPriority" if is_urgent else "hipStreamCreateWithFlags")
+        count_alive(1)
 
     # The host's side of a copy must stay until the stream has passed it; copies overlap with the host only when
     # it is registered memory.
@@ -353,6 +370,7 @@ cdef class Stream:
 
     def __dealloc__(self):
         if self.handle != NULL:
+            count_alive(-1)
             with nogil:
                 api.hipSetDevice(self.device)
                 api.hipStreamDestroy(self.handle)
@@ -362,6 +380,7 @@ cdef class Graph:
     def __cinit__(self, int device, uintptr_t graph, list keep):
         cdef int code
         self.device, self.graph, self.keep = device, <void *>graph, keep
+        count_alive(1)
         with nogil:
             code = api.hipSetDevice(device)
             if code == 0:
@@ -381,6 +400,8 @@ cdef class Graph:
         check(code, "hipGraphLaunch")
 
     def __dealloc__(self):
+        if self.graph != NULL:
+            count_alive(-1)
         with nogil:
             if self.executable != NULL:
                 api.hipSetDevice(self.device)
@@ -401,9 +422,11 @@ cdef class Module:
             if code == 0:
                 code = api.hipModuleLoadData(&self.handle, data)
         check(code, "hipModuleLoadData")
+        count_alive(1)
 
     def __dealloc__(self):
         if self.handle != NULL:
+            count_alive(-1)
             with nogil:
                 api.hipSetDevice(self.device)
                 api.hipModuleUnload(self.handle)

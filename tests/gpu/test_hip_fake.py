@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fomoe_io import _hip
 from fomoe_io._hip import Buffer, Launch, Stream
 from fomoe_io.errors import DeviceError
 from fomoe_io.gpu import compiler, device, kernels
@@ -68,6 +70,35 @@ def test_memory_is_counted_and_given_back(gpu: Gpu, fake: Fake) -> None:
     del buffers
     assert fake.live() == before
     assert gpu.free_bytes() == free
+
+
+def test_a_library_is_bound_once_and_replaced_only_when_nothing_is_open(
+    provider: str, fake: Fake, tmp_path: Path
+) -> None:
+    gpu = Gpu("hip")
+    copy = shutil.copy(fake.path / "lib" / "libamdhip64.so", tmp_path / "other.so")
+    other = _hip.open_library([str(copy)])
+    fake.fail("hipInit", 1)  # whoever starts the driver again would hear of it
+    try:
+        assert device.list_devices("hip")[0].provider == provider
+        second = Gpu("hip")
+        with pytest.raises(DeviceError, match=f"this process computes with {provider}"):
+            _hip.use_device_library("other", other)
+        x = np.arange(64, dtype=np.float32)
+        np.testing.assert_array_equal(gpu.download(gpu.upload(x), x.shape, np.float32), x)
+    finally:
+        fake.fail("hipInit", 0)
+    del gpu, second
+    _hip.use_device_library("other", other)
+    assert _hip.provider == "other" and _hip.device_count() == 1
+    assert device.list_devices("hip")[0].provider == provider
+
+
+def test_a_library_that_does_not_fit_leaves_the_bound_one(provider: str) -> None:
+    device.list_devices("hip")
+    with pytest.raises(DeviceError, match="has no hipInit"):
+        _hip.use_device_library("other", _hip.open_library(["libm.so.6"]))
+    assert _hip.provider == provider and device.list_devices("hip")
 
 
 def test_everything_is_given_back(provider: str, fake: Fake, rng: np.random.Generator) -> None:
