@@ -43,12 +43,17 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
 def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
     misuses = fake.misuses()
+    abandoned: list[object] = []
+    monkeypatch.setattr(_hip, "abandon", lambda *things: abandoned.extend(things))
     yield
     _hip.set_patience()
     fake.fail("", 0)
     fake.lose(0)
     fake.hang("", -1)
     fake.release()
+    if abandoned:  # here what hung goes on, and is given back after all
+        _hip.synchronize(0)
+        abandoned.clear()
     assert fake.misuses() == misuses
 
 
