@@ -41,6 +41,7 @@ cdef blas_api blas
 cdef int transpose_a, transpose, compute_float32
 cdef bint has_reductions
 cdef str prefix = "hipblasLt"
+cdef Library bound = None
 
 NAMES = (
     "Create", "Destroy", "MatrixLayoutCreate", "MatrixLayoutDestroy", "MatmulDescCreate", "MatmulDescDestroy",
@@ -59,11 +60,14 @@ STATUS = {
 
 
 def use_blas_library(str provider, Library library):
-    """Fill the table of calls."""
-    global transpose_a, transpose, compute_float32, has_reductions, prefix
+    """Fill the table of calls; a library that is in use already stays as it is."""
+    global transpose_a, transpose, compute_float32, has_reductions, prefix, bound
     cdef void **places = <void **>&blas
     cdef void *preference = NULL
     cdef bint cuda = provider == "cuda"
+    if library.is_same(bound):
+        return
+    bound = None
     prefix = "cublasLt" if cuda else "hipblasLt"
     memset(&blas, 0, sizeof(blas))
     for i, call in enumerate(NAMES):
@@ -76,6 +80,7 @@ def use_blas_library(str provider, Library library):
     # hip-python's entry points are there without the library behind them; the first call tells.
     check_blas(blas.preference_create(&preference), "MatmulPreferenceCreate")
     blas.preference_destroy(preference)
+    bound = library
 
 
 def numbers():

@@ -26,8 +26,10 @@ from fomoe_io.experts import learned_profile
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import SlotLayout, hottest_first, native_layers, share_slots, slot_layout, tier_slots
 from fomoe_io.models import check_model
+from fomoe_io.models.tensors import EMBEDDING
 from fomoe_io.session import Session
 from fomoe_io.storage.calibration import Calibration
+from fomoe_io.storage.read_files import read_fault
 from fomoe_io.storage.reader import Reader, aligned_memory, open_reader
 from fomoe_io.storage.store import Store
 from fomoe_io.system.memory import available_bytes, peak_resident_bytes, process_bytes, rounded_budget
@@ -390,11 +392,24 @@ class Engine:
     def _check(self, error: int) -> None:
         if not error:
             return
-        if error == -errno.ECANCELED:
+        if error == -errno.ECANCELED or self.gate.was_interrupted:
             self.gate.raise_end()
         layer, expert = self._experts.failure()
         detail, fix = self.reader.last_error or os.strerror(-error), self.reader.last_fix
         raise ReadError(f"reading expert {expert} of layer {layer} failed: {detail}", hint=fix or None)
+
+    def _has_every_expert(self) -> bool:
+        """Whether all reads of experts have succeeded, if not from the first copy."""
+        reads = self.reader.counters
+        return bool(reads["errors"] == reads["failovers"])
+
+    def _embedding_error(self, code: int) -> ReadError:
+        """What a failed read of a row of the token embeddings means."""
+        tensor = self.store.resident[EMBEDDING]
+        now = os.lseek(self._files[tensor.file], 0, os.SEEK_END)
+        fault = read_fault(code, self.store.file_bytes[tensor.file], now)
+        path = self.store.paths[tensor.file]
+        return ReadError(f"reading the token embeddings from {path} failed: {fault.reason}", hint=fault.fix)
 
     def session(self) -> Session:
         """A new, empty timeline."""
@@ -403,7 +418,10 @@ class Engine:
 
     def _run(self, ids: np.ndarray, logits: np.ndarray, outputs: int, **how: Any) -> None:
         """One batch of a session, whose turn it is."""
-        self._check(self._recorder.program.run(ids, outputs, logits=logits, gate=self.gate, **how))
+        error = self._recorder.program.run(ids, outputs, logits=logits, gate=self.gate, **how)
+        if error not in (0, -errno.ECANCELED) and self._has_every_expert():
+            raise self._embedding_error(-error)
+        self._check(error)
 
     def _ask(self, question: Callable[[], T]) -> T:
         """What the native side says while it stands still: between the batches of this thread's own run, or alone."""

@@ -29,7 +29,7 @@ class _Chunk(NamedTuple):
     bytes: int
 
 
-def mirror(directory: Path, target: Path) -> int:
+def mirror(directory: Path, target: Path, *, ignore_free_space: bool = False) -> int:
     """Copy the data files, then tell the manifest.  A copy that is there already is kept.
 
     Parameters
@@ -38,6 +38,8 @@ def mirror(directory: Path, target: Path) -> int:
         A packed store.
     target : Path
         A directory on another drive.
+    ignore_free_space : bool
+        Write though the drive says that it is too full.
 
     Raises
     ------
@@ -56,7 +58,7 @@ def mirror(directory: Path, target: Path) -> int:
         raise UsageError(f"{target} holds the store itself", hint="a directory on another drive: --to DIR")
     copies = {number: target / source.name for number, source in enumerate(store.paths)}
     missing = [number for number, copy in copies.items() if not _is_copy(store, number, copy)]
-    _check_target(store, target, missing)
+    _check_target(store, target, missing, ignore_free_space=ignore_free_space)
     target_tools.make([target])
     _copy(store, copies, missing)
     body["mirror"] = str(target)
@@ -78,14 +80,14 @@ def _is_copy(store: Store, number: int, copy: Path) -> bool:
         return mine.read(CHUNK_BYTES) == other.read(CHUNK_BYTES)
 
 
-def _check_target(store: Store, target: Path, missing: list[int]) -> None:
+def _check_target(store: Store, target: Path, missing: list[int], *, ignore_free_space: bool) -> None:
     for number in missing:
         copy = target / store.paths[number].name
         if copy.exists():
             raise StoreError(f"{copy} belongs to another store", hint="choose an empty directory")
     short = target_tools.shortages([target], [sum(store.file_bytes[number] for number in missing)])
-    if short:
-        raise StoreError("; ".join(short), hint="free space, or choose another drive")
+    if short and not ignore_free_space:
+        raise target_tools.no_room(short, "free space, or choose another drive")
 
 
 def _copy(store: Store, copies: dict[int, Path], missing: list[int]) -> None:

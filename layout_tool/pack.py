@@ -66,7 +66,9 @@ def model_frequencies(source: Store, profile: Profile | None) -> dict[int, np.nd
     return profile.frequencies({number: layer.n_experts for number, layer in source.experts.items()})
 
 
-def striping(source: Store, targets: Sequence[Path], calibrations: Sequence[Path]) -> tuple[int, ...]:
+def striping(
+    source: Store, targets: Sequence[Path], calibrations: Sequence[Path], *, ignore_free_space: bool
+) -> tuple[int, ...]:
     """Records each target gets in turn, by the calibrations of their drives, or a quick probe.
 
     Raises
@@ -74,7 +76,9 @@ def striping(source: Store, targets: Sequence[Path], calibrations: Sequence[Path
     FormatError, UsageError
     """
     largest = max(layer.record_bytes for layer in source.experts.values())
-    return target_tools.stripe_weights(targets, [Calibration.load(path) for path in calibrations], largest)
+    return target_tools.stripe_weights(
+        targets, [Calibration.load(path) for path in calibrations], largest, ignore_free_space=ignore_free_space
+    )
 
 
 def pack(
@@ -84,6 +88,7 @@ def pack(
     calibrations: Sequence[Path] = (),
     *,
     overwrite: bool,
+    ignore_free_space: bool = False,
 ) -> int:
     """Write a store, or finish one that was interrupted.
 
@@ -98,6 +103,8 @@ def pack(
         Of each directory's drive, for the striping; empty: the drives are probed.
     overwrite : bool
         Replace the stores that the directories hold.
+    ignore_free_space : bool
+        Write though the drives say that they are too full.
 
     Returns
     -------
@@ -112,13 +119,16 @@ def pack(
     profile = None if profile_path is None else Profile.load(profile_path)
     frequencies = model_frequencies(source, profile)
     targets = target_tools.resolve(directories)
-    weights = _known_weights(targets, overwrite) or striping(source, targets, calibrations)
+    weights = _known_weights(targets, overwrite) or striping(
+        source, targets, calibrations, ignore_free_space=ignore_free_space
+    )
     placement = place(source, frequencies, weights)
     if not overwrite and (targets[0] / MANIFEST).exists():
         return _already_packed(targets, placement)
     if not overwrite and journal_header(targets[0]) is None:
         target_tools.check_unused(targets)
-    _check_space(targets, placement, model.header_bytes[0])
+    if not ignore_free_space:
+        _check_space(targets, placement, model.header_bytes[0])
     if overwrite:
         check_idle(targets[0])
         target_tools.clear(targets)
@@ -166,7 +176,7 @@ def _check_space(targets: Sequence[Path], placement: Placement, metadata_bytes: 
     needs = target_tools.still_needed(targets, placement, metadata_bytes)
     short = target_tools.shortages(targets, needs)
     if short:
-        raise StoreError("; ".join(short), hint="free space, or add a drive with another --to DIR")
+        raise target_tools.no_room(short, "free space, or add a drive with another --to DIR")
 
 
 @dataclass(slots=True)

@@ -23,6 +23,7 @@ def plan(
     calibrations: Sequence[Path] = (),
     *,
     as_json: bool,
+    ignore_free_space: bool = False,
 ) -> int:
     """Print the plan; exit code 1 when it does not fit.
 
@@ -34,10 +35,12 @@ def plan(
     profile = None if profile_path is None else Profile.load(profile_path)
     frequencies = model_frequencies(source, profile)
     targets = target_tools.resolve(directories)
-    weights = striping(source, targets, calibrations) if targets else (1,)
+    weights: tuple[int, ...] = (1,)
+    if targets:
+        weights = striping(source, targets, calibrations, ignore_free_space=ignore_free_space)
     placement = place(source, frequencies, weights)
     needs = target_tools.still_needed(targets, placement, model.header_bytes[0]) if targets else []
-    short = target_tools.shortages(targets, needs)
+    short = [] if ignore_free_space else target_tools.shortages(targets, needs)
     total = sum(file.bytes for file in placement.files)
     report = {
         **model_report(source),
@@ -52,7 +55,9 @@ def plan(
         "fits": not short,
     }
     if targets and not short:
-        report["seconds"] = round(target_tools.copy_seconds(model.paths[0], targets, needs), 1)
+        report["seconds"] = round(
+            target_tools.copy_seconds(model.paths[0], targets, needs, ignore_free_space=ignore_free_space), 1
+        )
     if as_json:
         print(json.dumps(report, indent=1))
     else:
@@ -111,12 +116,16 @@ def _print(report: dict[str, Any], short: Sequence[str]) -> None:
     if report["profile_tokens"]:
         lines.append(f"  profile    hottest experts first, counted over {report['profile_tokens']:,} tokens")
     for target in report["targets"]:
-        fits = "OK" if target["needs_bytes"] <= target["free_bytes"] else "TOO LITTLE"
+        fits = "OK" if target["needs_bytes"] <= target["free_bytes"] else "IGNORED" if report["fits"] else "TOO LITTLE"
         lines.append(
             f"  needs      {format_bytes(target['needs_bytes']):>9}  on {target['path']}   "
             f"{format_bytes(target['free_bytes'])} free   {fits}"
         )
     lines += [f"  short      {line}" for line in short]
+    if short:
+        lines.append(
+            f"  fix        {target_tools.no_room(short, 'free space, or add a drive with another --to DIR').hint}"
+        )
     if "seconds" in report:
         rate = report["store_bytes"] / max(report["seconds"], 1e-9)
         lines.append(

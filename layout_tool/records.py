@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from fomoe_io.cli.common import note
 from fomoe_io.storage.expert_layers import BYTES, FILE, OFFSET, ExpertLayer
 from fomoe_io.storage.gguf import TensorInfo
 from layout_tool.direct import DirectFile, Piece, buffered_notes, gather
@@ -22,8 +22,8 @@ def opened(paths: Sequence[Path]) -> Iterator[list[DirectFile]]:
     """All files open for direct reading; a note on stderr says where that does not work."""
     with ExitStack() as stack:
         files = [stack.enter_context(DirectFile(path)) for path in paths]
-        for note in buffered_notes(files):
-            print(note, file=sys.stderr)
+        for text in buffered_notes(files):
+            note(text)
         yield files
 
 

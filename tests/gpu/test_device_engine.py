@@ -15,6 +15,7 @@ from fomoe_io.errors import BudgetError, DeviceError, FomoeError, FormatError, R
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import device
 from fomoe_io.gpu.engine import DeviceEngine
+from fomoe_io.system import direct_io
 from layout_tool.main import main as layout
 from tests.fake_hip.build import Fake, installed_fake
 from tests.gguf_edit import Keys, Tensors, edited
@@ -246,6 +247,33 @@ def test_device_budget(model: Path) -> None:
         np.testing.assert_array_equal(engine.session().evaluate(TOKENS), expected)
     with pytest.raises(BudgetError, match="more than the"):
         Engine.open(model, settings(vram_bytes=2 << 30))
+
+
+def test_slots_are_chosen(model: Path) -> None:
+    """In VRAM as many as it has room for, the rest in DRAM; what is free, more or less, changes nothing."""
+    with Engine.open(model, settings(slots=9)) as engine:
+        assert (engine.budgets.slots.sum(1) == 9).all()  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="uses 3 of 16 experts a layer"):
+        Engine.open(model, settings(slots=17))
+
+
+def test_what_is_free_is_rounded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for free in ((700 << 20) + 4096, (701 << 20) + 12288):
+        monkeypatch.setattr(device.Gpu, "free_bytes", lambda _, free=free: free)
+        with Engine.open(model, settings()) as engine:
+            found.append(engine.budgets.vram_bytes)  # type: ignore[attr-defined]
+    assert found[0] == found[1] and found[0] % (64 << 20) == 0
+
+
+def test_larger_blocks_of_a_drive(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of weights and extents of experts grow, the logits stay."""
+    tight = settings(tiers=Tiers(0.19, 0.2))
+    expected, _ = evaluate(model, tight)
+    monkeypatch.setattr(direct_io, "stated_block_bytes", lambda _: 16384)
+    with Engine.open(model, tight) as engine:
+        assert engine.reader.block_bytes == 16384 or not engine.reader.direct
+        np.testing.assert_array_equal(engine.session().evaluate(TOKENS), expected)
 
 
 @pytest.mark.parametrize(

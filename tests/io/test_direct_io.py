@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from fomoe_io.cli import bench_io
+from fomoe_io.config import EngineConfig
+from fomoe_io.engine import Engine
 from fomoe_io.errors import ReadError, StoreError, UsageError
 from fomoe_io.experts.slots import slot_layout
 from fomoe_io.io_bench.calibrate import calibrate
@@ -258,6 +260,18 @@ def test_a_cut_file_is_named_by_the_tools(tmp_path: Path) -> None:
         os.truncate(path, 5 * PAGE + 1000)
         with pytest.raises(ReadError, match=rf"at byte {5 * PAGE + 1000:,} of {20 * PAGE:,}"):
             file.read(0, 20 * PAGE, aligned_buffer(20 * PAGE))
+
+
+@pytest.mark.parametrize("row", [0, 8000])
+def test_cut_embeddings_are_named(demo_model: Path, tmp_path: Path, row: int) -> None:
+    """Not as an expert of layer 0, whose reads have nothing to do with it."""
+    path = Path(shutil.copy(demo_model, tmp_path))
+    with Engine.open(path, EngineConfig(context_tokens=64, threads=1)) as engine:
+        end = engine.store.resident["token_embd.weight"].offset + 10
+        os.truncate(path, end)
+        with pytest.raises(ReadError, match=rf"token embeddings from {path} failed: .* at byte {end:,} of") as caught:
+            engine.session().decode(row)
+        assert "expert" not in str(caught.value)
 
 
 def test_causes_are_told_apart() -> None:
