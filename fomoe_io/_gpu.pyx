@@ -8,7 +8,8 @@ from libc.string cimport memset
 import numpy as np
 
 from fomoe_io._hip cimport (
-    FOMOE_STUCK, NOT_READY, Event, Graph, Stream, api, check, count_host_sync, fomoe_patience, patience, raise_interruption, stuck,
+    FOMOE_STUCK, NOT_READY, Event, Graph, Stream, api, check, count_host_sync, fomoe_patience, patience,
+    raise_interruption, stuck,
 )
 from fomoe_io.errors import DeviceError
 
@@ -232,7 +233,8 @@ cdef class DeviceExperts:
             uintptr_t logits_from, size_t logits_bytes, uintptr_t stop):
         """One replay: the graph, which begins by fetching header and changed tables, and the logits out.
 
-        changed: uint32 [layers] in memory that the device sees, for the graph's begin_run; stop: the word that ends its waits.
+        changed: uint32 [layers] in memory that the device sees, for the graph's begin_run; stop: the word that
+        ends its waits.
         0 or a negative errno of a read.  However it ends, the graph has ended too: what it reads may be written again.
         """
         cdef int code, drained = 0, served = 0

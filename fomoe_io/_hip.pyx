@@ -249,8 +249,8 @@ cdef class Event:
                 api.hipEventDestroy(self.handle)
 
 
-# An urgent stream shares no hardware queue with those that are not: HIP has a few queues for each priority, and what one
-# stream waits for in a queue holds up the others there.
+# An urgent stream shares no hardware queue with those that are not: HIP has a few queues for each priority, and what
+# one stream waits for in a queue holds up the others there.
 cdef class Stream:
     def __cinit__(self, int device, bint is_urgent=False):
         cdef int code, least = 0, greatest = 0

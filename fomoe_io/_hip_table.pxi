@@ -167,7 +167,8 @@ cdef int fill_table(bint cuda, Library library, device_api *table, cuda_calls *c
     bind(library, cuda, <void **>&table.hipFree, "hipFree", "cuMemFree_v2")
     bind(library, cuda, <void **>&table.hipHostRegister, "hipHostRegister", "cuMemHostRegister_v2")
     bind(library, cuda, <void **>&table.hipHostUnregister, "hipHostUnregister", "cuMemHostUnregister")
-    bind(library, cuda, <void **>&table.hipHostGetDevicePointer, "hipHostGetDevicePointer", "cuMemHostGetDevicePointer_v2")
+    bind(library, cuda, <void **>&table.hipHostGetDevicePointer, "hipHostGetDevicePointer",
+         "cuMemHostGetDevicePointer_v2")
     bind(library, cuda, <void **>&table.hipMemcpyHtoDAsync, "hipMemcpyHtoDAsync", "cuMemcpyHtoDAsync_v2")
     bind(library, cuda, <void **>&table.hipMemcpyDtoHAsync, "hipMemcpyDtoHAsync", "cuMemcpyDtoHAsync_v2")
     bind(library, cuda, <void **>&table.hipMemcpyDtoDAsync, "hipMemcpyDtoDAsync", "cuMemcpyDtoDAsync_v2")
@@ -195,7 +196,8 @@ cdef int fill_table(bint cuda, Library library, device_api *table, cuda_calls *c
     bind(library, cuda, <void **>&table.hipModuleGetFunction, "hipModuleGetFunction", "cuModuleGetFunction")
     bind(library, cuda, <void **>&table.hipFuncGetAttribute, "hipFuncGetAttribute", "cuFuncGetAttribute")
     bind(library, cuda, <void **>&table.hipModuleLaunchKernel, "hipModuleLaunchKernel", "cuLaunchKernel")
-    bind(library, cuda, <void **>&table.hipGraphInstantiateWithFlags, "hipGraphInstantiateWithFlags", "cuGraphInstantiateWithFlags")
+    bind(library, cuda, <void **>&table.hipGraphInstantiateWithFlags, "hipGraphInstantiateWithFlags",
+         "cuGraphInstantiateWithFlags")
     bind(library, cuda, <void **>&table.hipGraphLaunch, "hipGraphLaunch", "cuGraphLaunch")
     bind(library, cuda, <void **>&table.hipGraphExecDestroy, "hipGraphExecDestroy", "cuGraphExecDestroy")
     bind(library, cuda, <void **>&table.hipGraphDestroy, "hipGraphDestroy", "cuGraphDestroy")
@@ -309,7 +311,8 @@ cdef int raise_interruption() except -1:
 
 
 def set_patience(double seconds=10.0):
-    """The longest that anybody waits for a device that makes no progress; an interrupted one waits for 0.5 s at most."""
+    """The longest that anybody waits for a device that makes no progress; an interrupted one waits for 0.5 s at
+    most."""
     patience.limit_ns = <uint64_t>(1e9 * seconds)
     patience.interrupted_limit_ns = <uint64_t>(1e9 * min(seconds, 0.5))
     patience.was_interrupted = was_interrupted

@@ -1,5 +1,6 @@
 /* Preloaded by tests: makes some reads short, interrupted or failing, for pread and for io_uring.
- * FAULT: short, eintr, eagain or eio hits every 7th read; slow: each read of pread takes a fifth of a second; forbidden refuses io_uring as a container does; unsupported
+ * FAULT: short, eintr, eagain or eio hits every 7th read; slow: each read of pread takes a fifth of a second;
+ * forbidden refuses io_uring as a container does; unsupported
  * sets up a ring whose reads are refused. */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -13,15 +13,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = (".py", ".pyi", ".pyx", ".pxd", ".pxi", ".c", ".h", ".hip")
-COLUMNS, LINES = 120, 500
+COLUMNS, LINES, LONGEST = 120, 500, 1000
 
 LONG_FILES = {
     "fomoe_io/engine.py": "the CPU's backend and the engine are one class until there is a backend of each device",
+    "fomoe_io/gpu/engine.py": "as engine.py",
+    "fomoe_io/_hip.pyx": "every object of the driver once",
     "tests/cli/test_layout_hostile.py": "a list of attacks on stores",
     "tests/fake_hip/fake_hip.c": "a driver's whole face",
     "fomoe_io/_cpu.pyx": "every step of a program once, and nothing else",
 }
-"""Longer than LINES, and why; at most 700."""
+"""Longer than LINES, and why; at most LONGEST."""
 
 HAND_LAID_COLUMNS = 145
 """Of C that clang-format leaves alone (.clang-format-ignore)."""
@@ -58,7 +60,7 @@ def test_lines_fit() -> None:
 def test_modules_are_small() -> None:
     lengths = {name: len(lines) for name, lines in _files(*CODE)}
     long = {name: count for name, count in lengths.items() if count > LINES}
-    too_long = [f"{name}: {count} lines" for name, count in long.items() if name not in LONG_FILES or count > 700]
+    too_long = [f"{name}: {count} lines" for name, count in long.items() if name not in LONG_FILES or count > LONGEST]
     assert not too_long, "\n".join(too_long)
     assert set(LONG_FILES) <= set(long), f"no longer long: {set(LONG_FILES) - set(long)}"
 

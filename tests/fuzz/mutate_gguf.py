@@ -86,23 +86,26 @@ def bases(folder: Path) -> list[Image]:
 
 
 def _odd_shape(r: random.Random, folder: Path) -> Image:
-    """A model whose sizes were drawn: right in itself, though no one would train it."""
+    """A model whose sizes were drawn, and mostly go together, though no one would train it."""
     kind = r.choice([Type.F32, Type.F16, Type.BF16, Type.Q8_0])
     size = [32, 64, 96] if kind == Type.Q8_0 else [1, 2, 8, 24, 31, 32, 63, 64, 65]
+    fits = r.random() < 0.75
+    heads, key_heads, experts = r.randint(1, 9), r.randint(1, 4), r.choice([1, 2, 3, 8, 65])
+    head_columns = r.choice([n for n in size if n > 1])
     shape = Tiny(
         architecture=r.choice(["qwen3moe", "qwen35moe"]),
         layers=r.randint(1, 4),
         columns=r.choice(size),
-        heads=r.randint(1, 9),
-        kv_heads=r.randint(1, 9),
-        head_columns=r.choice(size),
-        rotated=r.choice([0, 1, 2, 7, 16, 64]),
-        key_heads=r.randint(1, 5),
-        value_heads=r.randint(1, 6),
+        heads=heads,
+        kv_heads=r.choice([n for n in range(1, 10) if not (fits and heads % n)]),
+        head_columns=head_columns,
+        rotated=r.randint(1, head_columns // 2) * 2 if fits else r.choice([0, 1, 7, 16, 64]),
+        key_heads=key_heads,
+        value_heads=key_heads * r.randint(1, 3) if fits else r.randint(1, 6),
         state_columns=r.choice(size),
         taps=r.randint(1, 6),
-        experts=r.choice([1, 2, 3, 8, 65]),
-        used=r.choice([1, 2, 3, 8, 70]),
+        experts=experts,
+        used=r.randint(1, min(experts, 9)) if fits else r.choice([1, 8, 70]),
         hidden=r.choice(size),
         shared_hidden=r.choice([0, *size]),
         vocabulary=r.choice([258, 259, 300, 1025]),
