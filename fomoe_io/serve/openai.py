@@ -40,7 +40,7 @@ class ChatRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
 class CompletionRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
     """The body of /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | list[int | str | list[int]]
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     stream_options: StreamOptions | None = None
 
@@ -140,11 +140,8 @@ def chat(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
 def completions(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
     """A request of /v1/completions."""
     request = read(body, CompletionRequest)
-    given = request.prompt
-    is_many = not isinstance(given, str) and bool(given) and not isinstance(given[0], int)
-    texts: Any = given if is_many else [given]
     work = prompts.work(
-        [prompts.of_parts(text) for text in texts],
+        [prompts.of_parts(prompt) for prompt in _prompts(request.prompt)],
         prompts.choosing(request, request.logprobs if request.logprobs is not None else request.n_probs or None),
         choices=request.n,
         most=request.n_predict if request.max_tokens is None else request.max_tokens,
@@ -153,6 +150,16 @@ def completions(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
         reuse=request.cache_prompt,
     )
     return Prepared(work, Completion(_format(prompts, request, request.stream_options), is_stream=request.stream))
+
+
+def _prompts(given: str | list[int | str | list[int]]) -> list[Any]:
+    """A text, token ids, or several of either."""
+    kinds = {type(part) for part in given}
+    if isinstance(given, str) or kinds <= {int}:
+        return [given]
+    if len(kinds) > 1:
+        raise bad_request("prompt mixes texts and tokens", param="prompt")
+    return given
 
 
 def _format(prompts: Prompts, request: Sampled, options: StreamOptions | None) -> Format:

@@ -69,10 +69,10 @@ class Guard:
     def _check_origin(self, origin: str | None, headers: Headers) -> None:
         if origin is None or "*" in self._origins or origin in self._origins:
             return
-        parts = urlsplit(origin) if origin.isascii() else urlsplit("")
-        if parts.netloc and parts.netloc == headers.get("host"):
+        _, _, netloc = origin.partition("://")
+        if netloc and netloc == headers.get("host"):
             return
-        name = host_of(parts.netloc) or ""
+        name = host_of(netloc) or ""
         if name == "localhost" or name.endswith(".localhost") or (_is_address(name) and _address(name).is_loopback):
             return
         raise forbidden(f"origin {origin[:80]!r} may not call: start the server with --cors ORIGIN to let it")
