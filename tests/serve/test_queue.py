@@ -102,12 +102,11 @@ def test_first_come_first_served(slow: None, serve: Any) -> None:
         assert live.post("/completion", {"prompt": f"a {number}", "n_predict": 2}).status_code == 200
         order.append(number)
 
-    with ThreadPoolExecutor(4) as pool:
-        with request(live, LONG):
-            wait_for(lambda: slot(live)["is_processing"])
-            for number in range(4):
-                pool.submit(ask, number)
-                wait_for(lambda: len(live.running.service.queue) == number + 1)  # noqa: B023
+    with ThreadPoolExecutor(4) as pool, request(live, LONG):
+        wait_for(lambda: slot(live)["is_processing"])
+        for number in range(4):
+            pool.submit(ask, number)
+            wait_for(lambda: len(live.running.service.queue) == number + 1)  # noqa: B023
     assert order == [0, 1, 2, 3]
 
 
