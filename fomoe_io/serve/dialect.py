@@ -118,7 +118,7 @@ class Dialect(ABC):
         if piece.token >= 0:
             answer.tokens.append(piece.token)
             answer.thought_tokens += was_thinking or self._splitter.is_thinking
-        if piece.probability is not None:
+        if piece.probability is not None and not self.is_stream:
             answer.probabilities.append(piece.probability)
         answer.timings = piece.timings
         return parts

@@ -66,6 +66,7 @@ def completion(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
         stops=request.stop,
         ignore_eos=request.ignore_eos,
         reuse=request.cache_prompt,
+        is_stream=request.stream,
     )
     form = Format(
         prompts.name,
@@ -114,6 +115,7 @@ class LlamaCompletion(Dialect):
         self._work = work
         self._prompt = prompt
         self._returns_tokens = request.return_tokens
+        self._unsent: list[int] = []
 
     def progress(self, answer: Answer, progress: Progress) -> Iterable[bytes]:
         """How much of the prompt is read."""
@@ -122,9 +124,10 @@ class LlamaCompletion(Dialect):
     def piece(self, answer: Answer, piece: Piece, parts: Sequence[Part]) -> Iterable[bytes]:
         """A token and its text."""
         text = "".join(part.text for part in parts)
+        self._unsent += [piece.token] if piece.token >= 0 else []
         if not text and piece.probability is None:
             return
-        chunk = self._partial(answer, text, [piece.token] if piece.token >= 0 else [])
+        chunk = self._partial(answer, text, self._take_unsent())
         if piece.probability is not None:
             chunk["completion_probabilities"] = [self._probability(piece.probability)]
         if self.form.has_timings:
@@ -144,7 +147,13 @@ class LlamaCompletion(Dialect):
 
     def ended(self, answer: Answer, parts: Sequence[Part]) -> Iterable[bytes]:
         """The statistics."""
-        yield server_sent({**self._final(answer), "content": "", "tokens": []})
+        text = "".join(part.text for part in parts)
+        yield server_sent({**self._final(answer), "content": text, "tokens": self._take_unsent()})
+
+    def _take_unsent(self) -> list[int]:
+        """Tokens since the last chunk: those that are part of a character, or of what may be a stop word, wait."""
+        unsent, self._unsent = self._unsent, []
+        return unsent
 
     def finished(self) -> bytes:
         """Nothing more: the last chunk says so."""

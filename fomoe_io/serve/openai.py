@@ -19,7 +19,7 @@ from fomoe_io.serve.thoughts import Part
 DONE = b"data: [DONE]\n\n"
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-MESSAGE_FIELDS = frozenset({"role", "content", "name", "reasoning_content", "refusal", "id"})
+MESSAGE_FIELDS = frozenset({"role", "content", "name", "reasoning_content"})
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 Count = Annotated[int, Meta(ge=-1)]
@@ -129,6 +129,7 @@ def chat(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
         stops=request.stop,
         ignore_eos=request.ignore_eos,
         reuse=request.cache_prompt,
+        is_stream=request.stream,
     )
     splits = config.splits_thoughts if request.reasoning_format is None else request.reasoning_format != "none"
     form = _format(prompts, request, request.stream_options)
@@ -148,6 +149,7 @@ def completions(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
         stops=request.stop,
         ignore_eos=request.ignore_eos,
         reuse=request.cache_prompt,
+        is_stream=request.stream,
     )
     return Prepared(work, Completion(_format(prompts, request, request.stream_options), is_stream=request.stream))
 
@@ -304,7 +306,8 @@ class Completion(OpenAI):
 
     def ended(self, answer: Answer, parts: Sequence[Part]) -> Iterable[bytes]:
         """The reason."""
-        choice = {"index": answer.index, "text": "", "logprobs": None, "finish_reason": answer.finish_reason}
+        text = "".join(part.text for part in parts)
+        choice = {"index": answer.index, "text": text, "logprobs": None, "finish_reason": answer.finish_reason}
         yield self._chunk(choice, timings=answer.timings.document())
 
     def _text(self, answer: Answer, text: str, logprobs: Any = None, **others: Any) -> bytes:

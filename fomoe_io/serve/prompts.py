@@ -13,7 +13,7 @@ from fomoe_io.serve.errors import bad_request, context_exceeded
 from fomoe_io.serve.jobs import Run, Work
 from fomoe_io.serve.sampling import Choosing
 from fomoe_io.serve.schema import Sampled
-from fomoe_io.serve.settings import MOST_CHOICES, MOST_MESSAGES, ServeConfig
+from fomoe_io.serve.settings import MOST_CHOICES, MOST_MESSAGES, MOST_REPORTED, ServeConfig
 from fomoe_io.text.chat import TEMPLATE_KEY, ChatTemplate
 
 CHATML = (
@@ -121,13 +121,14 @@ class Prompts:
         stops: str | Sequence[str] | None = None,
         ignore_eos: bool = False,
         reuse: bool = True,
+        is_stream: bool = False,
     ) -> Work:
         """What the engine is asked for; each prompt is answered `choices` times.
 
         Raises
         ------
         ApiError
-            A prompt is empty, or fills the context.
+            A prompt is empty, or fills the context; or too many probabilities are wanted at once.
         """
         if not prompts or len(prompts) * choices > MOST_CHOICES:
             raise bad_request(f"{len(prompts) * choices} answers are wanted, expected 1 to {MOST_CHOICES}")
@@ -139,6 +140,10 @@ class Prompts:
         runs = [Run(tokens, choosing.of_choice(choice)) for tokens in prompts for choice in range(choices)]
         wanted, limit = -1 if most is None else most, self._config.most_tokens
         most = limit if wanted < 0 else wanted if limit < 0 else min(wanted, limit)
+        room = [self.context_tokens - len(run.tokens) for run in runs]
+        reported = sum(n if most < 0 else min(n, most) for n in room) * (choosing.probabilities or 0)
+        if reported > MOST_REPORTED and not is_stream:
+            raise bad_request(f"up to {reported} probabilities in one answer: ask for fewer tokens, or for a stream")
         words = (stops,) if isinstance(stops, str) else tuple(stops or ())
         return Work(runs, most, tuple(word for word in words if word), ignore_eos, reuse)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -17,7 +17,7 @@ MOST_VALUES = 1 << 20
 
 HARMLESS = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-     "truncation_strategy", "betas", "cache_control", "context_management"}
+     "betas", "cache_control"}
 )  # fmt: skip
 """About the account or the bill, or advice on caching: without effect on an answer here, and documented so."""
 
@@ -97,7 +97,7 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """`stream_options`."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 def parse(body: bytes) -> dict[str, Any]:

@@ -15,6 +15,8 @@ MOST_CHOICES = 16
 MOST_MESSAGES = 4096
 MOST_STOPS = 64
 MOST_PROBABILITIES = 100
+MOST_REPORTED = 1 << 17
+"""Probabilities of an answer that is sent whole: each takes about a kilobyte until it is written.  Streams keep none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class ServeConfig:
     has_page: bool = True
     keep_alive_seconds: float = 5.0
     stall_seconds: float = 30.0
-    pending_events: int = 4096
+    pending_events: int = 1024
 
     def __post_init__(self) -> None:
         limits = {

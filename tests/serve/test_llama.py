@@ -98,6 +98,10 @@ def test_stop_words(live: Live) -> None:
         found = completion(live, n_predict=20, stop=form)
         assert found["content"] == whole[: whole.index(word)]
         assert found["stop_type"] == "word" and found["stopping_word"] == word
+    never = {"prompt": PROMPT, "n_predict": 20, "stop": [whole[:-1] + "#", "☃"], "return_tokens": True}
+    held, chunks = completion(live, **never), live.stream("/completion", never)
+    assert [token for chunk in chunks for token in chunk["tokens"]] == held["tokens"] and len(held["tokens"]) == 20
+    assert "".join(chunk["content"] for chunk in chunks) == held["content"] == whole and len(chunks) < 20
     chunks = live.stream("/completion", {"prompt": PROMPT, "n_predict": 20, "stop": [word]})
     assert "".join(chunk["content"] for chunk in chunks) == whole[: whole.index(word)]
     assert chunks[-1]["stopping_word"] == word
@@ -195,6 +199,13 @@ def test_several_answers(live: Live) -> None:
     assert [one["index"] for one in found] == [0, 1, 2]
     assert found[0]["content"] == completion(live, **hot)["content"]
     assert len({one["content"] for one in found}) > 1
+
+
+def test_an_answer_that_would_not_fit_in_memory(serve: Any) -> None:
+    live = serve()
+    body = {"prompt": PROMPT, "n_predict": -1, "n_probs": 100, "n": 16}
+    refused(live.post("/completion", body), 400, "invalid_request_error", "probabilities", "stream")
+    assert live.post("/completion", {**body, "n_predict": 2}).status_code == 200
 
 
 def test_tokenize(live: Live) -> None:
