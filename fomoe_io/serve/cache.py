@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,7 +16,7 @@ class Timeline:
 
     def __init__(self, engine: Engine) -> None:
         self._session = engine.session()
-        self.tokens: list[int] = []
+        self.tokens = array("i")
         self.context_tokens = self._session.context_tokens
 
     @property
@@ -26,7 +27,7 @@ class Timeline:
     def read(self, tokens: Sequence[int]) -> np.ndarray:
         """Read a piece of a prompt; logits after it."""
         logits = self._session.prefill(tokens)
-        self.tokens += tokens
+        self.tokens.extend(tokens)
         return logits
 
     def decode(self, token: int) -> np.ndarray:
@@ -38,7 +39,7 @@ class Timeline:
     def reset(self) -> None:
         """Forget everything."""
         self._session.reset()
-        self.tokens = []
+        self.tokens = array("i")
 
     def close(self) -> None:
         """Give the memory back."""
@@ -80,7 +81,7 @@ class LiveSession:
         timeline = self._timeline
         known = len(timeline.tokens)
         # at least one token must be read for logits
-        extends = known < len(tokens) and list(tokens[:known]) == timeline.tokens
+        extends = known < len(tokens) and array("i", tokens[:known]) == timeline.tokens
         if not (reuse and extends and timeline.is_sound):
             timeline.reset()
         return timeline

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ StopType = Literal["eos", "word", "limit"]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One answer that is wanted: a prompt, and how its tokens are chosen."""
+    """One answer that is wanted: a prompt (of type "i": many may wait), and how its tokens are chosen."""
 
-    tokens: list[int]
+    tokens: array[int]
     choosing: Choosing
 
 

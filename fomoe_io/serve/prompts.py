@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -137,7 +138,8 @@ class Prompts:
                 raise bad_request("the prompt is empty", param="prompt")
             if len(tokens) >= self.context_tokens:
                 raise context_exceeded(len(tokens), self.context_tokens)
-        runs = [Run(tokens, choosing.of_choice(choice)) for tokens in prompts for choice in range(choices)]
+        compact = [array("i", tokens) for tokens in prompts]
+        runs = [Run(tokens, choosing.of_choice(choice)) for tokens in compact for choice in range(choices)]
         wanted, limit = -1 if most is None else most, self._config.most_tokens
         most = limit if wanted < 0 else wanted if limit < 0 else min(wanted, limit)
         room = [self.context_tokens - len(run.tokens) for run in runs]

@@ -16,7 +16,7 @@ MOST_MESSAGES = 4096
 MOST_STOPS = 64
 MOST_PROBABILITIES = 100
 MOST_REPORTED = 1 << 17
-"""Probabilities of an answer that is sent whole: each takes about a kilobyte until it is written.  Streams keep none."""
+"""Probabilities of an answer that is sent whole: a kilobyte each until they are written.  Streams keep none."""
 
 
 @dataclass(frozen=True, slots=True)

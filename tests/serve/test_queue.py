@@ -218,7 +218,7 @@ def test_a_read_error_is_told_and_survived(
     def broken(self: Timeline, token: int) -> np.ndarray:
         calls.append(token)
         if len(calls) == 3:
-            self._session._broken = True  # as an error in the middle of a token leaves it
+            self._session.decode(token)  # the session stands elsewhere than is known
             raise ReadError("reading expert 3 of layer 1 failed: EIO")
         return decode(self, token)
 
@@ -254,12 +254,12 @@ def test_the_live_session(demo_model: Path, open_demo: Callable[[], Engine]) -> 
         timeline = cache.acquire([5, 6, 7])
         timeline.read([5, 6, 7])
         timeline.decode(8)
-        assert cache.acquire([5, 6, 7, 8, 9]).tokens == [5, 6, 7, 8]
-        assert cache.acquire([5, 6, 7, 8, 9], reuse=False).tokens == []
+        assert cache.acquire([5, 6, 7, 8, 9]).tokens.tolist() == [5, 6, 7, 8]
+        assert cache.acquire([5, 6, 7, 8, 9], reuse=False).tokens.tolist() == []
         for tokens in ([5, 6, 7, 8], [5, 6], [5, 6, 1, 8, 9]):  # nothing left to read, less, and something else
             timeline = cache.acquire([5, 6, 7, 8])
             timeline.read([5, 6, 7, 8][len(timeline.tokens) :])
-            assert cache.acquire(tokens).tokens == []
+            assert cache.acquire(tokens).tokens.tolist() == []
         cache.close()
 
 
