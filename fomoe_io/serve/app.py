@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fomoe_io.engine import Engine
 from fomoe_io.serve import anthropic, llama, metrics, openai, page, responses
 from fomoe_io.serve.dialect import Prepared, to_json
-from fomoe_io.serve.errors import ApiError, not_supported, unavailable
+from fomoe_io.serve.errors import ApiError, internal_error, not_supported, unavailable
 from fomoe_io.serve.jobs import Job, JobQueue
 from fomoe_io.serve.prompts import Prompts
 from fomoe_io.serve.security import Guard
@@ -28,6 +28,7 @@ from fomoe_io.serve.worker import EngineWorker
 
 Prepare = Callable[[bytes, Prompts, ServeConfig], Prepared]
 Answer = Callable[[Request], Awaitable[Any]]
+T = TypeVar("T")
 
 GENERATING: dict[str, Prepare] = {
     "/v1/chat/completions": openai.chat,
@@ -94,6 +95,7 @@ class Service:
         self.queue = JobQueue(config.queue_requests)
         self.prompts: Prompts | None = None
         self._announce = on_loaded
+        self._is_closing = False
         self.worker = EngineWorker(
             open_engine,
             self.queue,
@@ -112,6 +114,7 @@ class Service:
 
     def close(self) -> None:
         """End the work; returns at once."""
+        self._is_closing = True
         self.worker.stop()
         self._preparing.shutdown(wait=False, cancel_futures=True)
 
@@ -127,7 +130,7 @@ class Service:
         ApiError
             503 while it is loading, or when it is gone.
         """
-        if self.worker.state == "stopped":
+        if self._is_closing or self.worker.state == "stopped":
             raise unavailable("the server is shutting down")
         if self.worker.state == "loading" or self.prompts is None:
             raise unavailable()
@@ -158,12 +161,20 @@ class Service:
         most = self.config.most_body_bytes(context_tokens)
         return await read_body(request.receive, request.headers, most, self.config.stall_seconds)
 
+    async def _prepared(self, prepare: Callable[[], T]) -> T:
+        """What a thread beside the event loop makes of a request."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._preparing, prepare)
+        except (RuntimeError, asyncio.CancelledError):
+            if self._is_closing:  # the threads are gone
+                raise unavailable("the server is shutting down") from None
+            raise
+
     def _generating(self, prepare: Prepare) -> Answer:
         async def answer(request: Request) -> JobResponse:
             prompts = self._ready()
             body = await self._body(request, prompts.context_tokens)
-            loop = asyncio.get_running_loop()
-            work, dialect = await loop.run_in_executor(self._preparing, prepare, body, prompts, self.config)
+            work, dialect = await self._prepared(lambda: prepare(body, prompts, self.config))
             job = Job(work, self.config.pending_events if dialect.is_stream else None)
             self.queue.put(job)
             return JobResponse(job, dialect, self.queue, self.config)
@@ -174,8 +185,7 @@ class Service:
         async def endpoint(request: Request) -> Response:
             prompts = self._ready()
             body = await self._body(request, prompts.context_tokens)
-            loop = asyncio.get_running_loop()
-            return json_response(await loop.run_in_executor(self._preparing, answer, body, prompts))
+            return json_response(await self._prepared(lambda: answer(body, prompts)))
 
         return endpoint
 
@@ -228,11 +238,9 @@ def endpoint(answer: Answer, method: str | None = None) -> ASGIApp:
                 return
             except ApiError as error:
                 return await send_error(scope, receive, send, error)
-            except Exception as error:
+            except Exception:
                 traceback.print_exc(file=sys.stderr)
-                return await send_error(
-                    scope, receive, send, ApiError(500, "server_error", f"internal error: {error!r}")
-                )
+                return await send_error(scope, receive, send, internal_error())
             await response(scope, receive, send)
 
     return Endpoint()

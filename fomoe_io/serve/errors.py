@@ -77,6 +77,11 @@ def busy(waiting: int, retry_seconds: int) -> ApiError:
     )
 
 
+def internal_error() -> ApiError:
+    """500: a fault of ours, told in full on the server's stderr only."""
+    return ApiError(500, "server_error", "internal error: the server's stderr says more")
+
+
 def not_supported(what: str) -> ApiError:
     """501: an endpoint of other servers."""
     return ApiError(501, "not_supported_error", f"this server does not support {what}")

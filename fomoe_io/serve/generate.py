@@ -18,6 +18,9 @@ PIECE_SECONDS = 1.0
 
 LEAST_PIECE_TOKENS = 16
 
+PATIENCE_PIECES = 64
+"""Until a size that was too dear is tried again: what came from the drive may lie in memory by then."""
+
 
 class PieceSize:
     """Tokens of a prompt to read at once.
@@ -34,19 +37,23 @@ class PieceSize:
 
     def __init__(self, most: int, *, is_fixed: bool = False) -> None:
         self.tokens = most
+        self._most = most
         self._is_fixed = is_fixed
-        self._rate = 0.0
+        self._best_rate = 0.0
+        self._patience = 0
 
     def measured(self, tokens: int, seconds: float) -> None:
         """Learn from a piece."""
         if self._is_fixed or tokens < self.tokens:
             return
         rate = tokens / max(seconds, 1e-9)
-        if rate < 0.75 * self._rate:
-            self.tokens *= 2
-            self._is_fixed = True
+        if rate < 0.75 * self._best_rate:
+            self.tokens = min(2 * self.tokens, self._most)
+            self._best_rate, self._patience = 0.0, PATIENCE_PIECES
+        elif self._patience:
+            self._patience -= 1
         elif seconds > PIECE_SECONDS and tokens >= 2 * LEAST_PIECE_TOKENS:
-            self._rate = rate
+            self._best_rate = max(self._best_rate, rate)
             self.tokens = tokens // 2
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fomoe_io.engine import Engine
 from fomoe_io.errors import FomoeError
 from fomoe_io.serve.cache import LiveSession, SessionCache
-from fomoe_io.serve.errors import ApiError, unavailable
+from fomoe_io.serve.errors import ApiError, internal_error, unavailable
 from fomoe_io.serve.generate import Answering, PieceSize, Unwanted
 from fomoe_io.serve.jobs import Ended, Event, Job, JobQueue, Over, Piece, Progress, Started, Timings
 
@@ -145,10 +145,10 @@ class EngineWorker(threading.Thread):
             self.outcomes["failed"] += 1
             print(f"fomoe-serve: {error.message}", file=sys.stderr)
             return ApiError(500, "server_error", error.message)
-        except Exception as error:  # the server outlives a fault of its own
+        except Exception:  # the server outlives a fault of its own
             self.outcomes["failed"] += 1
             traceback.print_exc()
-            return ApiError(500, "server_error", f"internal error: {error!r}")
+            return internal_error()
         self.outcomes["finished"] += 1
         return None
 

@@ -111,6 +111,13 @@ def test_a_signal_while_nothing_happens(demo_model: Path, tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("*.json"))  # nothing was learned
 
 
+def test_a_signal_while_it_loads(demo_model: Path, tmp_path: Path) -> None:
+    with command(str(demo_model), cache=tmp_path) as process:
+        process.wait_for("loading; listening on")
+        code, said = process.end(signal.SIGTERM)
+    assert code == 0 and "Traceback" not in said
+
+
 def test_the_profile_is_that_of_fomoe_run(demo_model: Path, tmp_path: Path) -> None:
     with command(str(demo_model), cache=tmp_path) as process:
         url = url_of(process)

@@ -18,7 +18,7 @@ import pytest
 from fomoe_io import Engine
 from fomoe_io.errors import BudgetError, FormatError, ReadError
 from fomoe_io.serve.cache import LiveSession, Timeline
-from fomoe_io.serve.generate import PieceSize
+from fomoe_io.serve.generate import PATIENCE_PIECES, PieceSize
 from tests.serve.conftest import CONTEXT, Live
 
 LONG = {"prompt": "It was a dark and", "n_predict": -1, "ignore_eos": True}
@@ -233,6 +233,21 @@ def test_a_read_error_is_told_and_survived(
     assert live.metric('fomoe_requests_total{outcome="failed"}') == 1
 
 
+def test_a_fault_of_ours_is_survived(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = serve()
+    with monkeypatch.context() as patch:
+        patch.setattr(Timeline, "read", lambda self, tokens: 1 / 0)
+        response = live.post("/completion", {"prompt": "a", "n_predict": 1})
+        assert response.status_code == 500 and "Zero" not in response.text
+    with monkeypatch.context() as patch:
+        patch.setattr(live.running.service.prompts, "of_parts", lambda prompt: 1 / 0)
+        assert live.post("/completion", {"prompt": "a", "n_predict": 1}).status_code == 500
+    assert capsys.readouterr().err.count("ZeroDivisionError") == 2
+    assert live.post("/completion", {"prompt": "a", "n_predict": 1}).status_code == 200
+
+
 def test_an_error_in_each_dialects_stream(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Timeline, token: int) -> np.ndarray:
         raise ReadError("EIO")
@@ -272,10 +287,17 @@ def test_pieces_become_smaller_while_that_costs_little() -> None:
     assert compute.tokens == 32
     drive = PieceSize(512)
     drive.measured(512, 15.0)
-    drive.measured(256, 14.5)  # nearly as many experts for half the tokens
-    assert drive.tokens == 512
-    drive.measured(512, 15.0)
-    assert drive.tokens == 512
+    assert drive.tokens == 256
+    for _ in range(PATIENCE_PIECES + 1):
+        drive.measured(drive.tokens, 14.5)  # nearly as many experts for half the tokens
+        assert drive.tokens == 512
+    drive.measured(512, 14.5)
+    assert drive.tokens == 256  # by now they may lie in memory
+    slow = PieceSize(512)
+    slow.measured(512, 10.0)
+    slow.measured(256, 6.0)
+    slow.measured(128, 3.6)  # 0.85 and 0.82 a step, and less than 0.75 in all
+    assert slow.tokens == 256
     fixed = PieceSize(64, is_fixed=True)
     fixed.measured(64, 100)
     assert fixed.tokens == 64
