@@ -11,7 +11,7 @@ from fomoe_io.cli.common import package_version
 from fomoe_io.serve.dialect import Answer, Dialect, Format, Prepared, server_sent
 from fomoe_io.serve.jobs import Piece, Progress, Work
 from fomoe_io.serve.openai import chat_messages, progress_document, thinking_of
-from fomoe_io.serve.prompts import Prompts
+from fomoe_io.serve.prompts import Prompt, Prompts
 from fomoe_io.serve.sampling import Probability
 from fomoe_io.serve.schema import Sampled, read
 from fomoe_io.serve.settings import ServeConfig
@@ -25,7 +25,7 @@ PromptParts = str | list[int | str]
 class CompletionRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
     """The body of /completion."""
 
-    prompt: PromptParts
+    prompt: Prompt
     return_tokens: bool = False
 
 
@@ -57,9 +57,9 @@ class TemplateRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 def completion(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
     """A request of /completion."""
     request = read(body, CompletionRequest)
-    tokens = prompts.of_parts(request.prompt)
+    several = prompts.of_several(request.prompt)
     work = prompts.work(
-        [tokens],
+        several,
         prompts.choosing(request, request.n_probs or None),
         choices=request.n,
         most=request.max_tokens if request.n_predict is None else request.n_predict,
@@ -75,8 +75,11 @@ def completion(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
         has_timings=request.timings_per_token,
         choices=request.n,
     )
-    text = request.prompt if isinstance(request.prompt, str) else prompts.tokenizer.decode(tokens, special=True)
-    return Prepared(work, LlamaCompletion(form, work, text, request))
+    if isinstance(request.prompt, str):
+        texts = [request.prompt]
+    else:
+        texts = [prompts.tokenizer.decode(tokens, special=True) for tokens in several]
+    return Prepared(work, LlamaCompletion(form, work, texts, request))
 
 
 def settings_document(work: Work) -> dict[str, Any]:
@@ -110,10 +113,10 @@ def sampling_document(sampling: SamplingConfig) -> dict[str, Any]:
 class LlamaCompletion(Dialect):
     """Answers of /completion."""
 
-    def __init__(self, form: Format, work: Work, prompt: str, request: CompletionRequest) -> None:
+    def __init__(self, form: Format, work: Work, prompts: Sequence[str], request: CompletionRequest) -> None:
         super().__init__(form, is_stream=request.stream)
         self._work = work
-        self._prompt = prompt
+        self._prompts = prompts
         self._returns_tokens = request.return_tokens
         self._unsent: list[int] = []
 
@@ -181,7 +184,7 @@ class LlamaCompletion(Dialect):
             "tokens_predicted": len(answer.tokens),
             "tokens_evaluated": answer.prompt_tokens,
             "generation_settings": settings_document(self._work),
-            "prompt": self._prompt,
+            "prompt": self._prompts[answer.index // self.form.choices],
             "has_new_line": "\n" in answer.text,
             "truncated": False,
             "stop_type": answer.stop_type,
@@ -250,6 +253,7 @@ def props(prompts: Prompts, config: ServeConfig) -> dict[str, Any]:
         },
         "total_slots": 1,
         "model_alias": prompts.name,
+        "model_path": prompts.file_name,
         "chat_template": prompts.template_source,
         "bos_token": prompts.bos_text,
         "eos_token": prompts.eos_text,
@@ -268,7 +272,14 @@ def models(prompts: Prompts, created: int) -> dict[str, Any]:
         "n_ctx_train": shape.context_tokens,
         "n_embd": shape.columns,
     }
-    card = {"id": prompts.name, "object": "model", "created": created, "owned_by": "fomoe_io", "meta": meta}
+    card = {
+        "id": prompts.name,
+        "aliases": prompts.aliases,
+        "object": "model",
+        "created": created,
+        "owned_by": "fomoe_io",
+        "meta": meta,
+    }
     return {"object": "list", "data": [card]}
 
 

@@ -10,7 +10,7 @@ from msgspec import Meta
 from fomoe_io.serve.dialect import FINGERPRINT, Answer, Dialect, Format, Prepared, new_id, server_sent
 from fomoe_io.serve.errors import bad_request
 from fomoe_io.serve.jobs import Piece, Progress
-from fomoe_io.serve.prompts import Prompts
+from fomoe_io.serve.prompts import Prompt, Prompts
 from fomoe_io.serve.sampling import Probability
 from fomoe_io.serve.schema import Sampled, StreamOptions, read
 from fomoe_io.serve.settings import ServeConfig
@@ -40,7 +40,7 @@ class ChatRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
 class CompletionRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
     """The body of /v1/completions."""
 
-    prompt: str | list[int | str | list[int]]
+    prompt: Prompt
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     stream_options: StreamOptions | None = None
 
@@ -142,7 +142,7 @@ def completions(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
     """A request of /v1/completions."""
     request = read(body, CompletionRequest)
     work = prompts.work(
-        [prompts.of_parts(prompt) for prompt in _prompts(request.prompt)],
+        prompts.of_several(request.prompt),
         prompts.choosing(request, request.logprobs if request.logprobs is not None else request.n_probs or None),
         choices=request.n,
         most=request.n_predict if request.max_tokens is None else request.max_tokens,
@@ -152,16 +152,6 @@ def completions(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
         is_stream=request.stream,
     )
     return Prepared(work, Completion(_format(prompts, request, request.stream_options), is_stream=request.stream))
-
-
-def _prompts(given: str | list[int | str | list[int]]) -> list[Any]:
-    """A text, token ids, or several of either."""
-    kinds = {type(part) for part in given}
-    if isinstance(given, str) or kinds <= {int}:
-        return [given]
-    if len(kinds) > 1:
-        raise bad_request("prompt mixes texts and tokens", param="prompt")
-    return given
 
 
 def _format(prompts: Prompts, request: Sampled, options: StreamOptions | None) -> Format:
@@ -203,8 +193,10 @@ class OpenAI(Dialect):
 
     def finished(self) -> bytes:
         """The usage where it was asked for, and the end."""
-        usage = self._envelope([], usage=self.usage()) if self.form.has_usage else None
-        return (b"" if usage is None else server_sent(usage)) + DONE
+        if not self.form.has_usage:
+            return DONE
+        timings = self.answers[-1].timings.document()
+        return server_sent(self._envelope([], usage=self.usage(), timings=timings)) + DONE
 
     def failed(self, error: Any) -> bytes:
         """An error, and the end."""

@@ -27,6 +27,9 @@ THOUGHT_BEGIN = "<think>"
 
 MOST_BIASES = 4096
 
+Prompt = str | list[int | str | list[int | str]]
+"""As bodies have it: text, tokens, both mixed, or several of these."""
+
 
 class ChatPrompt(NamedTuple):
     """A conversation as the model reads it."""
@@ -51,7 +54,9 @@ class Prompts:
         self.metadata: Mapping[str, Any] = engine.metadata
         self.shape = engine.shape
         self.context_tokens = engine.context_tokens
-        self.name = config.alias or engine.model_name
+        self.aliases = [name for name in (config.alias or "").split(",") if name] or [engine.model_name]
+        self.name = self.aliases[0]
+        self.file_name = engine.store.path.name
         self.bos_text, self.eos_text = (
             "" if token is None else self.tokenizer.token_text(token)
             for token in (self.tokenizer.bos_id, self.tokenizer.eos_id)
@@ -72,11 +77,19 @@ class Prompts:
             return self.of_text(prompt)
         tokens: list[int] = []
         for part in prompt:
+            if not isinstance(part, str | int):
+                raise bad_request("prompt mixes tokens and lists", param="prompt")
             if isinstance(part, str):
                 tokens += self.of_text(part, add_bos=not tokens)
             else:
                 tokens.append(self.checked_token(part))
         return tokens
+
+    def of_several(self, given: Prompt) -> list[list[int]]:
+        """Tokens of a text, of tokens (with texts among them), or of several of these."""
+        if isinstance(given, str) or any(isinstance(part, int) for part in given):
+            return [self.of_parts(given)]  # type: ignore[arg-type]
+        return [self.of_parts(part) for part in given]  # type: ignore[arg-type]
 
     def checked_token(self, token: int) -> int:
         """A token id that the model has."""
@@ -131,11 +144,11 @@ class Prompts:
         ApiError
             A prompt is empty, or fills the context; or too many probabilities are wanted at once.
         """
-        if not prompts or len(prompts) * choices > MOST_CHOICES:
-            raise bad_request(f"{len(prompts) * choices} answers are wanted, expected 1 to {MOST_CHOICES}")
+        if not prompts or not all(prompts):
+            raise bad_request("the prompt is empty", param="prompt")
+        if len(prompts) * choices > MOST_CHOICES:
+            raise bad_request(f"{len(prompts) * choices} answers are wanted, at most {MOST_CHOICES}")
         for tokens in prompts:
-            if not tokens:
-                raise bad_request("the prompt is empty", param="prompt")
             if len(tokens) >= self.context_tokens:
                 raise context_exceeded(len(tokens), self.context_tokens)
         compact = [array("i", tokens) for tokens in prompts]

@@ -131,7 +131,7 @@ def test_the_profile_is_that_of_fomoe_run(demo_model: Path, tmp_path: Path) -> N
 
 def test_llama_servers_flags(demo_model: Path, tmp_path: Path) -> None:
     flags = (
-        "--model", str(demo_model), "--host", "127.0.0.1", "--alias", "tiny", "-c", "256", "-t", "2", "-b", "64",
+        "--model", str(demo_model), "--host", "127.0.0.1", "--alias", "tiny,small", "-c", "256", "-t", "2", "-b", "64",
         "-ub", "32", "--temp", "0", "--top-k", "1", "--seed", "42", "-n", "7", "-ngl", "99", "-np", "4", "-fa", "on",
         "--jinja", "--no-mmap", "-cb", "--metrics", "--slots", "--reasoning-format", "deepseek",
         "--chat-template", "chatml", "-ctk", "q8_0", "--api-key", "k1,k2", "--timeout", "60",
@@ -141,7 +141,7 @@ def test_llama_servers_flags(demo_model: Path, tmp_path: Path) -> None:
         for flag in ("-ngl", "-np", "-fa", "--jinja", "--no-mmap", "-cb", "--metrics", "-ctk"):
             process.wait_for(f"note: {flag} has no effect: ")
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
-            assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+            assert client.get("/v1/models").json()["data"][0]["aliases"] == ["tiny", "small"]
             for key in ("k1", "k2", "k3"):
                 props = client.get("/props", headers={"X-Api-Key": key}).json()["default_generation_settings"]
                 assert props["n_ctx"] == 256 and props["params"]["seed"] == 42 and props["params"]["n_predict"] == 7

@@ -34,6 +34,7 @@ def test_health_models_props_slots(live: Live) -> None:
     assert live.get("/models").json() == models
     props = live.get("/props").json()
     assert props["default_generation_settings"]["n_ctx"] == CONTEXT
+    assert props["model_path"] == "fomoe-demo-32x8.Q4_K_M.gguf"
     assert props["total_slots"] == 1 and "<|im_start|>" in props["chat_template"]
     (slot,) = live.get("/slots").json()
     assert slot["id"] == 0 and slot["n_ctx"] == CONTEXT and slot["is_processing"] is False
@@ -82,6 +83,17 @@ def test_tokens_and_mixed_prompts(live: Live) -> None:
     assert completion(live, prompt=[*tokens[:2], live.post("/detokenize", {"tokens": tokens[2:]}).json()["content"]])[
         "content"
     ] == want  # fmt: skip
+
+
+def test_several_prompts(live: Live) -> None:
+    tokens = live.post("/tokenize", {"content": PROMPT}).json()["tokens"]
+    want = completion(live)
+    for several in ([tokens, tokens], [tokens, PROMPT], [PROMPT, [PROMPT]]):
+        found = completion(live, prompt=several)
+        assert [one["content"] for one in found] == [want["content"]] * 2
+        assert [one["prompt"] for one in found] == [PROMPT] * 2 and [one["index"] for one in found] == [0, 1]
+    refused(live.post("/completion", {"prompt": [1, [2]]}), 400, "invalid_request_error", "mixes")
+    refused(live.post("/completion", {"prompt": [PROMPT] * 17}), 400, "invalid_request_error", "17 answers")
 
 
 def test_seeds(live: Live) -> None:

@@ -46,7 +46,7 @@ def test_a_chat_stream_equals_the_whole(client: Any) -> None:
     assert last.choices[0].delta.content is None and last.choices[0].finish_reason == "length"
     assert all(chunk.choices[0].finish_reason is None for chunk in middle)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in middle) == whole.choices[0].message.content
-    assert usage.choices == [] and usage.usage == whole.usage
+    assert usage.choices == [] and usage.usage == whole.usage and usage.timings["predicted_n"] == 16
     assert {chunk.id for chunk in chunks} == {first.id} and first.object == "chat.completion.chunk"
 
 
