@@ -38,6 +38,7 @@ GENERATING: dict[str, Prepare] = {
     "/completions": llama.completion,
     "/v1/messages": anthropic.messages,
     "/v1/responses": responses.responses,
+    "/responses": responses.responses,
 }
 
 IMMEDIATE: dict[str, Callable[[bytes, Prompts], dict[str, Any]]] = {

@@ -114,13 +114,14 @@ class Answering:
         done, logits = self._cached, None
         while done < len(tokens):
             self._check()
+            self._emit(Progress(self._number, len(tokens), self._cached, done, self._prompt_seconds))
             part = tokens[done : done + piece.tokens]
             before = time.monotonic()
             logits = timeline.read(part)
             piece.measured(len(part), time.monotonic() - before)
             done += len(part)
             self._prompt_seconds = time.monotonic() - started
-            self._emit(Progress(self._number, len(tokens), self._cached, done, self._prompt_seconds))
+        self._emit(Progress(self._number, len(tokens), self._cached, done, self._prompt_seconds))
         assert logits is not None  # a cache leaves at least one token to read
         return logits
 

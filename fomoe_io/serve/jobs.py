@@ -85,7 +85,7 @@ class Started(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """A piece of a prompt was read; `processed` counts the cached tokens, too."""
+    """How much of a prompt is read, before each piece and at the end; `processed` counts the cached tokens, too."""
 
     run: int
     total: int

@@ -10,8 +10,8 @@ from msgspec import Meta
 
 from fomoe_io.serve.dialect import Answer, Dialect, Format, Prepared, new_id, server_sent
 from fomoe_io.serve.errors import ApiError, bad_request
-from fomoe_io.serve.jobs import Piece
-from fomoe_io.serve.openai import chat_messages, thinking_of
+from fomoe_io.serve.jobs import Piece, Progress
+from fomoe_io.serve.openai import chat_messages, progress_document, thinking_of
 from fomoe_io.serve.prompts import Prompts
 from fomoe_io.serve.schema import Probability, StreamOptions, read
 from fomoe_io.serve.settings import ServeConfig
@@ -31,6 +31,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     stream_options: StreamOptions | None = None
     text: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    return_progress: bool = False
+    timings_per_token: bool = False
 
 
 def responses(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
@@ -48,7 +50,12 @@ def responses(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
     choosing = prompts.choosing_of({"temperature": request.temperature, "top_p": request.top_p})
     work = prompts.work([prompt.tokens], choosing, most=request.max_output_tokens)
     form = Format(
-        prompts.name, prompts.tokenizer, is_thinking=prompt.is_thinking, splits_thoughts=config.splits_thoughts
+        prompts.name,
+        prompts.tokenizer,
+        is_thinking=prompt.is_thinking,
+        splits_thoughts=config.splits_thoughts,
+        has_progress=request.return_progress,
+        has_timings=request.timings_per_token,
     )
     return Prepared(work, Responses(form, request, choosing.sampling.temperature, choosing.sampling.top_p))
 
@@ -87,6 +94,11 @@ class Responses(Dialect):
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self._response("in_progress", [], None))
 
+    def progress(self, answer: Answer, progress: Progress) -> Iterable[bytes]:
+        """in_progress again, with how much of the prompt is read."""
+        response = self._response("in_progress", [], None)
+        yield self._event("response.in_progress", response=response, prompt_progress=progress_document(progress))
+
     def piece(self, answer: Answer, piece: Piece, parts: Sequence[Part]) -> Iterable[bytes]:
         """Deltas."""
         for part in parts:
@@ -94,7 +106,13 @@ class Responses(Dialect):
                 yield from self._close_item("completed")
                 yield from self._open_item(part.kind)
             self._written += part.text
-            yield self._event(f"response.{_name(part.kind)}.delta", **self._place(), delta=part.text, **self._extra())
+            yield self._event(
+                f"response.{_name(part.kind)}.delta",
+                **self._place(),
+                delta=part.text,
+                **self._extra(),
+                **self._timings(answer),
+            )
 
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._ids[self._open or "text"], "output_index": len(self._items), "content_index": 0}
@@ -125,7 +143,11 @@ class Responses(Dialect):
         yield from self.piece(answer, rest, parts or ([] if self._items or self._open else [Part("text", "")]))
         status = _status(answer)
         yield from self._close_item(status)
-        yield self._event(f"response.{status}", response=self._response(status, self._items, answer))
+        response = self._response(status, self._items, answer)
+        yield self._event(f"response.{status}", response=response, **self._timings(answer))
+
+    def _timings(self, answer: Answer) -> dict[str, Any]:
+        return {"timings": answer.timings.document()} if self.form.has_timings else {}
 
     def finished(self) -> bytes:
         """Nothing more."""

@@ -196,7 +196,7 @@ def test_progress(live: Live) -> None:
     prompt = [40 + i for i in range(100)]
     chunks = live.stream("/completion", {"prompt": prompt, "n_predict": 2, "return_progress": True})
     progress = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
-    assert [p["processed"] for p in progress] == [32, 64, 96, 100]
+    assert [p["processed"] for p in progress] == [0, 32, 64, 96, 100]
     assert all(p["total"] == 100 and p["cache"] == 0 for p in progress)
 
 

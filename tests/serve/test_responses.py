@@ -56,6 +56,21 @@ def test_a_stream_equals_the_whole(client: Any) -> None:
     assert text == whole.output_text == events[-1].response.output_text
 
 
+def test_progress_and_timings(live: Live) -> None:
+    body = {
+        "input": "This is a test. " * 20,
+        "max_output_tokens": 4,
+        "return_progress": True,
+        "timings_per_token": True,
+    }
+    events = live.stream("/responses", body)
+    progress = [event["prompt_progress"] for event in events if "prompt_progress" in event]
+    assert all(event["type"] == "response.in_progress" for event in events if "prompt_progress" in event)
+    assert progress[0]["processed"] == progress[0]["cache"] and progress[-1]["processed"] == progress[-1]["total"]
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert all(event["timings"]["prompt_per_second"] > 0 for event in [*deltas, events[-1]])
+
+
 def test_a_complete_one(client: Any) -> None:
     text = respond(client, max_output_tokens=20).output_text
     assert text
