@@ -15,7 +15,6 @@ import time
 import gguf
 import numpy as np
 
-from fomoe_io import _cpu
 from fomoe_io._cpu import Matrix, Program, Rows, Team
 from fomoe_io.cpu import dot_library
 
@@ -25,12 +24,12 @@ TYPES = ("Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32")
 
 def speed(name: str, kind: int, weights: np.ndarray) -> float:
     """GB/s of one pass over the weights with the kernels of that name."""
-    dot_library.use(name)
-    row_bytes = _cpu.row_bytes(kind, COLUMNS)
-    matrix = Matrix(weights.ctypes.data, kind, weights.nbytes // row_bytes, COLUMNS, False, weights)
-    program = Program(Team(1), COLUMNS)
-    x, converted = Rows(COLUMNS, 1), Rows(COLUMNS, 1, matrix.activation_type)
-    y = Rows(matrix.rows, 1)
+    kernels = dot_library.open_kernels(name)
+    row_bytes = kernels.row_bytes(kind, COLUMNS)
+    matrix = Matrix(kernels, weights.ctypes.data, kind, weights.nbytes // row_bytes, COLUMNS, False, weights)
+    program = Program(Team(1), kernels, COLUMNS)
+    x, converted = Rows(kernels, COLUMNS, 1), Rows(kernels, COLUMNS, 1, matrix.activation_type)
+    y = Rows(kernels, matrix.rows, 1)
     program.norm(x, np.ones(COLUMNS, np.float32), 1e-6, [converted], False)
     program.mat_mul([(matrix, converted, y, False)])
     ids, logits = np.zeros(1, np.int32), np.zeros((1, 1), np.float32)

@@ -32,7 +32,7 @@ def recall(model: Path, tokens: list[int]) -> list[dict[str, float]]:
         table = []
         for layer in range(1, s.layers):
             names = (f"blk.{layer}.post_attention_norm.weight", f"blk.{layer}.ffn_norm.weight")
-            norm = next(engine._weights.vector(name, s.columns) for name in names if name in engine._weights)
+            norm = next(engine._weights.vector(name, (s.columns,)) for name in names if name in engine._weights)
             with engine.store.paths[0].open("rb") as stream:
                 info = engine.store.resident[f"blk.{layer}.ffn_gate_inp.weight"]
                 stream.seek(info.offset)

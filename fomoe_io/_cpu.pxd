@@ -1,6 +1,8 @@
 # The C side of the CPU backend: what csrc/*.h declares.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
+from fomoe_io._gate cimport fomoe_watch
+
 cdef extern from "csrc/math/dot.h" nogil:
     ctypedef struct fomoe_type:
         int32_t type
@@ -10,11 +12,14 @@ cdef extern from "csrc/math/dot.h" nogil:
         void *dot
         void *from_float
         void *to_float
-    int fomoe_use_ggml(const char *base_path, const char *cpu_path, char *message, size_t message_bytes)
-    void fomoe_use_portable()
-    const char *fomoe_kernels_name()
-    const fomoe_type *fomoe_type_of(int32_t type)
-    size_t fomoe_row_bytes(int32_t type, int64_t elements)
+    ctypedef struct fomoe_kernels:
+        pass
+    fomoe_kernels *fomoe_kernels_of_ggml(const char *base_path, const char *cpu_path, char *message,
+                                         size_t message_bytes)
+    fomoe_kernels *fomoe_kernels_portable()
+    void fomoe_kernels_free(fomoe_kernels *)
+    const fomoe_type *fomoe_type_of(const fomoe_kernels *, int32_t type)
+    size_t fomoe_row_bytes(const fomoe_kernels *, int32_t type, int64_t elements)
 
 cdef extern from "csrc/cpu/threads.h" nogil:
     ctypedef struct fomoe_team:
@@ -98,14 +103,16 @@ cdef extern from "csrc/cpu/experts.h" nogil:
         int32_t float_activations
     ctypedef struct fomoe_experts:
         pass
-    fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *, const fomoe_expert_layer *, fomoe_residency *, fomoe_reader *)
+    fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *, const fomoe_expert_layer *, fomoe_residency *,
+                                     fomoe_reader *)
     void fomoe_experts_free(fomoe_experts *)
     int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *)
     void fomoe_experts_set_lookahead(fomoe_experts *, int ranks)
     void fomoe_experts_set_car(fomoe_experts *, const fomoe_car *)
     const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *)
     const int64_t *fomoe_experts_picks(const fomoe_experts *)
-    int fomoe_experts_warm(fomoe_experts *, int layer, const int32_t *experts, const double *scores, int count)
+    int fomoe_experts_warm(fomoe_experts *, int layer, const int32_t *experts, const double *scores, int count,
+                           fomoe_watch *)
     void fomoe_experts_failure(const fomoe_experts *, int *layer, int *expert)
 
 cdef extern from "csrc/cpu/program.h" nogil:
@@ -139,6 +146,7 @@ cdef extern from "csrc/cpu/program.h" nogil:
         int32_t substitute
         fomoe_record record
         fomoe_trace *trace
+        fomoe_watch *watch
     ctypedef struct fomoe_product:
         fomoe_matrix matrix
         fomoe_rows input
@@ -191,8 +199,9 @@ cdef extern from "csrc/cpu/program.h" nogil:
         float epsilon
     ctypedef struct rope_table_step:
         fomoe_rows output
-        double base
-        int32_t rotated
+        const double *frequency
+        double magnitude
+        int32_t pairs
     ctypedef struct kv_step:
         fomoe_rows query
         fomoe_rows key
@@ -200,6 +209,9 @@ cdef extern from "csrc/cpu/program.h" nogil:
         fomoe_rows table
         const float *query_norm
         const float *key_norm
+        const float *query_bias
+        const float *key_bias
+        const float *value_bias
         int64_t key_offset
         int64_t value_offset
         int64_t context
@@ -277,11 +289,12 @@ cdef extern from "csrc/cpu/program.h" nogil:
         step_arguments arguments "as"
     ctypedef struct fomoe_program:
         pass
-    fomoe_program *fomoe_program_new(fomoe_team *, int64_t scratch_floats)
+    fomoe_program *fomoe_program_new(fomoe_team *, const fomoe_kernels *, int64_t scratch_floats)
     void fomoe_program_free(fomoe_program *)
     int fomoe_program_add(fomoe_program *, const fomoe_step *)
     int fomoe_program_steps(const fomoe_program *)
     int fomoe_program_run(fomoe_program *, fomoe_run *)
     fomoe_execute fomoe_step_embed, fomoe_step_norm, fomoe_step_quantize, fomoe_step_mat_mul, fomoe_step_silu_mul
     fomoe_execute fomoe_step_conv, fomoe_step_delta, fomoe_step_rope_table, fomoe_step_kv, fomoe_step_attention
-    fomoe_execute fomoe_step_route, fomoe_step_experts_begin, fomoe_step_experts, fomoe_step_combine, fomoe_step_lookahead, fomoe_step_layer_end
+    fomoe_execute fomoe_step_route, fomoe_step_experts_begin, fomoe_step_experts, fomoe_step_combine
+    fomoe_execute fomoe_step_lookahead, fomoe_step_layer_end

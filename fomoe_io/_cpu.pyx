@@ -1,34 +1,51 @@
 # The CPU backend's Python face: records the steps of a program, owns its memory, replays it without the GIL.
 # Thin on purpose: what the steps do is in csrc/, what a model is made of in models/, the documented face in program.py.
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
 
 import numpy as np
 
+from fomoe_io._gate cimport Gate
+
 F32 = 0  # ggml's number
 
 
-def use_kernels(bytes base_path, bytes cpu_path):
-    cdef char message[512]
-    if base_path is None:
-        fomoe_use_portable()
-    elif fomoe_use_ggml(base_path, cpu_path, message, sizeof(message)):
-        raise OSError((<bytes>message).decode())
-    return fomoe_kernels_name().decode()
+cdef class Kernels:
+    """What one library can multiply with; ggml's from the paths of its two libraries, the portable ones without."""
+    cdef fomoe_kernels *c
+    cdef readonly str name
 
+    def __cinit__(self, bytes base_path=None, bytes cpu_path=None):
+        cdef char message[512]
+        if base_path is None:
+            self.name = "portable"
+            self.c = fomoe_kernels_portable()
+            if self.c == NULL:
+                raise MemoryError
+        else:
+            self.name = "ggml"
+            self.c = fomoe_kernels_of_ggml(base_path, cpu_path, message, sizeof(message))
+            if self.c == NULL:
+                raise OSError((<bytes>message).decode(errors="replace"))
 
-def type_info(int type):
-    """(activation type, block elements, block bytes), or None when the kernels in use can't multiply with the type."""
-    cdef const fomoe_type *t = fomoe_type_of(type)
-    if t == NULL or t.dot == NULL or t.to_float == NULL:
-        return None
-    return t.activation_type, t.block_elements, t.block_bytes
+    def __dealloc__(self):
+        fomoe_kernels_free(self.c)
 
+    @property
+    def address(self):
+        return <uintptr_t>self.c
 
-def row_bytes(int type, int64_t elements):
-    return fomoe_row_bytes(type, elements)
+    def type_info(self, int type):
+        """(activation type, block elements, block bytes), or None when there is no product with the type."""
+        cdef const fomoe_type *t = fomoe_type_of(self.c, type)
+        if t == NULL or t.dot == NULL or t.to_float == NULL:
+            return None
+        return t.activation_type, t.block_elements, t.block_bytes
+
+    def row_bytes(self, int type, int64_t elements):
+        return fomoe_row_bytes(self.c, type, elements)
 
 
 cdef class Team:
@@ -50,14 +67,17 @@ cdef class Team:
 cdef class Matrix:
     """A weight matrix at an address that its owner keeps alive."""
     cdef fomoe_matrix c
+    cdef readonly Kernels kernels
     cdef readonly object owner
 
-    def __cinit__(self, uintptr_t address, int type, int rows, int columns, bint float_activations, owner):
-        self.c.data = <const uint8_t *>address
-        self.c.type = fomoe_type_of(type)
-        if type_info(type) is None:
+    def __cinit__(self, Kernels kernels not None, uintptr_t address, int type, int rows, int columns,
+                  bint float_activations, owner):
+        if kernels.type_info(type) is None:
             raise ValueError(f"no kernel for type {type}")
-        self.c.row_bytes = fomoe_row_bytes(type, columns)
+        self.kernels = kernels
+        self.c.data = <const uint8_t *>address
+        self.c.type = fomoe_type_of(kernels.c, type)
+        self.c.row_bytes = fomoe_row_bytes(kernels.c, type, columns)
         self.c.rows = rows
         self.c.columns = columns
         self.c.float_activations = float_activations
@@ -81,9 +101,9 @@ cdef class Rows:
     cdef fomoe_rows c
     cdef void *memory
 
-    def __cinit__(self, int columns, int tokens, int type=0):
+    def __cinit__(self, Kernels kernels not None, int columns, int tokens, int type=0):
         # rows start on cache lines
-        self.c.stride = (<int64_t>fomoe_row_bytes(type, columns) + 63) // 64 * 64
+        self.c.stride = (<int64_t>fomoe_row_bytes(kernels.c, type, columns) + 63) // 64 * 64
         if posix_memalign(&self.memory, 64, self.c.stride * tokens):
             raise MemoryError
         memset(self.memory, 0, self.c.stride * tokens)
@@ -122,11 +142,14 @@ cdef class Experts:
     cdef fomoe_residency *residency
     cdef fomoe_expert_layer *layer
     cdef fomoe_experts_shape shape
+    cdef readonly Kernels kernels
     cdef readonly int most
     cdef readonly tuple counts
     cdef object keep
 
-    def __cinit__(self, dict shape, list layers, slots, int policy, decay, uintptr_t reader, keep):
+    def __cinit__(
+        self, Kernels kernels not None, dict shape, list layers, slots, int policy, decay, uintptr_t reader, keep
+    ):
         cdef int32_t[:, ::1] slot_view = slots
         cdef int32_t[::1] experts = np.array([0 if l is None else l["experts"] for l in layers], np.int32)
         cdef const uint8_t[::1] extents
@@ -142,6 +165,7 @@ cdef class Experts:
         self.shape.batch = shape["batch"]
         self.shape.float_activations = shape["float_activations"]
         self.keep = (layers, keep)
+        self.kernels = kernels
         self.counts = tuple(experts)
         self.most = max(self.counts)
         self.layer = <fomoe_expert_layer *>calloc(len(layers), sizeof(fomoe_expert_layer))
@@ -152,7 +176,7 @@ cdef class Experts:
                 continue
             self.layer[i].experts = source["experts"]
             for part in range(FOMOE_PARTS):
-                self.layer[i].type[part] = fomoe_type_of(source["types"][part])
+                self.layer[i].type[part] = fomoe_type_of(kernels.c, source["types"][part])
                 self.layer[i].row_bytes[part] = source["row_bytes"][part]
             extents = source["extents"].view(np.uint8).reshape(-1)
             extent_count = source["extent_count"]
@@ -186,12 +210,13 @@ cdef class Experts:
         s.float_activations = shape["float_activations"]
         return fomoe_experts_workspace_bytes(&s)
 
-    def warm(self, int layer, const int32_t[::1] experts, const double[::1] scores):
+    def warm(self, int layer, const int32_t[::1] experts, const double[::1] scores, Gate gate=None):
         cdef int error, count = experts.shape[0]
+        cdef fomoe_watch *watch = NULL if gate is None else &gate.watch
         if count == 0:
             return 0
         with nogil:
-            error = fomoe_experts_warm(self.c, layer, &experts[0], &scores[0], count)
+            error = fomoe_experts_warm(self.c, layer, &experts[0], &scores[0], count, watch)
         return error
 
     def set_lookahead(self, int ranks):
@@ -258,15 +283,17 @@ cdef class Trace:
 cdef class Program:
     cdef fomoe_program *c
     cdef Team team
+    cdef readonly Kernels kernels
     cdef list keep
     cdef tuple routed
     cdef Trace tracer
 
-    def __cinit__(self, Team team, int64_t scratch_floats):
+    def __cinit__(self, Team team not None, Kernels kernels not None, int64_t scratch_floats):
         self.team = team
+        self.kernels = kernels
         self.keep = []
         self.tracer = None
-        self.c = fomoe_program_new(team.c, scratch_floats)
+        self.c = fomoe_program_new(team.c, kernels.c, scratch_floats)
         if self.c == NULL:
             raise MemoryError
 
@@ -282,6 +309,9 @@ cdef class Program:
         self.tracer = trace
 
     cdef _add(self, fomoe_step *step, tuple keep):
+        for part in keep:
+            if isinstance(part, (Matrix, Experts)) and part.kernels is not self.kernels:
+                raise ValueError("a step's weights were made for other kernels than the program's")
         self.keep.append(keep)
         if fomoe_program_add(self.c, step):
             raise MemoryError
@@ -329,6 +359,8 @@ cdef class Program:
         s.execute = fomoe_step_mat_mul
         s.arguments.mat_mul.count = len(products)
         for i, (matrix, input, output, add) in enumerate(products):
+            if matrix.kernels is not self.kernels:
+                raise ValueError("a product's weights were made for other kernels than the program's")
             if matrix.c.columns != input.c.columns or input.c.type != matrix.activation_type:
                 raise ValueError("a product's input does not fit its matrix")
             if output is not None and output.c.columns < matrix.c.rows:
@@ -383,18 +415,23 @@ cdef class Program:
         s.arguments.delta.epsilon = epsilon
         self._add(&s, (qkv, beta, alpha, gate, output, decay_rate, decay_bias, norm_weight))
 
-    def rope_table(self, Rows output, double base, int rotated):
+    def rope_table(self, Rows output, rope):
+        """The positions' table of a models.rope.Rope."""
         cdef fomoe_step s
+        cdef double[::1] frequency = np.array(rope.frequencies, np.float64)
         memset(&s, 0, sizeof(s))
+        if output.c.columns != 2 * frequency.shape[0] or frequency.shape[0] == 0:
+            raise ValueError("a table row takes two floats a pair")
         s.execute = fomoe_step_rope_table
         s.arguments.rope_table.output = output.c
-        s.arguments.rope_table.base = base
-        s.arguments.rope_table.rotated = rotated
-        self._add(&s, (output,))
+        s.arguments.rope_table.frequency = &frequency[0]
+        s.arguments.rope_table.magnitude = rope.magnitude
+        s.arguments.rope_table.pairs = frequency.shape[0]
+        self._add(&s, (output, frequency))
 
     def kv(self, Rows query, Rows key, Rows value, Rows table, query_norm, key_norm, int64_t key_offset,
            int64_t value_offset, int64_t context, int heads, int kv_heads, int head_columns, int query_stride,
-           int rotated, float epsilon):
+           int rotated, float epsilon, biases):
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
         s.execute = fomoe_step_kv
@@ -404,6 +441,10 @@ cdef class Program:
         s.arguments.kv.table = table.c
         s.arguments.kv.query_norm = vector(query_norm)
         s.arguments.kv.key_norm = vector(key_norm)
+        query_bias, key_bias, value_bias = biases
+        s.arguments.kv.query_bias = vector(query_bias)
+        s.arguments.kv.key_bias = vector(key_bias)
+        s.arguments.kv.value_bias = vector(value_bias)
         s.arguments.kv.key_offset = key_offset
         s.arguments.kv.value_offset = value_offset
         s.arguments.kv.context = context
@@ -413,7 +454,7 @@ cdef class Program:
         s.arguments.kv.query_stride = query_stride
         s.arguments.kv.rotated = rotated
         s.arguments.kv.epsilon = epsilon
-        self._add(&s, (query, key, value, table, query_norm, key_norm))
+        self._add(&s, (query, key, value, table, query_norm, key_norm, biases))
 
     def attention(self, Rows query, Rows output, int64_t key_offset, int64_t value_offset, int64_t context, int heads,
                   int kv_heads, int head_columns, int query_stride, bint gated):
@@ -511,8 +552,10 @@ cdef class Program:
 
     def run(self, const int32_t[::1] ids, int outputs, int64_t position, uintptr_t state, float[:, ::1] logits,
             int32_t[:, :, ::1] experts=None, float[:, :, ::1] weights=None, float[:, :, ::1] router_logits=None,
-            float[:, :, ::1] layer_output=None, float[:, ::1] final_norm=None, bint substitute=False):
-        """0, or a negative errno.  logits: [outputs, vocabulary]; the rest are records, [layers, tokens, ...]."""
+            float[:, :, ::1] layer_output=None, float[:, ::1] final_norm=None, bint substitute=False,
+            Gate gate=None):
+        """0, or a negative errno; the gate may end it.  logits: [outputs, vocabulary]; the rest are records,
+        [layers, tokens, ...]."""
         cdef fomoe_run r
         cdef int error
         memset(&r, 0, sizeof(r))
@@ -523,6 +566,7 @@ cdef class Program:
         r.state = <uint8_t *>state
         r.logits = &logits[0, 0] if outputs else NULL
         r.substitute = substitute
+        r.watch = NULL if gate is None else &gate.watch
         r.trace = NULL if self.tracer is None else self.tracer.c
         if experts is not None:
             r.record.experts = &experts[0, 0, 0]

@@ -44,6 +44,7 @@ class PacedReader:
     buffers_registered: bool
     registration_error: str
     last_error: str
+    last_fix: str
     mode: str
 
     def __init__(self, inner: Any, bandwidth: float, latency_seconds: float) -> None: ...

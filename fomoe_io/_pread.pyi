@@ -38,6 +38,9 @@ class PreadReader:
     def last_error(self) -> str:
         """File, offset and cause of the last failed read; empty when none has failed."""
     @property
+    def last_fix(self) -> str:
+        """What mends it."""
+    @property
     def counters(self) -> dict[str, Any]: ...
     def register_buffers(self, address: int, size: int) -> bool:
         """Nothing to register for pread: False."""

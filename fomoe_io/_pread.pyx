@@ -1,5 +1,5 @@
 # The Python face of the pread pool (csrc/read/pread_pool.c).
-from libc.stdint cimport int32_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t, uintptr_t
 
 import os
 
@@ -36,12 +36,14 @@ cdef class PreadReader:
         cdef uint64_t[::1] sizes = np.array(files.sizes, np.uint64)
         cdef int32_t[::1] drives = np.array(files.drives, np.int32)
         cdef int32_t[::1] mirrors = np.array(files.mirrors, np.int32)
+        cdef uint32_t[::1] restarts = np.array(files.restarts, np.uint32)
         cdef int[::1] descriptors = np.array(files.descriptors, np.intc)
         cdef int threads = min(depth, MOST_THREADS), error
         self.files = files
         options.files, options.drives, options.depth = len(sizes), files.drive_count, depth
         options.piece_bytes = sub_read_bytes
         options.file_bytes, options.drive, options.mirror = &sizes[0], &drives[0], &mirrors[0]
+        options.restart = &restarts[0]
         with nogil:
             error = fomoe_pread_pool_new(&options, &descriptors[0], threads, write, &self.pool)
         if error:
@@ -79,6 +81,13 @@ cdef class PreadReader:
             self.last_counters = fomoe_pread_pool_count(self.pool)
         c = self.last_counters
         return self.files.describe_error(c.error_file, c.error_offset, c.error_code) if c.errors else ""
+
+    @property
+    def last_fix(self):
+        if self.pool != NULL:
+            self.last_counters = fomoe_pread_pool_count(self.pool)
+        c = self.last_counters
+        return self.files.mend_error(c.error_file, c.error_offset, c.error_code) if c.errors else ""
 
     @property
     def counters(self):

@@ -14,6 +14,7 @@ cdef extern from "csrc/read/read_table.h" nogil:
         const uint64_t *file_bytes
         const int32_t *drive
         const int32_t *mirror
+        const uint32_t *restart
     ctypedef struct fomoe_read_counters:
         uint64_t reads
         uint64_t pieces

@@ -47,6 +47,9 @@ class UringReader:
     def last_error(self) -> str:
         """File, offset and cause of the last failed read; empty when none has failed."""
     @property
+    def last_fix(self) -> str:
+        """What mends it."""
+    @property
     def counters(self) -> dict[str, Any]: ...
     def register_buffers(self, address: int, size: int) -> bool:
         """Let the kernel pin this memory once; False (and plain reads) when it refuses."""

@@ -1,5 +1,5 @@
 # The Python face of the io_uring reader (csrc/read/ring.c).
-from libc.stdint cimport int32_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t, uintptr_t
 
 import errno
 import os
@@ -39,6 +39,7 @@ cdef class UringReader:
         cdef uint64_t[::1] sizes = np.array(files.sizes, np.uint64)
         cdef int32_t[::1] drives = np.array(files.drives, np.int32)
         cdef int32_t[::1] mirrors = np.array(files.mirrors, np.int32)
+        cdef uint32_t[::1] restarts = np.array(files.restarts, np.uint32)
         cdef int[::1] descriptors = np.array(files.descriptors, np.intc)
         cdef unsigned flags = MODES[mode]
         cdef int error
@@ -48,6 +49,7 @@ cdef class UringReader:
         options.files, options.drives, options.depth = len(sizes), files.drive_count, depth
         options.piece_bytes = sub_read_bytes
         options.file_bytes, options.drive, options.mirror = &sizes[0], &drives[0], &mirrors[0]
+        options.restart = &restarts[0]
         with nogil:
             error = fomoe_ring_new(&options, &descriptors[0], flags, write, &self.ring)
         if error:
@@ -95,6 +97,13 @@ cdef class UringReader:
             self.last_counters = fomoe_ring_reads(self.ring)[0]
         c = self.last_counters
         return self.files.describe_error(c.error_file, c.error_offset, c.error_code) if c.errors else ""
+
+    @property
+    def last_fix(self):
+        if self.ring != NULL:
+            self.last_counters = fomoe_ring_reads(self.ring)[0]
+        c = self.last_counters
+        return self.files.mend_error(c.error_file, c.error_offset, c.error_code) if c.errors else ""
 
     @property
     def counters(self):

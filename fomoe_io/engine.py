@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 
 from fomoe_io import _cpu
+from fomoe_io._gate import Gate
 from fomoe_io.config import EngineConfig
 from fomoe_io.cpu import dot_library
 from fomoe_io.cpu.recorder import Recorder
@@ -22,13 +25,14 @@ from fomoe_io.errors import BudgetError, FormatError, ReadError, UsageError
 from fomoe_io.experts import learned_profile
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import SlotLayout, hottest_first, native_layers, share_slots, slot_layout, tier_slots
-from fomoe_io.models import model_of
-from fomoe_io.models.blocks import Shape
+from fomoe_io.models import check_model
+from fomoe_io.models.tensors import EMBEDDING
 from fomoe_io.session import Session
 from fomoe_io.storage.calibration import Calibration
+from fomoe_io.storage.read_files import read_fault
 from fomoe_io.storage.reader import Reader, aligned_memory, open_reader
 from fomoe_io.storage.store import Store
-from fomoe_io.system.memory import available_bytes, peak_resident_bytes, resident_bytes
+from fomoe_io.system.memory import available_bytes, peak_resident_bytes, process_bytes, rounded_budget
 from fomoe_io.text.tokenizer import Tokenizer
 from fomoe_io.trace.trace import TraceFile, TraceHeader, slot_pairs
 from fomoe_io.units import format_bytes
@@ -36,6 +40,9 @@ from fomoe_io.units import format_bytes
 RESERVE_BYTES = 24 << 20
 """Left free of a budget for what Python still allocates after opening: logits, sampling, prompt history.
 Measured on fomoe-run and fomoe-ppl with 8k and 248k vocabularies (tests/engine/test_budget.py holds it)."""
+
+RAM_SHARE = 0.8
+"""Of what is available, for an engine that is not told how much it may take."""
 
 DEFAULT_DEPTH = 64
 """Reads in flight, for each drive, without a calibration: more than any drive needs for reads of an expert's size."""
@@ -46,6 +53,9 @@ misses than it saves; at a tenth it costs none and a fitting one saves as many (
 
 DEFAULT_CONTEXT_TOKENS = 4096
 """When neither the user nor the model says less: as llama.cpp's examples use; KV memory grows with it."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +72,24 @@ class Budgets:
 
 
 class Engine:
-    """A model opened from a store directory or a GGUF file.  Use :meth:`open`."""
+    """A model opened from a store directory or a GGUF file.  Use :meth:`open`.
+
+    One thread at a time: what another asks meanwhile is a UsageError, and so is everything after :meth:`close` or in a
+    fork of the process.  Only :meth:`close` may come at any time, from any thread.
+    """
 
     def __init__(self, store: Store, config: EngineConfig) -> None:
         started = time.monotonic()
+        self.gate = Gate()
         self.store = store
         self.config = config
-        self.kernels = dot_library.use(config.kernels)
+        self._kernels = dot_library.open_kernels(config.kernels)
+        self.kernels = self._kernels.name
         self.metadata = store.metadata
         self.model_name = store.model_name
-        model = model_of(store.metadata)
-        self.shape: Shape = model.shape_of(store.metadata)
-        self._check_experts()
+        self.model = check_model(store)
+        self.shape = self.model.shape
+        self._check_types()
         self.tokenizer = Tokenizer.from_metadata(store.metadata)
         self._trace: _cpu.Trace | None = None
         self._trace_file: TraceFile | None = None
@@ -81,10 +97,11 @@ class Engine:
         self.threads = config.threads or len(os.sched_getaffinity(0))
         self.context_tokens = config.context_tokens or min(self.shape.context_tokens, DEFAULT_CONTEXT_TOKENS)
         self.reader: Reader = self._open_reader()
-        self._team = _cpu.Team(self.threads)
-        self._files = [os.open(path, os.O_RDONLY) for path in store.paths]
         try:
-            self._open(model.build)
+            self._team = _cpu.Team(self.threads)
+            self._files = [os.open(path, os.O_RDONLY) for path in store.paths]
+            with self.gate:
+                self._open(self.model.architecture.build)
         except BaseException:
             self._discard_trace()
             self.close()
@@ -132,10 +149,16 @@ class Engine:
         """Where the memory goes, for the banner."""
         b, s = self.budgets, self.shape
         return [
-            f"memory {format_bytes(b.ram_bytes)}: weights {format_bytes(b.resident_bytes)}, "
-            f"experts {format_bytes(b.pool_bytes)} ({min(b.slots.values())} of {s.experts} a layer), "
+            f"{self._ram_text()}: weights {format_bytes(b.resident_bytes)}, "
+            f"experts {format_bytes(b.pool_bytes)} ({_slots_text(b.slots.values())} of {s.experts} a layer), "
             f"state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}"
         ]
+
+    def _ram_text(self) -> str:
+        """The budget, and how to ask for the same one again where nobody did."""
+        ram_bytes = self.budgets.ram_bytes
+        again = "" if self.config.ram_bytes is not None else f" (--ram {-(-ram_bytes // (1 << 20))}M repeats it)"
+        return f"memory {format_bytes(ram_bytes)}{again}"
 
     # ---- opening ----
 
@@ -157,39 +180,24 @@ class Engine:
             pace=config.pace,
         )
 
-    def _check_experts(self) -> None:
-        s = self.shape
-        for layer in range(s.layers):
-            found = self.store.experts.get(layer)
-            if found is None:
-                raise FormatError(f"layer {layer} has no expert tensors (blk.{layer}.ffn_*_exps.weight)")
-            shapes = [tuple(part.shape[:2]) for part in found.parts]
-            expected = [(s.columns, s.hidden), (s.columns, s.hidden), (s.hidden, s.columns)]
-            if found.n_experts != s.experts or shapes != expected:
-                raise FormatError(
-                    f"layer {layer} has {found.n_experts} experts of shapes {shapes}, "
-                    f"expected {s.experts} of {expected}"
-                )
+    def _check_types(self) -> None:
+        for layer, found in self.model.experts.items():
             for part in found.parts:
-                if _cpu.type_info(int(part.type)) is None:
+                if self._kernels.type_info(int(part.type)) is None:
                     raise FormatError(
                         f"blk.{layer} expert {part.name} has type number {int(part.type)}, "
                         f"which the {self.kernels} kernels do not know"
                     )
-        if s.used > s.experts:
-            raise FormatError(f"expert_used_count {s.used} is more than expert_count {s.experts}")
 
     def _open(self, build: Callable[..., None]) -> None:
         s = self.shape
-        resident = {
-            name: tensor
-            for name, tensor in self.store.resident.items()
-            if not name.startswith("blk.") or int(name.split(".")[1]) < s.layers
-        }
         self._float = self.config.activations == "float32"
-        self._weights = Weights(resident, float_activations=self._float)
-        layers = {i: self.store.experts[i] for i in range(s.layers)}
-        layouts = {i: slot_layout(layer) for i, layer in layers.items()}
+        block_bytes = self.reader.block_bytes
+        self._weights = Weights(
+            self.model.resident, self._kernels, float_activations=self._float, block_bytes=block_bytes
+        )
+        layers = self.model.experts
+        layouts = {i: slot_layout(layer, block_bytes) for i, layer in layers.items()}
         self._expert_inputs = {
             i: tuple(self._activation_type(int(part.type)) for part in layer.parts[:2]) for i, layer in layers.items()
         }
@@ -201,6 +209,7 @@ class Engine:
         self.reader.register_buffers(self._pool.address, self.budgets.pool_bytes)
         tiers = self._tier_slots()
         self._experts = _cpu.Experts(
+            self._kernels,
             self._experts_shape(self.budgets.batch_tokens),
             native,
             tiers,
@@ -219,7 +228,7 @@ class Engine:
 
     def _activation_type(self, weight_type: int) -> int:
         """What a product with weights of this type reads: its own activation type, or floats (0)."""
-        info = _cpu.type_info(weight_type)
+        info = self._kernels.type_info(weight_type)
         return 0 if self._float or info is None else info[0]
 
     def _tier_slots(self) -> np.ndarray:
@@ -268,6 +277,7 @@ class Engine:
         widest = max(s.columns, s.hidden, s.shared_hidden, s.experts, channels, s.heads * s.head_columns)
         recorder = Recorder(
             self._team,
+            self._kernels,
             batch_tokens=batch_tokens,
             context_tokens=self.context_tokens,
             # attention scores of a whole context, or the widest row (twice: normalised q and k)
@@ -285,21 +295,19 @@ class Engine:
         state = sketch.state.bytes
         per_token = sketch.activation_bytes + _cpu.Experts.workspace_bytes(self._experts_shape(1))
         del sketch
-        least = s.used
-        base = resident_bytes() + self._weights.bytes + state + RESERVE_BYTES
-        smallest = base + per_token + least * sum(layout.slot_bytes for layout in layouts.values())
-        limit = self.config.ram_bytes
-        if limit is None:
-            limit = resident_bytes() + int(0.8 * available_bytes())
-        if limit < smallest or peak_resident_bytes() > limit:
-            raise self._too_small(limit, max(smallest, peak_resident_bytes()))
-        everything = s.experts * sum(layout.slot_bytes for layout in layouts.values())
+        least = self._wanted_slots() or s.used
+        process = self._process_bytes()
+        base = process + self._weights.bytes + state + RESERVE_BYTES
+        row_bytes = sum(layout.slot_bytes for layout in layouts.values())
+        smallest = base + per_token + least * row_bytes
+        limit = self._ram_limit(process, smallest)
+        everything = (self._wanted_slots() or s.experts) * row_bytes
         batch = self.config.batch_tokens
         # An eighth of what is left at most for activations: a smaller batch costs prompt speed, fewer slots cost reads.
         while batch > 1 and batch * per_token > max((limit - smallest) // 8, limit - base - everything):
             batch //= 2
         room = limit - base - batch * per_token
-        most = s.experts
+        most = self._wanted_slots() or s.experts
         if self.config.tiers is not None:
             most = max(least, round((self.config.tiers.vram + self.config.tiers.dram) * s.experts))
         slots = share_slots(layouts, most, room, least)
@@ -308,10 +316,49 @@ class Engine:
         pool = sum(slots[i] * layout.slot_bytes for i, layout in layouts.items())
         return Budgets(limit, self._weights.bytes, state, batch * per_token, pool, batch, slots)
 
+    def _process_bytes(self) -> int:
+        s = self.shape
+        return process_bytes(s.vocabulary, s.layers * s.experts)
+
+    def _wanted_slots(self) -> int | None:
+        """Slots a layer that the configuration asks for.
+
+        Raises
+        ------
+        UsageError
+            More than there are experts, or fewer than a token needs.
+        """
+        slots, s = self.config.slots, self.shape
+        if slots is not None and not s.used <= slots <= s.experts:
+            raise UsageError(
+                f"slots is {slots}, and {self.model_name} uses {s.used} of {s.experts} experts a layer",
+                hint=f"--slots {min(max(slots, s.used), s.experts)}",
+            )
+        return slots
+
+    def _ram_limit(self, process: int, smallest: int) -> int:
+        """The budget: as configured, or a share of what is available, rounded so that it repeats.
+
+        Raises
+        ------
+        BudgetError
+            It is too small.
+        """
+        limit = self.config.ram_bytes
+        if limit is None:
+            available = process + int(RAM_SHARE * available_bytes())
+            limit = max(rounded_budget(available), min(smallest, available))
+        least = max(smallest, peak_resident_bytes())
+        if limit < least:
+            raise self._too_small(limit, least)
+        return limit
+
     def _too_small(self, limit: int, smallest: int) -> BudgetError:
         mib = -(-smallest // (1 << 20)) + 1
+        what = "" if self.config.slots is None else f" with {self.config.slots} slots a layer"
+        hint = f"--ram {mib}M" if self.config.slots is None else f"--ram {mib}M, or fewer --slots"
         return BudgetError(
-            f"a memory budget of {format_bytes(limit)} is too small for {self.model_name}", hint=f"--ram {mib}M"
+            f"a memory budget of {format_bytes(limit)} is too small for {self.model_name}{what}", hint=hint
         )
 
     def _slots_of(self, layer: int) -> int:
@@ -333,40 +380,77 @@ class Engine:
                 scores = np.zeros(slots)
             else:
                 continue
-            self._check(self._experts.warm(layer, order, scores))
+            self._check(self._warm_layer(layer, order, scores))
             if self._trace is not None:
                 self._trace.seeds(layer, order, scores)
+
+    def _warm_layer(self, layer: int, order: np.ndarray, scores: np.ndarray) -> int:
+        return self._experts.warm(layer, order, scores, self.gate)
 
     # ---- running ----
 
     def _check(self, error: int) -> None:
         if not error:
             return
+        if error == -errno.ECANCELED or self.gate.was_interrupted:
+            self.gate.raise_end()
         layer, expert = self._experts.failure()
-        detail = self.reader.last_error or os.strerror(-error)
-        raise ReadError(
-            f"reading expert {expert} of layer {layer} failed: {detail}",
-            hint="check the drive (dmesg, smartctl), then: fomoe-layout verify STORE",
-        )
+        detail, fix = self.reader.last_error or os.strerror(-error), self.reader.last_fix
+        raise ReadError(f"reading expert {expert} of layer {layer} failed: {detail}", hint=fix or None)
+
+    def _has_every_expert(self) -> bool:
+        """Whether all reads of experts have succeeded, if not from the first copy."""
+        reads = self.reader.counters
+        return bool(reads["errors"] == reads["failovers"])
+
+    def _embedding_error(self, code: int) -> ReadError:
+        """What a failed read of a row of the token embeddings means."""
+        tensor = self.store.resident[EMBEDDING]
+        now = os.lseek(self._files[tensor.file], 0, os.SEEK_END)
+        fault = read_fault(code, self.store.file_bytes[tensor.file], now)
+        path = self.store.paths[tensor.file]
+        return ReadError(f"reading the token embeddings from {path} failed: {fault.reason}", hint=fault.fix)
 
     def session(self) -> Session:
         """A new, empty timeline."""
-        return Session(self, self._recorder, self._check)
+        self.gate.check()
+        return Session(self)
+
+    def _run(self, ids: np.ndarray, logits: np.ndarray, outputs: int, **how: Any) -> None:
+        """One batch of a session, whose turn it is."""
+        error = self._recorder.program.run(ids, outputs, logits=logits, gate=self.gate, **how)
+        if error not in (0, -errno.ECANCELED) and self._has_every_expert():
+            raise self._embedding_error(-error)
+        self._check(error)
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """What the native side says while it stands still: between the batches of this thread's own run, or alone."""
+        if self.gate.is_mine:
+            return question()
+        with self.gate:
+            return question()
 
     def expert_counts(self) -> dict[int, np.ndarray]:
         """How often the router has picked each expert since the engine was opened: layer -> int64 [experts]."""
-        picks = self._experts.picks()
+        picks = self._ask(lambda: self._experts.picks())
         return {layer: picks[layer, : self.shape.experts].copy() for layer in range(self.shape.layers)}
+
+    def _counters(self) -> dict[str, int]:
+        """The experts' counters; while a run is at work in another thread, as they were before it."""
+        self.gate.check()
+        with suppress(UsageError):
+            self._last_counters = self._ask(lambda: self._experts.counters())
+        return self._last_counters
 
     def reset_statistics(self) -> None:
         """Start the counters of :meth:`statistics` afresh."""
-        self._base = self._experts.counters()
+        self._base = self._last_counters = self._ask(lambda: self._experts.counters())
         self.prompt_tokens = self.generated_tokens = 0
         self.prompt_seconds = self.decode_seconds = 0.0
 
     def statistics(self) -> dict[str, Any]:
         """Counters since opening or :meth:`reset_statistics`, with the stable keys of docs/design.md, section 9."""
-        now = self._experts.counters()
+        now = self._counters()
         c = {key: now[key] - self._base[key] for key in now}
         tokens = self.prompt_tokens + self.generated_tokens
         return {
@@ -422,16 +506,37 @@ class Engine:
         }
 
     def close(self) -> None:
-        """Stop reading and give the memory back.  Idempotent.
+        """End the run at work, stop reading and give the memory back.  Idempotent, and from any thread.
+
+        A run of another thread leaves at its next step, with a UsageError there.  In a fork of the process that opened
+        the engine only its copies of the files are closed.
 
         Raises
         ------
+        UsageError
+            From inside a run of the same thread: a progress callback, a signal handler.
         OSError
             When the trace could not be written.
         """
+        if not self.gate.shut():
+            return
+        if self.gate.is_foreign:
+            self._leave()
+        else:
+            self._release()
+
+    def _leave(self) -> None:
         for descriptor in self.__dict__.pop("_files", []):
             os.close(descriptor)
-        for name in ("_recorder", "_experts"):
+        self.reader.close()
+        if self._trace_file is not None:
+            self._trace_file.leave()
+
+    def _release(self) -> None:
+        """Nobody is inside, and nobody will be."""
+        for descriptor in self.__dict__.pop("_files", []):
+            os.close(descriptor)
+        for name in ("_recorder", "_experts", "_team"):
             self.__dict__.pop(name, None)
         self.reader.close()
         for name in ("_weights", "_pool"):
@@ -449,6 +554,12 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _slots_text(slots: Iterable[int]) -> str:
+    """`12`, or `12 to 13` where the first layers have one more."""
+    counts = sorted(set(slots))
+    return " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
 
 
 def _rate(count: int, seconds: float) -> float:

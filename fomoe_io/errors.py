@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """The text with what is not printable escaped: names and metadata come from files, and may control a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class FomoeError(Exception):
-    """Base of all errors of this package.
+    """Base of all errors of this package.  What is not printable in its texts is escaped.
 
     Parameters
     ----------
@@ -15,9 +22,9 @@ class FomoeError(Exception):
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = printable(message)
+        self.hint = None if hint is None else printable(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}\n  fix: {self.hint}" if self.hint else self.message
@@ -33,6 +40,10 @@ class StoreError(FomoeError):
 
 class ReadError(FomoeError):
     """A read failed while the model was running."""
+
+
+class ComputeError(FomoeError):
+    """What a model computed is no number."""
 
 
 class BudgetError(FomoeError):

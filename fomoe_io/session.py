@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fomoe_io.cpu.recorder import Recorder
 from fomoe_io.errors import UsageError
 from fomoe_io.storage.reader import aligned_memory
 
@@ -19,7 +18,7 @@ RECORDS = ("experts", "weights", "router_logits", "layer_output", "final_norm")
 
 
 class Session:
-    """Made by :meth:`Engine.session`.
+    """Made by :meth:`Engine.session`; several of one engine take turns, and never from two threads at a time.
 
     Attributes
     ----------
@@ -31,44 +30,54 @@ class Session:
         What the last :meth:`evaluate` was asked to record.
     """
 
-    def __init__(self, engine: Engine, recorder: Recorder, check: Callable[[int], None]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._recorder = recorder
-        self._check = check
         self._take_memory()
         self._decode_logits = np.empty((1, engine.shape.vocabulary), np.float32)
-        self._broken = False
+        self._broken = self._is_closed = False
         self._prompt_tokens = 0  # of the prompt at work
         self.position = 0
         self.context_tokens = engine.context_tokens
         self.records: dict[str, np.ndarray] = {}
 
     def _take_memory(self) -> None:
-        self._memory = aligned_memory(max(self._recorder.state.bytes, 4096))
+        self._state = self._engine._recorder.state
+        self._memory = aligned_memory(max(self._state.bytes, 4096))
+
+    def _give_memory(self) -> None:
+        self._memory.close()
+
+    def _clear(self) -> None:
+        """Zero what the next token would see of earlier ones."""
+        for offset, size in self._state.zeroed:
+            np.frombuffer(self._memory.view, np.uint8, size, offset)[:] = 0
 
     @property
     def _batch_tokens(self) -> int:
-        return self._recorder.batch_tokens
+        return self._engine.budgets.batch_tokens
 
     @property
     def is_broken(self) -> bool:
         """Whether it stopped in the middle of a token, by an error or an interrupt, and must be reset."""
         return self._broken
 
+    def _check_open(self) -> None:
+        self._engine.gate.check()
+        if self._is_closed:
+            raise UsageError("the session is closed")
+
     def reset(self) -> None:
         """Forget everything: the next token is the first."""
-        for offset, size in self._recorder.state.zeroed:
-            np.frombuffer(self._memory.view, np.uint8, size, offset)[:] = 0
-        self.position = 0
-        self._broken = False
+        self._check_open()
+        with self._engine.gate:
+            self._clear()
+            self.position = 0
+            self._broken = False
 
     def checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """The tokens as int32; UsageError when this session can't read them now."""
-        ids = np.ascontiguousarray(tokens, np.int32)
-        if ids.ndim != 1 or not len(ids):
-            raise UsageError("a session reads one or more tokens")
-        if ids.min() < 0 or ids.max() >= self._engine.shape.vocabulary:
-            raise UsageError(f"token ids must lie in 0..{self._engine.shape.vocabulary - 1}")
+        self._check_open()
+        ids = token_ids(tokens, self._engine.shape.vocabulary)
         if self.position + len(ids) > self.context_tokens:
             raise UsageError(
                 f"{self.position} + {len(ids)} tokens exceed the context of {self.context_tokens}",
@@ -87,11 +96,8 @@ class Session:
         substitute: bool = False,
     ) -> None:
         self._broken = True
-        self._check(
-            self._recorder.program.run(
-                ids, outputs, self.position, self._memory.address, logits, **records, substitute=substitute
-            )
-        )
+        how = {"position": self.position, "state": self._memory.address, "substitute": substitute}
+        self._engine._run(ids, logits, outputs, **how, **records)
         self._broken = False
         self.position += len(ids)
 
@@ -111,17 +117,20 @@ class Session:
         numpy.ndarray
             float32 [vocabulary]: logits after the last token.
         """
-        ids = self.checked(tokens)
-        started = time.monotonic()
-        logits = np.empty((1, self._engine.shape.vocabulary), np.float32)
-        batch, self._prompt_tokens = self._batch_tokens, len(ids)
-        for first in range(0, len(ids), batch):
-            part = ids[first : first + batch]
-            self._run(part, logits, 1 if first + batch >= len(ids) else 0, {})
-            if progress:
-                progress(first + len(part), len(ids))
-        self._engine.prompt_tokens += len(ids)
-        self._engine.prompt_seconds += time.monotonic() - started
+        self._check_open()
+        with self._engine.gate:
+            ids = self.checked(tokens)
+            started = time.monotonic()
+            logits = np.empty((1, self._engine.shape.vocabulary), np.float32)
+            batch, self._prompt_tokens = self._batch_tokens, len(ids)
+            for first in range(0, len(ids), batch):
+                part = ids[first : first + batch]
+                self._engine.gate.check_run()
+                self._run(part, logits, 1 if first + batch >= len(ids) else 0, {})
+                if progress:
+                    progress(first + len(part), len(ids))
+            self._engine.prompt_tokens += len(ids)
+            self._engine.prompt_seconds += time.monotonic() - started
         return logits[0]
 
     def decode(self, token: int) -> np.ndarray:
@@ -129,11 +138,13 @@ class Session:
 
         The only step in which cache-aware routing (`EngineConfig.car`) may act: batches are exact.
         """
-        ids = self.checked([token])
-        started = time.monotonic()
-        self._run(ids, self._decode_logits, 1, {}, substitute=True)
-        self._engine.generated_tokens += 1
-        self._engine.decode_seconds += time.monotonic() - started
+        self._check_open()
+        with self._engine.gate:
+            ids = self.checked([token])
+            started = time.monotonic()
+            self._run(ids, self._decode_logits, 1, {}, substitute=True)
+            self._engine.generated_tokens += 1
+            self._engine.decode_seconds += time.monotonic() - started
         return self._decode_logits[0]
 
     def evaluate(self, tokens: Sequence[int] | np.ndarray, *, record: Sequence[str] = ()) -> np.ndarray:
@@ -152,21 +163,24 @@ class Session:
         numpy.ndarray
             float32 [n, vocabulary]
         """
-        ids = self.checked(tokens)
-        started = time.monotonic()
-        logits = np.empty((len(ids), self._engine.shape.vocabulary), np.float32)
-        batch, self._prompt_tokens = self._batch_tokens, len(ids)
-        pieces: dict[str, list[np.ndarray]] = {name: [] for name in record}
-        for first in range(0, len(ids), batch):
-            part = ids[first : first + batch]
-            records = {name: self._record_array(name, len(part)) for name in record}
-            self._run(part, logits[first : first + batch], len(part), records)
-            for name, array in records.items():
-                pieces[name].append(array)
-        axis = {name: 0 if name == "final_norm" else 1 for name in record}
-        self.records = {name: np.concatenate(parts, axis[name]) for name, parts in pieces.items()}
-        self._engine.prompt_tokens += len(ids)
-        self._engine.prompt_seconds += time.monotonic() - started
+        self._check_open()
+        with self._engine.gate:
+            ids = self.checked(tokens)
+            started = time.monotonic()
+            logits = np.empty((len(ids), self._engine.shape.vocabulary), np.float32)
+            batch, self._prompt_tokens = self._batch_tokens, len(ids)
+            pieces: dict[str, list[np.ndarray]] = {name: [] for name in record}
+            for first in range(0, len(ids), batch):
+                part = ids[first : first + batch]
+                self._engine.gate.check_run()
+                records = {name: self._record_array(name, len(part)) for name in record}
+                self._run(part, logits[first : first + batch], len(part), records)
+                for name, array in records.items():
+                    pieces[name].append(array)
+            axis = {name: 0 if name == "final_norm" else 1 for name in record}
+            self.records = {name: np.concatenate(parts, axis[name]) for name, parts in pieces.items()}
+            self._engine.prompt_tokens += len(ids)
+            self._engine.prompt_seconds += time.monotonic() - started
         return logits
 
     def _record_array(self, name: str, tokens: int) -> np.ndarray:
@@ -179,5 +193,46 @@ class Session:
         return np.empty((s.layers, tokens, width), np.int32 if name == "experts" else np.float32)
 
     def close(self) -> None:
-        """Give the state's memory back."""
-        self._memory.close()
+        """Give the state's memory back.  Idempotent; before or after the engine's.
+
+        Raises
+        ------
+        UsageError
+            A run is at work.
+        """
+        gate = self._engine.gate
+        if self._is_closed:
+            return
+        if gate.is_shut or gate.is_foreign:
+            self._is_closed = True
+            self._give_memory()
+            return
+        with gate:
+            self._is_closed = True
+            self._give_memory()
+
+
+def token_ids(tokens: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndarray:
+    """Tokens as int32 [n].
+
+    Raises
+    ------
+    UsageError
+        There is none, or one is no integer of 0..vocabulary - 1: the message names the first.
+    """
+    try:
+        ids = np.asarray(tokens)
+    except ValueError:  # sequences of several lengths
+        ids = np.empty(())
+    if ids.ndim != 1 or not len(ids):
+        raise UsageError("a session reads one or more tokens: a flat sequence of integers")
+    if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocabulary:
+        for place, token in enumerate(tokens):
+            if not _is_integer(token) or not 0 <= token < vocabulary:
+                shown = token.item() if isinstance(token, np.generic) else token
+                raise UsageError(f"token {place} is {shown!r}, expected an integer of 0..{vocabulary - 1}")
+    return np.ascontiguousarray(ids, np.int32)
+
+
+def _is_integer(token: object) -> bool:
+    return isinstance(token, int | np.integer) and not isinstance(token, bool)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fomoe_io.errors import printable
 from fomoe_io.system.files import write_atomically
 from fomoe_io.units import format_bytes, format_seconds
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def format_banner(engine: Engine) -> list[str]:
     """What runs, how exact, and where its memory goes: lines for stderr."""
     s, reader = engine.shape, engine.reader
-    how = f"{reader.name}{' O_DIRECT' if reader.direct else ', page cache (the file system refuses O_DIRECT)'}"
+    how = f"{reader.name}{' O_DIRECT' if reader.direct else ', page cache'}"
     lines = [
         f"{engine.model_name}  {_exactness(engine)}",
         f"{s.layers} layers x {s.experts} experts, top-{s.used}; {engine.store.kind} store; {how}; "
@@ -27,10 +28,10 @@ def format_banner(engine: Engine) -> list[str]:
     lines[-1] += f"; loaded in {format_seconds(engine.load_seconds)}"
     if engine.profile is not None:
         lines.append(f"warm start from a profile of {engine.profile.tokens:,} tokens")
+    lines += [f"note: {note}" for note in engine.tokenizer.notes]
     lines += [f"note: {problem}; reading the other copy" for problem in engine.store.lost_copies]
-    if reader.fallback_reason:
-        lines.append(f"note: {reader.fallback_reason}; reading with pread threads instead")
-    return lines
+    lines += [f"note: {note}" for note in reader.notes]
+    return [printable(line) for line in lines]
 
 
 def _exactness(engine: Engine) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from fomoe_io.cli.common import decoded, note
 from fomoe_io.errors import UsageError
 from fomoe_io.experts.profile import Profile
 from fomoe_io.storage.store import Store
@@ -55,7 +55,7 @@ def collect(
     from fomoe_io.engine import Engine
 
     check_targets([output])
-    text = text_path.read_text(encoding="utf-8", errors="replace")
+    text = decoded(text_path.read_bytes())
     with Engine.open(model_path, EngineConfig(ram_bytes=ram_bytes, context_tokens=context)) as engine:
         tokens = engine.tokenizer.encode(text)
         if chunks:
@@ -79,5 +79,5 @@ def _save(profile: Profile, output: Path) -> int:
         profile.save(output)
     except OSError as error:
         raise write_error(error, output) from error
-    print(f"profile  {len(profile.counts)} layers over {profile.tokens:,} tokens -> {output}", file=sys.stderr)
+    note(f"profile  {len(profile.counts)} layers over {profile.tokens:,} tokens -> {output}")
     return 0

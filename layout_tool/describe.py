@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 
 from fomoe_io.experts.profile import Profile
+from fomoe_io.storage.expert_layers import FILE, OFFSET, ExpertLayer
 from fomoe_io.storage.gguf import GGUFFile, TensorInfo
 from fomoe_io.storage.manifest import FORMAT, PAGE_BYTES, VERSION, checksum
-from fomoe_io.storage.store import FILE, OFFSET, ExpertLayer, Store, model_name
+from fomoe_io.storage.placement import written_frequency
+from fomoe_io.storage.store import Store, model_name
 from layout_tool.placement import Placement
 
 
@@ -108,5 +109,5 @@ def _layer(layer: ExpertLayer, sums: Sequence[str] | None) -> dict[str, Any]:
         "experts": layer.n_experts,
         "parts": parts,
         "xxh3_64": None if sums is None else list(sums),
-        "picks_per_token": None if layer.frequency is None else np.round(layer.frequency, 9).tolist(),
+        "picks_per_token": None if layer.frequency is None else written_frequency(layer.frequency).tolist(),
     }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fomoe_io.cli.common import note
 from fomoe_io.errors import StoreError
 from fomoe_io.storage.gguf import TensorInfo
 from fomoe_io.storage.manifest import JOURNAL, MANIFEST, METADATA, page_up, seal
@@ -58,7 +58,7 @@ def index(model_path: Path, directory: Path, *, checksums: bool, overwrite: bool
         write_atomically(targets[0] / MANIFEST, seal(body))
     except OSError as error:
         raise write_error(error, targets[0] / MANIFEST) from error
-    print(f"index  {len(store.experts)} layers of {model.paths[0]} -> {directory}", file=sys.stderr)
+    note(f"index  {len(store.experts)} layers of {model.paths[0]} -> {directory}")
     return 0
 
 

@@ -10,14 +10,18 @@ from typing import Any
 import gguf
 import numpy as np
 
+from fomoe_io.errors import FormatError, printable
 from fomoe_io.storage.store import Store
 from fomoe_io.units import format_bytes
+from layout_tool.check_runs import check_runs
 from layout_tool.plan import model_lines, model_report
 from layout_tool.verify import has_checksums
 
 
 def inspect(path: Path, *, as_json: bool) -> int:
-    """Print what a store or GGUF holds.
+    """Print what a store or GGUF holds, of any architecture with routed experts, and whether it runs.
+
+    The exit code is 0 either way: it was described.
 
     Raises
     ------
@@ -25,18 +29,21 @@ def inspect(path: Path, *, as_json: bool) -> int:
     """
     store = Store.open(path)
     report = _report(store)
-    print(json.dumps(report, indent=1) if as_json else "\n".join(_lines(report)))
+    print(json.dumps(report, indent=1) if as_json else "\n".join(printable(line) for line in _lines(report)))
     return 0
 
 
 def _report(store: Store) -> dict[str, Any]:
     layers = list(store.experts.values())
+    refusal = _refusal(store)
     types = Counter("/".join(gguf.GGMLQuantizationType(part.type).name for part in layer.parts) for layer in layers)
     vocabulary = "tokenizer.ggml.tokens"
     return {
         "path": str(store.path),
         "kind": store.kind,
         **model_report(store),
+        "runs": refusal is None,
+        "refusal": refusal,
         "files": [{"path": str(path), "bytes": size} for path, size in zip(store.paths, store.file_bytes, strict=True)],
         "mirrors": [str(path) for path in store.mirrors if path is not None],
         "lost_copies": store.lost_copies,
@@ -44,10 +51,19 @@ def _report(store: Store) -> dict[str, Any]:
         "checksums": has_checksums(store),
         "profile_tokens": store.profile_tokens,
         "hottest_tenth_share": _hottest_share(store),
-        "vocabulary": store.metadata.length(vocabulary) if vocabulary in store.metadata else 0,
+        "vocabulary": store.metadata.length(vocabulary),
         "chat_template": "tokenizer.chat_template" in store.metadata,
-        "context_tokens": store.metadata.get(f"{store.architecture}.context_length"),
+        "context_tokens": store.metadata.integer(f"{store.architecture}.context_length", None),
     }
+
+
+def _refusal(store: Store) -> str | None:
+    """Why the model would not run; None when it would."""
+    try:
+        check_runs(store)
+    except FormatError as error:
+        return error.message
+    return None
 
 
 def _hottest_share(store: Store) -> float | None:
@@ -79,6 +95,8 @@ def _lines(report: dict[str, Any]) -> list[str]:
             f"{100 * report['hottest_tenth_share']:.0f} % of the picks"
         )
     lines += [f"  file       {format_bytes(file['bytes']):>9}  {file['path']}" for file in report["files"]]
+    if report["refusal"] is not None:
+        lines.append(f"  does not run: {report['refusal']}")
     lines += [f"  mirror                {path}" for path in report["mirrors"]]
     lines += [f"  lost copy             {problem}" for problem in report["lost_copies"]]
     return lines

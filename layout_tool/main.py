@@ -16,6 +16,7 @@ from layout_tool.mirror import mirror
 from layout_tool.pack import pack
 from layout_tool.plan import plan
 from layout_tool.relocate import relocate
+from layout_tool.targets import IGNORE_FREE_SPACE
 from layout_tool.verify import verify
 
 PROGRAM = "fomoe-layout"
@@ -44,7 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_profile(sub)
     _add_calibration(sub)
     sub.add_argument("--json", action="store_true", help="for programs")
-    sub.set_defaults(run=lambda o: plan(o.model, o.to, o.profile, o.calibration, as_json=o.json))
+    _add_ignore_free_space(sub)
+    sub.set_defaults(
+        run=lambda o: plan(
+            o.model, o.to, o.profile, o.calibration, as_json=o.json, ignore_free_space=o.ignore_free_space
+        )
+    )
 
     sub = command("pack", "write a store; the same command continues one that was interrupted")
     _add_model(sub)
@@ -52,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_profile(sub)
     _add_calibration(sub)
     _add_overwrite(sub)
-    sub.set_defaults(run=lambda o: pack(o.model, o.to, o.profile, o.calibration, overwrite=o.overwrite))
+    _add_ignore_free_space(sub)
+    sub.set_defaults(
+        run=lambda o: pack(
+            o.model, o.to, o.profile, o.calibration, overwrite=o.overwrite, ignore_free_space=o.ignore_free_space
+        )
+    )
 
     sub = command("index", "write only a manifest that points into the GGUF, to run it where it lies")
     _add_model(sub)
@@ -79,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("mirror", "copy a store's data to another drive, which then serves reads too and takes over")
     sub.add_argument("store", type=Path, metavar="STORE", help="the directory with the manifest")
     sub.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory on the other drive")
-    sub.set_defaults(run=lambda o: mirror(o.store, o.to))
+    _add_ignore_free_space(sub)
+    sub.set_defaults(run=lambda o: mirror(o.store, o.to, ignore_free_space=o.ignore_free_space))
 
     sub = command("profile", "count which experts a text picks, for pack --profile")
     sub.add_argument("model", type=Path, metavar="MODEL", help="store or GGUF")
@@ -148,6 +160,12 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the store that the directory holds")
+
+
+def _add_ignore_free_space(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        IGNORE_FREE_SPACE, action="store_true", help="write though the file system says that it has too little room"
+    )
 
 
 if __name__ == "__main__":

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from fomoe_io.cli.common import note
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.storage.manifest import MANIFEST, Fields, page_up, seal, unseal
 from fomoe_io.storage.store import Store, manifest_path
 from fomoe_io.system.files import sync_directory, write_atomically
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
-from layout_tool.direct import DirectFile, write_error
+from layout_tool.direct import DirectFile, buffered_notes, write_error
 from layout_tool.placement import CHUNK_BYTES
 from layout_tool.progress import Progress
 from layout_tool.records import opened
@@ -29,7 +29,7 @@ class _Chunk(NamedTuple):
     bytes: int
 
 
-def mirror(directory: Path, target: Path) -> int:
+def mirror(directory: Path, target: Path, *, ignore_free_space: bool = False) -> int:
     """Copy the data files, then tell the manifest.  A copy that is there already is kept.
 
     Parameters
@@ -38,6 +38,8 @@ def mirror(directory: Path, target: Path) -> int:
         A packed store.
     target : Path
         A directory on another drive.
+    ignore_free_space : bool
+        Write though the drive says that it is too full.
 
     Raises
     ------
@@ -56,7 +58,7 @@ def mirror(directory: Path, target: Path) -> int:
         raise UsageError(f"{target} holds the store itself", hint="a directory on another drive: --to DIR")
     copies = {number: target / source.name for number, source in enumerate(store.paths)}
     missing = [number for number, copy in copies.items() if not _is_copy(store, number, copy)]
-    _check_target(store, target, missing)
+    _check_target(store, target, missing, ignore_free_space=ignore_free_space)
     target_tools.make([target])
     _copy(store, copies, missing)
     body["mirror"] = str(target)
@@ -66,7 +68,7 @@ def mirror(directory: Path, target: Path) -> int:
     except OSError as error:
         raise write_error(error, path) from error
     if any(source.stat().st_dev == target.stat().st_dev for source in store.paths):
-        print(f"note: {target} lies on the drive of the store: a mirror there survives no drive", file=sys.stderr)
+        note(f"note: {target} lies on the drive of the store: a mirror there survives no drive")
     return 0
 
 
@@ -78,14 +80,14 @@ def _is_copy(store: Store, number: int, copy: Path) -> bool:
         return mine.read(CHUNK_BYTES) == other.read(CHUNK_BYTES)
 
 
-def _check_target(store: Store, target: Path, missing: list[int]) -> None:
+def _check_target(store: Store, target: Path, missing: list[int], *, ignore_free_space: bool) -> None:
     for number in missing:
         copy = target / store.paths[number].name
         if copy.exists():
             raise StoreError(f"{copy} belongs to another store", hint="choose an empty directory")
     short = target_tools.shortages([target], [sum(store.file_bytes[number] for number in missing)])
-    if short:
-        raise StoreError("; ".join(short), hint="free space, or choose another drive")
+    if short and not ignore_free_space:
+        raise target_tools.no_room(short, "free space, or choose another drive")
 
 
 def _copy(store: Store, copies: dict[int, Path], missing: list[int]) -> None:
@@ -104,6 +106,8 @@ def _copy(store: Store, copies: dict[int, Path], missing: list[int]) -> None:
                 files[number] = stack.enter_context(DirectFile(partial[number], store.file_bytes[number]))
             except OSError as error:
                 raise write_error(error, partial[number]) from error
+        for text in buffered_notes(files.values()):
+            note(text)
         progress = stack.enter_context(Progress("mirror", total))
 
         def copy(chunk: _Chunk, buffers: Buffers) -> None:
@@ -116,8 +120,7 @@ def _copy(store: Store, copies: dict[int, Path], missing: list[int]) -> None:
     for number in missing:
         partial[number].rename(copies[number])
         sync_directory(copies[number].parent)
-    print(
+    note(
         f"mirror  {format_bytes(total)} in {format_seconds(progress.seconds)}  {format_rate(progress.rate)}; "
-        f"to check both copies: fomoe-layout verify {store.path}",
-        file=sys.stderr,
+        f"to check both copies: fomoe-layout verify {store.path}"
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fomoe_io.cli.common import note
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.experts.profile import Profile
 from fomoe_io.storage.calibration import Calibration
@@ -22,8 +23,9 @@ from fomoe_io.storage.store import Store
 from fomoe_io.system.files import sync_directory, write_atomically
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
+from layout_tool.check_runs import check_runs
 from layout_tool.describe import describe_packed
-from layout_tool.direct import DirectFile, write_error
+from layout_tool.direct import DirectFile, buffered_notes, write_error
 from layout_tool.journal import Journal, check_idle, journal_header
 from layout_tool.placement import RESIDENT_FILE, Placement, Run, place, runs
 from layout_tool.progress import Progress
@@ -35,7 +37,7 @@ SYNC_SECONDS = 2.0
 
 
 def open_model(path: Path) -> tuple[GGUFFile, Store]:
-    """The GGUF to pack, and its tensors in place.
+    """The GGUF to pack, and its tensors in place, once it is known that the store would run.
 
     Raises
     ------
@@ -44,7 +46,9 @@ def open_model(path: Path) -> tuple[GGUFFile, Store]:
     if path.is_dir():
         raise UsageError(f"{path} is a directory", hint="give the GGUF: fomoe-layout pack MODEL.gguf --to DIR")
     model = GGUFFile.open(path)
-    return model, Store.of_gguf(model)
+    store = Store.of_gguf(model)
+    check_runs(store)
+    return model, store
 
 
 def model_frequencies(source: Store, profile: Profile | None) -> dict[int, np.ndarray]:
@@ -58,14 +62,13 @@ def model_frequencies(source: Store, profile: Profile | None) -> dict[int, np.nd
     if profile is None:
         return {}
     if profile.fingerprint not in (None, source.fingerprint):
-        print(
-            f"note: profile {profile.source} was counted on another file; used, since its layers and experts fit",
-            file=sys.stderr,
-        )
+        note(f"note: profile {profile.source} was counted on another file; used, since its layers and experts fit")
     return profile.frequencies({number: layer.n_experts for number, layer in source.experts.items()})
 
 
-def striping(source: Store, targets: Sequence[Path], calibrations: Sequence[Path]) -> tuple[int, ...]:
+def striping(
+    source: Store, targets: Sequence[Path], calibrations: Sequence[Path], *, ignore_free_space: bool
+) -> tuple[int, ...]:
     """Records each target gets in turn, by the calibrations of their drives, or a quick probe.
 
     Raises
@@ -73,7 +76,9 @@ def striping(source: Store, targets: Sequence[Path], calibrations: Sequence[Path
     FormatError, UsageError
     """
     largest = max(layer.record_bytes for layer in source.experts.values())
-    return target_tools.stripe_weights(targets, [Calibration.load(path) for path in calibrations], largest)
+    return target_tools.stripe_weights(
+        targets, [Calibration.load(path) for path in calibrations], largest, ignore_free_space=ignore_free_space
+    )
 
 
 def pack(
@@ -83,6 +88,7 @@ def pack(
     calibrations: Sequence[Path] = (),
     *,
     overwrite: bool,
+    ignore_free_space: bool = False,
 ) -> int:
     """Write a store, or finish one that was interrupted.
 
@@ -97,6 +103,8 @@ def pack(
         Of each directory's drive, for the striping; empty: the drives are probed.
     overwrite : bool
         Replace the stores that the directories hold.
+    ignore_free_space : bool
+        Write though the drives say that they are too full.
 
     Returns
     -------
@@ -111,13 +119,16 @@ def pack(
     profile = None if profile_path is None else Profile.load(profile_path)
     frequencies = model_frequencies(source, profile)
     targets = target_tools.resolve(directories)
-    weights = _known_weights(targets, overwrite) or striping(source, targets, calibrations)
+    weights = _known_weights(targets, overwrite) or striping(
+        source, targets, calibrations, ignore_free_space=ignore_free_space
+    )
     placement = place(source, frequencies, weights)
     if not overwrite and (targets[0] / MANIFEST).exists():
         return _already_packed(targets, placement)
     if not overwrite and journal_header(targets[0]) is None:
         target_tools.check_unused(targets)
-    _check_space(targets, placement, model.header_bytes[0])
+    if not ignore_free_space:
+        _check_space(targets, placement, model.header_bytes[0])
     if overwrite:
         check_idle(targets[0])
         target_tools.clear(targets)
@@ -156,7 +167,7 @@ def _already_packed(targets: Sequence[Path], placement: Placement) -> int:
         )
     Store.open(directory)
     (directory / JOURNAL).unlink(missing_ok=True)  # left by a death between the manifest and its removal
-    print(f"{directory} already holds this store; to check its data: fomoe-layout verify {directory}", file=sys.stderr)
+    note(f"{directory} already holds this store; to check its data: fomoe-layout verify {directory}")
     return 0
 
 
@@ -165,7 +176,7 @@ def _check_space(targets: Sequence[Path], placement: Placement, metadata_bytes: 
     needs = target_tools.still_needed(targets, placement, metadata_bytes)
     short = target_tools.shortages(targets, needs)
     if short:
-        raise StoreError("; ".join(short), hint="free space, or add a drive with another --to DIR")
+        raise target_tools.no_room(short, "free space, or add a drive with another --to DIR")
 
 
 @dataclass(slots=True)
@@ -268,10 +279,9 @@ class _Pack:
                 run_tasks(tasks, self._write, done, buffer_bytes(list(self._placement.experts.values())))
             finally:
                 self._sync(journal)
-        print(
+        note(
             f"pack  {format_bytes(left)} in {format_seconds(progress.seconds)}  {format_rate(progress.rate)}  "
-            f"with checksums  -> {', '.join(str(target) for target in self._targets)}",
-            file=sys.stderr,
+            f"with checksums  -> {', '.join(str(target) for target in self._targets)}"
         )
 
     def _create(self, index: int) -> DirectFile:
@@ -288,10 +298,8 @@ class _Pack:
         return file
 
     def _tell_buffered(self) -> None:
-        for file in (*self._sources, *self._files):
-            if not file.direct:
-                print(f"note: no direct I/O on the file system of {file.path.parent}; buffered", file=sys.stderr)
-                return
+        for text in buffered_notes(self._files):
+            note(text)
 
     def _write(self, task: TensorInfo | Run, buffers: Buffers) -> dict[str, Any]:
         """In a worker thread: copy a resident tensor or a run of records; returns its journal entry."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fomoe_io.storage.expert_layers import BYTES, FILE, OFFSET, ExpertLayer
 from fomoe_io.storage.gguf import TensorInfo
-from fomoe_io.storage.manifest import PAGE_BYTES, VERSION, page_up
-from fomoe_io.storage.store import BYTES, FILE, OFFSET, ExpertLayer, Store
+from fomoe_io.storage.manifest import VERSION
+from fomoe_io.storage.placement import RESIDENT_FILE, hottest_first, record_places, resident_places
+from fomoe_io.storage.store import Store
 
-RESIDENT_FILE = 0
 CHUNK_BYTES = 8 << 20
 """Written at once: large enough for any drive's bandwidth, small enough that a few threads need little memory."""
 
@@ -86,40 +87,25 @@ def place(source: Store, frequencies: Mapping[int, np.ndarray], weights: Sequenc
     weights : sequence of int
         Records each target gets in turn; their number is the number of targets.
     """
-    resident, resident_end = [], PAGE_BYTES
-    for tensor in sorted(source.resident.values(), key=lambda t: (t.file, t.offset)):
-        resident.append(replace(tensor, file=RESIDENT_FILE, offset=resident_end))
-        resident_end += page_up(tensor.bytes)
-    ends = [PAGE_BYTES] * len(weights)
-    turn = _turns(weights)
-    experts, order = {}, {}
-    for number, layer in sorted(source.experts.items()):
-        frequency = frequencies.get(number)
-        ids = np.arange(layer.n_experts) if frequency is None else np.argsort(-frequency, kind="stable")
+    tensors = sorted(source.resident.values(), key=lambda t: (t.file, t.offset))
+    offsets, resident_end = resident_places([tensor.bytes for tensor in tensors])
+    resident = [
+        replace(tensor, file=RESIDENT_FILE, offset=offset) for tensor, offset in zip(tensors, offsets, strict=True)
+    ]
+    layers = sorted(source.experts.items())
+    order = {number: hottest_first(layer.n_experts, frequencies.get(number)) for number, layer in layers}
+    places, ends = record_places([(layer.record_bytes, order[number]) for number, layer in layers], weights)
+    experts = {}
+    for (number, layer), place in zip(layers, places, strict=True):
         extents = layer.extents.copy()
         sizes = layer.extents[0, :, BYTES]
-        within = np.cumsum(sizes) - sizes
-        for expert in ids:
-            target = next(turn)
-            extents[expert, :, FILE] = RESIDENT_FILE + 1 + target
-            extents[expert, :, OFFSET] = ends[target] + within
-            ends[target] += layer.record_bytes
-        experts[number] = replace(layer, extents=extents, frequency=frequency)
-        order[number] = ids
+        extents[:, :, FILE] = place[:, :1]
+        extents[:, :, OFFSET] = place[:, 1:] + np.cumsum(sizes) - sizes
+        experts[number] = replace(layer, extents=extents, frequency=frequencies.get(number))
     files = [PlannedFile(0, "resident.bin", resident_end)]
     files += [PlannedFile(target, f"experts-{target:02d}.bin", end) for target, end in enumerate(ends)]
     store_id = _store_id(source.fingerprint, order, frequencies, weights)
     return Placement(store_id, tuple(files), tuple(resident), experts, order, tuple(weights))
-
-
-def _turns(weights: Sequence[int]) -> Iterator[int]:
-    """Smooth weighted round robin: 3 and 1 give 0, 0, 1, 0 and so on, so every stretch keeps the proportion."""
-    credit = [0] * len(weights)
-    while True:
-        credit = [have + weight for have, weight in zip(credit, weights, strict=True)]
-        best = max(range(len(credit)), key=credit.__getitem__)
-        credit[best] -= sum(weights)
-        yield best
 
 
 def _store_id(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fomoe_io.errors import printable
 from fomoe_io.experts.profile import Profile
 from fomoe_io.storage.store import Store
 from fomoe_io.units import format_bytes, format_rate, format_seconds
@@ -22,6 +23,7 @@ def plan(
     calibrations: Sequence[Path] = (),
     *,
     as_json: bool,
+    ignore_free_space: bool = False,
 ) -> int:
     """Print the plan; exit code 1 when it does not fit.
 
@@ -33,10 +35,12 @@ def plan(
     profile = None if profile_path is None else Profile.load(profile_path)
     frequencies = model_frequencies(source, profile)
     targets = target_tools.resolve(directories)
-    weights = striping(source, targets, calibrations) if targets else (1,)
+    weights: tuple[int, ...] = (1,)
+    if targets:
+        weights = striping(source, targets, calibrations, ignore_free_space=ignore_free_space)
     placement = place(source, frequencies, weights)
     needs = target_tools.still_needed(targets, placement, model.header_bytes[0]) if targets else []
-    short = target_tools.shortages(targets, needs)
+    short = [] if ignore_free_space else target_tools.shortages(targets, needs)
     total = sum(file.bytes for file in placement.files)
     report = {
         **model_report(source),
@@ -51,7 +55,9 @@ def plan(
         "fits": not short,
     }
     if targets and not short:
-        report["seconds"] = round(target_tools.copy_seconds(model.paths[0], targets, needs), 1)
+        report["seconds"] = round(
+            target_tools.copy_seconds(model.paths[0], targets, needs, ignore_free_space=ignore_free_space), 1
+        )
     if as_json:
         print(json.dumps(report, indent=1))
     else:
@@ -62,10 +68,10 @@ def plan(
 def model_report(store: Store) -> dict[str, Any]:
     """What a model consists of, with stable keys."""
     layers = list(store.experts.values())
-    used = store.metadata.get(f"{store.architecture}.expert_used_count")
+    used = store.metadata.integer(f"{store.architecture}.expert_used_count", None)
     weights = sum(layer.n_experts * layer.expert_bytes for layer in layers)
     records = sum(layer.n_experts * layer.record_bytes for layer in layers)
-    per_token = sum(layer.expert_bytes for layer in layers) * used if isinstance(used, int) else None
+    per_token = sum(layer.expert_bytes for layer in layers) * used if used else None
     return {
         "model": store.model_name,
         "architecture": store.architecture,
@@ -110,15 +116,19 @@ def _print(report: dict[str, Any], short: Sequence[str]) -> None:
     if report["profile_tokens"]:
         lines.append(f"  profile    hottest experts first, counted over {report['profile_tokens']:,} tokens")
     for target in report["targets"]:
-        fits = "OK" if target["needs_bytes"] <= target["free_bytes"] else "TOO LITTLE"
+        fits = "OK" if target["needs_bytes"] <= target["free_bytes"] else "IGNORED" if report["fits"] else "TOO LITTLE"
         lines.append(
             f"  needs      {format_bytes(target['needs_bytes']):>9}  on {target['path']}   "
             f"{format_bytes(target['free_bytes'])} free   {fits}"
         )
     lines += [f"  short      {line}" for line in short]
+    if short:
+        lines.append(
+            f"  fix        {target_tools.no_room(short, 'free space, or add a drive with another --to DIR').hint}"
+        )
     if "seconds" in report:
         rate = report["store_bytes"] / max(report["seconds"], 1e-9)
         lines.append(
             f"  takes      ~{format_seconds(report['seconds'])} at {format_rate(rate)} (measured, 1 s a drive)"
         )
-    print("\n".join(lines))
+    print("\n".join(printable(line) for line in lines))

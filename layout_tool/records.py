@@ -9,18 +9,22 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from fomoe_io.cli.common import note
+from fomoe_io.storage.expert_layers import BYTES, FILE, OFFSET, ExpertLayer
 from fomoe_io.storage.gguf import TensorInfo
-from fomoe_io.storage.store import BYTES, FILE, OFFSET, ExpertLayer
-from layout_tool.direct import DirectFile, Piece, gather
+from layout_tool.direct import DirectFile, Piece, buffered_notes, gather
 from layout_tool.placement import CHUNK_BYTES
 from layout_tool.workers import Buffers
 
 
 @contextmanager
 def opened(paths: Sequence[Path]) -> Iterator[list[DirectFile]]:
-    """All files open for direct reading."""
+    """All files open for direct reading; a note on stderr says where that does not work."""
     with ExitStack() as stack:
-        yield [stack.enter_context(DirectFile(path)) for path in paths]
+        files = [stack.enter_context(DirectFile(path)) for path in paths]
+        for text in buffered_notes(files):
+            note(text)
+        yield files
 
 
 def buffer_bytes(layers: Sequence[ExpertLayer]) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fomoe_io.cli.common import note
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.storage.manifest import MANIFEST, Fields, seal, unseal
 from fomoe_io.storage.store import Store, manifest_path
@@ -50,5 +50,5 @@ def relocate(directory: Path, others: Sequence[Path]) -> int:
         write_atomically(directory / MANIFEST, seal(body))
     except OSError as error:
         raise write_error(error, path) from error
-    print(f"relocate  {directory} with {', '.join(body['targets'][1:])}", file=sys.stderr)
+    note(f"relocate  {directory} with {', '.join(body['targets'][1:])}")
     return 0

@@ -22,6 +22,9 @@ PARTIAL = ".part"
 MANIFEST_ROOM_BYTES, MANIFEST_ROOM_EXPERT_BYTES = 1 << 20, 256
 """For manifest and journal: measured 70 to 110 bytes an expert in each, and 200 a resident tensor."""
 
+IGNORE_FREE_SPACE = "--ignore-free-space"
+"""Option of pack, plan and mirror: some network and overlay file systems report no free space, ever."""
+
 PROBE_BLOCK_BYTES = 4 << 20
 PROBE_SECONDS = 0.5
 PROBE_LIMIT_BYTES = 1 << 30
@@ -56,6 +59,15 @@ def free_bytes(path: Path) -> int:
     """Bytes an ordinary user may still write on the drive of a directory that need not exist yet."""
     status = os.statvfs(existing_parent(path))
     return status.f_bavail * status.f_frsize
+
+
+def no_room(short: Sequence[str], hint: str) -> StoreError:
+    """What a shortage means to the user: `hint`, or a file system that does not know what it has."""
+    unknown = any(line.endswith(" 0 B free") for line in short)
+    return StoreError(
+        "; ".join(short),
+        hint=f"{hint}; {IGNORE_FREE_SPACE}, where the file system says 0 and has room" if unknown else hint,
+    )
 
 
 def shortages(targets: Sequence[Path], needs: Sequence[int]) -> list[str]:
@@ -138,7 +150,11 @@ def make(targets: Sequence[Path]) -> None:
 
 
 def stripe_weights(
-    targets: Sequence[Path], calibrations: Sequence[Calibration] = (), record_bytes: int = PROBE_BLOCK_BYTES
+    targets: Sequence[Path],
+    calibrations: Sequence[Calibration] = (),
+    record_bytes: int = PROBE_BLOCK_BYTES,
+    *,
+    ignore_free_space: bool = False,
 ) -> tuple[int, ...]:
     """Records each target gets in turn: as its drive reads, in eighths of the fastest; equal on one drive.
 
@@ -149,6 +165,8 @@ def stripe_weights(
         Of each target; empty: the drives are probed.
     record_bytes : int
         What is read at once, where there are calibrations.
+    ignore_free_space : bool
+        Probe also where the file system reports none.
 
     Raises
     ------
@@ -164,12 +182,12 @@ def stripe_weights(
     if calibrations:
         rates = [calibration.best_bytes_per_second(record_bytes) for calibration in calibrations]
     else:
-        rates = [probe(target)[1] for target in targets]
+        rates = [probe(target, ignore_free_space=ignore_free_space)[1] for target in targets]
     weights = [max(1, round(8 * rate / max(rates))) for rate in rates]
     return (1,) * len(targets) if len(set(weights)) == 1 else tuple(weights)
 
 
-def probe(target: Path) -> tuple[float, float]:
+def probe(target: Path, *, ignore_free_space: bool = False) -> tuple[float, float]:
     """(write, read) bytes per second of a target's drive, with direct I/O and 4 MiB blocks, in about a second.
 
     Raises
@@ -180,11 +198,13 @@ def probe(target: Path) -> tuple[float, float]:
     block = aligned_buffer(PROBE_BLOCK_BYTES)
     # Not zeros: some drives store those as nothing.
     block[:] = np.frombuffer(os.urandom(PROBE_BLOCK_BYTES), np.uint8)
-    limit = min(PROBE_LIMIT_BYTES, free_bytes(target) // 4) // PROBE_BLOCK_BYTES * PROBE_BLOCK_BYTES
+    room = 4 * PROBE_LIMIT_BYTES if ignore_free_space else free_bytes(target)
+    limit = min(PROBE_LIMIT_BYTES, room // 4) // PROBE_BLOCK_BYTES * PROBE_BLOCK_BYTES
     if limit == 0:
-        raise StoreError(f"{target} has no room to measure its drive", hint="free some space")
+        short = f"{target} has no room to measure its drive, which has {format_bytes(room)} free"
+        raise no_room([short], "free some space")
     try:
-        with DirectFile(path, limit) as file:
+        with DirectFile(path, limit, unit=PROBE_BLOCK_BYTES) as file:
             written, write_rate = _rate(lambda at: file.write(at, block), limit)
             _, read_rate = _rate(lambda at: file.read(at, PROBE_BLOCK_BYTES, block), written)
     except OSError as error:
@@ -203,11 +223,14 @@ def read_rate(source: Path) -> float:
         return _rate(lambda at: file.read(at, size, block), source.stat().st_size)[1]
 
 
-def copy_seconds(source: Path, targets: Sequence[Path], needs: Sequence[int]) -> float:
+def copy_seconds(
+    source: Path, targets: Sequence[Path], needs: Sequence[int], *, ignore_free_space: bool = False
+) -> float:
     """How long a pack will take: reading and writing overlap, but share the drive where it is the same."""
     reading = read_rate(source)
     devices = {existing_parent(target).stat().st_dev for target in targets}
-    writing = sum(need / probe(target)[0] for target, need in zip(targets, needs, strict=True)) / len(devices)
+    rates = [probe(target, ignore_free_space=ignore_free_space)[0] for target in targets]
+    writing = sum(need / rate for need, rate in zip(needs, rates, strict=True)) / len(devices)
     shared = source.stat().st_dev in devices
     return sum(needs) / reading + writing if shared else max(sum(needs) / reading, writing)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fomoe_io.cli.common import note
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.storage.gguf import GGUFFile, TensorInfo
 from fomoe_io.storage.manifest import PACK_AGAIN, page_up
@@ -57,7 +58,7 @@ def verify(path: Path, against: Path | None) -> int:
         damaged += _Check(replace(store, paths=second), original).run()
     if damaged:
         for line in damaged[:SHOWN]:
-            print(line, file=sys.stderr)
+            note(line)
         raise StoreError(f"{path}: {len(damaged):,} damaged records or tensors", hint=PACK_AGAIN)
     return 0
 

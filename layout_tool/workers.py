@@ -9,8 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from fomoe_io.storage.manifest import PAGE_BYTES
-from layout_tool.direct import aligned_buffer
+from layout_tool.direct import aligned_buffer, scratch_buffer
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -20,11 +19,11 @@ THREADS = 4
 
 
 class Buffers(threading.local):
-    """Per thread: `out`, and `scratch` with room for a page before and after what fits in `out`."""
+    """Per thread: `out`, and `scratch` with room for a block before and after what fits in `out`."""
 
     def __init__(self, size: int) -> None:
         self.out: np.ndarray = aligned_buffer(size)
-        self.scratch: np.ndarray = aligned_buffer(size + 2 * PAGE_BYTES)
+        self.scratch: np.ndarray = scratch_buffer(size)
 
 
 def run_tasks(

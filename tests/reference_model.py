@@ -39,13 +39,30 @@ def softmax(x: Array) -> Array:
     return np.asarray(e / e.sum(-1, keepdims=True))
 
 
-def rope(x: Array, position: int, rotated: int, base: float) -> Array:
+def rope(
+    x: Array, position: int, rotated: int, base: float, frequencies: Array | None = None, magnitude: float = 1.0
+) -> Array:
     """NEOX pairing of the first `rotated` columns of [heads, columns]."""
     half = rotated // 2
-    angle = position * base ** (-2.0 * np.arange(half) / rotated)
-    cos, sin = np.cos(angle), np.sin(angle)
+    if frequencies is None:
+        frequencies = base ** (-2.0 * np.arange(half) / rotated)
+    cos, sin = magnitude * np.cos(position * frequencies), magnitude * np.sin(position * frequencies)
     a, b = x[:, :half], x[:, half:rotated]
     return np.concatenate([a * cos - b * sin, a * sin + b * cos, x[:, rotated:]], 1)
+
+
+def yarn(base: float, rotated: int, factor: float, context: int) -> tuple[Array, float]:
+    """(frequencies, magnitude) of "YaRN: Efficient Context Window Extension", alpha 1, beta 32."""
+    j = np.arange(rotated // 2)
+    frequency = base ** (-2.0 * j / rotated)
+
+    def pair_that_turns(times: float) -> float:
+        """Where context * base^(-2 j / rotated) = 2 pi times."""
+        return float(rotated * np.log(context / (2 * np.pi * times)) / (2 * np.log(base)))
+
+    first, last = max(0, np.floor(pair_that_turns(32))), min(rotated - 1, np.ceil(pair_that_turns(1)))
+    interpolated = np.clip((j - first) / (last - first), 0, 1)
+    return frequency * (1 - interpolated) + frequency / factor * interpolated, 1 + 0.1 * np.log(factor)
 
 
 def route(logits: Array, used: int) -> tuple[Array, Array]:
@@ -77,6 +94,39 @@ class ReferenceModel:
     def _key(self, name: str) -> Any:
         return self._field(f"{self.architecture}.{name}")
 
+    def _has(self, name: str) -> bool:
+        return f"{self.architecture}.{name}" in self.fields
+
+    def _heads(self, name: str) -> int:
+        count = self._key(name)
+        return int(max(count) if isinstance(count, list) else count)
+
+    def _rope(self, x: Array) -> Array:
+        rotated, base = self._key("rope.dimension_count"), self._key("rope.freq_base")
+        frequencies, magnitude = base ** (-2.0 * np.arange(rotated // 2) / rotated), 1.0
+        kind = self._key("rope.scaling.type") if self._has("rope.scaling.type") else "linear"
+        old = self._key("rope.scale_linear") if self._has("rope.scale_linear") else 1.0
+        factor = self._key("rope.scaling.factor") if self._has("rope.scaling.factor") else old
+        if kind == "linear":
+            frequencies = frequencies / factor
+        if kind == "yarn":
+            length = "rope.scaling.original_context_length"
+            context = self._key(length if self._has(length) else "context_length")
+            frequencies, magnitude = yarn(base, rotated, factor, context)
+        if self._has("rope.scaling.attn_factor"):
+            magnitude *= self._key("rope.scaling.attn_factor")
+        return rope(x, self.position, rotated, base, frequencies, magnitude)
+
+    def _query_key_value(self, layer: int, h: Array, rows: list[int]) -> list[Array]:
+        if f"blk.{layer}.attn_qkv.weight" in self.tensors:
+            parts = np.split(self.w(layer, "attn_qkv.weight") @ h, np.cumsum(rows)[:-1])
+            bias = self.tensors.get(f"blk.{layer}.attn_qkv.bias", np.zeros(sum(rows)))
+            biases = np.split(bias, np.cumsum(rows)[:-1])
+        else:
+            parts = [self.w(layer, f"attn_{part}.weight") @ h for part in "qkv"]
+            biases = [self.tensors.get(f"blk.{layer}.attn_{part}.bias", np.zeros(1)) for part in "qkv"]
+        return [part + bias for part, bias in zip(parts, biases, strict=True)]
+
     def reset(self) -> None:
         self.position = 0
         self.keys: dict[int, list[Array]] = {}
@@ -106,15 +156,13 @@ class ReferenceModel:
         return np.asarray(output @ rms_norm(x, self.tensors["output_norm.weight"], self.eps))
 
     def attention(self, layer: int, h: Array, *, gated: bool) -> Array:
-        heads, kv_heads = self._key("attention.head_count"), self._key("attention.head_count_kv")
+        heads, kv_heads = self._heads("attention.head_count"), self._heads("attention.head_count_kv")
         d = self._key("attention.key_length")
-        rotated, base = self._key("rope.dimension_count"), self._key("rope.freq_base")
-        q = (self.w(layer, "attn_q.weight") @ h).reshape(heads, -1)
+        q, k, v = self._query_key_value(layer, h, [heads * d * (2 if gated else 1), kv_heads * d, kv_heads * d])
+        q, k, v = q.reshape(heads, -1), k.reshape(kv_heads, d), v.reshape(kv_heads, d)
         q, gate = q[:, :d], q[:, d:]
-        k = (self.w(layer, "attn_k.weight") @ h).reshape(kv_heads, d)
-        v = (self.w(layer, "attn_v.weight") @ h).reshape(kv_heads, d)
-        q = rope(rms_norm(q, self.w(layer, "attn_q_norm.weight"), self.eps), self.position, rotated, base)
-        k = rope(rms_norm(k, self.w(layer, "attn_k_norm.weight"), self.eps), self.position, rotated, base)
+        q = self._rope(rms_norm(q, self.w(layer, "attn_q_norm.weight"), self.eps))
+        k = self._rope(rms_norm(k, self.w(layer, "attn_k_norm.weight"), self.eps))
         self.keys.setdefault(layer, []).append(k)
         self.values.setdefault(layer, []).append(v)
         keys, values = np.stack(self.keys[layer]), np.stack(self.values[layer])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -39,6 +40,9 @@ class Tiny:
     gate: Type | None = None
     down: Type | None = None
     dense: Type | None = None  # what is not an expert
+    fused_qkv: bool = False  # query, key and value of attention layers in one matrix
+    biased: bool = False  # query, key and value have biases
+    keys: tuple[tuple[str, Any], ...] = ()  # more metadata of the architecture, or other values; None: without the key
 
 
 def random_blocks(kind: Type, shape: tuple[int, ...], deviation: float, random: np.random.Generator) -> np.ndarray:
@@ -90,12 +94,12 @@ def vocabulary(size: int) -> tuple[list[str], list[int], list[str]]:
 def _metadata(writer: gguf.GGUFWriter, s: Tiny) -> None:
     tokens, types, merges = vocabulary(s.vocabulary)
     writer.add_name("tiny")
-    keys = {
+    keys: dict[str, Any] = {
         "block_count": s.layers, "context_length": 4096, "embedding_length": s.columns,
         "attention.head_count": s.heads, "attention.head_count_kv": s.kv_heads,
         "attention.key_length": s.head_columns, "attention.value_length": s.head_columns,
         "rope.dimension_count": s.rotated, "expert_count": s.experts, "expert_used_count": s.used,
-        "expert_feed_forward_length": s.hidden,
+        "expert_feed_forward_length": s.hidden, "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 10000.0,
     }  # fmt: skip
     if s.architecture == "qwen35moe":
         keys |= {
@@ -105,16 +109,21 @@ def _metadata(writer: gguf.GGUFWriter, s: Tiny) -> None:
         }  # fmt: skip
         if s.shared_hidden:
             keys["expert_shared_feed_forward_length"] = s.shared_hidden
-    for key, value in keys.items():
-        writer.add_uint32(f"{s.architecture}.{key}", value)
-    writer.add_float32(f"{s.architecture}.attention.layer_norm_rms_epsilon", 1e-6)
-    writer.add_float32(f"{s.architecture}.rope.freq_base", 10000.0)
+    for key, value in (keys | dict(s.keys)).items():
+        if value is not None:
+            add_key(writer, f"{s.architecture}.{key}", value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
     writer.add_eos_token_id(len(tokens) - 1)
+
+
+def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Metadata of the type that its Python value suggests."""
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add.get(type(value), writer.add_array)(key, value)
 
 
 def write_tiny(path: Path, s: Tiny, seed: int) -> Path:
@@ -143,9 +152,12 @@ def _layer(w: _Writer, s: Tiny, layer: int, unit: float) -> None:
     w.vector(b + ("post_attention_norm.weight" if hybrid else "ffn_norm.weight"), random.uniform(0.5, 1.5, d))
     if not hybrid or (layer + 1) % 4 == 0:
         width = s.heads * s.head_columns
-        w.add(b + "attn_q.weight", (d, 2 * width if hybrid else width), kind, unit)
-        w.add(b + "attn_k.weight", (d, s.kv_heads * s.head_columns), kind, unit)
-        w.add(b + "attn_v.weight", (d, s.kv_heads * s.head_columns), kind, unit)
+        queries, keys = 2 * width if hybrid else width, s.kv_heads * s.head_columns
+        parts = {"qkv": queries + 2 * keys} if s.fused_qkv else {"q": queries, "k": keys, "v": keys}
+        for part, rows in parts.items():
+            w.add(b + f"attn_{part}.weight", (d, rows), kind, unit)
+            if s.biased:
+                w.vector(b + f"attn_{part}.bias", random.standard_normal(rows) / 2)
         w.add(b + "attn_output.weight", (width, d), kind, width**-0.5)
         w.vector(b + "attn_q_norm.weight", random.uniform(0.5, 1.5, s.head_columns))
         w.vector(b + "attn_k_norm.weight", random.uniform(0.5, 1.5, s.head_columns))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fomoe_io.cli.common import checked, new_parser, run_command
 from fomoe_io.config import Tiers
-from fomoe_io.errors import UsageError
+from fomoe_io.errors import UsageError, printable
 from fomoe_io.experts.residency import DECAY, Decay
 from fomoe_io.stats import write_json
 from fomoe_io.system.files import check_targets
@@ -145,17 +145,18 @@ def _report(name: str, trace: Trace, options: argparse.Namespace, policies: list
     if options.single:
         trace = single_tokens(trace)
     h = trace.header
-    print(
+    about = (
         f"{name}: {h.model}, {len(trace.layers)} layers x {max(h.experts)} experts, top-{h.used}; "
         f"{trace.tokens} tokens in {len(trace.batch_tokens)} batches"
     )
+    print(printable(about))
     rows = sweep(name, trace, _sizes(options, trace), policies, options.decay)
     if options.tiers is not None:
         print("requests found where, in %, and experts moved")
-        print("\n".join(tier_table(rows)))
+        print("\n".join(map(printable, tier_table(rows))))
     else:
         print(f"requests served from memory, in % ({BOUND}: no policy serves more)")
-        print("\n".join(size_table(rows)))
+        print("\n".join(map(printable, size_table(rows))))
     return rows
 
 

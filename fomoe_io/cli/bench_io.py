@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fomoe_io.cli.common import checked, new_parser, package_version, run_command
-from fomoe_io.errors import UsageError
+from fomoe_io.cli.common import checked, new_parser, note, package_version, run_command
+from fomoe_io.errors import UsageError, printable
 from fomoe_io.io_bench.calibrate import DEPTHS, POINT_SECONDS, calibrate, sizes_within
 from fomoe_io.io_bench.job import DIRECTIONS, ENGINES, IOJob, IOResult
 from fomoe_io.io_bench.job_file import parse_engine, parse_flag, parse_seconds, read_job_file
@@ -128,7 +128,8 @@ def _main(argv: Sequence[str] | None) -> int:
     if options.output_format == "json":
         text = json.dumps(json_results(results, package_version(), card), indent=2)
     else:
-        text = "\n".join([*map(format_result, results), *format_card(card)])
+        lines = "\n".join([*map(format_result, results), *format_card(card)]).split("\n")
+        text = "\n".join(map(printable, lines))
     if options.output:
         write_atomically(options.output, (text + "\n").encode())
     else:
@@ -146,9 +147,11 @@ def _calibrate(options: argparse.Namespace) -> int:
         raise UsageError("--calibrate needs one --filename or a --store")
     paths = options.filename or Store.open(options.store).paths
     path = max(paths, key=file_bytes)
-    seconds = len(sizes_within(path)) * len(DEPTHS) * POINT_SECONDS
-    print(f"measuring {path}: about {seconds:.0f} s", file=sys.stderr)
+    seconds = len(sizes_within(path, direct=options.direct)) * len(DEPTHS) * POINT_SECONDS
+    note(f"measuring {path}: about {seconds:.0f} s")
     result = calibrate(path, engine=options.engine, direct=options.direct)
+    if options.direct and not result.direct:
+        note(f"note: direct reads of {path} do not work: this is the page cache, not the drive")
     result.save(options.calibrate)
     for point in result.points:
         print(

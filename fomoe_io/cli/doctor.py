@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import platform
@@ -15,16 +16,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fomoe_io._uring import LIBURING_VERSION
-from fomoe_io.cli.common import new_parser, package_version, run_command
+from fomoe_io.cli.common import checked, new_parser, package_version, run_command
+from fomoe_io.config import device_name
 from fomoe_io.cpu import dot_library
-from fomoe_io.errors import DeviceError, FomoeError, UsageError
+from fomoe_io.errors import DeviceError, FomoeError, UsageError, printable
 from fomoe_io.storage.reader import ALIGNMENT, IO_URING_FIX, aligned_memory, open_reader, probe_modes
 from fomoe_io.system import memory
 from fomoe_io.system.system_card import drive_of, processor, system_card
 from fomoe_io.units import format_bytes
+
+if TYPE_CHECKING:
+    from fomoe_io.gpu.device import DeviceInfo
 
 PROGRAM = "fomoe-doctor"
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
@@ -38,6 +43,10 @@ TRIED_BUFFER_BYTES = 64 << 20
 LEAST_MEMORY_BYTES = 1 << 30
 GPU_NODES = ("/dev/kfd", "/dev/nvidia0")
 """What the drivers of AMD and NVIDIA make."""
+GOOD_FILE_SYSTEMS = "ext4 or xfs"
+MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
+VIRTUAL_DRIVES = ("vd", "xvd", "loop", "nbd", "zram")
+"""Whether these spin is made up by the host, or the kernel's default."""
 PACKAGES = ("numpy", "gguf", "tokenizers", "jinja2", "xxhash", "libggml-python")
 
 
@@ -81,8 +90,8 @@ def check_io_uring(disabled: str, modes: dict[str, str]) -> Check:
     working = [mode for mode, problem in modes.items() if not problem]
     refused = "; ".join(f"{mode}: {problem}" for mode, problem in modes.items() if problem)
     if not working:
-        fix = IO_URING_FIX if disabled in ("1", "2") else "allow io_uring in the container (seccomp profile)"
-        return Check("io_uring", WARN, f"forbidden (pread threads read instead): {refused}", fix)
+        cause, fix = _why_no_ring(disabled, set(modes.values()))
+        return Check("io_uring", WARN, f"{cause} (pread threads read instead): {refused}", fix)
     choice = "coop" if "coop" in working else "plain"
     reason = {
         "coop": "completions wait for the reader's next call instead of interrupting it; any thread may read",
@@ -90,6 +99,19 @@ def check_io_uring(disabled: str, modes: dict[str, str]) -> Check:
     }[choice]
     found = f"{', '.join(working)} read a file; {choice} is used: {reason}"
     return Check("io_uring", OK, f"{found}{f' (not here: {refused})' if refused else ''}")
+
+
+def _why_no_ring(disabled: str, problems: set[str]) -> tuple[str, str]:
+    """(cause, fix) where no mode of the ring has read the file."""
+    if disabled in ("1", "2"):
+        return "forbidden by the system", IO_URING_FIX
+    if any("wrong bytes" in problem for problem in problems):
+        return "the kernel reads files of this file system wrongly by it", f"a store on {GOOD_FILE_SYSTEMS}"
+    if any(os.strerror(errno.ENOMEM) in problem for problem in problems):
+        return "no memory may be locked for it", "ulimit -l unlimited"
+    if problems <= {os.strerror(errno.EINVAL), os.strerror(errno.EOPNOTSUPP)}:
+        return "it does not read files of this file system", f"a store on {GOOD_FILE_SYSTEMS}"
+    return "forbidden", "allow io_uring in the container (seccomp profile)"
 
 
 def check_locked_memory(limit: int, registered: bool, problem: str) -> Check:
@@ -144,23 +166,26 @@ def probe_file(place: Path) -> Iterator[Path]:
 
 def check_direct(path: Path) -> Check:
     """A real O_DIRECT read."""
-    memory_ = aligned_memory(ALIGNMENT, huge_pages=False)
+    kind = drive_of(path).file_system
     with open_reader([path], depth=1) as reader:
+        memory_ = aligned_memory(reader.block_bytes, huge_pages=False)
         try:
-            reader.read_into([(0, 0, memory_.address, ALIGNMENT)])
+            reader.read_into([(0, 0, memory_.address, reader.block_bytes)])
         except FomoeError as error:
-            return Check("O_DIRECT", FAIL, error.message, "another file system: ext4 or xfs")
+            return Check("O_DIRECT", FAIL, error.message, error.hint or "")
+        if kind in MEMORY_FILE_SYSTEMS:
+            found = f"{kind} keeps files in memory: no drive is read, and nothing is saved by reading experts from it"
+            return Check("O_DIRECT", WARN, found, f"a store on a drive, {GOOD_FILE_SYSTEMS}")
         if not reader.direct:
-            kind = drive_of(path).file_system
-            found = f"{kind} refuses it: reads go through the page cache"
-            return Check("O_DIRECT", WARN, found, "a store on ext4 or xfs")
-    return Check("O_DIRECT", OK, f"works on {drive_of(path).file_system}")
+            return Check("O_DIRECT", WARN, "; ".join(reader.notes) or kind, f"a store on {GOOD_FILE_SYSTEMS}")
+        blocks = f" in blocks of {reader.block_bytes:,} bytes" if reader.block_bytes > ALIGNMENT else ""
+    return Check("O_DIRECT", OK, f"works on {kind}{blocks}")
 
 
 def check_drive(path: Path) -> Check:
     """The drive: kind, scheduler, link."""
     drive = drive_of(path)
-    if drive.rotational and not drive.device.startswith("vd"):  # a virtual drive reports what its host made up
+    if drive.rotational and not drive.device.startswith(VIRTUAL_DRIVES):
         return Check("drive", WARN, f"{drive.describe()}: a spinning disk", "pack the store to an NVMe drive")
     if drive.device.startswith("nvme") and drive.scheduler not in ("", "none"):
         fix = f"echo none | sudo tee /sys/block/{drive.device}/queue/scheduler"
@@ -186,7 +211,7 @@ def check_memory() -> Check:
 
 def check_processor() -> Check:
     """Processor and the kernels that compute on it."""
-    kernels = dot_library.use("auto")
+    kernels = dot_library.open_kernels("auto").name
     found = f"{processor()}, {len(os.sched_getaffinity(0))} threads, {kernels} kernels"
     if kernels != "ggml" and platform.machine() == "x86_64":
         return Check("processor", WARN, found, "pip install 'libggml-python>=0.20,<0.21'")
@@ -198,7 +223,7 @@ def check_gpu() -> Check:
     from fomoe_io.gpu import device  # loads driver libraries
 
     try:
-        found = device.list_devices()
+        found = device.all_devices()
     except DeviceError as error:
         nodes = [node for node in GPU_NODES if Path(node).exists()]
         if not nodes:
@@ -206,8 +231,20 @@ def check_gpu() -> Check:
         return Check(
             "GPU", WARN, f"{', '.join(nodes)} exist, but {error.message}", "install the driver's user libraries"
         )
-    names = [f"{d.name} ({d.architecture}, {format_bytes(d.memory_bytes)}) by {d.provider}" for d in found]
-    return Check("GPU", OK, ", ".join(names))
+    return Check("GPU", OK, ", ".join(_described(d) for d in found))
+
+
+def _described(d: DeviceInfo) -> str:
+    note = ", a part of the processor: only by its number" if d.is_integrated else ""
+    return f"{d.option} {d.name} ({d.architecture}, {format_bytes(d.memory_bytes)}{note}) by {d.provider}"
+
+
+def examine_gpu(name: str) -> Iterator[Check]:
+    """What the engine takes for granted of a device, tried out."""
+    from fomoe_io.gpu import self_test
+
+    for finding in self_test.run(name):
+        yield Check(finding.name, finding.status, finding.found, finding.fix)
 
 
 def check_versions() -> Check:
@@ -228,6 +265,8 @@ def _tried_registration(path: Path) -> Check:
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     area = aligned_memory(TRIED_BUFFER_BYTES)
     with open_reader([path], depth=1) as reader:
+        if reader.name != "uring":
+            return Check("locked memory", OK, "of no use without io_uring")
         registered = reader.register_buffers(area.address, TRIED_BUFFER_BYTES)
         return check_locked_memory(limit, registered, reader.registration_error)
 
@@ -267,19 +306,29 @@ def _parser() -> argparse.ArgumentParser:
     parser = new_parser(PROGRAM, "Look at this machine: what helps, what hinders, and the command that mends it.")
     parser.add_argument("place", nargs="?", type=Path, default=Path(), metavar="PATH", help="store, GGUF or directory")
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--gpu", action="store_true", help="try out a GPU and its driver instead: a minute at most")
+    parser.add_argument(
+        "--device", type=checked(device_name), metavar="NAME", help="which GPU (with --gpu), such as hip:1"
+    )
     return parser
 
 
 def _main(argv: Sequence[str] | None) -> int:
     options = _parser().parse_args(argv)
-    checks = examine(options.place)
+    if options.device is not None and not options.gpu:
+        raise UsageError("--device names the GPU to try out", hint="--gpu --device NAME")
+    if options.device == "cpu":
+        raise UsageError("--gpu tries out a GPU, and cpu is none", hint="--device auto, hip:0 or cuda:0")
+    found = examine_gpu(options.device or "auto") if options.gpu else iter(examine(options.place))
+    checks = []
+    for check in found:  # a GPU's come one by one
+        checks.append(check)
+        if not options.json:
+            print(printable(f"{check.status:5}{check.name:15}{check.found}"), flush=True)
+            if check.fix:
+                print(printable(f"{'':5}{'':15}fix: {check.fix}"), flush=True)
     if options.json:
         print(json.dumps(_json(checks, options.place), indent=1))
-    else:
-        for check in checks:
-            print(f"{check.status:5}{check.name:15}{check.found}")
-            if check.fix:
-                print(f"{'':5}{'':15}fix: {check.fix}")
     return int(any(check.status == FAIL for check in checks))
 
 

@@ -14,13 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from fomoe_io.cli.common import add_engine_options, add_model, engine_config, model_path, new_parser, run_command
+from fomoe_io.cli.common import (
+    add_engine_options,
+    add_model,
+    decoded,
+    engine_config,
+    model_path,
+    new_parser,
+    run_command,
+)
 from fomoe_io.config import EngineConfig
 from fomoe_io.engine import Engine
 from fomoe_io.errors import UsageError
 from fomoe_io.session import Session
 from fomoe_io.stats import format_banner, format_footer, write_json
 from fomoe_io.system.files import check_targets
+from fomoe_io.text.sampler import check_finite
 from fomoe_io.trace.exact_logits import ExactLogits
 
 TIERS = ("vram", "dram", "nvme")
@@ -171,7 +180,7 @@ class Text:
     """
 
     def __init__(self, engine: Engine, options: argparse.Namespace) -> None:
-        text = options.file.read_text(encoding="utf-8", errors="replace")
+        text = decoded(options.file.read_bytes())
         if not text:
             raise UsageError(f"{options.file} is empty")
         # llama.cpp's tools drop one final newline of a file
@@ -195,6 +204,12 @@ class Text:
         if self._bos is not None:
             part[0] = self._bos
         return part
+
+    def scored_logits(self, session: Session, i: int, stepwise: bool) -> np.ndarray:
+        """Logits of the scored positions of chunk i; ComputeError when one is no number."""
+        logits = scored_logits(session, self.part(i), stepwise)
+        check_finite(logits, i * self.chunk + self.chunk // 2)
+        return logits
 
     def targets(self, i: int) -> np.ndarray:
         """Tokens that the scored positions of chunk i predict."""
@@ -246,7 +261,7 @@ def write_exact(config: EngineConfig, options: argparse.Namespace) -> ExactLogit
         exact = ExactLogits(options.exact_logits, text.fingerprint(engine), text.scored, engine.shape.vocabulary)
         session = engine.session()
         for i in range(exact.chunks, text.chunks):
-            exact.append(scored_logits(session, text.part(i), stepwise=False))
+            exact.append(text.scored_logits(session, i, stepwise=False))
             print(f"\rexact logits: {i + 1}/{text.chunks} chunks", end="", file=sys.stderr)
         print(file=sys.stderr)
     return exact
@@ -266,7 +281,7 @@ def evaluate(engine: Engine, options: argparse.Namespace, exact: ExactLogits | N
     print(f"perplexity over {text.chunks} chunks of {text.chunk} tokens", file=sys.stderr)
     before = _hits(engine)
     for i in range(first := len(total.chunks), text.chunks):
-        logits, targets = scored_logits(session, text.part(i), stepwise), text.targets(i)
+        logits, targets = text.scored_logits(session, i, stepwise), text.targets(i)
         nll = score(logits, targets)
         chunk = Chunk(len(nll), float(nll.sum()), float((nll * nll).sum()), cold=i == first)
         if exact is not None:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fomoe_io.cli.common import valid_text
+from fomoe_io.cli.common import Terminated, valid_text
 
 
 def _history() -> Any:
@@ -41,6 +41,8 @@ def read_line() -> str | None:
     """What the user typed (Alt-Enter starts a new line); None at the end of input or at Ctrl-C on an empty line."""
     try:
         text: str = _session().prompt("> ")
+    except Terminated:
+        raise
     except (EOFError, KeyboardInterrupt):
         return None
     return valid_text(text)

@@ -5,21 +5,26 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fomoe_io.cli.common import (
+    Terminated,
     add_engine_options,
     add_model,
+    decoded,
     engine_config,
     model_path,
     new_parser,
+    note,
     run_command,
     valid_text,
 )
 from fomoe_io.engine import Engine
-from fomoe_io.errors import FomoeError, UsageError
+from fomoe_io.errors import FomoeError, UsageError, printable
 from fomoe_io.experts import learned_profile
 from fomoe_io.stats import format_banner, format_footer, write_json
 from fomoe_io.system.files import check_targets
@@ -85,15 +90,28 @@ def _prompt(options: argparse.Namespace) -> str | None:
     if options.prompt is not None:
         return str(options.prompt)
     if options.file is not None:
-        return str(options.file.read_text(encoding="utf-8", errors="replace"))
+        return decoded(options.file.read_bytes())
+    if sys.stdin is None:
+        raise UsageError("there is no prompt, and standard input is closed", hint='-p "Once upon a time"')
     return None if sys.stdin.isatty() else _piped()
 
 
 def _piped() -> str:
-    """Standard input, read as a file is: UTF-8 whatever the locale, what is not becomes U+FFFD."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    return sys.stdin.read()
+    """Standard input, read as a file is."""
+    return decoded(sys.stdin.buffer.read()) if isinstance(sys.stdin, io.TextIOWrapper) else sys.stdin.read()
+
+
+@dataclass(slots=True)
+class Answer:
+    """What was generated so far."""
+
+    ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.pieces)
 
 
 class Chat:
@@ -117,22 +135,24 @@ class Chat:
 
     def reset(self) -> None:
         """Start the conversation afresh."""
-        self._messages: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
+        self._messages: list[Message] = [_message("system", self._system)] if self._system else []
         self._tokens: list[int] = []
 
     def ask(self, text: str) -> list[int]:
-        """All tokens of the conversation with this question at its end."""
+        """All tokens of the conversation with this question at its end, which :meth:`answered` makes part of it."""
         tokenizer = self._tokenizer
         if self.template is None:
-            self._tokens += tokenizer.encode(text, add_bos=tokenizer.add_bos and not self._tokens)
-            return list(self._tokens)
-        self._messages.append({"role": "user", "content": text})
-        return tokenizer.encode(self.template.render(self._messages), special=True)
+            return [*self._tokens, *tokenizer.encode(text, add_bos=tokenizer.add_bos and not self._tokens)]
+        return tokenizer.encode(self.template.render([*self._messages, _message("user", text)]), special=True)
 
-    def answered(self, tokens: list[int], text: str) -> None:
-        """Remember the answer."""
-        self._tokens += tokens
-        self._messages.append({"role": "assistant", "content": text})
+    def answered(self, question: str, tokens: list[int], answer: Answer) -> None:
+        """Remember a question, the tokens that :meth:`ask` gave for it, and the answer."""
+        self._tokens = [*tokens, *answer.ids]
+        self._messages += [_message("user", question), _message("assistant", answer.text)]
+
+
+def _message(role: str, text: str) -> Message:
+    return {"role": role, "content": text}
 
 
 def _show_progress(done: int, total: int) -> None:
@@ -141,29 +161,35 @@ def _show_progress(done: int, total: int) -> None:
         print(f"\rreading {total} prompt tokens: {done}/{total} ({100 * done / total:.0f} %)", end=end, file=sys.stderr)
 
 
-def _answer(
-    conversation: Conversation, tokens: list[int], sampler: Sampler, options: argparse.Namespace
-) -> tuple[list[int], str]:
-    """Generate and print; the tokens and the text, also of an answer that Ctrl-C cut short."""
-    ids: list[int] = []
-    pieces: list[str] = []
+def _shown(text: str) -> str:
+    """What is written of a text: all of it to a file or a pipe, without control sequences to a terminal.
+
+    Nobody wrote them who knows the terminal: a model repeats what it read, which may retitle or clear it.
+    """
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else printable(c) for c in text)
+
+
+def _generate(
+    conversation: Conversation, tokens: list[int], sampler: Sampler, answer: Answer, options: argparse.Namespace
+) -> None:
+    """Generate and print; `answer` also holds what Ctrl-C cut short."""
     try:
         for token, text in conversation.generate(
             tokens, sampler, most=options.predict, stops=options.stop, ignore_eos=options.ignore_eos,
             progress=_show_progress,
         ):  # fmt: skip
             if token >= 0:
-                ids.append(token)
-            pieces.append(text)
-            print(text, end="", flush=True)
-    except KeyboardInterrupt:
-        if options.interactive:
-            print(" [stopped]", end="", file=sys.stderr)
-        else:
+                answer.ids.append(token)
+            answer.pieces.append(text)
+            print(_shown(text), end="", flush=True)
+    except KeyboardInterrupt as ended:
+        if not options.interactive or isinstance(ended, Terminated):
             raise
+        print(" [stopped]", end="", file=sys.stderr)
     finally:
         print(flush=True)
-    return ids, "".join(pieces)
 
 
 def _one_shot(engine: Engine, prompt: str, options: argparse.Namespace) -> None:
@@ -174,10 +200,19 @@ def _one_shot(engine: Engine, prompt: str, options: argparse.Namespace) -> None:
     session = engine.session()
     session.checked(tokens)
     if chat.template is None and not options.no_display_prompt:
-        print(prompt, end="", flush=True)
-    ids, text = _answer(Conversation(session, engine.tokenizer), tokens, Sampler(_sampling(options)), options)
+        print(_shown(prompt), end="", flush=True)
+    answer, conversation = Answer(), Conversation(session, engine.tokenizer)
+    try:
+        _generate(conversation, tokens, Sampler(_sampling(options)), answer, options)
+    except KeyboardInterrupt:
+        _write_statistics(engine, options, answer)
+        raise
+    _write_statistics(engine, options, answer)
+
+
+def _write_statistics(engine: Engine, options: argparse.Namespace, answer: Answer) -> None:
     if options.json:
-        write_json(options.json, {**engine.statistics(), "token_ids": ids, "text": text})
+        write_json(options.json, {**engine.statistics(), "token_ids": answer.ids, "text": answer.text})
 
 
 _HELP = (
@@ -207,10 +242,14 @@ def _interactive(engine: Engine, options: argparse.Namespace) -> None:
         elif command == "/reset":
             chat.reset()
             conversation.reset()
+            sampler.reset()
         elif command.startswith("/"):
-            print(f"no command {command}; {_HELP}", file=sys.stderr)
+            print(printable(f"no command {command}; {_HELP}"), file=sys.stderr)
         else:
-            _turn(conversation, chat, sampler, line, options)
+            try:
+                _turn(conversation, chat, sampler, line, options)
+            except FomoeError as error:  # the question is not part of the conversation, which goes on
+                print(f"fomoe-run: {error}", file=sys.stderr)
     if options.json:
         write_json(options.json, engine.statistics())
 
@@ -224,8 +263,9 @@ def _turn(conversation: Conversation, chat: Chat, sampler: Sampler, line: str, o
             file=sys.stderr,
         )
         return
-    ids, text = _answer(conversation, tokens, sampler, options)
-    chat.answered(ids, text)
+    answer = Answer()
+    _generate(conversation, tokens, sampler, answer, options)
+    chat.answered(line, tokens, answer)
 
 
 def _keep_profile(engine: Engine) -> None:
@@ -239,7 +279,23 @@ def _keep_profile(engine: Engine) -> None:
         if wanted != "learned":
             raise
         why = error.message if isinstance(error, FomoeError) else f"{error.filename}: {error.strerror}"
-        print(f"note: the profile was not kept: {why}", file=sys.stderr)
+        note(f"note: the profile was not kept: {why}")
+
+
+@contextmanager
+def _last_words(engine: Engine, options: argparse.Namespace) -> Iterator[None]:
+    """Keep the profile and print the statistics, also when a signal ends the run."""
+    failed = True
+    try:
+        yield
+        failed = False
+    except KeyboardInterrupt:
+        failed = False
+        raise
+    finally:
+        _keep_profile(engine)
+        if not failed and not options.quiet:
+            print(format_footer(engine.statistics()), file=sys.stderr)
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -253,15 +309,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     with Engine.open(path, config) as engine:
         if not options.quiet:
             print("\n".join(format_banner(engine)), file=sys.stderr)
-        try:
+        with _last_words(engine, options):
             if prompt is None:
                 _interactive(engine, options)
             else:
                 _one_shot(engine, prompt, options)
-        finally:
-            _keep_profile(engine)
-        if not options.quiet:
-            print(format_footer(engine.statistics()), file=sys.stderr)
     return 0
 
 

@@ -17,6 +17,8 @@ from fomoe_io.cli.common import (
     engine_config,
     model_path,
     new_parser,
+    note,
+    package_version,
     run_command,
 )
 from fomoe_io.engine import Engine
@@ -40,7 +42,6 @@ HARMLESS_SWITCHES = {
     ("--no-warmup",): "there is no warm-up run",
     ("--warmup",): "there is no warm-up run",
     ("--metrics",): "/metrics is there unless --no-metrics is given",
-    ("--slots",): "/slots is there unless --no-slots is given",
     ("--webui",): "the page is there unless --no-webui is given",
     ("--log-disable",): "there is no log beside errors",
     ("--cache-prompt",): "prompts are always continued where that is possible",
@@ -185,6 +186,7 @@ def serve_config(options: argparse.Namespace) -> ServeConfig:
         has_slots=not options.no_slots,
         has_page=not options.no_webui,
         stall_seconds=options.timeout,
+        version=package_version(),
     )
 
 
@@ -228,7 +230,7 @@ def _keep_profile(engine: Engine) -> None:
         if wanted != "learned":
             raise
         why = error.message if isinstance(error, FomoeError) else f"{error.filename}: {error.strerror}"
-        print(f"note: the profile was not kept: {why}", file=sys.stderr)
+        note(f"note: the profile was not kept: {why}")
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -252,12 +254,11 @@ def run(argv: Sequence[str] | None = None) -> int:
         print(f"ready: {running.url}", file=sys.stderr, flush=True)
 
     running = Running(config, lambda: Engine.open(path, engine_options), on_loaded=announce, before_close=_keep_profile)
-    for note in options.notes:
-        print(f"note: {note}", file=sys.stderr)
+    for text in options.notes:
+        note(f"note: {text}")
     if not config.api_keys and not is_loopback(config.host):
-        print(f"note: others can reach {config.host} and no key is asked for (--api-key)", file=sys.stderr)
-    print(f"loading; listening on {running.url}", file=sys.stderr, flush=True)
-    running.run()
+        note(f"note: others can reach {config.host} and no key is asked for (--api-key)")
+    running.run(lambda: print(f"loading; listening on {running.url}", file=sys.stderr, flush=True))
     if not options.quiet:
         print(format_footer(running.service.worker.statistics), file=sys.stderr)
     return 0

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from pathlib import Path
 
-from fomoe_io import _cpu
+from fomoe_io._cpu import Kernels
 from fomoe_io.errors import UsageError
-
-_used: str | None = None
 
 
 def ggml_libraries() -> tuple[Path, Path] | None:
@@ -22,8 +21,13 @@ def ggml_libraries() -> tuple[Path, Path] | None:
     return None
 
 
-def use(choice: str) -> str:
-    """Bind the kernels for this process.
+@cache
+def _ggml(base: Path, cpu: Path) -> Kernels:
+    return Kernels(bytes(base), bytes(cpu))
+
+
+def open_kernels(choice: str) -> Kernels:
+    """The kernels of an engine; another's of the same process may be others.
 
     Parameters
     ----------
@@ -31,29 +35,22 @@ def use(choice: str) -> str:
 
     Returns
     -------
-    str
-        "ggml" or "portable".
+    Kernels
+        Their `name` is "ggml" or "portable".
 
     Raises
     ------
     UsageError
         "ggml" was asked for and is not installed or does not load.
     """
-    global _used
     libraries = ggml_libraries() if choice != "portable" else None
     if choice == "ggml" and libraries is None:
         raise UsageError("ggml's kernels are not installed", hint="pip install libggml-python")
-    wanted = "portable" if libraries is None else "ggml"
-    if _used != wanted:
-        try:
-            if libraries is None:
-                _cpu.use_kernels(None, None)
-            else:
-                _cpu.use_kernels(*(bytes(path) for path in libraries))
-        except OSError as error:
-            if choice == "ggml":
-                raise UsageError(f"ggml's kernels do not load: {error}", hint="pip install -U libggml-python") from None
-            _cpu.use_kernels(None, None)
-            wanted = "portable"
-        _used = wanted
-    return wanted
+    if libraries is None:
+        return Kernels()
+    try:
+        return _ggml(*libraries)
+    except OSError as error:
+        if choice == "ggml":
+            raise UsageError(f"ggml's kernels do not load: {error}", hint="pip install -U libggml-python") from None
+        return Kernels()

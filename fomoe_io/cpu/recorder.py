@@ -55,6 +55,8 @@ class Recorder:
     ----------
     team : _cpu.Team
         The threads that will replay the program.
+    kernels : _cpu.Kernels
+        What they multiply with; the weights' are the same.
     batch_tokens : int
         Rows of every activation.
     context_tokens : int
@@ -71,6 +73,7 @@ class Recorder:
     def __init__(
         self,
         team: _cpu.Team,
+        kernels: _cpu.Kernels,
         *,
         batch_tokens: int,
         context_tokens: int,
@@ -78,7 +81,8 @@ class Recorder:
         experts: Experts | None,
         lookahead: bool = False,
     ) -> None:
-        self.program = _cpu.Program(team, scratch_floats)
+        self.program = _cpu.Program(team, kernels, scratch_floats)
+        self._kernels = kernels
         self.batch_tokens = batch_tokens
         self.context_tokens = context_tokens
         self.experts_pool = experts
@@ -91,7 +95,7 @@ class Recorder:
         """Activation rows by name; layers that ask for the same name, width and type share them."""
         key = (name, columns, type)
         if key not in self._rows:
-            self._rows[key] = Rows(columns, self.batch_tokens, type)
+            self._rows[key] = Rows(self._kernels, columns, self.batch_tokens, type)
             self.activation_bytes += self._rows[key].stride_bytes * self.batch_tokens
         return self._rows[key]
 

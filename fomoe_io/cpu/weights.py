@@ -6,29 +6,37 @@ second copy of what the process holds anyway.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
 
-from fomoe_io import _cpu
-from fomoe_io._cpu import Matrix
+from fomoe_io._cpu import Kernels, Matrix
 from fomoe_io.errors import FormatError
+from fomoe_io.models.tensors import EMBEDDING, OUTPUT, same_shape
 from fomoe_io.storage.reader import Memory, Reader, ReadRequest, aligned_memory
+from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, round_down, round_up
 
 if TYPE_CHECKING:
     from fomoe_io.storage.gguf import TensorInfo
 
-PAGE_BYTES = 4096
-"""Alignment of direct reads: the largest logical block size of common drives."""
+PAGE_BYTES = LEAST_BLOCK_BYTES
+"""Alignment of direct reads, unless a drive has larger blocks."""
 
 
-def aligned_window(offset: int, size: int) -> tuple[int, int]:
-    """The page-aligned (offset, bytes) that covers a range of a file."""
-    start = offset // PAGE_BYTES * PAGE_BYTES
-    end = -(-(offset + size) // PAGE_BYTES) * PAGE_BYTES
-    return start, end - start
+def aligned_window(offset: int, size: int, block_bytes: int = PAGE_BYTES) -> tuple[int, int]:
+    """The (offset, bytes) of the whole blocks that cover a range of a file."""
+    start = round_down(offset, block_bytes)
+    return start, round_up(offset + size, block_bytes) - start
+
+
+def checked(tensor: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
+    """The tensor, when its shape is that; else FormatError."""
+    if not same_shape(tensor.shape, shape):
+        raise FormatError(f"{tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    return tensor
 
 
 class Weights:
@@ -38,23 +46,32 @@ class Weights:
     ----------
     tensors : mapping of str to TensorInfo
         What to load; the token embedding is left on disk unless it is also the output matrix.
+    kernels : Kernels
+        What they are multiplied with.
     float_activations : bool
         Matrices expand their rows to float32 instead of quantizing activations.
+    block_bytes : int
+        What reads are multiples of (`Reader.block_bytes`).
     """
 
-    EMBEDDING = "token_embd.weight"
-    OUTPUT = "output.weight"
-
-    def __init__(self, tensors: Mapping[str, TensorInfo], *, float_activations: bool) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        kernels: Kernels,
+        *,
+        float_activations: bool,
+        block_bytes: int = PAGE_BYTES,
+    ) -> None:
         self._tensors = tensors
+        self._kernels = kernels
         self._loaded = False
         self._float_activations = float_activations
         self._vectors: dict[str, np.ndarray] = {}
         self._addresses: dict[str, int] = {}
-        self.tied = self.OUTPUT not in tensors
-        loaded = [t for t in tensors.values() if self.tied or t.name != self.EMBEDDING]
+        self.tied = OUTPUT not in tensors
+        loaded = [t for t in tensors.values() if self.tied or t.name != EMBEDDING]
         self._requests: list[ReadRequest] = []
-        windows = [(t, *aligned_window(t.offset, t.bytes)) for t in loaded]
+        windows = [(t, *aligned_window(t.offset, t.bytes, block_bytes)) for t in loaded]
         self.bytes = sum(size for _, _, size in windows)
         # address space alone: memory is taken when load() fills it
         self._memory: Memory = aligned_memory(max(self.bytes, PAGE_BYTES))
@@ -78,48 +95,41 @@ class Weights:
         return self._tensors[name]
 
     def _check_type(self, tensor: TensorInfo) -> None:
-        if _cpu.type_info(int(tensor.type)) is None:
+        if self._kernels.type_info(int(tensor.type)) is None:
             raise FormatError(
                 f"{tensor.name} has type {gguf.GGMLQuantizationType(tensor.type).name}, "
                 "which the CPU kernels in use do not know",
                 hint="pip install libggml-python (its kernels know every GGUF type), or another quantization",
             )
 
-    def matrix(self, name: str, columns: int, rows: int) -> Matrix:
-        """A [rows, columns] weight matrix; FormatError when the file's shape differs."""
-        tensor = self._info(name)
-        shape = tuple(tensor.shape)
-        if len(shape) == 1:
-            shape = (shape[0], 1)
-        if shape != (columns, rows):
-            raise FormatError(f"{name} has shape {list(tensor.shape)}, expected [{columns}, {rows}]")
+    def matrix(self, name: str, columns: int, rows: int, part: slice | None = None) -> Matrix:
+        """A [rows, columns] weight matrix, or the rows of a `part` of it; FormatError when the file's shape differs."""
+        tensor = checked(self._info(name), (columns, rows))
         self._check_type(tensor)
-        return Matrix(self._addresses[name], int(tensor.type), rows, columns, self._float_activations, self._memory)
+        part = part or slice(0, rows)
+        address = self._addresses[name] + part.start * (tensor.bytes // rows)
+        count = part.stop - part.start
+        return Matrix(self._kernels, address, int(tensor.type), count, columns, self._float_activations, self._memory)
 
     def embedding(self, columns: int, rows: int) -> tuple[Matrix, int, int]:
         """(matrix, file, offset): in memory when tied to the output (file -1), else read a row at a time."""
-        tensor = self._info(self.EMBEDDING)
+        tensor = self._info(EMBEDDING)
         if self.tied:
-            return self.matrix(self.EMBEDDING, columns, rows), -1, 0
-        if tuple(tensor.shape) != (columns, rows):
-            raise FormatError(f"{tensor.name} has shape {list(tensor.shape)}, expected [{columns}, {rows}]")
-        self._check_type(tensor)
-        return Matrix(0, int(tensor.type), rows, columns, False, None), tensor.file, tensor.offset
+            return self.matrix(EMBEDDING, columns, rows), -1, 0
+        self._check_type(checked(tensor, (columns, rows)))
+        return Matrix(self._kernels, 0, int(tensor.type), rows, columns, False, None), tensor.file, tensor.offset
 
-    def vector(self, name: str, length: int) -> np.ndarray:
-        """A small tensor of any type, as contiguous float32 of `length` elements."""
+    def vector(self, name: str, shape: tuple[int, ...], part: slice | None = None) -> np.ndarray:
+        """A small tensor of any type, or a `part` of it, as contiguous float32; FormatError when its shape differs."""
         if name not in self._vectors:
-            tensor = self._info(name)
-            elements = int(np.prod(tensor.shape))
-            if elements != length:
-                raise FormatError(f"{name} has {elements} elements, expected {length}")
+            tensor = checked(self._info(name), shape)
             if not self._loaded:
-                return np.zeros(length, np.float32)
+                return np.zeros(math.prod(shape), np.float32)[part or slice(None)]
             view = self._memory.view[self._addresses[name] - self._memory.address :][: tensor.bytes]
             raw = np.frombuffer(view, np.uint8)
             values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(tensor.type))
             self._vectors[name] = np.array(values, np.float32).reshape(-1)
-        return self._vectors[name]
+        return self._vectors[name][part or slice(None)]
 
     def close(self) -> None:
         """Give the memory back."""

@@ -124,7 +124,7 @@ class Profile:
     @classmethod
     def _of_imatrix(cls, path: Path) -> Self:
         file = GGUFFile.open(path)
-        chunks, chunk_tokens = (file.metadata.get(f"imatrix.chunk_{key}") for key in ("count", "size"))
+        chunks, chunk_tokens = (file.metadata.integer(f"imatrix.chunk_{key}", 0) for key in ("count", "size"))
         counts: dict[int, np.ndarray] = {}
         for tensor in file.tensors.values():
             match = _IMATRIX_COUNTS.fullmatch(tensor.name)
@@ -134,7 +134,7 @@ class Profile:
                 raise FormatError(f"{path}: {tensor.name} has type {tensor.type.name} and shape {list(tensor.shape)}")
             values = np.fromfile(file.paths[tensor.file], "<f4", tensor.bytes // 4, offset=tensor.offset)
             counts[int(match[1])] = _counts(values.astype(np.float64).tolist(), f"{path}: {tensor.name}")
-        if not counts or not isinstance(chunks, int) or not isinstance(chunk_tokens, int):
+        if not counts or not chunks or not chunk_tokens:
             raise FormatError(
                 f"{path} is a GGUF, but no importance matrix with expert counts",
                 hint="llama-imatrix -m MODEL.gguf -f TEXT -o FILE.gguf (a version that writes GGUF)",

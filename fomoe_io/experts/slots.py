@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 
-from fomoe_io import _cpu
 from fomoe_io.cpu.weights import PAGE_BYTES
+from fomoe_io.storage.gguf import tensor_bytes
 
 if TYPE_CHECKING:
-    from fomoe_io.storage.store import ExpertLayer
+    from fomoe_io.storage.expert_layers import ExpertLayer
 
 EXTENT = np.dtype(
     [("offset", "<u8"), ("bytes", "<u4"), ("slot_offset", "<u4"), ("file", "<i4"), ("unused", "<i4")], align=True
 )
-"""csrc/cpu/experts.h, fomoe_extent."""
+"""csrc/experts/expert_reads.h, fomoe_extent."""
 
 PARTS = 3
 
@@ -43,16 +44,16 @@ class SlotLayout:
     slot_bytes: int
 
 
-def slot_layout(layer: ExpertLayer) -> SlotLayout:
+def slot_layout(layer: ExpertLayer, block_bytes: int = PAGE_BYTES) -> SlotLayout:
     """Join the parts of each expert that are neighbours on disk into aligned reads.
 
     A packed record becomes one read; an expert of an in-place store up to three, each with the rest of its
-    first and last page.
+    first and last block of `block_bytes`, what direct reads are multiples of.
     """
     file, offset, size = (layer.extents[:, :, i] for i in range(3))
     experts = len(file)
-    start = offset // PAGE_BYTES * PAGE_BYTES
-    end = -(-(offset + size) // PAGE_BYTES) * PAGE_BYTES
+    start = offset // block_bytes * block_bytes
+    end = -(-(offset + size) // block_bytes) * block_bytes
     extents = np.zeros((experts, PARTS), EXTENT)
     extent_count = np.zeros(experts, np.int32)
     part_offset = np.zeros((experts, PARTS), np.uint32)
@@ -129,7 +130,7 @@ def native_layers(
             {
                 "experts": layer.n_experts,
                 "types": [int(part.type) for part in layer.parts],
-                "row_bytes": [_cpu.row_bytes(int(part.type), part.shape[0]) for part in layer.parts],
+                "row_bytes": [tensor_bytes(GGMLQuantizationType(part.type), part.shape[:1]) for part in layer.parts],
                 "extents": layout.extents,
                 "extent_count": layout.extent_count,
                 "part_offset": layout.part_offset,

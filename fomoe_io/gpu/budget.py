@@ -16,8 +16,8 @@ from fomoe_io.gpu.kernels import up
 from fomoe_io.gpu.weights import kernel_of
 
 if TYPE_CHECKING:
-    from fomoe_io.models.blocks import Shape
-    from fomoe_io.storage.store import ExpertLayer
+    from fomoe_io.models.shape import Shape
+    from fomoe_io.storage.expert_layers import ExpertLayer
 
 RECORD_ALIGNMENT_BYTES = 16
 """Of a part in a device record: the widest load of the kernels."""
@@ -143,13 +143,6 @@ class Header:
     def bytes(self) -> int:
         """Of all."""
         return self.embedding + up(self.tokens * self.row_bytes, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def rope_values(base: float, rotated: int, positions: int) -> np.ndarray:
-    """float32 [positions, rotated / 2, 2]: cos and sin of position * base^(-2 j / rotated)."""
-    frequency = base ** (-np.arange(0, rotated, 2, dtype=np.float64) / rotated)
-    angle = np.arange(positions, dtype=np.float64)[:, None] * frequency
-    return np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
 
 
 def size_classes(records: Mapping[int, RecordLayout]) -> dict[tuple[int, int], int]:

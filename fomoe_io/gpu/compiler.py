@@ -6,14 +6,13 @@ import glob
 import hashlib
 import os
 import sysconfig
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from fomoe_io import _hip
 from fomoe_io.errors import DeviceError
 from fomoe_io.gpu import kernels
-from fomoe_io.system.files import cache_folder
+from fomoe_io.system.files import cache_folder, write_atomically
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -133,11 +132,7 @@ def _write_cached(place: Path, image: bytes) -> None:
     """Best effort: a cache that cannot be written costs a compilation at every start, nothing else."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=place.parent, delete=False) as f:
-            f.write(hashlib.sha256(image).digest() + image)
-            f.flush()
-            os.fsync(f.fileno())
-        Path(f.name).rename(place)
+        write_atomically(place, hashlib.sha256(image).digest() + image)
     except OSError:
         return
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 
-from fomoe_io import _gpu
+from fomoe_io import _gpu, _hip
 from fomoe_io.engine import RESERVE_BYTES, Engine
-from fomoe_io.errors import BudgetError, DeviceError, ReadError, UsageError
+from fomoe_io.errors import BudgetError, DeviceError, UsageError
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import share_slots, slot_layout
 from fomoe_io.gpu import device, kernels
@@ -23,7 +25,6 @@ from fomoe_io.gpu.budget import (
     native_device_layers,
     pool_places,
     record_layout,
-    rope_values,
     size_classes,
 )
 from fomoe_io.gpu.device import Gpu, Step
@@ -34,11 +35,11 @@ from fomoe_io.gpu.recordings import Addresses, ModelSource, Recordings
 from fomoe_io.gpu.session import DeviceSession
 from fomoe_io.gpu.weights import kernel_of
 from fomoe_io.storage.reader import aligned_memory
-from fomoe_io.system.memory import available_bytes, peak_resident_bytes, resident_bytes
+from fomoe_io.system.direct_io import round_down
 from fomoe_io.units import format_bytes
 
 if TYPE_CHECKING:
-    from fomoe_io._hip import Graph
+    from fomoe_io._hip import Graph, Launch
     from fomoe_io.config import EngineConfig
     from fomoe_io.storage.store import Store
 
@@ -46,6 +47,9 @@ FREE_SHARE = 16
 """One part in so many of the device's memory stays free (at most MOST_FREE_BYTES): the driver takes some later."""
 
 MOST_FREE_BYTES = 256 << 20
+
+FREE_UNIT_BYTES = 64 << 20
+"""What is free is rounded down to this: it varies from run to run, and the slots should not."""
 
 EXTRA_SPARES = 4
 """Spare buffers beyond a token's picks: victims still on their way down from the layer before."""
@@ -77,8 +81,9 @@ class DeviceEngine(Engine):
 
     budgets: DeviceBudgets  # type: ignore[assignment]
 
-    two_branches = True
-    """Whether the shared expert runs beside the routed ones."""
+    two_branches: bool | None = None
+    """Whether the shared expert runs beside the routed ones; None: on CUDA.  HIP submits a graph of one branch in one
+    piece, and one of two command by command, through a queue that it may share with other streams."""
 
     chained_launches = True
     """Whether a token's kernels may be started before the ones they follow have finished, where the device can."""
@@ -112,7 +117,7 @@ class DeviceEngine(Engine):
             f"VRAM {format_bytes(b.vram_bytes)}: weights {format_bytes(b.resident_bytes)}, experts "
             f"{format_bytes(b.vram_pool_bytes)} ({least[VRAM]} of {s.experts} a layer), "
             f"state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}",
-            f"RAM {format_bytes(b.ram_bytes)}: experts {format_bytes(b.pool_bytes)} ({least[DRAM]} a layer)",
+            f"{self._ram_text()}: experts {format_bytes(b.pool_bytes)} ({least[DRAM]} a layer)",
         ]
 
     def _open(self, build: Callable[..., None]) -> None:
@@ -128,13 +133,13 @@ class DeviceEngine(Engine):
             if is_wanted:
                 raise UsageError(f"{name} is made on the CPU alone", hint="--device cpu")
         check_shape(s)
-        self._layers = {i: self.store.experts[i] for i in range(s.layers)}
-        self._layouts = {i: slot_layout(layer) for i, layer in self._layers.items()}
+        self._layers = self.model.experts
+        self._layouts = {i: slot_layout(layer, self.reader.block_bytes) for i, layer in self._layers.items()}
         self._records = {i: record_layout(i, layer, self._layouts[i]) for i, layer in self._layers.items()}
         forms = {i: Q8 if r.kernels[0] in kernels.QUANTIZED_TYPES else F32 for i, r in self._records.items()}
         inputs = {i: (form, form) for i, form in forms.items()}
         self._source = ModelSource(
-            s, build, self._resident(), self._files, self._records, inputs, self.context_tokens,
+            s, build, self.model.resident, self._files, self._records, inputs, self.context_tokens,
             substitutes=self.config.car is not None,
         )  # fmt: skip
         self._batch_tokens = min(self.config.batch_tokens, self.context_tokens)
@@ -143,7 +148,7 @@ class DeviceEngine(Engine):
         self.budgets = self._share_memory()
         self._allocate()
         self._recorded.weights.load(self.reader, self.gpu)
-        rope = rope_values(self.shape.rope_base, self.shape.rotated, self.context_tokens)
+        rope = self.shape.rope.table(self.context_tokens)
         self.gpu.stream.copy_in(self._recorded.rope_address, rope.ctypes.data, rope.nbytes)
         if self.config.car is not None:
             rule = self.config.car.native()
@@ -152,13 +157,6 @@ class DeviceEngine(Engine):
         self._warm()
 
     # ---- memory ----
-
-    def _resident(self) -> dict[str, Any]:
-        return {
-            name: tensor
-            for name, tensor in self.store.resident.items()
-            if not name.startswith("blk.") or int(name.split(".")[1]) < self.shape.layers
-        }
 
     def _recordings(self, addresses: Addresses) -> Recordings:
         """The model at these addresses, for a token and for batches."""
@@ -188,7 +186,7 @@ class DeviceEngine(Engine):
         return share_slots(layouts, most, room - spare_bytes, least)  # type: ignore[arg-type]
 
     def _most_slots(self, share: float, least: int) -> int:
-        return max(least, round(share * self.shape.experts))
+        return max(least, round(share * (self._wanted_slots() or self.shape.experts)))
 
     def _share_memory(self) -> DeviceBudgets:  # type: ignore[override]
         s, config = self.shape, self.config
@@ -196,6 +194,7 @@ class DeviceEngine(Engine):
         limit = config.vram_bytes
         if limit is None:
             limit = free - min(MOST_FREE_BYTES, self.gpu.info.memory_bytes // FREE_SHARE)
+            limit = round_down(limit, FREE_UNIT_BYTES) or limit
         elif limit > free:
             raise BudgetError(
                 f"a device budget of {format_bytes(limit)} is more than the {format_bytes(free)} that are free on "
@@ -229,18 +228,19 @@ class DeviceEngine(Engine):
         """Fill in the DRAM slots; returns the budget and what the words shared with the device take."""
         s, config = self.shape, self.config
         shared = self._shared_layout(sketch)["end"]
-        base = resident_bytes() + shared + RESERVE_BYTES
+        process = self._process_bytes()
+        base = process + shared + RESERVE_BYTES
         base += spares * sum(sizes[DRAM] for sizes in size_classes(self._records))
-        limit = config.ram_bytes
-        if limit is None:
-            limit = resident_bytes() + int(0.8 * available_bytes())
-        if limit < max(base, peak_resident_bytes()):
-            raise self._too_small(limit, max(base, peak_resident_bytes()))
-        missing = s.experts - int(table[list(self._records), VRAM].min())
+        limit = self._ram_limit(process, base)
+        wanted = self._wanted_slots() or s.experts
+        missing = max(0, wanted - int(table[list(self._records), VRAM].min()))
         most = missing if config.tiers is None else min(missing, self._most_slots(config.tiers.dram, 0))
         slots = share_slots(self._layouts, most, limit - base, 0) if most else {}
         for layer, count in (slots or {}).items():
-            table[layer, DRAM] = min(count, s.experts - table[layer, VRAM])
+            table[layer, DRAM] = min(count, max(0, wanted - table[layer, VRAM]))
+        if config.slots is not None and (table[list(self._records)].sum(1) < wanted).any():
+            rest = sum((wanted - table[i, VRAM]) * self._layouts[i].slot_bytes for i in self._records)
+            raise self._too_small(limit, base + int(rest))
         return limit, shared
 
     def _allocate(self) -> None:
@@ -263,7 +263,7 @@ class DeviceEngine(Engine):
         if self._has_products:
             workspace = self._recorded.products_address
             self._products = DenseProducts(gpu, workspace, workspace + WORKSPACE_BYTES, self._scratch_bytes)
-        self._streams = [gpu.new_stream() for _ in range(_gpu.LANES)]
+        self._streams = [gpu.new_stream(is_urgent=True) for _ in range(_gpu.LANES)]
         events = [[gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.LANES)]
         self._experts = self._device_experts(vram.pointer, events)  # type: ignore[assignment]
         self._prompts = self._prompt_runner() if b.batch_tokens > 1 else None
@@ -274,6 +274,7 @@ class DeviceEngine(Engine):
         sizes = {
             "mail": sketch.mail.bytes,
             "tables": 8 * s.layers * s.experts,
+            "changed": 4 * s.layers,
             "header": sketch.header.bytes,
             "logits": 4 * s.vocabulary,
             "inputs": sketch.inputs.bytes if self._batch_tokens > 1 else 0,
@@ -317,16 +318,40 @@ class DeviceEngine(Engine):
     def _slots_of(self, layer: int) -> int:
         return int(self.budgets.slots[layer].sum())
 
+    def _warm_layer(self, layer: int, order: np.ndarray, scores: np.ndarray) -> int:
+        return self._experts.warm(layer, order, scores)
+
     # ---- running ----
 
     def _graph(self, outputs: int) -> Graph:
         if outputs not in self._graphs:
-            steps = [
-                Step(self.gpu.prepare(s.kernel, s.grid, *s.arguments), s.beside and self.two_branches, s.forks, s.joins)
+            steps = [Step(self._begin_run())]
+            steps += [
+                Step(
+                    self.gpu.prepare(s.kernel, s.grid, *s.arguments),
+                    s.beside and self.has_two_branches,
+                    s.forks,
+                    s.joins,
+                )
                 for s in self._recorded.token.launches(outputs)
             ]
             self._graphs[outputs] = self.gpu.capture_steps(steps, is_chained=self.chained_launches)
         return self._graphs[outputs]
+
+    @property
+    def has_two_branches(self) -> bool:
+        """What `two_branches` comes to on this device."""
+        return self.gpu.info.provider == "cuda" if self.two_branches is None else self.two_branches
+
+    def _begin_run(self) -> Launch:
+        """What fetches a token's header and the tables that have changed, before all else."""
+        r, s, offsets = self._recorded, self.shape, self._shared_offsets
+        mapped = self._registrations[0].pointer
+        header, changed, tables = (mapped + offsets[name] for name in ("header", "changed", "tables"))
+        return self.gpu.prepare(
+            "begin_run", kernels.begin_run_grid(r.header.bytes, s.layers), header, r.header_address, changed, tables,
+            r.tables_address, r.header.bytes // 16, s.experts,
+        )  # fmt: skip
 
     def _part(self, name: str, offset: int, size: int) -> np.ndarray:
         start = self._shared_offsets[name] + offset
@@ -338,15 +363,16 @@ class DeviceEngine(Engine):
         table, file = self._recorded.embedding, recorder.embedding_file
         for row, token in zip(rows, ids.tolist(), strict=True):
             place = recorder.embedding_offset + token * table.file_row_bytes
-            if table.row_bytes == table.file_row_bytes:
-                got = os.preadv(file, [row], place)
-            else:
-                raw = np.frombuffer(os.pread(file, table.file_row_bytes, place), np.uint8)
-                got = len(raw)
-                if got == table.file_row_bytes:
-                    row[:] = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(table.type)).view(np.uint8)
-            if got != table.file_row_bytes:
-                raise ReadError(f"the token embeddings end early, at byte {place + got} of the model")
+            try:
+                raw = os.pread(file, table.file_row_bytes, place)
+            except OSError as error:
+                raise self._embedding_error(error.errno or errno.EIO) from error
+            if len(raw) != table.file_row_bytes:
+                raise self._embedding_error(errno.ENODATA)
+            values = np.frombuffer(raw, np.uint8)
+            if table.row_bytes != table.file_row_bytes:
+                values = gguf.quants.dequantize(values, gguf.GGMLQuantizationType(table.type)).view(np.uint8)
+            row[:] = values.reshape(-1)
 
     def _fill_header(self, token: int, position: int, substitute: bool) -> None:
         h = self._recorded.header
@@ -381,9 +407,8 @@ class DeviceEngine(Engine):
         self._fill_header(token, position, substitute)
         base, logits_bytes = self._shared.address, 4 * s.vocabulary * outputs
         error = self._experts.run(  # type: ignore[attr-defined]
-            self.gpu.stream, graph, self._run_number, r.header_address, base + offsets["header"], r.header.bytes,
-            r.tables_address, base + offsets["tables"], 8 * s.layers * s.experts,
-            base + offsets["logits"], r.token.logits_address, logits_bytes, base,
+            self.gpu.stream, graph, self._run_number, base + offsets["changed"], base + offsets["logits"],
+            r.token.logits_address, logits_bytes, base,
         )  # fmt: skip
         self._check(error)
         return self._part("logits", 0, logits_bytes).view(np.float32).reshape(outputs, s.vocabulary)
@@ -416,6 +441,7 @@ class DeviceEngine(Engine):
         UsageError
             Another one is open.
         """
+        self.gate.check()
         if self.live_session is not None:
             raise UsageError("a GPU engine holds one session at a time; close() the other first")
         self.live_session = DeviceSession(self)
@@ -434,7 +460,7 @@ class DeviceEngine(Engine):
     def statistics(self) -> dict[str, Any]:
         """As :meth:`Engine.statistics`, with what a device adds: bytes over the link, launches, synchronisations."""
         result = super().statistics()
-        now = self._experts.counters()
+        now = self._counters()
         c = {key: now[key] - self._base[key] for key in now}
         calls = device.counts()
         result["device"] = self.device_name
@@ -450,25 +476,43 @@ class DeviceEngine(Engine):
         self._calls = device.counts()
         super().reset_statistics()
 
-    def close(self) -> None:
-        """Give device and host memory back.  Idempotent."""
-        gpu = self.__dict__.get("gpu")
-        if gpu is not None and "_experts" in self.__dict__:
-            gpu.stream.synchronize()
-            self._experts.settle()  # type: ignore[attr-defined]
+    def _release(self) -> None:
+        """Give device and host memory back; what a device that hangs may still use is left to it."""
+        if "_experts" in self.__dict__ and not self._is_settled():
+            kept = [self.__dict__.pop(name, None) for name in ("gpu", *_ON_DEVICE, "_pool", "_shared")]
+            _hip.abandon(*kept, *self._graphs.values())
         self._graphs.clear()
         for name in ("_recorded", "_prompts", "_products"):
             self.__dict__.pop(name, None)
-        super().close()
+        super()._release()
         for registration in self.__dict__.pop("_registrations", []):
-            registration.close()
+            with suppress(DeviceError):  # a lost device gives nothing back, and has been reported
+                registration.close()
         self.__dict__.pop("_shared_words", None)
         for buffer in self.__dict__.pop("_buffers", []):
-            buffer.free()
+            with suppress(DeviceError):
+                buffer.free()
         self.__dict__.pop("_streams", None)
         shared = self.__dict__.pop("_shared", None)
         if shared is not None:
             shared.close()
+
+    def _is_settled(self) -> bool:
+        """Whether the device has done with all that is ours; waits for it while there is progress."""
+        self._part("mail", 0, 4).view(np.uint32)[0] = 1  # a kernel that still waits for the host goes on
+        for stream in (self.gpu.stream, *self._streams):
+            try:
+                stream.synchronize()
+            except DeviceError:
+                with suppress(DeviceError):  # lost: it uses nothing any more
+                    if not stream.is_done():
+                        return False
+        return True
+
+
+_ON_DEVICE = (
+    "_experts", "_recorded", "_prompts", "_products", "_registrations", "_shared_words", "_buffers", "_streams",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

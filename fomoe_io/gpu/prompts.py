@@ -17,7 +17,7 @@ from fomoe_io.gpu.kernels import up
 if TYPE_CHECKING:
     from fomoe_io.gpu.device import Gpu
     from fomoe_io.gpu.products import DenseProducts
-    from fomoe_io.models.blocks import Shape
+    from fomoe_io.models.shape import Shape
 
 KEPT_PROGRAMS = 2
 """A long prompt's full batches and its last one."""

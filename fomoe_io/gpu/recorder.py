@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fomoe_io.cpu.recorder import Activation
 from fomoe_io.experts.car import NativeCar
@@ -23,6 +23,9 @@ from fomoe_io.gpu.arena import (
     Memory,
 )
 from fomoe_io.gpu.kernels import up
+
+if TYPE_CHECKING:
+    from fomoe_io.models.rope import Rope
 
 ATTENTION_TOKENS = 8
 """Tokens of a batch whose attention is computed at once: what each position range found is kept until it is merged."""
@@ -222,15 +225,18 @@ class DeviceRecorder:
 
     # ---- attention ----
 
-    def rope_table(self, table: DeviceRows, base: float, rotated: int) -> None:
+    def rope_table(self, table: DeviceRows, rope: Rope) -> None:
         """(cos, sin) of every position; the engine fills the table once."""
 
     def kv(
         self, query: DeviceRows, key: DeviceRows, value: DeviceRows, table: DeviceRows, query_norm: int, key_norm: int,
         key_cache: int, value_cache: int, context: int, heads: int, kv_heads: int, head_columns: int,
-        query_stride: int, rotated: int, epsilon: float,
+        query_stride: int, rotated: int, epsilon: float, biases: Sequence[int | None],
     ) -> None:  # fmt: skip
         """Queries and keys normalised and rotated; keys and values into the cache."""
+        for rows, bias in zip((query, key, value), biases, strict=True):
+            if bias is not None:
+                self._add("add_bias", (up(rows.columns, 256), self.tokens, 1), rows.address, bias, rows.columns)
         turned = self.rows("rotated_query", heads * head_columns)
         self._rotated_query[query.address] = turned
         self._add(

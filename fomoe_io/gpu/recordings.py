@@ -15,7 +15,7 @@ from fomoe_io.gpu.recorder import DeviceRecorder
 from fomoe_io.gpu.weights import DeviceWeights
 
 if TYPE_CHECKING:
-    from fomoe_io.models.blocks import Shape
+    from fomoe_io.models.shape import Shape
     from fomoe_io.storage.store import TensorInfo
 
 

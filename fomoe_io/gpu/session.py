@@ -18,7 +18,7 @@ class DeviceSession(Session):
 
     def __init__(self, engine: DeviceEngine) -> None:
         self._device_engine = engine
-        super().__init__(engine, None, engine._check)  # type: ignore[arg-type]
+        super().__init__(engine)
         self.reset()
 
     def _take_memory(self) -> None:
@@ -28,11 +28,13 @@ class DeviceSession(Session):
     def _batch_tokens(self) -> int:
         return self._device_engine.batch_tokens
 
-    def reset(self) -> None:
-        """Forget everything: the next token is the first."""
+    def _give_memory(self) -> None:
+        """Make room for another session."""
+        if self._device_engine.live_session is self:
+            self._device_engine.live_session = None
+
+    def _clear(self) -> None:
         self._device_engine.clear_state()
-        self.position = 0
-        self._broken = False
 
     def _run(
         self,
@@ -56,8 +58,3 @@ class DeviceSession(Session):
             engine.run_batch(ids, self.position, logits[:outputs], prompt_tokens=self._prompt_tokens, picks=picks)
         self.position += len(ids)
         self._broken = False
-
-    def close(self) -> None:
-        """Make room for another session."""
-        if self._device_engine.live_session is self:
-            self._device_engine.live_session = None

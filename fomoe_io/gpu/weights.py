@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import gguf
 import numpy as np
 
-from fomoe_io.cpu.weights import PAGE_BYTES, Weights, aligned_window
+from fomoe_io.cpu.weights import aligned_window, checked
 from fomoe_io.errors import FormatError
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import Arena, DeviceMatrix, EmbeddingTable
+from fomoe_io.models.tensors import EMBEDDING, OUTPUT
 from fomoe_io.storage.reader import Memory, Reader, aligned_memory
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class DeviceWeights:
     def __init__(self, tensors: Mapping[str, TensorInfo], arena: Arena) -> None:
         self._tensors, self._arena = tensors, arena
         self._planned: dict[str, _Planned] = {}
-        self.tied = Weights.OUTPUT not in tensors
+        self.tied = OUTPUT not in tensors
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -65,38 +66,33 @@ class DeviceWeights:
             self._planned[tensor.name] = _Planned(tensor, self._arena.take(size), is_expanded)
         return self._planned[tensor.name].address
 
-    def matrix(self, name: str, columns: int, rows: int) -> DeviceMatrix:
-        """A [rows, columns] weight matrix, expanded to floats when the device has no kernel for its type.
+    def matrix(self, name: str, columns: int, rows: int, part: slice | None = None) -> DeviceMatrix:
+        """A [rows, columns] weight matrix or a `part` of its rows, as floats where no kernel takes its type.
 
         Raises
         ------
         FormatError
             The file's shape differs, or no kernel takes rows of that length.
         """
-        tensor = self._info(name)
-        shape = (*tensor.shape, 1) if len(tensor.shape) == 1 else tuple(tensor.shape)
-        if shape != (columns, rows):
-            raise FormatError(f"{name} has shape {list(tensor.shape)}, expected [{columns}, {rows}]")
+        tensor = checked(self._info(name), (columns, rows))
         if columns % 32:
             raise FormatError(
                 f"{name} has rows of {columns}; the GPU kernels take multiples of 32", hint="--device cpu"
             )
         kernel = kernel_of(int(tensor.type))
-        return DeviceMatrix(self._place(tensor, is_expanded=kernel is None), kernel or "f32", rows, columns)
+        row_bytes = tensor.bytes // rows if kernel else 4 * columns
+        part = part or slice(0, rows)
+        address = self._place(tensor, is_expanded=kernel is None) + part.start * row_bytes
+        return DeviceMatrix(address, kernel or "f32", part.stop - part.start, columns)
 
-    def vector(self, name: str, length: int) -> int:
-        """Address of a small tensor as float32 elements."""
-        tensor = self._info(name)
-        elements = int(np.prod(tensor.shape))
-        if elements != length:
-            raise FormatError(f"{name} has {elements} elements, expected {length}")
-        return self._place(tensor, is_expanded=True)
+    def vector(self, name: str, shape: tuple[int, ...], part: slice | None = None) -> int:
+        """Address of a small tensor, or of a `part` of it, as float32 elements."""
+        tensor = checked(self._info(name), shape)
+        return self._place(tensor, is_expanded=True) + 4 * (part.start if part else 0)
 
     def embedding(self, columns: int, rows: int) -> tuple[EmbeddingTable, int, int]:
         """(table, file, offset): rows are read from the file, tied to the output or not."""
-        tensor = self._info(Weights.EMBEDDING)
-        if tuple(tensor.shape) != (columns, rows):
-            raise FormatError(f"{tensor.name} has shape {list(tensor.shape)}, expected [{columns}, {rows}]")
+        tensor = checked(self._info(EMBEDDING), (columns, rows))
         kernel, file_row_bytes = kernel_of(int(tensor.type)), tensor.bytes // rows
         row_bytes = file_row_bytes if kernel else 4 * columns
         return (
@@ -107,7 +103,7 @@ class DeviceWeights:
 
     def load(self, reader: Reader, gpu: Gpu) -> None:
         """Read and copy everything that was asked for."""
-        staging = [aligned_memory(PIECE_BYTES + 2 * PAGE_BYTES) for _ in range(2)]
+        staging = [aligned_memory(PIECE_BYTES + 2 * reader.block_bytes) for _ in range(2)]
         registrations = [gpu.register(np.frombuffer(memory.view, np.uint8)) for memory in staging]
         try:
             for planned in self._planned.values():
@@ -128,13 +124,13 @@ class DeviceWeights:
             memory = staging[i % 2]
             if i >= len(staging):
                 gpu.stream.synchronize()  # the copy out of this half may still run
-            start, window = aligned_window(planned.tensor.offset + first, size)
+            start, window = aligned_window(planned.tensor.offset + first, size, reader.block_bytes)
             reader.read_into([(planned.tensor.file, start, memory.address, window)])
             gpu.stream.copy_in(planned.address + first, memory.address + planned.tensor.offset + first - start, size)
         gpu.stream.synchronize()
 
     def _load_expanded(self, planned: _Planned, reader: Reader, gpu: Gpu) -> None:
-        start, window = aligned_window(planned.tensor.offset, planned.tensor.bytes)
+        start, window = aligned_window(planned.tensor.offset, planned.tensor.bytes, reader.block_bytes)
         memory = aligned_memory(window)
         reader.read_into([(planned.tensor.file, start, memory.address, window)])
         skip = planned.tensor.offset - start

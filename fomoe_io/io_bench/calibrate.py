@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from fomoe_io.errors import UsageError
 from fomoe_io.io_bench.job import IOJob
 from fomoe_io.io_bench.run import file_bytes, run_jobs
 from fomoe_io.storage.calibration import Calibration, Point
+from fomoe_io.storage.read_files import ReadFiles
+from fomoe_io.system.direct_io import round_up
 from fomoe_io.system.system_card import system_card
 
 SIZES_BYTES = (4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
@@ -16,8 +19,8 @@ DEPTHS = (1, 4, 8, 16, 32)
 POINT_SECONDS = 1.0
 
 
-def sizes_within(path: Path, sizes: Sequence[int] = SIZES_BYTES) -> list[int]:
-    """The sizes of reads that a file or a device has room for.
+def sizes_within(path: Path, sizes: Sequence[int] = SIZES_BYTES, *, direct: bool = True) -> list[int]:
+    """The sizes of reads that a file or a device has room for, in blocks of its drive.
 
     Raises
     ------
@@ -25,6 +28,8 @@ def sizes_within(path: Path, sizes: Sequence[int] = SIZES_BYTES) -> list[int]:
         There is none, and so nothing to measure.
     """
     found = file_bytes(path)
+    with closing(ReadFiles([path], direct=direct)) as files:
+        sizes = sorted({round_up(size, files.block_bytes) for size in sizes})
     fitting = [size for size in sizes if size <= found]
     if not fitting:
         raise UsageError(
@@ -61,8 +66,8 @@ def calibrate(
     UsageError
         The file is smaller than every size.
     """
-    points, used = [], engine
-    for size in sizes_within(path, sizes):
+    points, used, is_direct = [], engine, direct
+    for size in sizes_within(path, sizes, direct=direct):
         for depth in depths:
             job = IOJob(
                 filenames=(path,),
@@ -74,7 +79,7 @@ def calibrate(
                 engine=engine,
             )
             result = run_jobs([job])[0]
-            used = result.engine
+            used, is_direct = result.engine, result.direct
             p50, p99 = (result.percentile_ns(p) / 1e3 for p in (50, 99))
             points.append(Point(size, depth, result.bytes_per_second, p50, p99, result.cpu_us_per_read))
-    return Calibration(tuple(points), used, direct, system_card([path]))
+    return Calibration(tuple(points), used, is_direct, system_card([path]))

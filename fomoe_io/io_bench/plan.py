@@ -13,7 +13,9 @@ import numpy as np
 from fomoe_io._io_load import PLAN
 from fomoe_io.errors import FormatError, UsageError
 from fomoe_io.experts.slots import slot_layout
-from fomoe_io.storage.store import ExpertLayer, Store
+from fomoe_io.storage.expert_layers import ExpertLayer
+from fomoe_io.storage.store import Store
+from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES
 from fomoe_io.trace.trace import MAGIC, Trace
 
 MOST_PLANNED = 1 << 20
@@ -126,15 +128,17 @@ def random_picks(layers: dict[int, ExpertLayer], seed: int) -> list[tuple[int, i
     return picks
 
 
-def record_plan(store: Store, picks: Sequence[tuple[int, int]]) -> np.ndarray:
+def record_plan(store: Store, picks: Sequence[tuple[int, int]], block_bytes: int = LEAST_BLOCK_BYTES) -> np.ndarray:
     """The reads that bring these experts in: one of a packed store, up to three where it points into a GGUF.
+
+    `block_bytes`: what the reads are multiples of.
 
     Raises
     ------
     UsageError
         The picks are of another model.
     """
-    layouts = {index: slot_layout(layer) for index, layer in store.experts.items()}
+    layouts = {index: slot_layout(layer, block_bytes) for index, layer in store.experts.items()}
     reads = []
     for layer, expert in picks[:MOST_PLANNED]:
         if layer not in layouts or not 0 <= expert < store.experts[layer].n_experts:

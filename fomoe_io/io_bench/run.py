@@ -7,6 +7,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fomoe_io._io_load import Load, MmapReader
 from fomoe_io.errors import ReadError, UsageError
 from fomoe_io.io_bench.job import IOJob, IOResult
 from fomoe_io.io_bench.plan import block_plan, random_picks, read_trace, record_plan
-from fomoe_io.storage.read_files import ReadFiles
+from fomoe_io.storage.read_files import ReadFault, ReadFiles, read_fault
 from fomoe_io.storage.reader import ALIGNMENT, HUGE_PAGE_BYTES, Memory, Reader, aligned_memory, open_reader
 from fomoe_io.storage.store import Store
 from fomoe_io.units import format_bytes
@@ -45,10 +46,14 @@ class _Thread:
         else:
             self.load.run(self.reader.address)
 
-    def error(self) -> str:
+    def check(self) -> None:
+        """Raise ReadError when a read failed."""
         if not self.load.error:
-            return ""
-        return (self.reader and self.reader.last_error) or os.strerror(-self.load.error)
+            return
+        fault = read_fault(-self.load.error, 0, 0)
+        if isinstance(self.reader, Reader) and self.reader.last_error:
+            fault = ReadFault(self.reader.last_error, self.reader.last_fix)
+        raise ReadError(fault.reason, hint=fault.fix)
 
     def close(self) -> None:
         if self.reader is not None:
@@ -88,14 +93,31 @@ def lay_out(job: IOJob) -> list[str]:
     return notes
 
 
-def _plan(job: IOJob, seed: int) -> tuple[np.ndarray, list[Path], dict[int, int]]:
-    """Reads, the files they are of, and which of these are mirrors of one another."""
+def _paths(job: IOJob) -> tuple[list[Path], dict[int, int]]:
+    """The files to read, and which of them are mirrors of one another."""
+    return Store.open(job.store).copies() if job.store else (list(job.filenames), {})
+
+
+def _plan(job: IOJob, seed: int, files: ReadFiles | Reader) -> np.ndarray:
+    """Reads, in multiples of what the files take.
+
+    Raises
+    ------
+    UsageError
+        The job's blocks are none.
+    """
     if job.store:
         store = Store.open(job.store)
         picks = read_trace(job.trace) if job.trace else random_picks(store.experts, seed)
-        return record_plan(store, picks), *store.copies()
-    usable = [min(size, job.size_bytes or size) for size in map(file_bytes, job.filenames)]
-    return block_plan(usable, job.block_bytes, random=job.rw.startswith("rand"), seed=seed), list(job.filenames), {}
+        return record_plan(store, picks, files.block_bytes)
+    if files.block_bytes > ALIGNMENT and job.block_bytes % files.block_bytes:
+        raise UsageError(
+            f"{job.name}: bs is {job.block_bytes:,}, and the drive of {files.paths[0]} has blocks of "
+            f"{files.block_bytes:,} bytes",
+            hint=f"--bs {files.block_bytes >> 10}K, or --direct 0",
+        )
+    usable = [min(size, job.size_bytes or size) for size in files.sizes]
+    return block_plan(usable, job.block_bytes, random=job.rw.startswith("rand"), seed=seed)
 
 
 def file_bytes(path: Path) -> int:
@@ -107,34 +129,14 @@ def file_bytes(path: Path) -> int:
 
 
 def _prepare(job: IOJob, number: int) -> _Thread:
-    plan, paths, mirrors = _plan(job, job.seed + number)
-    most = 0 if job.time_based else len(plan)
-    if job.size_bytes and job.store and not job.time_based:
-        most = int(np.searchsorted(np.cumsum(plan["bytes"]), job.size_bytes)) + 1
-    stride = -(-int(plan["bytes"].max()) // ALIGNMENT) * ALIGNMENT
-    # whole huge pages, though the buffers be small: pieces of small pages make a read cost more
-    memory = aligned_memory(-(-job.depth * stride // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES)
-    limits: dict[str, Any] = {
-        "depth": job.depth,
-        "memory": memory,
-        "buffers": memory.address,
-        "buffer_bytes": stride,
-        "most_reads": most,
-        "duration_seconds": job.runtime_seconds,
-        "ramp_seconds": job.ramp_seconds,
-    }
-    buffers = np.frombuffer(memory.view, np.uint8)
-    if job.writes:
-        buffers[:] = np.frombuffer(np.random.default_rng(job.seed).bytes(len(buffers)), np.uint8)
-    else:
-        buffers[::ALIGNMENT] = 1  # the first fault of a page is no part of a read
+    paths, mirrors = _paths(job)
     if job.engine == "python-liburing":
-        from fomoe_io.io_bench.peers import LiburingLoad
-
-        return _Thread(None, None, memory, LiburingLoad(plan, paths, direct=job.direct, **limits))
+        with closing(ReadFiles(paths, direct=job.direct)) as probed:
+            return _liburing_thread(job, number, paths, probed)
     if job.engine == "mmap":
         files = ReadFiles(paths, direct=False)
         mapped = MmapReader(files, depth=job.depth, random_access=job.rw == "randread" or bool(job.store))
+        memory, limits = _buffers(job, plan := _plan(job, job.seed + number, files))
         return _Thread(mapped, files, memory, Load(plan, **limits))
     reader = open_reader(
         paths,
@@ -146,9 +148,45 @@ def _prepare(job: IOJob, number: int) -> _Thread:
         mirrors=mirrors,
         write=job.writes,
     )
+    try:
+        memory, limits = _buffers(job, plan := _plan(job, job.seed + number, reader))
+    except BaseException:
+        reader.close()
+        raise
     if job.fixed_buffers:
-        reader.register_buffers(memory.address, job.depth * stride)
+        reader.register_buffers(memory.address, job.depth * limits["buffer_bytes"])
     return _Thread(reader, None, memory, Load(plan, **limits))
+
+
+def _liburing_thread(job: IOJob, number: int, paths: list[Path], probed: ReadFiles) -> _Thread:
+    from fomoe_io.io_bench.peers import LiburingLoad
+
+    memory, limits = _buffers(job, plan := _plan(job, job.seed + number, probed))
+    return _Thread(None, None, memory, LiburingLoad(plan, paths, direct=probed.direct, **limits))
+
+
+def _buffers(job: IOJob, plan: np.ndarray) -> tuple[Memory, dict[str, Any]]:
+    """Memory for a job's reads, and what `Load` is told beside the plan."""
+    most = 0 if job.time_based else len(plan)
+    if job.size_bytes and job.store and not job.time_based:
+        most = int(np.searchsorted(np.cumsum(plan["bytes"]), job.size_bytes)) + 1
+    stride = -(-int(plan["bytes"].max()) // ALIGNMENT) * ALIGNMENT
+    # whole huge pages, though the buffers be small: pieces of small pages make a read cost more
+    memory = aligned_memory(-(-job.depth * stride // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES)
+    buffers = np.frombuffer(memory.view, np.uint8)
+    if job.writes:
+        buffers[:] = np.frombuffer(np.random.default_rng(job.seed).bytes(len(buffers)), np.uint8)
+    else:
+        buffers[::ALIGNMENT] = 1  # the first fault of a page is no part of a read
+    return memory, {
+        "depth": job.depth,
+        "memory": memory,
+        "buffers": memory.address,
+        "buffer_bytes": stride,
+        "most_reads": most,
+        "duration_seconds": job.runtime_seconds,
+        "ramp_seconds": job.ramp_seconds,
+    }
 
 
 def run_jobs(jobs: Sequence[IOJob], progress: Progress | None = None) -> list[IOResult]:
@@ -178,8 +216,7 @@ def run_jobs(jobs: Sequence[IOJob], progress: Progress | None = None) -> list[IO
         samples = _run_threads(flat, progress)
         after = _processor_seconds()
         for thread in flat:
-            if message := thread.error():
-                raise ReadError(message, hint="check the drive (dmesg, smartctl)")
+            thread.check()
         results = [_result(job, group) for job, group in zip(jobs, threads, strict=True)]
     finally:
         for group in threads:
@@ -239,10 +276,8 @@ def _result(job: IOJob, threads: Sequence[_Thread]) -> IOResult:
         direct=reader.direct if isinstance(reader, Reader) else job.direct and reader is None,
         buffers_registered=all(thread.reader is not None and thread.reader.buffers_registered for thread in threads),
     )
-    if isinstance(reader, Reader) and reader.fallback_reason:
-        result.notes.append(f"{reader.fallback_reason}; reading with pread threads instead")
-    if isinstance(reader, Reader) and job.direct and not reader.direct:
-        result.notes.append("the file system refuses O_DIRECT; reading through the page cache")
+    if isinstance(reader, Reader):
+        result.notes += reader.notes
     if job.fixed_buffers and reader and reader.name == "uring" and not result.buffers_registered:
         result.notes.append(f"buffers are not registered: {reader.registration_error}")
     result.reads = sum(count["reads"] for count in counts)

@@ -1,28 +1,43 @@
-"""One small file an architecture; `shape_of` reads the metadata, `build` records the equations."""
+"""The architectures that run: one small file each, which declares keys and tensors and records the equations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fomoe_io.errors import FormatError
 from fomoe_io.models import qwen3moe, qwen35moe
+from fomoe_io.models.architecture import Architecture, Model
+from fomoe_io.models.keys import Keys
+from fomoe_io.models.tensors import check_drafts, check_experts, check_tensors
 
-ARCHITECTURES: dict[str, ModuleType] = {"qwen35moe": qwen35moe, "qwen3moe": qwen3moe}
+if TYPE_CHECKING:
+    from fomoe_io.storage.store import Store
+
+__all__ = ["ARCHITECTURES", "Architecture", "Model", "check_model"]
+
+ARCHITECTURES = {a.name: a for a in (qwen3moe.ARCHITECTURE, qwen35moe.ARCHITECTURE)}
 
 
-def model_of(metadata: Mapping[str, Any]) -> ModuleType:
-    """The module of a model's architecture.
+def check_model(store: Store) -> Model:
+    """Whether a store or GGUF is a model that can be run, from its metadata and tensors alone: no weight is read.
 
     Raises
     ------
     FormatError
-        When the architecture is missing or not supported.
+        Its architecture is not supported, a key or tensor is missing or absurd, or one would change what the model
+        computes and is not computed with here.
     """
-    name = metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    architecture = ARCHITECTURES.get(store.architecture)
+    if architecture is None:
         raise FormatError(
-            f"architecture {name!r} is not supported; this version runs {', '.join(sorted(ARCHITECTURES))}"
+            f"architecture {store.architecture[:60]!r} is not supported; this version runs "
+            f"{', '.join(sorted(ARCHITECTURES))}"
         )
-    return ARCHITECTURES[name]
+    keys = Keys(store.metadata)
+    architecture.check_keys(keys)
+    shape = architecture.shape_of(keys, store.resident)
+    shape.check()
+    check_drafts(shape, store.resident, store.experts)
+    declared = architecture.tensors(shape, store.resident)
+    resident = check_tensors(declared, store.resident, shape, architecture.name)
+    return Model(architecture, shape, resident, check_experts(store.experts, shape))

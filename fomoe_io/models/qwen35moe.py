@@ -2,75 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from fomoe_io._cpu import Rows
-from fomoe_io.cpu.recorder import Recorder
-from fomoe_io.cpu.weights import Weights
 from fomoe_io.errors import FormatError
-from fomoe_io.models.blocks import (
-    Metadata,
-    Shape,
-    record_attention,
-    record_embedding,
-    record_experts,
-    record_logits,
-)
+from fomoe_io.models import tensors
+from fomoe_io.models.architecture import Architecture
+from fomoe_io.models.blocks import record_attention, record_embedding, record_experts, record_logits
+from fomoe_io.models.keys import Keys
+from fomoe_io.models.reading import common_sizes, shared_hidden
+from fomoe_io.models.shape import Shape
+from fomoe_io.models.tensors import Tensor, vector
+
+if TYPE_CHECKING:
+    from fomoe_io._cpu import Rows
+    from fomoe_io.cpu.recorder import Recorder
+    from fomoe_io.cpu.weights import Weights
+    from fomoe_io.storage.gguf import TensorInfo
 
 
-def _full_attention(m: Metadata, layers: int) -> tuple[bool, ...]:
+def _full_attention(m: Keys, layers: int) -> tuple[bool, ...]:
     """Which layers are full attention: the list of newer converters wins over the interval."""
-    recurrent = m.get("attention.recurrent_layers")
+    recurrent = m.layer_flags("attention.recurrent_layers", layers)
     if recurrent is not None:
-        if len(recurrent) < layers:
-            raise FormatError(f"attention.recurrent_layers has {len(recurrent)} entries for {layers} layers")
-        return tuple(not r for r in list(recurrent)[:layers])
-    interval = m.integer("full_attention_interval", 4, most=4096)
+        return tuple(not r for r in recurrent)
+    interval = m.integer("full_attention_interval", 4, least=1, most=4096)
     return tuple((i + 1) % interval == 0 for i in range(layers))
 
 
-def shape_of(metadata: Mapping[str, Any]) -> Shape:
-    """The model's sizes, without its draft (MTP) blocks; FormatError when a key is missing or absurd."""
-    m = Metadata(metadata)
-    blocks = m.integer("block_count", most=4096)
-    layers = blocks - m.integer("nextn_predict_layers", 0, least=0, most=blocks - 1)
-    heads = m.integer("attention.head_count", most=4096)
-    head_columns = m.integer("attention.key_length", most=4096)
-    if m.integer("attention.value_length", head_columns, most=4096) != head_columns:
-        raise FormatError("attention.value_length differs from key_length, which no qwen35moe model has")
-    key_heads, value_heads = m.integer("ssm.group_count", most=4096), m.integer("ssm.time_step_rank", most=4096)
-    state_columns = m.integer("ssm.state_size", most=4096)
-    if value_heads % key_heads or m.integer("ssm.inner_size") != value_heads * state_columns:
+def _check_sections(m: Keys, rotated: int) -> None:
+    """Every pair of a head turns with the text's position, whichever of time, height and width it is given to.
+
+    The sections are counted in turns (time, height, width); a pair beyond all of them would not turn at all.
+    """
+    sections = m.integers("rope.dimension_sections", 4)
+    if sections is None:
+        return
+    total = sum(sections)
+    turning = total > 0 and min(sections) >= 0
+    if not turning or any(j % total >= 3 * sections[j % total % 3] for j in range(rotated // 2)):
         raise FormatError(
-            f"ssm sizes do not fit: group_count {key_heads}, time_step_rank {value_heads}, "
-            f"state_size {state_columns}, inner_size {m.get('ssm.inner_size')}"
+            f"metadata key {m.name('rope.dimension_sections')} is {sections}, which leaves some of the "
+            f"{rotated // 2} pairs of a head without a position"
         )
-    kv_heads = m.integer("attention.head_count_kv", heads, most=heads)
-    if heads % kv_heads:
-        raise FormatError(f"attention.head_count {heads} is no multiple of head_count_kv {kv_heads}")
+
+
+def shape_of(m: Keys, resident: Mapping[str, TensorInfo]) -> Shape:
+    """The model's sizes, without its draft (MTP) blocks; FormatError when a key is missing or absurd."""
+    blocks = m.integer("block_count", least=1, most=4096)
+    layers = blocks - m.integer("nextn_predict_layers", 0, most=blocks - 1)
+    full_attention = _full_attention(m, layers)
+    value_heads, state_columns = (m.integer(f"ssm.{key}", most=4096) for key in ("time_step_rank", "state_size"))
+    if m.integer("ssm.inner_size") != value_heads * state_columns:
+        raise FormatError(
+            f"ssm sizes do not fit: time_step_rank {value_heads}, state_size {state_columns}, "
+            f"inner_size {m.integer('ssm.inner_size')}"
+        )
+    sizes = common_sizes(m, full_attention)
+    _check_sections(m, sizes["rotated"])
     return Shape(
         layers=layers,
-        columns=m.integer("embedding_length"),
-        vocabulary=m.vocabulary(),
-        context_tokens=m.integer("context_length"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_columns=head_columns,
-        rotated=m.integer("rope.dimension_count", head_columns, most=head_columns),
-        rope_base=m.number("rope.freq_base", 1e7),
-        epsilon=m.number("attention.layer_norm_rms_epsilon"),
-        experts=m.integer("expert_count", most=65535),
-        used=m.integer("expert_used_count", most=256),
-        hidden=m.integer("expert_feed_forward_length"),
-        shared_hidden=m.integer("expert_shared_feed_forward_length", 0, least=0),
-        expert_scale=m.number("expert_weights_scale", 1.0) if m.get("expert_weights_scale") else 1.0,
-        full_attention=_full_attention(m, layers),
-        key_heads=key_heads,
+        blocks=blocks,
+        full_attention=full_attention,
+        shared_hidden=shared_hidden(m, resident),
+        key_heads=m.integer("ssm.group_count", most=4096),
         value_heads=value_heads,
         state_columns=state_columns,
         conv_taps=m.integer("ssm.conv_kernel", most=64),
+        **sizes,
     )
+
+
+def _delta_tensors(s: Shape, prefix: str) -> Iterator[Tensor]:
+    keys, values = s.key_heads * s.state_columns, s.value_heads * s.state_columns
+    yield vector(f"{prefix}.attn_norm.weight", s.columns)
+    yield Tensor(f"{prefix}.attn_qkv.weight", (s.columns, 2 * keys + values))
+    yield Tensor(f"{prefix}.attn_gate.weight", (s.columns, values))
+    yield Tensor(f"{prefix}.ssm_beta.weight", (s.columns, s.value_heads))
+    yield Tensor(f"{prefix}.ssm_alpha.weight", (s.columns, s.value_heads))
+    yield vector(f"{prefix}.ssm_conv1d.weight", s.conv_taps, 2 * keys + values)
+    yield vector(f"{prefix}.ssm_a", s.value_heads)
+    yield vector(f"{prefix}.ssm_dt.bias", s.value_heads)
+    yield vector(f"{prefix}.ssm_norm.weight", s.state_columns)
+    yield Tensor(f"{prefix}.ssm_out.weight", (values, s.columns))
+
+
+def tensors_of(s: Shape, names: Iterable[str]) -> Iterator[Tensor]:
+    """All that is computed with.  Biases of query, key and value are refused: llama.cpp would leave them out."""
+    yield from tensors.ends(s)
+    for layer in range(s.layers):
+        prefix = f"blk.{layer}"
+        if s.full_attention[layer]:
+            yield from tensors.attention(s, prefix, names, gated=True, biased=False)
+        else:
+            yield from _delta_tensors(s, prefix)
+        yield from tensors.experts(s, prefix, "post_attention_norm")
 
 
 def _record_delta(p: Recorder, w: Weights, s: Shape, prefix: str, x: Rows) -> None:
@@ -86,18 +112,18 @@ def _record_delta(p: Recorder, w: Weights, s: Shape, prefix: str, x: Rows) -> No
     beta, alpha, mixed = p.rows("beta", s.value_heads), p.rows("alpha", s.value_heads), p.rows("mixed", values)
 
     h = p.norm(
-        x, w.vector(f"{prefix}.attn_norm.weight", s.columns), s.epsilon, name="normed",
+        x, w.vector(f"{prefix}.attn_norm.weight", (s.columns,)), s.epsilon, name="normed",
         feeds=[w_qkv, w_gate, w_beta, w_alpha],
     )  # fmt: skip
     p.mat_mul([(w_qkv, h, qkv), (w_gate, h, gate), (w_beta, h, beta), (w_alpha, h, alpha)])
     conv_state = p.state.take((s.conv_taps - 1) * channels, zeroed=True)
-    conv_weight = w.vector(f"{prefix}.ssm_conv1d.weight", s.conv_taps * channels)
+    conv_weight = w.vector(f"{prefix}.ssm_conv1d.weight", (s.conv_taps, channels))
     p.program.conv(qkv, convolved, conv_weight, conv_state, s.conv_taps)
     delta_state = p.state.take(s.value_heads * s.state_columns**2, zeroed=True)
     p.program.delta(
         convolved, beta, alpha, gate, mixed,
-        w.vector(f"{prefix}.ssm_a", s.value_heads), w.vector(f"{prefix}.ssm_dt.bias", s.value_heads),
-        w.vector(f"{prefix}.ssm_norm.weight", s.state_columns), delta_state,
+        w.vector(f"{prefix}.ssm_a", (s.value_heads,)), w.vector(f"{prefix}.ssm_dt.bias", (s.value_heads,)),
+        w.vector(f"{prefix}.ssm_norm.weight", (s.state_columns,)), delta_state,
         s.key_heads, s.value_heads, s.state_columns, False, s.epsilon,
     )  # fmt: skip
     p.mat_mul_add(w_out, p.convert(mixed, name="mixed", feeds=[w_out]), x)
@@ -107,7 +133,7 @@ def build(p: Recorder, w: Weights, s: Shape, expert_inputs: Mapping[int, tuple[i
     """Record the model; see `qwen3moe.build` for the parameters."""
     x = record_embedding(p, w, s, files)
     table = p.rows("rope", s.rotated)
-    p.program.rope_table(table, s.rope_base, s.rotated)
+    p.program.rope_table(table, s.rope)
     for layer in range(s.layers):
         prefix = f"blk.{layer}"
         if s.full_attention[layer]:
@@ -116,3 +142,18 @@ def build(p: Recorder, w: Weights, s: Shape, expert_inputs: Mapping[int, tuple[i
             _record_delta(p, w, s, prefix, x)
         record_experts(p, w, s, layer, x, norm="post_attention_norm", expert_inputs=expert_inputs[layer])
     record_logits(p, w, s, x)
+
+
+ARCHITECTURE = Architecture(
+    "qwen35moe",
+    shape_of,
+    tensors_of,
+    build,
+    computed=frozenset(
+        {
+            "attention.recurrent_layers", "expert_shared_feed_forward_length", "full_attention_interval",
+            "nextn_predict_layers", "rope.dimension_sections", "ssm.conv_kernel", "ssm.group_count", "ssm.inner_size",
+            "ssm.state_size", "ssm.time_step_rank",
+        }
+    ),
+)  # fmt: skip

@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 
-from fomoe_io.cli.common import package_version
 from fomoe_io.serve.dialect import Answer, Dialect, Format, Prepared, server_sent
 from fomoe_io.serve.jobs import Piece, Progress, Work
 from fomoe_io.serve.openai import chat_messages, progress_document, thinking_of
@@ -258,7 +257,7 @@ def props(prompts: Prompts, config: ServeConfig) -> dict[str, Any]:
         "bos_token": prompts.bos_text,
         "eos_token": prompts.eos_text,
         "modalities": {"vision": False, "audio": False},
-        "build_info": f"fomoe_io {package_version()}",
+        "build_info": f"fomoe_io {config.version}",
     }
 
 

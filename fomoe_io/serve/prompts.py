@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fomoe_io.engine import Engine
-from fomoe_io.errors import FomoeError
+from fomoe_io.errors import FomoeError, FormatError
 from fomoe_io.serve.errors import bad_request, context_exceeded
 from fomoe_io.serve.jobs import Run, Work
 from fomoe_io.serve.sampling import Choosing
@@ -42,6 +42,11 @@ class ChatPrompt(NamedTuple):
 class Prompts:
     """What endpoints need to know of the loaded model.
 
+    Raises
+    ------
+    FormatError
+        Its chat template is damaged.
+
     Parameters
     ----------
     engine : Engine
@@ -62,7 +67,10 @@ class Prompts:
             for token in (self.tokenizer.bos_id, self.tokenizer.eos_id)
         )
         self.template_source = config.chat_template or self.metadata.get(TEMPLATE_KEY) or CHATML
-        self._template = ChatTemplate(self.template_source, bos_text=self.bos_text, eos_text=self.eos_text)
+        try:
+            self._template = ChatTemplate(self.template_source, bos_text=self.bos_text, eos_text=self.eos_text)
+        except FormatError as error:
+            raise FormatError(error.message, hint="--chat-template chatml, or --chat-template-file FILE") from None
 
     # ---- prompts ----
 

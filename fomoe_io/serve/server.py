@@ -70,7 +70,8 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self.handle_exit) for number in heard}
         try:
             yield
         finally:
@@ -147,22 +148,33 @@ class Running:
     def _engine_ended(self) -> None:
         self.server.should_exit = True
 
-    def run(self) -> None:
+    def run(self, on_listening: Callable[[], None] = lambda: None) -> None:
         """Serve until a signal, or until the engine can't be opened.
+
+        Parameters
+        ----------
+        on_listening : callable, optional
+            Called once signals end the server in order.
 
         Raises
         ------
+        KeyboardInterrupt
+            A second signal did not wait for the end.
         Exception
             What the engine's thread failed with.
         """
-        self.service.start()
-        try:
-            self.server.run(sockets=[self.listener])
-        finally:
-            self.listener.close()
-            self.service.close()
+        worker = self.service.worker
+        with self.server.capture_signals():
+            on_listening()
+            self.service.start()
+            try:
+                self.server.run(sockets=[self.listener])
+            finally:
+                self.listener.close()
+                self.service.close()
+            while worker.is_alive() and not self.server.force_exit:
+                worker.join(0.1)
         if self.server.force_exit:
             raise KeyboardInterrupt
-        self.service.worker.join()
-        if self.service.worker.error is not None:
-            raise self.service.worker.error
+        if worker.error is not None:
+            raise worker.error

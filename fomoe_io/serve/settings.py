@@ -58,6 +58,8 @@ class ServeConfig:
         Between comments in a stream that has nothing to say.
     stall_seconds : float
         How long a client may take to accept what it is sent, or to send what it has announced.
+    version : str
+        Of the package, for /props.
     pending_events : int
         What may wait for a slow client of a stream before it is dropped.
     """
@@ -83,6 +85,7 @@ class ServeConfig:
     has_page: bool = True
     keep_alive_seconds: float = 5.0
     stall_seconds: float = 30.0
+    version: str = ""
     pending_events: int = 1024
 
     def __post_init__(self) -> None:

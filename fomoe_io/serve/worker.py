@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fomoe_io.engine import Engine
-from fomoe_io.errors import FomoeError
+from fomoe_io.errors import FomoeError, printable
 from fomoe_io.serve.cache import LiveSession, SessionCache
 from fomoe_io.serve.errors import ApiError, internal_error, unavailable
 from fomoe_io.serve.generate import Answering, PieceSize, Unwanted
@@ -143,7 +143,7 @@ class EngineWorker(threading.Thread):
             return unavailable("the server is shutting down") if self._is_stopping else None
         except FomoeError as error:
             self.outcomes["failed"] += 1
-            print(f"fomoe-serve: {error.message}", file=sys.stderr)
+            print(printable(f"fomoe-serve: {error.message}"), file=sys.stderr)
             return ApiError(500, "server_error", error.message)
         except Exception:  # the server outlives a fault of its own
             self.outcomes["failed"] += 1

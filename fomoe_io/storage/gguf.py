@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +16,8 @@ from typing import Any, Self
 import gguf
 
 from fomoe_io.errors import FormatError
-from fomoe_io.storage.gguf_cursor import DOWNLOAD_AGAIN, Cursor, LazyArray
+from fomoe_io.storage.gguf_cursor import DOWNLOAD_AGAIN, Cursor
+from fomoe_io.storage.metadata import Metadata
 
 MAGIC = b"GGUF"
 
@@ -26,6 +26,9 @@ NAME_LIMIT_BYTES = 255
 """Keys: the GGUF specification.  Tensor names: it says 64; some converters write a little more."""
 
 DEFAULT_ALIGNMENT = 32
+
+MOST_SHARDS = 99999
+"""As many as their names can count."""
 
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -72,42 +75,13 @@ def tensor_bytes(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> int
     return total
 
 
-class Metadata(Mapping[str, Any]):
-    """GGUF keys and values: int, float, bool, str and lists of them.
-
-    Arrays of more than `EAGER_ELEMENTS` are read from the file at each access, numbers as a numpy array and
-    strings as a list, so that a vocabulary occupies memory only while somebody holds it.
-    """
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
-
-    def __getitem__(self, key: str) -> Any:
-        value = self._values[key]
-        return value.load() if isinstance(value, LazyArray) else value
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def length(self, key: str) -> int:
-        """Elements of an array, without loading it."""
-        value = self._values[key]
-        return value.count if isinstance(value, LazyArray) else len(value)
-
-
 @dataclass(frozen=True, slots=True)
 class _Shard:
     """One parsed file."""
 
     path: Path
     size: int
-    metadata: dict[str, Any]
+    metadata: Metadata
     preamble: bytes
     keys_start: int
     keys_end: int
@@ -150,7 +124,7 @@ def _preamble(cursor: Cursor) -> tuple[int, int, int]:
     return version, tensors, keys
 
 
-def _metadata(cursor: Cursor, count: int) -> dict[str, Any]:
+def _metadata(cursor: Cursor, count: int) -> Metadata:
     values: dict[str, Any] = {}
     for index in range(count):
         cursor.what = f"metadata key {index + 1} of {count}"
@@ -159,14 +133,15 @@ def _metadata(cursor: Cursor, count: int) -> dict[str, Any]:
         if key in values:
             raise cursor.error("occurs twice (damaged?)")
         values[key] = cursor.value(key)
-    return values
+    return Metadata(values, str(cursor.path))
 
 
-def _tensors(cursor: Cursor, count: int, values: dict[str, Any], file: int) -> list[TensorInfo]:
+def _tensors(cursor: Cursor, count: int, values: Metadata, file: int) -> list[TensorInfo]:
     """Tensor infos: sizes, alignment, bounds and overlaps checked."""
-    alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-        raise FormatError(f"{cursor.path}: general.alignment is {alignment!r}, expected a power of two from 8")
+    expected = "a power of two from 8"
+    alignment = values.integer("general.alignment", DEFAULT_ALIGNMENT, least=8, most=1 << 30, expected=expected)
+    if alignment & (alignment - 1):
+        raise FormatError(f"{cursor.path}: general.alignment is {alignment}, expected {expected}")
     found = []
     for index in range(count):
         cursor.what = f"tensor {index + 1} of {count}"
@@ -232,7 +207,7 @@ class GGUFFile:
     """
 
     def __init__(self, shards: list[_Shard]) -> None:
-        self.metadata = Metadata(shards[0].metadata)
+        self.metadata = shards[0].metadata
         self._first = shards[0]
         self.paths = [shard.path for shard in shards]
         self.file_bytes = [shard.size for shard in shards]
@@ -259,15 +234,15 @@ class GGUFFile:
             When a header is damaged or hostile, or a shard is missing or of another model.
         """
         first = _read_shard(_existing(Path(path)), 0)
-        count = first.metadata.get("split.count", 1)
-        if not isinstance(count, int) or count <= 1:
+        count = first.metadata.integer("split.count", 1, most=MOST_SHARDS)
+        if count <= 1:
             return cls([first])
         shards = [first]
-        for index, shard_path in enumerate(_shard_paths(Path(path), first.metadata)):
+        for index, shard_path in enumerate(_shard_paths(Path(path), first.metadata, count)):
             if index:
                 shards.append(_read_shard(_existing(shard_path), index))
                 _check_shard(shards[-1], index, first.metadata)
-        total = first.metadata.get("split.tensors.count")
+        total = first.metadata.integer("split.tensors.count", None)
         found = sum(len(shard.tensors) for shard in shards)
         if total is not None and total != found:
             raise FormatError(
@@ -310,7 +285,7 @@ def read_metadata(path: Path) -> Metadata:
     ------
     FormatError
     """
-    return Metadata(_read_shard(_existing(path), 0).metadata)
+    return _read_shard(_existing(path), 0).metadata
 
 
 def _existing(path: Path) -> Path:
@@ -325,9 +300,9 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _shard_paths(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
+def _shard_paths(path: Path, metadata: Metadata, count: int) -> list[Path]:
     """Paths of all shards, from the name of the first."""
-    count, number = metadata["split.count"], metadata.get("split.no", 0)
+    number = metadata.integer("split.no", 0, most=count - 1)
     name = _SHARD_NAME.fullmatch(path.name)
     if name is None or int(name["count"]) != count:
         raise FormatError(
@@ -340,12 +315,12 @@ def _shard_paths(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
     return [path.with_name(f"{name['stem']}-{i + 1:05d}-of-{count:05d}.gguf") for i in range(count)]
 
 
-def _check_shard(shard: _Shard, index: int, first: Mapping[str, Any]) -> None:
-    keys = ("split.no", "split.count", "split.tensors.count")
-    found = [shard.metadata.get(key) for key in keys]
-    if found != [index, first["split.count"], first.get("split.tensors.count")]:
+def _check_shard(shard: _Shard, index: int, first: Metadata) -> None:
+    found = [shard.metadata.integer(key, None) for key in ("split.no", "split.count", "split.tensors.count")]
+    expected = [index, first.integer("split.count"), first.integer("split.tensors.count", None)]
+    if found != expected:
         raise FormatError(
             f"{shard.path} is shard {found[0]} (from 0) of {found[1]} with {found[2]} tensors in all, expected {index} "
-            f"of {first['split.count']} with {first.get('split.tensors.count')}: it is of another model",
+            f"of {expected[1]} with {expected[2]}: it is of another model",
             hint="the shards of one model must lie together under their published names",
         )

@@ -1,4 +1,4 @@
-"""The files that a reader reads: opened once, with the drive each lies on and its mirror."""
+"""The files that a reader reads: opened once, with the drive each lies on, its mirror and its alignment."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import errno
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from fomoe_io.errors import UsageError
+from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, Opened, open_direct
 
 
 class ReadFiles:
@@ -29,8 +31,14 @@ class ReadFiles:
     descriptors, sizes, drives, mirrors : list of int
         Of each file; sizes in bytes, as they were when the file was opened; drives count from 0 in order of
         appearance (files of one drive have the same `st_dev`); mirrors are -1 where there is none.
+    restarts : list of int
+        Of each file: a read that was cut short goes on from a multiple of this; 1 where reads are not direct.
+    block_bytes : int
+        What offsets and sizes of reads must be multiples of: the largest logical block of the files, at least 4096.
     direct : bool
-        Whether all files were opened with O_DIRECT.
+        Whether reads of all files are direct.
+    notes : list of str
+        Why reads of some are not, though that was asked for; a line for each directory.
 
     Raises
     ------
@@ -49,16 +57,20 @@ class ReadFiles:
         write: bool = False,
     ) -> None:
         self.paths = [os.fspath(path) for path in paths]
-        self.direct = direct
         self.descriptors: list[int] = []
         self.sizes: list[int] = []
+        blocks: list[int] = []
         devices: list[int] = []
+        reasons: dict[str, str] = {}
         try:
             for path in self.paths:
-                self.descriptors.append(self._open(path, os.O_WRONLY if write else os.O_RDONLY))
-                status = os.fstat(self.descriptors[-1])
-                devices.append(status.st_dev)
-                self.sizes.append(os.lseek(self.descriptors[-1], 0, os.SEEK_END))  # block devices have no st_size
+                opened = _open(path, os.O_WRONLY if write else os.O_RDONLY, direct)
+                self.descriptors.append(opened.descriptor)
+                blocks.append(opened.block_bytes)
+                if opened.reason:
+                    reasons.setdefault(str(Path(path).parent), opened.reason)
+                devices.append(os.fstat(opened.descriptor).st_dev)
+                self.sizes.append(os.lseek(opened.descriptor, 0, os.SEEK_END))  # block devices have no st_size
             order = list(dict.fromkeys(devices))
             self.drives = [order.index(device) for device in devices]
             self.drive_count = len(order)
@@ -66,16 +78,10 @@ class ReadFiles:
         except BaseException:
             self.close()
             raise
-
-    def _open(self, path: str, access: int) -> int:
-        if self.direct:
-            try:
-                return os.open(path, access | os.O_DIRECT | os.O_CLOEXEC)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self.direct = False  # the file system has no direct I/O
-        return os.open(path, access | os.O_CLOEXEC)
+        self.direct = all(blocks)
+        self.block_bytes = max([LEAST_BLOCK_BYTES, *blocks])
+        self.restarts = [self.block_bytes if block else 1 for block in blocks]
+        self.notes = [f"{folder}: {reason}; reading through the page cache" for folder, reason in reasons.items()]
 
     def _mirror(self, file: int, other: int) -> int:
         if other < 0:
@@ -86,16 +92,74 @@ class ReadFiles:
 
     def describe_error(self, file: int, offset: int, code: int) -> str:
         """`PATH at offset N: reason`."""
-        if code == errno.ENODATA:
-            reason = "the file ends before (cut since it was opened?)"
-        elif code == errno.EINVAL and offset >= self.sizes[file]:
-            reason = f"past the end of the file ({self.sizes[file]:,} bytes)"
-        else:
-            reason = os.strerror(code)
-        return f"{self.paths[file]} at offset {offset}: {reason}"
+        return f"{self.paths[file]} at offset {offset}: {self._fault(file, offset, code).reason}"
+
+    def mend_error(self, file: int, offset: int, code: int) -> str:
+        """What mends such an error."""
+        return self._fault(file, offset, code).fix
+
+    def _fault(self, file: int, offset: int, code: int) -> ReadFault:
+        now = os.lseek(self.descriptors[file], 0, os.SEEK_END) if self.descriptors else self.sizes[file]
+        if code == errno.EINVAL and offset >= self.sizes[file]:
+            return ReadFault(f"past the end of the file ({self.sizes[file]:,} bytes)", "fomoe-layout verify STORE")
+        if code == errno.EINVAL and offset % self.restarts[file]:
+            return ReadFault(f"no multiple of the drive's blocks of {self.block_bytes:,} bytes", "--reader pread")
+        return read_fault(code, self.sizes[file], now)
 
     def close(self) -> None:
         """Close the files.  Idempotent."""
         descriptors, self.descriptors = self.descriptors, []
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _open(path: str, access: int, direct: bool) -> Opened:
+    return open_direct(path, access) if direct else Opened(os.open(path, access | os.O_CLOEXEC), 0, "")
+
+
+class ReadFault(NamedTuple):
+    """Why a read failed, and what mends it."""
+
+    reason: str
+    fix: str
+
+
+CHECK_DRIVE = "check the drive: dmesg | tail, smartctl -a"
+_FAULTS = {
+    errno.EINVAL: ReadFault(
+        "the file system refuses this direct read (Invalid argument)", "copy the file to ext4 or xfs"
+    ),
+    errno.EOPNOTSUPP: ReadFault("the file system does not support this read", "copy the file to ext4 or xfs"),
+    errno.EAGAIN: ReadFault("the kernel has put this read off again and again", "fewer reads at once: --reader pread"),
+    errno.ENOMEM: ReadFault(
+        "the kernel has no memory for this read (Cannot allocate memory)",
+        "a smaller --ram; ulimit -l unlimited, where locked memory is what it lacks",
+    ),
+    errno.EIO: ReadFault("Input/output error: the drive can't read it", CHECK_DRIVE),
+    errno.ESTALE: ReadFault("the network file system has lost the file (Stale file handle)", "mount it again"),
+    errno.ENOTCONN: ReadFault("the program behind this file system has ended", "mount it again"),
+    errno.EBADF: ReadFault("the file was closed while it was read", "open the model again"),
+}
+
+
+def read_fault(code: int, bytes_expected: int, bytes_now: int) -> ReadFault:
+    """What a failed read means.
+
+    Parameters
+    ----------
+    code : int
+        A positive errno; ENODATA where bytes were missing.
+    bytes_expected, bytes_now : int
+        The size that the file should have, and has at this moment.
+    """
+    if code == errno.ENODATA and bytes_now < bytes_expected:
+        return ReadFault(
+            f"the file ends before, at byte {bytes_now:,} of {bytes_expected:,}: it was cut while in use",
+            "copy or pack it again",
+        )
+    if code == errno.ENODATA:
+        return ReadFault(
+            "the file ends before, though its size says otherwise: the file system returns less than was asked for",
+            "copy the file to ext4 or xfs",
+        )
+    return _FAULTS.get(code) or ReadFault(os.strerror(code), CHECK_DRIVE)

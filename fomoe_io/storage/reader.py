@@ -22,18 +22,22 @@ from fomoe_io._pread import PreadReader
 from fomoe_io._uring import MODES, UringReader
 from fomoe_io.errors import ReadError, UsageError
 from fomoe_io.storage.pace import Pace
-from fomoe_io.storage.read_files import ReadFiles
+from fomoe_io.storage.read_files import ReadFiles, read_fault
+from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, round_up
 
 HUGE_PAGE_BYTES = 2 << 20
-ALIGNMENT = 4096
-"""Of offsets, sizes and targets: the largest logical block size of common drives."""
+ALIGNMENT = LEAST_BLOCK_BYTES
+"""Of offsets, sizes and targets, unless a file's drive has larger blocks (`Reader.block_bytes`)."""
 MOST_DEPTH = 4096
+TRIED_BYTES = 1 << 20
+"""Of a file without a drive behind it, to see what a ring makes of it: as much as any file system answers at once."""
 UNSUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES}
 """Answers to a read that speak of the ring, not of the drive."""
 IO_URING_FIX = "sudo sysctl -w kernel.io_uring_disabled=0"
 
 ReadRequest = tuple[int, int, int, int]
-"""(file index, offset, address of the target, bytes); offset, address and bytes multiples of 4096."""
+"""(file index, offset, address of the target, bytes); offset and bytes multiples of `Reader.block_bytes`, address of
+4096."""
 
 
 class NativeReader(Protocol):
@@ -49,6 +53,8 @@ class NativeReader(Protocol):
     def address(self) -> int: ...
     @property
     def last_error(self) -> str: ...
+    @property
+    def last_fix(self) -> str: ...
     @property
     def counters(self) -> dict[str, Any]: ...
     def register_buffers(self, address: int, size: int) -> bool: ...
@@ -83,6 +89,7 @@ class _Table(ctypes.Structure):
         ("reap", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)),
         ("promote", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)),
         ("cancel", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64)),
+        ("wait", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)),
     )
 
 
@@ -95,7 +102,11 @@ class Reader:
     mode : str
         How the ring was set up (a key of `_uring.MODES`), or "threads".
     direct : bool
-        Reads bypass the page cache.
+        Reads of all files bypass the page cache.
+    block_bytes : int
+        What offsets and sizes of reads must be multiples of.
+    notes : list of str
+        What is not as it was asked for, and why: pread instead of io_uring, reads through the page cache.
     depth : int
         Reads in flight at most, for each drive.
     sub_read_bytes : int
@@ -103,12 +114,17 @@ class Reader:
     drives : int
         Drives that the files lie on.
     paths : list of str
+    sizes : list of int
+        Bytes of each file when it was opened.
     fallback_reason : str or None
         Why `auto` took pread.
     """
 
     PIECE_BYTES = 4 << 20
     """Blocking reads are cut into pieces of this size, so that several are in flight."""
+
+    WAIT_MS = 100
+    """Of one native wait: signal handlers run between them."""
 
     def __init__(
         self, native: NativeReader, depth: int, sub_read_bytes: int = 0, fallback_reason: str | None = None
@@ -122,8 +138,13 @@ class Reader:
         self.depth = depth
         self.sub_read_bytes = sub_read_bytes
         self.direct = native.files.direct
+        self.block_bytes = native.files.block_bytes
+        self.notes = list(native.files.notes)
+        if fallback_reason is not None:
+            self.notes.append(f"{fallback_reason}; reading with pread threads instead")
         self.drives = native.files.drive_count
         self.paths = native.files.paths
+        self.sizes = native.files.sizes
 
     @property
     def address(self) -> int:
@@ -134,6 +155,11 @@ class Reader:
     def last_error(self) -> str:
         """File, offset and cause of the last failed read; empty when none has failed."""
         return self._native.last_error
+
+    @property
+    def last_fix(self) -> str:
+        """What mends the last failed read."""
+        return self._native.last_fix
 
     @property
     def counters(self) -> dict[str, Any]:
@@ -173,11 +199,13 @@ class Reader:
             reads[i] = _Read(first_tag + i, offset, address, size, file, priority)
         error = self._table.submit(self._table.self, ctypes.addressof(reads), len(requests))
         if error:
-            raise ReadError(self.last_error or os.strerror(-error))
+            raise ReadError(self.last_error or os.strerror(-error), hint=self.last_fix or None)
 
     def reap(self, most: int = 64, *, wait: bool = True) -> list[tuple[int, int]]:
         """Completions as (tag, 0 or negative errno); empty when nothing is in flight (or ready)."""
         done = (_Completion * most)()
+        while wait and not self._table.wait(self._table.self, self.WAIT_MS):
+            pass
         count = self._table.reap(self._table.self, ctypes.addressof(done), most, int(wait))
         if count < 0:
             raise ReadError(f"waiting for reads failed: {os.strerror(-count)}")
@@ -197,7 +225,7 @@ class Reader:
         Raises
         ------
         ReadError
-            Names the file and offset; no read is in flight any more.
+            Names the file and offset; no read is in flight any more, nor after an interrupt.
         """
         pieces = [
             (file, offset + start, address + start, min(self.PIECE_BYTES, size - start))
@@ -208,12 +236,19 @@ class Reader:
             return
         self.submit(pieces)
         left, failed = len(pieces), 0
-        while left:
-            done = self.reap()
-            left -= len(done)
-            failed = failed or next((error for _, error in done if error), 0)
+        try:
+            while left:
+                done = self.reap()
+                left -= len(done)
+                failed = failed or next((error for _, error in done if error), 0)
+        except BaseException:
+            for tag in range(len(pieces)):
+                self.cancel(tag)
+            while self.reap():
+                pass
+            raise
         if failed:
-            raise ReadError(self.last_error or os.strerror(-failed), hint="check the drive (dmesg, smartctl)")
+            raise ReadError(self.last_error or read_fault(-failed, 0, 0).reason, hint=self.last_fix or None)
 
     def close(self) -> None:
         """Wait for what is in flight and close the files.  Idempotent."""
@@ -255,9 +290,10 @@ def open_reader(
     depth : int
         Reads in flight at most, for each drive.
     direct : bool
-        O_DIRECT, where the file system has it.
+        O_DIRECT, where direct reads of the files work (`Reader.notes` says where they do not).
     sub_read_bytes : int
         Longer reads are cut into pieces of this size, a multiple of 4096, which are read side by side; 0: not cut.
+        Rounded up to blocks of the files.
     mirrors : mapping of int to int, optional
         file index -> index of a file of `paths` with the same bytes.  A read takes the copy whose drive has less
         to do, and the other when it fails.
@@ -279,6 +315,7 @@ def open_reader(
     """
     _check_options(paths, engine, depth, sub_read_bytes, mode)
     files = ReadFiles(paths, direct=direct, mirrors=mirrors, write=write)
+    sub_read_bytes = round_up(sub_read_bytes, files.block_bytes)
     try:
         if engine == "pread":
             native: NativeReader = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
@@ -288,10 +325,8 @@ def open_reader(
             return Reader(_paced(ring, pace), depth, sub_read_bytes)
         except OSError as error:
             if engine == "uring" or mode != "auto":
-                fix = {errno.ENOMEM: "ulimit -l unlimited, or ", errno.EINVAL: "", errno.EOPNOTSUPP: ""}.get(
-                    error.errno or 0, f"{IO_URING_FIX}, or "
-                )
-                hint = f"{fix}--reader pread"
+                fix = ring_fix(error.errno or 0)
+                hint = f"{fix}, or --reader pread" if fix else "--reader pread"
                 raise UsageError(error.strerror or str(error), hint=hint) from None
             reason = error.strerror
         native = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
@@ -299,6 +334,21 @@ def open_reader(
     except BaseException:
         files.close()
         raise
+
+
+def ring_fix(code: int) -> str:
+    """The command that mends a ring refused with this errno; empty where none does."""
+    if code in (errno.EPERM, errno.EACCES):
+        return IO_URING_FIX if io_uring_disabled() else "allow io_uring in the container (seccomp profile)"
+    return {errno.ENOMEM: "ulimit -l unlimited", errno.EMFILE: "ulimit -n 4096"}.get(code, "")
+
+
+def io_uring_disabled() -> bool:
+    """Whether the system forbids io_uring, to all or to all but a group."""
+    try:
+        return Path("/proc/sys/kernel/io_uring_disabled").read_text().strip() in ("1", "2")
+    except OSError:
+        return False
 
 
 def _check_options(paths: Sequence[str | Path], engine: str, depth: int, sub_read_bytes: int, mode: str) -> None:
@@ -338,10 +388,11 @@ def _open_ring(files: ReadFiles, depth: int, sub_read_bytes: int, mode: str, wri
 
 
 def _try_mode(files: ReadFiles, mode: str) -> None:
-    """Read a page with a ring of its own.
+    """Read the first file of each drive with a ring of its own.
 
     A set-up call that succeeds proves nothing: a drive without polled queues answers EOPNOTSUPP to the read, and a
-    container may forbid io_uring_enter alone.
+    container may forbid io_uring_enter alone.  Nor does a read that succeeds, where no drive is behind the file: of a
+    FUSE file system that answers with less than was asked for, kernels read the rest from a wrong place.
 
     Raises
     ------
@@ -350,20 +401,34 @@ def _try_mode(files: ReadFiles, mode: str) -> None:
         that somebody wants.
     """
     native = UringReader(files, depth=1, mode=mode)
-    memory = aligned_memory(ALIGNMENT, huge_pages=False)
+    memory = aligned_memory(TRIED_BYTES, huge_pages=False)
     try:
         table = _Table.from_address(native.address)
-        read, done = _Read(0, 0, memory.address, ALIGNMENT, 0, 0), _Completion()
-        if not files.sizes[0]:
-            return
-        code = table.submit(table.self, ctypes.addressof(read), 1)
-        if not code:
-            count = table.reap(table.self, ctypes.addressof(done), 1, 1)
-            code = done.error if count > 0 else count
-        if -code in UNSUPPORTED:
-            raise OSError(-code, f"io_uring ({mode}) is not available: {os.strerror(-code)}")
+        for file in [files.drives.index(drive) for drive in range(files.drive_count)]:
+            if not files.sizes[file]:
+                continue
+            has_drive = os.major(os.fstat(files.descriptors[file]).st_dev) != 0
+            size = files.block_bytes if has_drive else TRIED_BYTES
+            read, done = _Read(0, 0, memory.address, size, file, 0), _Completion()
+            code = table.submit(table.self, ctypes.addressof(read), 1)
+            if not code:
+                count = table.reap(table.self, ctypes.addressof(done), 1, 1)
+                code = done.error if count > 0 else count
+            if -code in UNSUPPORTED:
+                raise OSError(-code, f"io_uring ({mode}) is not available: {os.strerror(-code)}")
+            if not code and not has_drive and memory.view[: files.sizes[file]] != _first_bytes(files.paths[file], size):
+                raise OSError(errno.EILSEQ, f"io_uring ({mode}) returns wrong bytes from {files.paths[file]}")
     finally:
         native.close()
+
+
+def _first_bytes(path: str, size: int) -> bytes:
+    """Of a file, read in the plainest way."""
+    data = b""
+    with Path(path).open("rb", buffering=0) as stream:
+        while len(data) < size and (more := os.pread(stream.fileno(), size - len(data), len(data))):
+            data += more
+    return data
 
 
 def probe_modes(path: str | Path, *, direct: bool = True) -> dict[str, str]:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from fomoe_io.errors import UsageError
+
+TEMPORARY = ".tmp"
+"""Files that are being written are called .NAME.PROCESS-RANDOM.tmp."""
 
 
 def cache_folder() -> Path:
@@ -70,6 +77,8 @@ def sync_directory(path: Path) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write to a temporary name beside `path`, fsync, rename; straight into a device or a pipe.
 
+    Temporary files that killed writers of the same path have left are removed.
+
     Raises
     ------
     OSError
@@ -80,15 +89,47 @@ def write_atomically(path: Path, data: bytes) -> None:
     if not _is_replaced(path):
         path.write_bytes(data)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove_stale(path)
+    stream = _open_temporary(path)
+    temporary = Path(stream.name)
     try:
-        with temporary.open("wb") as stream:
+        with stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(path)
+            temporary.replace(path)  # still locked
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
     sync_directory(path.parent)
+
+
+def _open_temporary(path: Path) -> BinaryIO:
+    """A new file beside `path`, locked for as long as it is open: what is not locked is nobody's any more."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+        stream = cast(BinaryIO, temporary.open("xb"))
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks, where nothing is ever removed
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            if os.fstat(stream.fileno()).st_nlink:
+                return stream
+            stream.close()  # somebody took it for left behind before it was locked
+        except BaseException:
+            stream.close()
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the temporary files of `path` whose writers are gone.
+
+    A process id would not tell, as containers that share a directory have each their own.
+    """
+    ours = re.compile(rf"\.{re.escape(path.name)}\.\d+(-[0-9a-f]+)?{re.escape(TEMPORARY)}")
+    with contextlib.suppress(OSError):
+        for temporary in [entry for entry in path.parent.iterdir() if ours.fullmatch(entry.name)]:
+            with contextlib.suppress(OSError), temporary.open("rb") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                temporary.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,7 +90,8 @@ def _mount_of(path: Path) -> tuple[str, str, str]:
 
 def _device_of(path: Path, source: str) -> Path | None:
     """sysfs directory of the whole drive under a file."""
-    number = path.stat().st_dev
+    status = path.stat()
+    number = status.st_rdev if stat.S_ISBLK(status.st_mode) else status.st_dev
     if os.major(number) == 0 and source.startswith("/dev/") and Path(source).exists():
         number = Path(source).stat().st_rdev  # btrfs and overlays hide the drive behind a number of their own
     device = SYSFS / f"dev/block/{os.major(number)}:{os.minor(number)}"

@@ -1,31 +1,114 @@
-"""Chat templates: the jinja2 text that a GGUF carries, run in a sandbox."""
+"""Chat templates: the jinja2 text that a GGUF carries, run in a sandbox with bounds of time and memory."""
 
 from __future__ import annotations
 
-import datetime
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
 
 from fomoe_io.errors import FormatError
+from fomoe_io.storage.metadata import Metadata
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 
 Message = dict[str, str]
 """{"role": "user" | "assistant" | "system", "content": text}"""
 
+MOST_SECONDS = 10.0
+"""Of a template's run; real ones take milliseconds."""
+START_SECONDS = 60.0
+"""Of its process's start, a tenth of a second unless the machine is very busy."""
 
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+_WORKER = Path(__file__).with_name("template_worker.py")
+_PROBE = "fomoe probe"
 
 
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    """Unlike jinja2's own filter, leaves <, > and & alone, as the templates' authors expect."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+class _Worker:
+    """The process that runs a template; see template_worker.py."""
+
+    def __init__(self, source: str) -> None:
+        # its imports are found without the site module, whose start costs as much as jinja2's
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self._process = subprocess.Popen(
+            [sys.executable, "-S", "-P", str(_WORKER)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, bufsize=0,
+            start_new_session=True,  # Ctrl-C is ours
+        )  # fmt: skip
+        self.stop = weakref.finalize(self, _end, self._process)
+        try:
+            self.ask({"source": ""}, START_SECONDS)
+        except (OSError, EOFError) as error:  # TimeoutError is an OSError
+            raise _failure(f"can't be run: its process did not start ({type(error).__name__})") from None
+        try:
+            self.ask({"source": source})
+        except RuntimeError as error:
+            raise _failure(f"is damaged: {error}") from None
+
+    def ask(self, request: Mapping[str, Any], seconds: float | None = None) -> str:
+        """The answer's text.
+
+        Raises
+        ------
+        RuntimeError
+            The template fails, and why.
+        TimeoutError, EOFError
+            The process has not answered, and is ended.
+        """
+        end = time.monotonic() + (seconds or MOST_SECONDS)
+        try:
+            answer = json.loads(self._exchange(json.dumps(request).encode() + b"\n", end))
+        except BaseException:  # also Ctrl-C: what it would answer later is nobody's
+            self.stop()
+            raise
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return str(answer["text"])
+
+    def _exchange(self, question: bytes, end: float) -> bytes:
+        """Both ways at once, as neither side's pipe holds everything."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        to, source = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(to, False)
+        left, answer = memoryview(question), bytearray()
+        poll = select.poll()
+        poll.register(source, select.POLLIN)
+        poll.register(to, select.POLLOUT)
+        while not answer.endswith(b"\n"):
+            events = poll.poll(max(0.0, end - time.monotonic()) * 1000)
+            if not events:
+                raise TimeoutError
+            for descriptor, _ in events:
+                if descriptor == source:
+                    piece = os.read(source, 1 << 20)
+                    if not piece:
+                        raise EOFError
+                    answer += piece
+                elif left:
+                    try:
+                        left = left[os.write(to, left) :]
+                    except BrokenPipeError:
+                        raise EOFError from None
+                if not left and descriptor == to:
+                    poll.unregister(to)
+        return bytes(answer)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with suppress(OSError):
+                stream.close()
 
 
 class ChatTemplate:
@@ -37,23 +120,32 @@ class ChatTemplate:
         The template.
     bos_text, eos_text : str
         What `bos_token` and `eos_token` stand for in it.
+
+    Raises
+    ------
+    FormatError
+        It is no template, or can't be run here.
     """
 
     def __init__(self, source: str, *, bos_text: str = "", eos_text: str = "") -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        self._names = {"bos_token": bos_text, "eos_token": eos_text}
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise FormatError(f"the model's chat template is damaged: {error}", hint="--raw") from None
+        self._source = source
+        # tools and documents: templates ask whether they are none, which an undefined name is not
+        self._names = {"bos_token": bos_text, "eos_token": eos_text, "tools": None, "documents": None}
+        self._worker: _Worker | None = None
+        self._takes_parts: bool | None = None
+        self._lock = threading.Lock()  # one question at a time
+        with _bounds():
+            self._started()
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], *, bos_text: str, eos_text: str) -> ChatTemplate | None:
-        """The GGUF's template, None when it has none."""
-        source = metadata.get(TEMPLATE_KEY)
+        """The GGUF's template, None when it has none.
+
+        Raises
+        ------
+        FormatError
+        """
+        source = Metadata(metadata).text(TEMPLATE_KEY, None)
         return cls(source, bos_text=bos_text, eos_text=eos_text) if source else None
 
     def render(self, messages: Sequence[Message], *, enable_thinking: bool | None = None) -> str:
@@ -62,12 +154,56 @@ class ChatTemplate:
         Raises
         ------
         FormatError
-            The template refuses these messages.
+            The template refuses these messages, fails, or takes too long or too much memory.
         """
-        values: dict[str, Any] = {"messages": list(messages), "add_generation_prompt": True, **self._names}
+        values: dict[str, Any] = {"add_generation_prompt": True, **self._names}
         if enable_thinking is not None:
             values["enable_thinking"] = enable_thinking
         try:
-            return self._template.render(values)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise FormatError(f"the chat template refuses the conversation: {error}", hint="--raw") from None
+            if self._takes_parts is None:
+                self._takes_parts = self._probe(messages, values)
+            return self._run({**values, "messages": _with_parts(messages) if self._takes_parts else list(messages)})
+        except RuntimeError as error:
+            raise _failure(f"refuses the conversation: {error}") from None
+
+    def _probe(self, messages: Sequence[Message], values: Mapping[str, Any]) -> bool | None:
+        """Whether contents must be lists of parts, as some templates want them: a text fails there, or is left out.
+
+        None when neither form comes through, which may be the conversation's fault.
+        """
+        texts = [{**message, "content": _PROBE} for message in messages]
+        for takes_parts in (False, True):
+            with suppress(RuntimeError):
+                if _PROBE in self._run({**values, "messages": _with_parts(texts) if takes_parts else texts}):
+                    return takes_parts
+        return None
+
+    def _started(self) -> _Worker:
+        if self._worker is None or not self._worker.stop.alive:
+            self._worker = _Worker(self._source)
+        return self._worker
+
+    def _run(self, values: Mapping[str, Any]) -> str:
+        with self._lock, _bounds():
+            return self._started().ask({"values": values})
+
+
+def _with_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+@contextmanager
+def _bounds() -> Iterator[None]:
+    """What went beyond them becomes an error of the template."""
+    try:
+        yield
+    except TimeoutError:
+        raise _failure(f"takes more than {MOST_SECONDS:g} s") from None
+    except EOFError:
+        raise _failure("takes more memory or stack than its process may") from None
+    except OSError as error:
+        raise _failure(f"can't be run: no process for it ({error.strerror})") from None
+
+
+def _failure(what: str) -> FormatError:
+    return FormatError(f"the model's chat template {what}", hint="--raw")

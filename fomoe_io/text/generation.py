@@ -88,7 +88,7 @@ class Conversation:
         decoder, stop = StreamDecoder(self.tokenizer), StopText(stops)
         count = 0
         while count != most:
-            token = sampler.sample(logits)
+            token = sampler.sample(logits, position=self.session.position - 1)
             if token in self.tokenizer.eog_ids and not ignore_eos:
                 break
             sampler.accept(token)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fomoe_io.errors import UsageError
+from fomoe_io.errors import ComputeError, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +51,64 @@ class SamplingConfig:
                 raise UsageError(f"{name} is {getattr(self, name)}, expected {least} to {most}")
 
 
+def check_finite(logits: np.ndarray, position: int | None = None) -> None:
+    """Refuse logits that are NaN or infinite: every choice among them would be the first token, for ever.
+
+    Parameters
+    ----------
+    logits : numpy.ndarray
+        float32 [vocabulary] or [n, vocabulary].
+    position : int, optional
+        Of the (first) token after which they were computed, from 0, for the message.
+
+    Raises
+    ------
+    ComputeError
+    """
+    if np.isfinite(logits).all():
+        return
+    bad = ~np.isfinite(logits)
+    row = 0 if logits.ndim == 1 else int(np.argmax(bad.any(axis=1)))
+    kind = "NaN" if np.isnan(logits).any() else "infinite"
+    where = "" if position is None else f" after token {position + row} (from 0)"
+    raise ComputeError(
+        f"the model computed logits that are {kind}{where}: its weights are damaged, or of a type computed wrongly",
+        hint="fomoe-layout verify STORE, or --kernels portable",
+    )
+
+
 class Sampler:
     """Draws tokens; the same seed and logits give the same tokens."""
 
     def __init__(self, config: SamplingConfig) -> None:
         self.config = config
-        self._random = np.random.default_rng(config.seed)
-        self._recent: deque[int] = deque(maxlen=config.repeat_last)
+        self.reset()
+
+    def reset(self) -> None:
+        """As at the start: the seed's first number comes next, and the penalty has seen nothing."""
+        self._random = np.random.default_rng(self.config.seed)
+        self._recent: deque[int] = deque(maxlen=self.config.repeat_last)
 
     def accept(self, token: int) -> None:
         """Let the repeat penalty see a token of the prompt or of the answer."""
         self._recent.append(token)
 
-    def sample(self, logits: np.ndarray) -> int:
+    def sample(self, logits: np.ndarray, *, position: int | None = None) -> int:
         """The next token.
 
         Parameters
         ----------
         logits : numpy.ndarray
             float32 [vocabulary]; not changed.
+        position : int, optional
+            Of the token after which they were computed, for an error's message.
+
+        Raises
+        ------
+        ComputeError
+            They are NaN or infinite.
         """
+        check_finite(logits, position)
         logits = self._penalised(logits)
         if self.config.temperature == 0:
             return int(np.argmax(logits))

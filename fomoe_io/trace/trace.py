@@ -336,6 +336,10 @@ class TraceFile:
             raise
         self._stream.close()
 
+    def leave(self) -> None:
+        """Close a copy of the file that another process goes on writing."""
+        self._stream.close()
+
     def discard(self) -> None:
         """Leave nothing behind; what has the file's name stays."""
         self._stream.close()

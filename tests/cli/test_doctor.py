@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -14,11 +15,13 @@ import pytest
 from fomoe_io import Engine, EngineConfig, Store, Tiers
 from fomoe_io.cli import doctor
 from fomoe_io.cli.bench import main as bench
-from fomoe_io.errors import FormatError
+from fomoe_io.errors import FormatError, ReadError
 from fomoe_io.experts.slots import slot_layout
 from fomoe_io.io_bench.calibrate import calibrate
 from fomoe_io.io_bench.run import file_bytes
 from fomoe_io.storage.calibration import Calibration, Point
+from fomoe_io.storage.read_files import read_fault
+from fomoe_io.system import direct_io
 from fomoe_io.system import system_card as card_module
 from fomoe_io.system.system_card import Drive, drive_of, system_card
 
@@ -44,6 +47,52 @@ def test_io_uring() -> None:
     assert "plain is used" in doctor.check_io_uring("", {"plain": "", "coop": "Invalid argument"}).found
 
 
+@pytest.mark.parametrize(
+    ("problem", "words", "fix"),
+    [
+        ("Operation not permitted", "forbidden", "seccomp"),
+        ("Cannot allocate memory", "no memory may be locked", "ulimit -l"),
+        ("Invalid argument", "does not read files of this file system", "ext4 or xfs"),
+        ("io_uring (coop) returns wrong bytes from x", "reads files of this file system wrongly", "ext4 or xfs"),
+    ],
+)
+def test_why_io_uring_does_not_work(problem: str, words: str, fix: str) -> None:
+    """A file system that refuses reads is no forbidden io_uring, and locked memory is neither."""
+    check = doctor.check_io_uring("0", {"plain": problem, "coop": problem})
+    assert check.status == "WARN" and words in check.found and fix in check.fix
+
+
+def test_memory_is_no_drive() -> None:
+    if drive_of("/dev/shm").file_system != "tmpfs":
+        pytest.skip("no tmpfs here")
+    with doctor.probe_file(Path("/dev/shm")) as path:
+        check = doctor.check_direct(path)
+    assert check.status == "WARN" and "tmpfs keeps files in memory" in check.found and "ext4" in check.fix
+
+
+def test_a_broken_drive_is_no_file_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 16))
+
+    def fail(*_: object) -> None:
+        fault = read_fault(errno.EIO, 1, 1)
+        raise ReadError(fault.reason, hint=fault.fix)
+
+    monkeypatch.setattr("fomoe_io.storage.reader.Reader.read_into", fail)
+    check = doctor.check_direct(path)
+    assert check.status == "FAIL" and "the drive can't read it" in check.found and "smartctl" in check.fix
+
+
+def test_larger_blocks_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 16))
+    monkeypatch.setattr(direct_io, "stated_block_bytes", lambda _: 16384)
+    assert "in blocks of 16,384 bytes" in doctor.check_direct(path).found or doctor.check_direct(path).status != "OK"
+    monkeypatch.setattr(direct_io, "stated_block_bytes", lambda _: 0)
+    check = doctor.check_direct(path)
+    assert check.status == "WARN" and "no direct I/O for it" in check.found
+
+
 def test_memory_and_pages() -> None:
     assert doctor.check_locked_memory(resource.RLIM_INFINITY, True, "").status == "OK"
     check = doctor.check_locked_memory(8 << 20, False, "too small")
@@ -61,6 +110,7 @@ def test_memory_and_pages() -> None:
         (Drive("x", "ext4", device="nvme0n1", scheduler="none", link="a", link_limit="b"), "WARN", "slot"),
         (Drive("x", "ext4", device="sda", rotational=True), "WARN", "NVMe"),
         (Drive("x", "ext4", device="vda", rotational=True), "OK", ""),
+        (Drive("x", "xfs", device="loop0", rotational=True), "OK", ""),
         (Drive("x"), "OK", ""),
     ],
 )

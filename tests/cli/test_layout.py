@@ -12,9 +12,10 @@ import pytest
 
 from fomoe_io.errors import FormatError
 from fomoe_io.experts.profile import Profile, shrunk
+from fomoe_io.storage.expert_layers import FILE, OFFSET
 from fomoe_io.storage.gguf import GGUFFile
 from fomoe_io.storage.manifest import MANIFEST, PAGE_BYTES
-from fomoe_io.storage.store import FILE, OFFSET, Store
+from fomoe_io.storage.store import Store
 from layout_tool import targets as target_tools
 from layout_tool.direct import DirectFile, Piece, aligned_buffer, gather
 from layout_tool.main import main

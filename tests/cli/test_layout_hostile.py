@@ -341,6 +341,31 @@ def test_free_space_is_checked_before_the_first_byte(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.gguf"]
 
 
+def test_a_file_system_that_reports_no_free_space(
+    model: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Some network and overlay file systems always say 0: the message names the flag, and the flag helps."""
+    original = os.statvfs
+    store, flag = str(tmp_path / "s"), "--ignore-free-space"
+
+    def full(path: Any) -> os.statvfs_result:
+        fields = list(original(path))
+        fields[2] = fields[3] = fields[4] = 0  # blocks, free, available
+        return os.statvfs_result(fields)
+
+    monkeypatch.setattr(os, "statvfs", full)
+    assert main(["pack", str(model), "--to", store]) == 1
+    message = capsys.readouterr().err
+    assert "its drive has 0 B free" in message and flag in message and len(message.splitlines()) == 2
+    assert main(["plan", str(model), "--to", store]) == 1
+    assert flag in capsys.readouterr().out
+    assert main(["plan", str(model), "--to", store, flag]) == 0
+    assert main(["pack", str(model), "--to", store, flag]) == 0
+    assert_equal_stores(packed, tmp_path / "s")
+    refused(["mirror", store, "--to", str(tmp_path / "m")], capsys, "0 B free")
+    assert main(["mirror", store, "--to", str(tmp_path / "m"), flag]) == 0
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("at", [0, 3, 11])
 def test_a_failing_write(

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from fomoe_io.config import EngineConfig, Tiers
+from fomoe_io.engine import Budgets, Engine
+from fomoe_io.errors import BudgetError, UsageError
+from fomoe_io.system import memory
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -60,3 +65,65 @@ def test_one_below_the_smallest_is_refused(demo_model: Path, smallest: int) -> N
     assert result.returncode == 1
     assert result.stderr.startswith("fomoe-run: a memory budget of ")
     assert "Traceback" not in result.stderr
+
+
+# ---- slots follow from the configuration alone ----
+
+
+def shared(model: Path, **options: object) -> Budgets:
+    with Engine.open(model, EngineConfig(context_tokens=512, threads=1, **options)) as engine:  # type: ignore[arg-type]
+        return engine.budgets
+
+
+def test_pages_more_or_less_change_nothing(demo_model: Path, smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the process happens to hold when it opens varies from run to run; slots and batches do not."""
+    monkeypatch.setattr("fomoe_io.engine.peak_resident_bytes", lambda: 0)  # pytest's
+    found = []
+    for held in (52 << 20, (52 << 20) + 4096, (53 << 20) + 12288, 57 << 20):
+        monkeypatch.setattr(memory, "resident_bytes", lambda *_, held=held: held)
+        found.append(shared(demo_model, ram_bytes=(smallest + 20) << 20))
+    assert all(budgets == found[0] for budgets in found[1:]), found
+
+
+def test_an_automatic_budget_repeats(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded, and the banner says how to ask for it again."""
+    found = []
+    for available in (20_200_000_000, 20_500_000_000):
+        monkeypatch.setattr("fomoe_io.engine.available_bytes", lambda available=available: available)
+        monkeypatch.setattr(memory, "resident_bytes", lambda *_: 52 << 20)
+        with Engine.open(demo_model, EngineConfig(context_tokens=512, threads=1)) as engine:
+            found.append(engine.budgets)
+            assert f"(--ram {engine.budgets.ram_bytes >> 20}M repeats it)" in engine.memory_lines()[0]
+    assert found[0] == found[1] == shared(demo_model, ram_bytes=found[0].ram_bytes)
+
+
+def test_slots_are_chosen(demo_model: Path, smallest: int) -> None:
+    for slots in (4, 7, 32):
+        assert set(shared(demo_model, slots=slots).slots.values()) == {slots}
+    for slots in (3, 33):
+        with pytest.raises(UsageError, match=f"slots is {slots}, and S uses 4 of 32 experts a layer"):
+            shared(demo_model, slots=slots)
+    with pytest.raises(BudgetError, match="with 32 slots a layer") as caught:
+        shared(demo_model, slots=32, ram_bytes=(smallest + 4) << 20)
+    assert "or fewer --slots" in str(caught.value)
+    with pytest.raises(UsageError, match="and so do slots"):
+        EngineConfig(slots=4, tiers=Tiers(0, 0.5))
+
+
+@pytest.mark.parametrize("slots", [9, None])
+def test_the_same_text_with_car(demo_model: Path, tmp_path: Path, smallest: int, slots: int | None) -> None:
+    """Substitutions depend on what is in memory: that must not depend on the run."""
+    answers = []
+    for name in ("a", "b"):
+        statistics = tmp_path / f"{name}.json"
+        result = run(
+            str(demo_model), "-p", "The river ran", "-n", "30", "-c", "512", "--temp", "0", "--car", "on",
+            "--no-profile", "--ram", f"{smallest + 12}M", "--json", str(statistics),
+            *(["--slots", str(slots)] if slots else []),
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        values = json.loads(statistics.read_text())
+        answers.append((values["token_ids"], values["substitutions"], values["budgets"]))
+        assert values["peak_rss_bytes"] <= (smallest + 12) << 20
+        assert slots is None or values["budgets"]["slots_per_layer"] == slots
+    assert answers[0] == answers[1] and answers[0][1] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -14,6 +15,12 @@ from tests.tiny_model import Tiny, write_tiny
 
 Type = gguf.GGMLQuantizationType
 TOKENS = 12
+
+
+def scaled(kind: str, factor: float) -> tuple[tuple[str, Any], ...]:
+    """Metadata of a rope scaling."""
+    return ("rope.scaling.type", kind), ("rope.scaling.factor", factor)
+
 
 SHAPES = {
     "gqa 1": Tiny(heads=2, kv_heads=2),
@@ -31,6 +38,22 @@ SHAPES = {
     "one column wider": Tiny(columns=72, hidden=40),
     "qwen3moe": Tiny(architecture="qwen3moe", rotated=32),
     "qwen3moe, gqa 4": Tiny(architecture="qwen3moe", heads=8, kv_heads=2, layers=2, rotated=32),
+    "fused query, key and value": Tiny(fused_qkv=True),
+    "qwen3moe, fused query, key and value": Tiny(architecture="qwen3moe", rotated=32, fused_qkv=True, layers=2),
+    "biases": Tiny(architecture="qwen3moe", rotated=32, biased=True, layers=2),
+    "a bias of the fused": Tiny(architecture="qwen3moe", rotated=32, fused_qkv=True, biased=True, layers=2),
+    "yarn": Tiny(keys=scaled("yarn", 4.0), rotated=32),
+    "yarn, a context of its own": Tiny(
+        architecture="qwen3moe",
+        rotated=32,
+        layers=2,
+        keys=(*scaled("yarn", 2.5), ("rope.scaling.original_context_length", 300), ("rope.scaling.attn_factor", 0.9)),
+    ),
+    "linear": Tiny(keys=scaled("linear", 8.0)),
+    "linear by default": Tiny(keys=(("rope.scaling.factor", 3.0),)),
+    "linear by the old key": Tiny(architecture="qwen3moe", rotated=32, layers=2, keys=(("rope.scale_linear", 4.0),)),
+    "scaling none": Tiny(keys=scaled("none", 8.0)),
+    "head counts a layer": Tiny(keys=(("attention.head_count", [4] * 4), ("attention.head_count_kv", [0, 0, 0, 2]))),
 }
 
 

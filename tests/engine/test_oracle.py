@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
 from fomoe_io import Engine, EngineConfig
 from fomoe_io.cli.ppl import Chunk, Total, score, scored_logits
+from tests.gguf_edit import Edit, Keys, Tensors, edited
 
 MODELS = {"S": "fomoe-demo-32x8.Q4_K_M.gguf", "M": "fomoe-bench-128x8.Q4_K_M.gguf"}
 NOISE_FACTOR = 1.5
@@ -38,6 +40,71 @@ def test_float_models_equal_llama_cpp(shared: Path, name: str) -> None:
     assert nmse(batch, reference["logits_batch"]) < 1e-11  # the bar is 1e-9; llama.cpp's own difference is 9e-13
     assert nmse(steps, reference["logits_step"]) < 1e-11
     assert np.array_equal(batch, steps)
+
+
+def scaling(kind: str) -> Edit:
+    """Rope scaling by 4 from a context of 1024."""
+
+    def edit(keys: Keys, tensors: Tensors) -> None:
+        keys["qwen3moe.rope.scaling.type"] = kind
+        keys["qwen3moe.rope.scaling.factor"] = 4.0
+        keys["qwen3moe.rope.scaling.original_context_length"] = 1024
+
+    return edit
+
+
+def biases(keys: Keys, tensors: Tensors) -> None:
+    random = np.random.default_rng(3)
+    for part, size in {"q": 128, "k": 64, "v": 64}.items():
+        values = (random.standard_normal(size) * 0.5).astype(np.float32)
+        tensors[f"blk.1.attn_{part}.bias"] = values, gguf.GGMLQuantizationType.F32
+
+
+def fused(*layers: int) -> Edit:
+    """Query, key and value of these layers in one tensor."""
+
+    def edit(keys: Keys, tensors: Tensors) -> None:
+        for layer in layers:
+            parts = [tensors.pop(f"blk.{layer}.attn_{part}.weight")[0] for part in "qkv"]
+            tensors[f"blk.{layer}.attn_qkv.weight"] = np.concatenate(parts), gguf.GGMLQuantizationType.F32
+
+    return edit
+
+
+def counts(**keys_of: int) -> Edit:
+    """Head counts as one number a layer."""
+
+    def edit(keys: Keys, tensors: Tensors) -> None:
+        for name, count in keys_of.items():
+            keys[f"{keys['general.architecture']}.attention.{name}"] = [count] * 4
+
+    return edit
+
+
+QWEN3, QWEN35 = "cases/qwen3moe-tiny.gguf", "reference/fixtures/nano-f32.gguf"
+VARIANTS = {
+    "yarn-qwen3moe": (QWEN3, scaling("yarn")),
+    "linear-qwen3moe": (QWEN3, scaling("linear")),
+    "bias_qkv-qwen3moe": (QWEN3, biases),
+    "fused_qkv-qwen3moe": (QWEN3, fused(0, 1, 2, 3)),
+    "fused_qkv-qwen35moe": (QWEN35, fused(3)),
+    "head_count_kv-2222": (QWEN35, counts(head_count_kv=2)),
+    "head_counts-qwen3moe": (QWEN3, counts(head_count=4, head_count_kv=2)),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_files_as_people_have_them_equal_llama_cpp(shared: Path, tmp_path: Path, name: str) -> None:
+    """Models that differ from a good one in a point that other converters and quantizers make differ."""
+    reference = shared / f"cases/logits/{name}.npz"
+    if not reference.exists():
+        pytest.skip(f"{reference} is not here")
+    source, edit = VARIANTS[name]
+    path = edited(shared / source, tmp_path / f"{name}.gguf", edit)
+    expected = np.load(reference)
+    with Engine.open(path, EngineConfig(context_tokens=512)) as engine:
+        logits = engine.session().evaluate(expected["tokens"])
+    assert nmse(logits, expected["logits"].astype(np.float64)) < 1e-11  # the bar is 1e-9
 
 
 def open_model(shared: Path, name: str, **settings: Any) -> Engine:

@@ -64,7 +64,7 @@ class _Faults(ctypes.Structure):
 
 
 class _Table(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("self", "submit", "reap", "promote", "cancel"))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("self", "submit", "reap", "promote", "cancel", "wait"))
 
 
 class _Counters(ctypes.Structure):
@@ -152,6 +152,11 @@ class FakeRing:
     def last_error(self) -> str:
         c = self._count
         return self.files.describe_error(c.error_file, c.error_offset, c.error_code) if c.errors else ""
+
+    @property
+    def last_fix(self) -> str:
+        c = self._count
+        return self.files.mend_error(c.error_file, c.error_offset, c.error_code) if c.errors else ""
 
     def register_buffers(self, address: int, size: int) -> bool:
         return False

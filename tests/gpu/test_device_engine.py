@@ -15,8 +15,10 @@ from fomoe_io.errors import BudgetError, DeviceError, FomoeError, FormatError, R
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import device
 from fomoe_io.gpu.engine import DeviceEngine
+from fomoe_io.system import direct_io
 from layout_tool.main import main as layout
 from tests.fake_hip.build import Fake, installed_fake
+from tests.gguf_edit import Keys, Tensors, edited
 from tests.tiny_model import Tiny, Type, write_tiny
 
 TOKENS = np.array([3, 141, 59, 26, 5, 35, 89, 79, 32, 38, 46])
@@ -25,6 +27,9 @@ BASE = Tiny(
     layers=4, columns=256, heads=4, kv_heads=2, head_columns=64, rotated=32, key_heads=2, value_heads=4,
     state_columns=64, experts=16, used=3, hidden=256, shared_hidden=256, weights=Type.F32,
 )  # fmt: skip
+
+
+YARN = (("rope.scaling.type", "yarn"), ("rope.scaling.factor", 4.0))
 
 
 def tiny(**changes: Any) -> Tiny:
@@ -69,8 +74,11 @@ def nmse(a: np.ndarray, b: np.ndarray) -> float:
         {"architecture": "qwen3moe", "shared_hidden": 0, "rotated": 64},
         {"tied": True, "fused": True, "used": 1},
         {"weights": Type.BF16, "kv_heads": 4},
+        {"architecture": "qwen3moe", "shared_hidden": 0, "rotated": 64, "biased": True, "layers": 2, "keys": YARN},
+        {"architecture": "qwen3moe", "shared_hidden": 0, "rotated": 64, "biased": True, "layers": 2, "fused_qkv": True},
+        {"fused_qkv": True},
     ],
-    ids=["delta", "attention only", "tied fused", "bf16"],
+    ids=["delta", "attention only", "tied fused", "bf16", "biases, yarn", "fused qkv with a bias", "fused qkv"],
 )
 def test_float_weights_give_the_processors_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = write_tiny(tmp_path / "model.gguf", tiny(**changes), seed=1)
@@ -78,6 +86,19 @@ def test_float_weights_give_the_processors_logits(tmp_path: Path, changes: dict[
     found, statistics = evaluate(path, settings())
     assert nmse(found, expected) < 1e-9
     assert statistics["device"].startswith("hip:0")
+
+
+@pytest.mark.parametrize("dense", [Type.Q6_K, Type.Q5_1])
+def test_a_fused_matrix_gives_the_bits_of_its_parts(tmp_path: Path, dense: Any) -> None:
+    """Rows that begin inside a tensor that is quantized, or expanded because the device has no kernel for its type."""
+    apart = write_tiny(tmp_path / "apart.gguf", tiny(weights=Type.Q4_K, dense=dense), seed=2)
+
+    def fuse(keys: Keys, tensors: Tensors) -> None:
+        parts = [tensors.pop(f"blk.3.attn_{part}.weight")[0] for part in "qkv"]
+        tensors["blk.3.attn_qkv.weight"] = np.concatenate(parts), dense
+
+    fused = edited(apart, tmp_path / "fused.gguf", fuse)
+    np.testing.assert_array_equal(evaluate(fused, settings())[0], evaluate(apart, settings())[0])
 
 
 @pytest.mark.parametrize("kind", [Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q8_0])
@@ -226,6 +247,33 @@ def test_device_budget(model: Path) -> None:
         np.testing.assert_array_equal(engine.session().evaluate(TOKENS), expected)
     with pytest.raises(BudgetError, match="more than the"):
         Engine.open(model, settings(vram_bytes=2 << 30))
+
+
+def test_slots_are_chosen(model: Path) -> None:
+    """In VRAM as many as it has room for, the rest in DRAM; what is free, more or less, changes nothing."""
+    with Engine.open(model, settings(slots=9)) as engine:
+        assert (engine.budgets.slots.sum(1) == 9).all()  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match="uses 3 of 16 experts a layer"):
+        Engine.open(model, settings(slots=17))
+
+
+def test_what_is_free_is_rounded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for free in ((700 << 20) + 4096, (701 << 20) + 12288):
+        monkeypatch.setattr(device.Gpu, "free_bytes", lambda _, free=free: free)
+        with Engine.open(model, settings()) as engine:
+            found.append(engine.budgets.vram_bytes)  # type: ignore[attr-defined]
+    assert found[0] == found[1] and found[0] % (64 << 20) == 0
+
+
+def test_larger_blocks_of_a_drive(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of weights and extents of experts grow, the logits stay."""
+    tight = settings(tiers=Tiers(0.19, 0.2))
+    expected, _ = evaluate(model, tight)
+    monkeypatch.setattr(direct_io, "stated_block_bytes", lambda _: 16384)
+    with Engine.open(model, tight) as engine:
+        assert engine.reader.block_bytes == 16384 or not engine.reader.direct
+        np.testing.assert_array_equal(engine.session().evaluate(TOKENS), expected)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,10 @@ def test_rms_norm(runner: DeviceRunner, rng: np.random.Generator, columns: int, 
     cases.check_rms_norm(runner, rng, columns, tokens)
 
 
+def test_add_bias(runner: DeviceRunner, rng: np.random.Generator) -> None:
+    cases.check_add_bias(runner, rng, 1056, 3)
+
+
 def test_silu_mul(runner: DeviceRunner, rng: np.random.Generator) -> None:
     cases.check_silu_mul(runner, rng, 1024, 3)
 

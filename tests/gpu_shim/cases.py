@@ -203,6 +203,13 @@ def check_rms_norm(runner: Runner, rng: np.random.Generator, columns: int, token
         np.testing.assert_array_equal(q8.get(), quantized(runner, got).get())
 
 
+def check_add_bias(runner: Runner, rng: np.random.Generator, columns: int, tokens: int) -> None:
+    x, bias = normal(rng, tokens, columns), normal(rng, columns)
+    device_x = runner.put(x)
+    runner.launch("add_bias", (kernels.up(columns, 256), tokens, 1), device_x, runner.put(bias), columns)
+    np.testing.assert_array_equal(device_x.get(), x + bias)
+
+
 def check_silu_mul(runner: Runner, rng: np.random.Generator, columns: int, tokens: int) -> None:
     gate, up = 20 * normal(rng, tokens, columns), normal(rng, tokens, columns)
     gate[0, :4] = (-200, 200, -88, 0)

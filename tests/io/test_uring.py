@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from fomoe_io._uring import MODES
 from fomoe_io.errors import ReadError, UsageError
 from fomoe_io.storage.read_files import ReadFiles
-from fomoe_io.storage.reader import aligned_memory, open_reader, probe_modes
+from fomoe_io.storage.reader import IO_URING_FIX, aligned_memory, io_uring_disabled, open_reader, probe_modes, ring_fix
 from tests.fakes import ROOT, compile_library
 
 PAGE = 4096
@@ -164,7 +165,7 @@ except UsageError as error:
 @pytest.mark.parametrize(
     ("fault", "reason", "fix"),
     [
-        ("forbidden", "Operation not permitted", "  fix: sudo sysctl -w kernel.io_uring_disabled=0"),
+        ("forbidden", "Operation not permitted", "  fix: allow io_uring in the container"),
         ("unsupported", "Operation not supported", "  fix: --reader pread"),
     ],
 )
@@ -180,7 +181,14 @@ def test_a_kernel_without_io_uring(
     lines = result.stdout.splitlines()
     assert lines[0] == f"pread | io_uring (coop) is not available: {reason}", result.stderr
     assert lines[1] == f"io_uring (coop) is not available: {reason}"
-    assert lines[2].startswith(fix)
+    assert lines[2].startswith(fix) or io_uring_disabled()
+
+
+def test_the_system_or_the_container_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for disabled, fix in ((True, IO_URING_FIX), (False, "seccomp")):
+        monkeypatch.setattr("fomoe_io.storage.reader.io_uring_disabled", lambda disabled=disabled: disabled)
+        assert fix in ring_fix(errno.EPERM)
+    assert "ulimit -l" in ring_fix(errno.ENOMEM) and ring_fix(errno.EOPNOTSUPP) == ""
 
 
 def test_a_deferring_ring_belongs_to_one_thread(file: tuple[Path, np.ndarray]) -> None:

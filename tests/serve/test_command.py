@@ -118,6 +118,18 @@ def test_a_signal_while_it_loads(demo_model: Path, tmp_path: Path) -> None:
     assert code == 0 and "Traceback" not in said
 
 
+def test_a_second_signal_does_not_wait(demo_model: Path, tmp_path: Path) -> None:
+    """Here for an engine that reads at the pace of a drive that is as slow as none."""
+    flags = ("--pace", "1M,1000000us", "--slots", "4", "--no-profile")
+    with command(str(demo_model), *flags, cache=tmp_path) as process:
+        process.wait_for("loading; listening on")
+        process.process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.process.poll() is None  # it waits for the engine
+        code, said = process.end(signal.SIGINT)
+    assert code == 130 and "Traceback" not in said
+
+
 def test_the_profile_is_that_of_fomoe_run(demo_model: Path, tmp_path: Path) -> None:
     with command(str(demo_model), cache=tmp_path) as process:
         url = url_of(process)
@@ -133,7 +145,7 @@ def test_llama_servers_flags(demo_model: Path, tmp_path: Path) -> None:
     flags = (
         "--model", str(demo_model), "--host", "127.0.0.1", "--alias", "tiny,small", "-c", "256", "-t", "2", "-b", "64",
         "-ub", "32", "--temp", "0", "--top-k", "1", "--seed", "42", "-n", "7", "-ngl", "99", "-np", "4", "-fa", "on",
-        "--jinja", "--no-mmap", "-cb", "--metrics", "--slots", "--reasoning-format", "deepseek",
+        "--jinja", "--no-mmap", "-cb", "--metrics", "--reasoning-format", "deepseek",
         "--chat-template", "chatml", "-ctk", "q8_0", "--api-key", "k1,k2", "--timeout", "60",
     )  # fmt: skip
     with command(*flags, cache=tmp_path, FOMOE_API_KEY="k3") as process:

@@ -12,6 +12,8 @@ import pytest
 from fomoe_io.stats import write_json
 from fomoe_io.system.files import check_targets, write_atomically
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+
 
 def names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
@@ -61,3 +63,37 @@ def test_standard_output_redirected_to_a_file(tmp_path: Path) -> None:
     with (tmp_path / "out").open("wb") as stream:
         subprocess.run([sys.executable, "-c", program], stdout=stream, check=True)
     assert (tmp_path / "out").read_bytes() == b"{}\n"
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    program = (
+        "import os, sys; from pathlib import Path; from fomoe_io.system.files import write_atomically\n"
+        "os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"
+        "write_atomically(Path(sys.argv[1]), b'half')"
+    )
+    for _ in range(2):
+        killed = subprocess.run([sys.executable, "-c", program, str(path)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert killed.returncode == -9
+        assert len(names(tmp_path)) == 1  # each removed the one before it
+    (tmp_path / ".profile.json.123.tmp").write_bytes(b"of an earlier version")
+    others = [".profile.json.backup.tmp", ".other.json.1-ab.tmp", "profile.json.1.tmp"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"")
+    write_atomically(path, b"whole")
+    assert sorted(names(tmp_path)) == sorted([*others, "profile.json"]) and path.read_bytes() == b"whole"
+
+
+def test_a_writer_at_work_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result"
+    fsync = os.fsync
+
+    def another(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_atomically(path, b"second")
+        assert len(names(tmp_path)) == 2
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", another)
+    write_atomically(path, b"first")
+    assert path.read_bytes() == b"first" and names(tmp_path) == ["result"]

@@ -103,6 +103,10 @@ def test_rms_norm(runner: CpuRunner, rng: np.random.Generator, columns: int, tok
     cases.check_rms_norm(runner, rng, columns, tokens)
 
 
+def test_add_bias(runner: CpuRunner, rng: np.random.Generator) -> None:
+    cases.check_add_bias(runner, rng, 320, 3)
+
+
 def test_silu_mul(runner: CpuRunner, rng: np.random.Generator) -> None:
     cases.check_silu_mul(runner, rng, 288, 2)
 

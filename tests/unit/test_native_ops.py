@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 
 import gguf
 import numpy as np
 import pytest
 
 from fomoe_io import _cpu
+from fomoe_io._cpu import Kernels
 from fomoe_io.cpu import dot_library
 from tests.reference_model import l2_norm, rms_norm, rope, route, sigmoid, silu, softmax, softplus
 
@@ -72,7 +72,10 @@ def test_rope(rotated: int, columns: int) -> None:
     for position in (0, 1, 777, 200_000):
         x, table = f32(random, 1, columns), np.empty(rotated, np.float32)
         expected = rope(x.astype(np.float64), position, rotated, 1e6)
-        NATIVE.fomoe_rope_table(rotated, ctypes.c_double(1e6), ctypes.c_int64(position), pointer(table))
+        frequency = 1e6 ** (-2.0 * np.arange(rotated // 2) / rotated)
+        NATIVE.fomoe_rope_table(
+            rotated // 2, pointer(frequency), ctypes.c_double(1), ctypes.c_int64(position), pointer(table)
+        )
         NATIVE.fomoe_rope_neox(rotated, pointer(table), pointer(x))
         close(x, expected)
 
@@ -180,22 +183,20 @@ PORTABLE = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type
 
 
 @pytest.fixture(params=["ggml", "portable"])
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+def kernels(request: pytest.FixtureRequest) -> Kernels:
     if request.param == "ggml" and dot_library.ggml_libraries() is None:
         pytest.skip("libggml-python has no wheel for this machine")
-    dot_library.use(request.param)
-    yield request.param
-    dot_library.use("auto")
+    return dot_library.open_kernels(request.param)
 
 
-def native_type(kind: int) -> NativeType:
+def native_type(kernels: Kernels, kind: int) -> NativeType:
     NATIVE.fomoe_type_of.restype = ctypes.POINTER(NativeType)
-    return NATIVE.fomoe_type_of(kind).contents
+    return NATIVE.fomoe_type_of(ctypes.c_void_p(kernels.address), kind).contents
 
 
-def convert(kind: int, x: np.ndarray) -> np.ndarray:
+def convert(kernels: Kernels, kind: int, x: np.ndarray) -> np.ndarray:
     """An activation row in the type that a weight type wants."""
-    t = native_type(kind)
+    t = native_type(kernels, kind)
     if kind == 0:
         return x.view(np.uint8)
     out = np.zeros(len(x) // t.block_elements * t.block_bytes, np.uint8)
@@ -205,16 +206,16 @@ def convert(kind: int, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", PORTABLE, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("n", [256, 512, 2048])
-def test_dot(kernels: str, kind: Type, n: int) -> None:
+def test_dot(kernels: Kernels, kind: Type, n: int) -> None:
     """Exact up to float summation once the activation is what its quantizer made of it."""
     from tests.tiny_model import random_blocks
 
     random = np.random.default_rng(n + int(kind))
-    t = native_type(int(kind))
+    t = native_type(kernels, int(kind))
     raw = np.array(random_blocks(kind, (n, 1), 0.1, random))
     weights = gguf.quants.dequantize(raw, kind).astype(np.float64).reshape(-1)
     x = f32(random, n)
-    activation = convert(t.activation_type, x)
+    activation = convert(kernels, t.activation_type, x)
     result = np.empty(1, np.float32)
     DOT(t.dot)(n, pointer(result), 0, pointer(raw), 0, pointer(activation), 0, 1)
     if t.activation_type == 15:  # Q8_K: float scale, 256 int8, 16 sums
@@ -234,19 +235,15 @@ def test_dot(kernels: str, kind: Type, n: int) -> None:
 def test_portable_quantizers_equal_ggml(kind: int) -> None:
     x = f32(np.random.default_rng(kind), 4096) * 5
     x[256:512] = 0
-    results = []
-    for name in ("ggml", "portable"):
-        dot_library.use(name)
-        results.append(convert(kind, x).tobytes())
-    dot_library.use("auto")
+    results = [convert(dot_library.open_kernels(name), kind, x).tobytes() for name in ("ggml", "portable")]
     assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("kind", PORTABLE[1:], ids=lambda kind: kind.name)
-def test_expand(kernels: str, kind: Type) -> None:
+def test_expand(kernels: Kernels, kind: Type) -> None:
     from tests.tiny_model import random_blocks
 
     raw = np.array(random_blocks(kind, (512, 1), 0.1, np.random.default_rng(1)))
     y = np.empty(512, np.float32)
-    CONVERT(native_type(int(kind)).to_float)(pointer(raw), pointer(y), 512)
+    CONVERT(native_type(kernels, int(kind)).to_float)(pointer(raw), pointer(y), 512)
     close(y, gguf.quants.dequantize(raw, kind).reshape(-1), 1e-6)

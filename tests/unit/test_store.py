@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fomoe_io.errors import FormatError, StoreError
+from fomoe_io.experts.profile import Profile
 from fomoe_io.storage.manifest import MANIFEST, METADATA, PAGE_BYTES, seal
 from fomoe_io.storage.store import Store
 from layout_tool.main import main
@@ -191,6 +192,110 @@ def test_a_sealed_but_hostile_manifest_is_refused(packed: Path, case: str) -> No
     assert caught.value.hint
 
 
+def swap_places(body: dict[str, Any], one: int, other: int, layer: int = 1) -> None:
+    """Two experts' records in each other's place, checksums too: nothing overlaps, everything is whole."""
+    for index in range(3):
+        offsets = part(body, layer, index)["offset"]
+        offsets[one], offsets[other] = offsets[other], offsets[one]
+    sums = body["experts"][layer]["xxh3_64"] or [0] * EXPERTS
+    sums[one], sums[other] = sums[other], sums[one]
+
+
+def swap_resident(body: dict[str, Any]) -> None:
+    """Two tensors of one shape in each other's place."""
+    one, other = (t for t in body["resident"] if t["name"] in ("blk.0.attn_norm.weight", "blk.1.attn_norm.weight"))
+    one["offset"], other["offset"] = other["offset"], one["offset"]
+
+
+def swap_parts(body: dict[str, Any]) -> None:
+    """A gate in its up's place and the other way round: of one type and shape."""
+    gate, up = part(body, 1, 0)["offset"], part(body, 1, 1)["offset"]
+    gate[2], up[2] = up[2], gate[2]
+
+
+PLAUSIBLE: dict[str, Edit] = {
+    "records change places": lambda body: swap_places(body, 0, 4),
+    "neighbours change places": lambda body: swap_places(body, 2, 3),
+    "tensors change places": swap_resident,
+    "gate and up change places": swap_parts,
+    "an extent moves": lambda body: part(body, 2, 2)["offset"].__setitem__(5, part(body, 2, 2)["offset"][4]),
+    "a layer of another's": lambda body: body["experts"][1].__setitem__("layer", 7),
+}
+
+
+@pytest.mark.parametrize("kind", ["pack", "index"])
+@pytest.mark.parametrize("case", PLAUSIBLE)
+def test_a_manifest_that_lies_plausibly_is_refused(
+    tmp_path: Path, model: tuple[Path, dict[str, np.ndarray]], kind: str, case: str
+) -> None:
+    """Every extent in its file, of the right size, on no other: but of another place than the layout says."""
+    assert main([kind, str(model[0]), "--to", str(tmp_path / "store")]) == 0
+    edit_manifest(tmp_path / "store", PLAUSIBLE[case])
+    with pytest.raises(StoreError) as caught:
+        Store.open(tmp_path / "store")
+    assert "\n" not in caught.value.message and caught.value.hint
+
+
+def test_places_follow_from_profile_and_striping(tmp_path: Path, model: tuple[Path, dict[str, np.ndarray]]) -> None:
+    """Equally hot experts have their order too; a store from before the striping was written still opens."""
+    counts = {layer: np.array([3, 3, 9, 3, 1, 9]) for layer in range(len(TYPES))}
+    Profile(50, counts, "p").save(tmp_path / "p.json")
+    command = ["pack", str(model[0]), "--profile", str(tmp_path / "p.json")]
+    assert main([*command, "--to", str(tmp_path / "a"), "--to", str(tmp_path / "b")]) == 0
+    assert_same_weights(Store.open(tmp_path / "a"), model[1])
+    manifest = (tmp_path / "a" / MANIFEST).read_bytes()
+    for lie in (
+        lambda body: swap_places(body, 0, 3),
+        lambda body: body["weights"].__setitem__(0, 2),
+        lambda body: body["weights"].__setitem__(0, 0),
+        lambda body: body["weights"].append(1),
+    ):
+        edit_manifest(tmp_path / "a", lie)
+        with pytest.raises(StoreError):
+            Store.open(tmp_path / "a")
+        (tmp_path / "a" / MANIFEST).write_bytes(manifest)
+    edit_manifest(tmp_path / "a", lambda body: body.pop("weights"))
+    assert_same_weights(Store.open(tmp_path / "a"), model[1])
+
+
+STRANGE = (None, True, -1, 0, 1, 1 << 70, 1.5, float("nan"), "", "x", "0" * 16, [], [0], [[1, 2]], {}, {"bytes": 1})
+
+
+def leaves(value: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of everything in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, inner in list(items) for place in [(value, key), *leaves(inner)]]
+
+
+@pytest.mark.parametrize("kind", ["pack", "index"])
+def test_a_manifest_of_other_types_is_refused_in_one_line(
+    tmp_path: Path, model: tuple[Path, dict[str, np.ndarray]], kind: str
+) -> None:
+    """Every kind of field once with every strange value: an error of ours, or the change means nothing."""
+    assert main([kind, str(model[0]), "--to", str(tmp_path / "store")]) == 0
+    manifest = (tmp_path / "store" / MANIFEST).read_bytes()
+    random = np.random.default_rng(7)
+    body = json.loads(manifest)
+    kinds: dict[str, int] = {}
+    for index, (container, key) in enumerate(leaves(body)):
+        kinds.setdefault(f"{type(container).__name__} {key if isinstance(container, dict) else ''}", index)
+    places = sorted({*kinds.values(), *random.integers(0, len(leaves(body)), 20).tolist()})
+    for index in places:
+        for strange in STRANGE:
+
+            def edit(found: dict[str, Any], index: int = index, strange: Any = strange) -> None:
+                usable = {key: inner for key, inner in body.items() if key != "xxh3_64"}
+                container, key = leaves(found)[min(index, len(leaves(usable)) - 1)]
+                container[key] = strange
+
+            edit_manifest(tmp_path / "store", edit)
+            try:
+                Store.open(tmp_path / "store")
+            except (StoreError, FormatError) as error:
+                assert "\n" not in error.message
+            (tmp_path / "store" / MANIFEST).write_bytes(manifest)
+
+
 def test_data_files_must_be_the_manifests_own(packed: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "other.gguf", 12)
     assert main(["pack", str(tmp_path / "other.gguf"), "--to", str(tmp_path / "other")]) == 0
@@ -253,6 +358,11 @@ def test_an_in_place_store_notices_that_its_model_changed(
     assert caught.value.hint
     path.write_bytes(original)
     Store.open(tmp_path / "index")
+
+
+def test_a_name_gives_no_commands_to_the_terminal(tmp_path: Path) -> None:
+    write_model(tmp_path / "m.gguf", 1, name="red\x1b[31m\n")
+    assert Store.open(tmp_path / "m.gguf").model_name == r"red\x1b[31m"
 
 
 def test_directories_that_are_no_store(tmp_path: Path) -> None:

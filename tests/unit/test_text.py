@@ -52,12 +52,13 @@ def test_streaming_equals_decoding(tokenizer: Tokenizer) -> None:
         ({"tokenizer.ggml.model": "llama"}, "not supported"),
         ({"tokenizer.ggml.pre": "martian"}, "martian"),
         ({"tokenizer.ggml.tokens": None}, "no vocabulary"),
-        ({"tokenizer.ggml.merges": ["no such"]}, "do not fit"),
+        ({"tokenizer.ggml.merges": None}, "no merges"),
         ({"tokenizer.ggml.token_type": [1, 1]}, "token types"),
     ],
 )
 def test_damaged_vocabularies(demo_model: Path, changes: dict[str, object], message: str) -> None:
     metadata = {**dict(GGUFFile.open(demo_model).metadata), **changes}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
     with pytest.raises(FormatError, match=message):
         Tokenizer.from_metadata(metadata)
 

@@ -3,20 +3,14 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "experts/routing.h"
 #include "math/vector_ops.h"
+#include "read/clock.h"
 
 /* Experts computed together.  While misses wait for a free slot, resident experts are done in smaller
  * groups, so that their slots come free and the drive does not idle. */
 enum { GROUP_WHILE_MISSES_WAIT = 8, REAP_BATCH = 64 };
-
-static int64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
 
 static int64_t workspace_rows(const fomoe_experts_shape *s) { return (int64_t)s->batch * s->used; }
 
@@ -33,10 +27,8 @@ static int allocate(fomoe_experts *e) {
     e->down = malloc(rows * s->columns * sizeof(float));
     e->activation = malloc(rows * e->activation_bytes);
     e->picks = calloc(s->layers * most, sizeof *e->picks);
-    e->ids = malloc(most * sizeof *e->ids);
-    e->index = malloc(most * sizeof *e->index);
-    e->weight = malloc(most * sizeof *e->weight);
-    e->requests = malloc(most * sizeof *e->requests);
+    if (fomoe_plan_new(&e->plan, most)) return 0;
+    e->left = malloc(most * sizeof *e->left);
     e->replaced = malloc(s->used * sizeof *e->replaced);
     e->first = malloc((most + 1) * sizeof *e->first);
     e->members = malloc(rows * sizeof *e->members);
@@ -51,8 +43,12 @@ static int allocate(fomoe_experts *e) {
     e->placements = malloc(most * sizeof *e->placements);
     e->moves = malloc(2 * most * sizeof *e->moves);
     e->reads = malloc(FOMOE_PARTS * most * sizeof *e->reads);
-    return e->gate && e->up && e->down && e->activation && e->picks && e->ids && e->index && e->weight && e->requests && e->replaced && e->first &&
-           e->members && e->slot && e->source && e->tier && e->done && e->found && e->reads_left && e->ready && e->group && e->placements && e->moves && e->reads;
+    const void *taken[] = {e->gate,       e->up,      e->down,         e->activation, e->picks, e->left, e->replaced,
+                           e->first,      e->members, (void *)e->slot, e->source,     e->tier,  e->done, e->found,
+                           e->reads_left, e->ready,   e->group,        e->placements, e->moves, e->reads};
+    for (size_t i = 0; i < sizeof taken / sizeof *taken; i++)
+        if (!taken[i]) return 0;
+    return 1;
 }
 
 static int allocate_physical(fomoe_experts *e) {
@@ -79,7 +75,7 @@ fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *shape, const fomoe_e
     e->shape = *shape;
     e->residency = residency;
     e->reader = reader;
-    e->first_layer = -1;
+    e->first_layer = e->open_layer = -1;
     fomoe_offers_start(&e->offers, residency, reader);
     e->layer = malloc(shape->layers * sizeof *e->layer);
     if (!e->layer) goto fail;
@@ -89,7 +85,6 @@ fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *shape, const fomoe_e
         if (layer[l].experts && e->first_layer < 0) e->first_layer = l;
     }
     if (!allocate(e) || !allocate_physical(e)) goto fail;
-    for (int i = 0; i < e->max_experts; i++) e->index[i] = -1;
     return e;
 fail:
     fomoe_experts_free(e);
@@ -98,11 +93,12 @@ fail:
 
 void fomoe_experts_free(fomoe_experts *e) {
     if (!e) return;
-    void *owned[] = {e->layer, e->physical, e->physical_memory, e->gate, e->up, e->down, e->activation, e->picks,
-                     e->ids, e->index, e->weight, e->requests, e->replaced, e->first, e->members, (void *)e->slot,
-                     e->source, e->tier, e->done, e->found, e->reads_left, e->ready, e->group, e->placements,
-                     e->moves, e->reads};
+    void *owned[] = {
+        e->layer, e->physical,   e->physical_memory, e->gate,    e->up,           e->down,   e->activation, e->picks,
+        e->left,  e->replaced,   e->first,           e->members, (void *)e->slot, e->source, e->tier,       e->done,
+        e->found, e->reads_left, e->ready,           e->group,   e->placements,   e->moves,  e->reads};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+    fomoe_plan_free(&e->plan);
     free(e);
 }
 
@@ -139,22 +135,15 @@ static uint8_t *slot_address(const fomoe_experts *e, int layer, const fomoe_plac
 
 static int add_reads(fomoe_experts *e, int layer, int expert, int i, uint8_t *slot, fomoe_read *reads) {
     const fomoe_expert_layer *l = &e->layer[layer];
-    const fomoe_extent *extent = l->extents + expert * FOMOE_PARTS;
-    int count = l->extent_count[expert];
-    for (int r = 0; r < count; r++, extent++) {
-        reads[r] = (fomoe_read){.tag = (uint64_t)i * FOMOE_PARTS + r, .offset = extent->offset, .bytes = extent->bytes,
-                                .target = slot + extent->slot_offset, .file = extent->file};
-        e->counters.nvme_bytes += extent->bytes;
-    }
     e->counters.nvme_reads++;
-    return count;
+    return fomoe_expert_reads(l->extents, l->extent_count, expert, i, slot, reads, &e->counters.nvme_bytes);
 }
 
 static void fail(fomoe_experts *e, int layer, int i, int error) {
     if (!e->error) {
         e->error = error;
         e->failed_layer = layer;
-        e->failed_expert = e->ids[i];
+        e->failed_expert = e->plan.ids[i];
     }
 }
 
@@ -162,8 +151,8 @@ static void fail(fomoe_experts *e, int layer, int i, int error) {
 static void place(fomoe_experts *e, int layer, int begin, int end, int *reads) {
     int moves = 0;
     if (begin == end) return;
-    if (fomoe_residency_resolve(e->residency, layer, e->ids + begin, e->requests + begin, end - begin, e->placements,
-                                e->moves, &moves)) {
+    if (fomoe_residency_resolve(e->residency, layer, e->plan.ids + begin, e->plan.requests + begin, end - begin,
+                                e->placements, e->moves, &moves)) {
         fail(e, layer, begin, -ENOMEM); /* can't be: place() is never asked for more than there is room for */
         return;
     }
@@ -175,9 +164,9 @@ static void place(fomoe_experts *e, int layer, int begin, int end, int *reads) {
         e->source[i] = p->source == FOMOE_TIER_COMING ? FOMOE_TIER_NVME : p->source;
         e->tier[i] = p->tier;
         e->reads_left[i] = 0;
-        if (p->source == FOMOE_TIER_COMING) fomoe_offers_join(&e->offers, layer, e->ids[i], i);
+        if (p->source == FOMOE_TIER_COMING) fomoe_offers_join(&e->offers, layer, e->plan.ids[i], i);
         if (p->source != FOMOE_TIER_NVME) continue;
-        e->reads_left[i] = add_reads(e, layer, e->ids[i], i, slot, e->reads + *reads);
+        e->reads_left[i] = add_reads(e, layer, e->plan.ids[i], i, slot, e->reads + *reads);
         *reads += e->reads_left[i];
     }
     e->submitted = end;
@@ -190,10 +179,10 @@ static void submit(fomoe_experts *e, int layer, int begin, int reads) {
 
 /* The first wave: resident experts, then as many misses as there are slots. */
 static void place_first(fomoe_experts *e, int layer) {
-    int room = e->layer[layer].slots - e->hits, misses = e->count - e->hits, reads = 0;
-    place(e, layer, 0, e->hits, &reads);
-    if (!e->error) place(e, layer, e->hits, e->hits + (misses < room ? misses : room), &reads);
-    submit(e, layer, e->hits, reads);
+    int room = e->layer[layer].slots - e->plan.hits, misses = e->plan.count - e->plan.hits, reads = 0;
+    place(e, layer, 0, e->plan.hits, &reads);
+    if (!e->error) place(e, layer, e->plan.hits, e->plan.hits + (misses < room ? misses : room), &reads);
+    submit(e, layer, e->plan.hits, reads);
 }
 
 /* Later waves: every expert that is done gives its slot to the next one that waits.  One at a time and in the order
@@ -201,8 +190,8 @@ static void place_first(fomoe_experts *e, int layer) {
 static void replace_done(fomoe_experts *e, int layer) {
     int begin = e->submitted, reads = 0;
     while (!e->error && e->released < e->submitted && e->done[e->released]) {
-        fomoe_residency_release(e->residency, layer, &e->ids[e->released++], 1);
-        if (e->submitted < e->count) place(e, layer, e->submitted, e->submitted + 1, &reads);
+        fomoe_residency_release(e->residency, layer, &e->plan.ids[e->released++], 1);
+        if (e->submitted < e->plan.count) place(e, layer, e->submitted, e->submitted + 1, &reads);
     }
     submit(e, layer, begin, reads);
 }
@@ -224,80 +213,56 @@ static void substitute(fomoe_experts *e, const fomoe_step *step, const fomoe_run
     int asked = run->substitute && run->tokens == 1 && e->car.rule != FOMOE_CAR_OFF && run->position >= e->car.warmup;
     memset(e->replaced, -1, used * sizeof *e->replaced);
     if (!asked) return;
-    int swaps = fomoe_car_choose(&e->car, e->layer[layer].experts, used, step->as.experts.normalise,
-                                 fomoe_float_row(&step->as.experts.logits, 0), fomoe_residency_tiers(e->residency, layer),
-                                 (int32_t *)fomoe_row(&step->as.experts.ids, 0),
-                                 fomoe_float_row(&step->as.experts.weights, 0), e->replaced);
+    int swaps = fomoe_car_choose(
+        &e->car, e->layer[layer].experts, used, step->as.experts.normalise,
+        fomoe_float_row(&step->as.experts.logits, 0), fomoe_residency_tiers(e->residency, layer),
+        (int32_t *)fomoe_row(&step->as.experts.ids, 0), fomoe_float_row(&step->as.experts.weights, 0), e->replaced);
     fomoe_residency_substituted(e->residency, swaps);
 }
 
-/* The distinct experts of the batch in order of first appearance, how many tokens want each, and how many of those
- * had it from the router. */
-static void collect(fomoe_experts *e, const fomoe_rows *ids, int tokens) {
-    e->count = 0;
+/* The distinct experts of the batch: resident ones first. */
+static void collect(fomoe_experts *e, int layer, const fomoe_rows *ids, int tokens) {
+    fomoe_plan_begin(&e->plan);
     for (int t = 0; t < tokens; t++) {
         const int32_t *row = (const int32_t *)fomoe_row(ids, t);
-        for (int k = 0; k < e->shape.used; k++) {
-            int32_t id = row[k];
-            if (e->index[id] < 0) {
-                e->index[id] = e->count;
-                e->weight[e->count] = e->requests[e->count] = 0;
-                e->ids[e->count++] = id;
-            }
-            e->weight[e->index[id]]++;
-            e->requests[e->index[id]] += e->replaced[k] < 0;
-        }
+        for (int k = 0; k < e->shape.used; k++) fomoe_plan_add(&e->plan, row[k], e->replaced[k] < 0);
     }
-}
-
-/* Resident ones to the front, both halves keeping their order. */
-static void partition(fomoe_experts *e, int layer) {
-    int32_t *missing = e->group, *missing_weight = e->ready, misses = 0, slot;
-    e->hits = 0;
-    for (int i = 0; i < e->count; i++) {
-        if (fomoe_residency_find(e->residency, layer, e->ids[i], &slot) == FOMOE_TIER_NVME) {
-            missing[misses] = e->ids[i];
-            missing_weight[misses++] = e->weight[i];
-        } else {
-            e->ids[e->hits] = e->ids[i];
-            e->requests[e->hits] = e->requests[i];
-            e->weight[e->hits++] = e->weight[i];
-        }
-    }
-    /* what is missing was asked for by the router: a stand-in is resident */
-    memcpy(e->ids + e->hits, missing, misses * sizeof *missing);
-    memcpy(e->weight + e->hits, missing_weight, misses * sizeof *missing_weight);
-    memcpy(e->requests + e->hits, missing_weight, misses * sizeof *missing_weight);
+    fomoe_plan_partition(&e->plan, e->residency, layer);
 }
 
 /* members: for every expert the (token, rank) pairs that chose it */
 static void list_members(fomoe_experts *e, const fomoe_rows *ids, int tokens) {
+    const fomoe_expert_plan *p = &e->plan;
     int used = e->shape.used, total = 0;
-    for (int i = 0; i < e->count; i++) {
-        e->index[e->ids[i]] = i;
+    for (int i = 0; i < p->count; i++) {
         e->first[i] = total;
-        total += e->weight[i];
+        e->left[i] = p->pairs[i];
+        total += p->pairs[i];
     }
-    e->first[e->count] = total;
+    e->first[p->count] = total;
     for (int t = tokens - 1; t >= 0; t--) {
         const int32_t *row = (const int32_t *)fomoe_row(ids, t);
         for (int k = used - 1; k >= 0; k--) {
-            int i = e->index[row[k]];
-            e->members[e->first[i] + --e->weight[i]] = t * used + k;
+            int i = p->index[row[k]];
+            e->members[e->first[i] + --e->left[i]] = t * used + k;
         }
     }
-    for (int i = 0; i < e->count; i++) {
-        e->weight[i] = e->first[i + 1] - e->first[i];
-        e->index[e->ids[i]] = -1;
-    }
+    fomoe_plan_end(&e->plan);
 }
 
-/* Collect completions; wait for one when asked. */
-static void reap(fomoe_experts *e, int layer, int wait) {
+/* Wait until a read has come back; a failure when the watch ends the work before. */
+static void await(fomoe_experts *e, int layer, fomoe_watch *watch) {
+    int64_t start = fomoe_now_ns();
+    int ready = 0, ended = 0;
+    while (!ready && !(ended = fomoe_watch_ended(watch))) ready = e->reader->wait(e->reader->self, FOMOE_POLL_MS);
+    e->counters.stall_ns += fomoe_now_ns() - start;
+    if (ended || ready < 0) fail(e, layer, 0, ended ? -ECANCELED : ready);
+}
+
+/* Collect what has come back. */
+static void reap(fomoe_experts *e, int layer) {
     fomoe_completion done[REAP_BATCH];
-    int64_t start = wait ? now_ns() : 0;
-    int count = e->reader->reap(e->reader->self, done, REAP_BATCH, wait);
-    if (wait) e->counters.stall_ns += now_ns() - start;
+    int count = e->reader->reap(e->reader->self, done, REAP_BATCH, 0);
     if (count < 0) fail(e, layer, 0, count);
     for (int c = 0; c < count; c++) {
         if (done[c].tag & FOMOE_OFFER_TAG) {
@@ -306,24 +271,30 @@ static void reap(fomoe_experts *e, int layer, int wait) {
             if (waiter >= 0) e->ready[e->ready_count++] = waiter;
             continue;
         }
-        int i = done[c].tag / FOMOE_PARTS;
+        int i = fomoe_expert_of_tag(done[c].tag);
         e->reads_left[i]--;
         if (done[c].error) fail(e, layer, i, done[c].error);
         if (!e->reads_left[i]) e->ready[e->ready_count++] = i;
     }
 }
 
-/* After a failure: wait for what is in flight (its targets are slots), forget what was being read. */
-static void abandon(fomoe_experts *e, int layer, fomoe_run *run) {
+/* Drop the reads of experts [begin, end) of the batch that have not begun, wait for the others. */
+static void drain(fomoe_experts *e, int begin, int end) {
     fomoe_completion done[REAP_BATCH];
     int count, waiter;
+    for (int tag = begin * FOMOE_PARTS; tag < end * FOMOE_PARTS; tag++) e->reader->cancel(e->reader->self, tag);
     while ((count = e->reader->reap(e->reader->self, done, REAP_BATCH, 1)) > 0)
         for (int c = 0; c < count; c++)
             if (done[c].tag & FOMOE_OFFER_TAG) fomoe_offers_completed(&e->offers, &done[c], &waiter);
-    fomoe_residency_release(e->residency, layer, e->ids, e->submitted);
-    for (int i = e->hits; i < e->submitted; i++) fomoe_residency_drop(e->residency, layer, e->ids[i]);
-    e->group_count = 0;
-    fomoe_fail(run, e->error);
+}
+
+void fomoe_experts_abandon(fomoe_experts *e) {
+    int layer = e->open_layer;
+    if (layer < 0) return;
+    e->open_layer = -1;
+    drain(e, e->plan.hits, e->submitted);
+    fomoe_residency_release(e->residency, layer, e->plan.ids, e->submitted);
+    for (int i = e->plan.hits; i < e->submitted; i++) fomoe_residency_drop(e->residency, layer, e->plan.ids[i]);
 }
 
 static int looks_ahead(const fomoe_experts *e, const fomoe_run *run) {
@@ -342,8 +313,8 @@ static void review(fomoe_experts *e) {
 }
 
 /* Experts of this layer that were read before anybody asked.  With cache-aware routing they become resident at the same
- * point of the text whatever the drive's speed, because what stands in for what must not depend on it; a batch needs all
- * slots.  Lookahead for a single token changes no result: what is not there yet is waited for like any other. */
+ * point of the text whatever the drive's speed, because what stands in for what must not depend on it; a batch needs
+ * all slots.  Lookahead for a single token changes no result: what is not there yet is waited for like any other. */
 static void settle(fomoe_experts *e, const fomoe_step *step, const fomoe_run *run) {
     int layer = step->as.experts.layer, useful, late;
     if (run->tokens == 1 && e->car.rule == FOMOE_CAR_OFF) {
@@ -352,7 +323,10 @@ static void settle(fomoe_experts *e, const fomoe_step *step, const fomoe_run *ru
         e->counters.useful += useful;
         e->counters.late += late;
     } else {
-        while (fomoe_offers_hurry(&e->offers, layer) && !e->error) reap(e, layer, 1);
+        while (fomoe_offers_hurry(&e->offers, layer) && !e->error) {
+            await(e, layer, run->watch);
+            reap(e, layer);
+        }
     }
     fomoe_offers_settle(&e->offers, layer);
 }
@@ -379,18 +353,19 @@ void fomoe_step_lookahead(const fomoe_step *step, fomoe_run *run, int thread) {
     fomoe_experts *e = step->as.lookahead.experts;
     const fomoe_matrix *router = &step->as.lookahead.router;
     if (!looks_ahead(e, run)) return;
-    float *x = run->scratch[thread], *row = x + router->columns, *logits = fomoe_float_row(&step->as.lookahead.logits, 0);
+    float *x = run->scratch[thread], *row = x + router->columns,
+          *logits = fomoe_float_row(&step->as.lookahead.logits, 0);
     int64_t begin, end;
     fomoe_rms_norm(router->columns, fomoe_float_row(&step->as.lookahead.input, 0), step->as.lookahead.weight,
                    step->as.lookahead.epsilon, x);
-    while (fomoe_take(&run->next[run->step], router->rows, 32, &begin, &end))
+    while (fomoe_take_of(run, thread, &run->next[run->step], router->rows, 32, &begin, &end))
         for (int64_t r = begin; r < end; r++) {
             router->type->to_float(router->data + r * router->row_bytes, row, router->columns);
-            fomoe_type_of(0)->dot(router->columns, &logits[r], 0, row, 0, x, 0, 1);
+            fomoe_type_of(run->kernels, 0)->dot(router->columns, &logits[r], 0, row, 0, x, 0, 1);
         }
     fomoe_team_barrier(run->team);
     /* the drive idles: the layer's own reads have all been waited for */
-    if (thread || fomoe_offers_under_way(&e->offers) >= e->lookahead) return;
+    if (thread || fomoe_failed(run) || fomoe_offers_under_way(&e->offers) >= e->lookahead) return;
     uint64_t bytes = e->counters.nvme_bytes;
     fomoe_route(router->rows, e->lookahead, logits, 0, 1, run->scratch[0], e->group, (float *)e->ready);
     for (int k = 0; k < e->lookahead; k++)
@@ -407,22 +382,23 @@ void fomoe_step_experts_begin(const fomoe_step *step, fomoe_run *run, int thread
         review(e);
     }
     e->submitted = e->computed = e->released = e->grouped_hits = e->ready_count = e->group_count = e->error = 0;
+    e->plan.hits = 0;
+    e->open_layer = layer;
     settle(e, step, run);
     count_picks(e, layer, &step->as.experts.ids, run->tokens);
     substitute(e, step, run);
-    collect(e, &step->as.experts.ids, run->tokens);
-    partition(e, layer);
+    collect(e, layer, &step->as.experts.ids, run->tokens);
     list_members(e, &step->as.experts.ids, run->tokens);
-    memset(e->done, 0, e->count);
+    memset(e->done, 0, e->plan.count);
     place_first(e, layer);
     if (!e->error) back_fill(e, layer);
-    if (e->error) abandon(e, layer, run);
+    if (e->error) fomoe_fail(run, e->error);
 }
 
 /* Of every (token, rank): its expert's first request found it where it was, the others where it is computed from. */
 static void trace_batch(fomoe_experts *e, const fomoe_step *step, fomoe_run *run) {
     const fomoe_rows *ids = &step->as.experts.ids;
-    for (int i = 0; i < e->count; i++)
+    for (int i = 0; i < e->plan.count; i++)
         for (int j = e->first[i]; j < e->first[i + 1]; j++)
             e->found[e->members[j]] = j == e->first[i] ? e->source[i] : e->tier[i];
     fomoe_trace_batch(run->trace, step->as.experts.layer, run->tokens, ids->data, ids->stride, e->found);
@@ -431,23 +407,28 @@ static void trace_batch(fomoe_experts *e, const fomoe_step *step, fomoe_run *run
 /* Give up the slots of the group that was computed, keep the drive busy, choose what to compute next (or nothing: all
  * is done). */
 static void next_group(fomoe_experts *e, const fomoe_step *step, fomoe_run *run) {
-    int layer = step->as.experts.layer;
-    for (int g = 0; g < e->group_count; g++) e->done[e->group[g]] = 1;
-    e->computed += e->group_count;
+    int layer = step->as.experts.layer, computed = e->group_count;
     e->group_count = 0;
+    if (fomoe_failed(run)) return;
+    for (int g = 0; g < computed; g++) e->done[e->group[g]] = 1;
+    e->computed += computed;
     replace_done(e, layer);
-    if (e->computed == e->count) {
+    if (e->computed == e->plan.count) {
         if (run->trace) trace_batch(e, step, run);
+        e->open_layer = -1;
         return;
     }
-    if (e->submitted > e->hits) reap(e, layer, 0);
-    while (!e->error && e->grouped_hits == e->hits && !e->ready_count) reap(e, layer, 1);
+    if (e->submitted > e->plan.hits) reap(e, layer);
+    while (!e->error && e->grouped_hits == e->plan.hits && !e->ready_count) {
+        await(e, layer, run->watch);
+        reap(e, layer);
+    }
     if (e->error) {
-        abandon(e, layer, run);
+        fomoe_fail(run, e->error);
         return;
     }
-    int limit = e->submitted < e->count ? GROUP_WHILE_MISSES_WAIT : e->count;
-    while (e->grouped_hits < e->hits && e->group_count < limit) e->group[e->group_count++] = e->grouped_hits++;
+    int limit = e->submitted < e->plan.count ? GROUP_WHILE_MISSES_WAIT : e->plan.count;
+    while (e->grouped_hits < e->plan.hits && e->group_count < limit) e->group[e->group_count++] = e->grouped_hits++;
     for (int i = 0; i < e->ready_count; i++) e->group[e->group_count++] = e->ready[i];
     e->ready_count = 0;
     e->counters.groups++;
@@ -476,27 +457,26 @@ static int by_place(const void *a, const void *b) {
 
 /* Slots are given hottest first, reads go through the files in order: in a packed store, whose records lie hottest
  * first, that is one sequential pass. */
-int fomoe_experts_warm(fomoe_experts *e, int layer, const int32_t *experts, const double *scores, int count) {
+int fomoe_experts_warm(fomoe_experts *e, int layer, const int32_t *experts, const double *scores, int count,
+                       fomoe_watch *watch) {
     int placed = 0, reads = 0;
-    e->error = 0;
+    e->error = e->ready_count = 0;
     for (int i = 0; i < count; i++) {
         fomoe_placement p = fomoe_residency_seed(e->residency, layer, experts[i], scores[i]);
         if (p.tier == FOMOE_TIER_NVME) continue;
-        e->ids[placed] = experts[i];
-        reads += add_reads(e, layer, experts[i], placed++, slot_address(e, layer, &p), e->reads + reads);
+        e->plan.ids[placed] = experts[i];
+        e->reads_left[placed] = add_reads(e, layer, experts[i], placed, slot_address(e, layer, &p), e->reads + reads);
+        reads += e->reads_left[placed++];
     }
     if (!reads) return 0;
     qsort(e->reads, reads, sizeof *e->reads, by_place);
     int error = e->reader->submit(e->reader->self, e->reads, reads);
     if (error) fail(e, layer, 0, error);
-    for (int in_flight = error ? 0 : reads; in_flight > 0;) {
-        fomoe_completion done[REAP_BATCH];
-        int got = e->reader->reap(e->reader->self, done, REAP_BATCH, 1);
-        if (got <= 0) return got ? got : -EIO;
-        for (int c = 0; c < got; c++)
-            if (done[c].error) fail(e, layer, done[c].tag / FOMOE_PARTS, done[c].error);
-        in_flight -= got;
+    while (!e->error && e->ready_count < placed) {
+        await(e, layer, watch);
+        reap(e, layer);
     }
-    for (int i = 0; i < placed && e->error; i++) fomoe_residency_drop(e->residency, layer, e->ids[i]);
+    if (e->error) drain(e, 0, placed);
+    for (int i = 0; i < placed && e->error; i++) fomoe_residency_drop(e->residency, layer, e->plan.ids[i]);
     return e->error;
 }

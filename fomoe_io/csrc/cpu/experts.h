@@ -6,20 +6,10 @@
 #include <stdint.h>
 
 #include "experts/car.h"
-#include "math/dot.h"
-#include "read/reader.h"
+#include "experts/expert_reads.h"
 #include "experts/residency.h"
-
-enum { FOMOE_PARTS = 3, FOMOE_GATE = 0, FOMOE_UP = 1, FOMOE_DOWN = 2 };
-
-/* One aligned read of an expert's record; a packed record is one, an in-place expert up to three. */
-typedef struct {
-    uint64_t offset;
-    uint32_t bytes;
-    uint32_t slot_offset;
-    int32_t file;
-    int32_t unused;
-} fomoe_extent;
+#include "math/dot.h"
+#include "read/watch.h"
 
 typedef struct {
     int32_t experts;                     /* 0: not a layer of experts */
@@ -67,8 +57,12 @@ int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *shape);
 const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *);
 /* [layers][most experts of a layer]: how often the router picked each, since the start */
 const int64_t *fomoe_experts_picks(const fomoe_experts *);
-/* Read these experts of a layer into free slots (warm start), hottest first.  0, or a negative errno. */
-int fomoe_experts_warm(fomoe_experts *, int layer, const int32_t *experts, const double *scores, int count);
+/* Read these experts of a layer into free slots (warm start), hottest first.  0, or a negative errno: -ECANCELED when
+ * the watch (or NULL) ended it. */
+int fomoe_experts_warm(fomoe_experts *, int layer, const int32_t *experts, const double *scores, int count,
+                       fomoe_watch *);
+/* After a run that failed: wait for what is in flight (its targets are slots), forget what was being read. */
+void fomoe_experts_abandon(fomoe_experts *);
 /* Layer and expert of the last failed read. */
 void fomoe_experts_failure(const fomoe_experts *, int *layer, int *expert);
 

@@ -3,6 +3,7 @@
 #define FOMOE_EXPERTS_STATE_H
 
 #include "experts.h"
+#include "experts/expert_plan.h"
 #include "experts/offers.h"
 #include "program.h"
 
@@ -18,15 +19,19 @@ struct fomoe_experts {
     fomoe_expert_counters counters;
     int64_t *picks;
     int failed_layer, failed_expert;
+    int open_layer; /* whose reads are in flight and whose slots are held; -1: none */
     fomoe_car car;
     fomoe_offers offers;
     int lookahead, rest;                       /* ranks read ahead; tokens for which that pauses */
     uint64_t judged_prefetches, judged_useful; /* as of the last time it was asked whether it pays */
 
-    /* The batch's experts of the layer at work: resident ones first, then misses.  Thread 0 writes, between barriers. */
-    int count, hits, submitted, computed, released, grouped_hits, ready_count, error;
-    int32_t *ids, *index, *weight;  /* expert ids; id -> place in ids, -1 = none; tokens that want it */
-    int32_t *requests;              /* of them, those that are true picks: what the residency counts */
+    /* The batch's experts of the layer at work: resident ones, then misses.  Thread 0 writes, between barriers. */
+    fomoe_expert_plan plan;
+    /* 0 <= released <= computed <= submitted <= plan.count: experts whose slots others may have, that were computed,
+     * and that have a slot.  Of the resident ones grouped_hits have been handed to a group; ready_count have landed and
+     * wait. */
+    int submitted, computed, released, grouped_hits, ready_count, error;
+    int32_t *left;                  /* while members are listed: pairs of each expert that are not */
     int32_t *replaced;              /* of a single token: true picks that another expert stands in for, or -1 */
     int32_t *first, *members;       /* members[first[i] .. first[i+1]): token * used + rank */
     const uint8_t **slot;           /* where each expert's bytes are */

@@ -12,17 +12,20 @@
 
 struct fomoe_program {
     fomoe_team *team;
+    const fomoe_kernels *kernels;
     fomoe_step *steps;
     int count, capacity;
     float **scratch;
     _Atomic int64_t *next;
+    fomoe_experts *experts; /* of its steps, or NULL */
 };
 
-fomoe_program *fomoe_program_new(fomoe_team *team, int64_t scratch_floats) {
+fomoe_program *fomoe_program_new(fomoe_team *team, const fomoe_kernels *kernels, int64_t scratch_floats) {
     fomoe_program *program = calloc(1, sizeof *program);
     if (!program) return NULL;
     int threads = fomoe_team_size(team);
     program->team = team;
+    program->kernels = kernels;
     program->scratch = calloc(threads, sizeof *program->scratch);
     if (!program->scratch) goto fail;
     for (int i = 0; i < threads; i++) {
@@ -59,6 +62,7 @@ int fomoe_program_add(fomoe_program *program, const fomoe_step *step) {
         program->capacity = capacity;
     }
     program->steps[program->count++] = *step;
+    if (step->execute == fomoe_step_experts_begin) program->experts = step->as.experts.experts;
     return 0;
 }
 
@@ -75,6 +79,7 @@ static void replay(void *argument, int thread) {
     for (int i = 0; i < program->count; i++) {
         run.step = i;
         program->steps[i].execute(&program->steps[i], &run, thread);
+        if (!thread) fomoe_ask(&run);
         fomoe_team_barrier(program->team);
         int64_t failure = atomic_load_explicit(run.failure, memory_order_relaxed);
         if (failure && (failure >> 32) - 1 <= i) break;
@@ -83,6 +88,7 @@ static void replay(void *argument, int thread) {
 
 int fomoe_program_run(fomoe_program *program, fomoe_run *run) {
     run->team = program->team;
+    run->kernels = program->kernels;
     run->threads = fomoe_team_size(program->team);
     run->scratch = program->scratch;
     run->next = program->next;
@@ -91,6 +97,7 @@ int fomoe_program_run(fomoe_program *program, fomoe_run *run) {
     for (int i = 0; i < program->count; i++) atomic_store_explicit(&program->next[i], 0, memory_order_relaxed);
     replay_argument argument = {program, run};
     fomoe_team_run(program->team, replay, &argument);
+    if (atomic_load(&failure) && program->experts) fomoe_experts_abandon(program->experts);
     return -(int)(uint32_t)atomic_load(&failure);
 }
 
@@ -118,11 +125,11 @@ void fomoe_step_embed(const fomoe_step *step, fomoe_run *run, int thread) {
     }
 }
 
-static void convert_row(const float *x, const fomoe_rows *output, int64_t i) {
+static void convert_row(const fomoe_run *run, const float *x, const fomoe_rows *output, int64_t i) {
     if (output->type == 0)
         memcpy(fomoe_row(output, i), x, output->columns * sizeof(float));
     else
-        fomoe_type_of(output->type)->from_float(x, fomoe_row(output, i), output->columns);
+        fomoe_type_of(run->kernels, output->type)->from_float(x, fomoe_row(output, i), output->columns);
 }
 
 void fomoe_step_norm(const fomoe_step *step, fomoe_run *run, int thread) {
@@ -131,8 +138,9 @@ void fomoe_step_norm(const fomoe_step *step, fomoe_run *run, int thread) {
     const fomoe_rows *input = &step->as.norm.input;
     float *y = run->scratch[thread];
     for (int i = thread; i < rows; i += run->threads) {
-        fomoe_rms_norm(input->columns, fomoe_float_row(input, first + i), step->as.norm.weight, step->as.norm.epsilon, y);
-        for (int o = 0; o < step->as.norm.count; o++) convert_row(y, &step->as.norm.outputs[o], i);
+        fomoe_rms_norm(input->columns, fomoe_float_row(input, first + i), step->as.norm.weight, step->as.norm.epsilon,
+                       y);
+        for (int o = 0; o < step->as.norm.count; o++) convert_row(run, y, &step->as.norm.outputs[o], i);
         if (step->as.norm.of_outputs && run->record.final_norm)
             memcpy(run->record.final_norm + (int64_t)i * input->columns, y, input->columns * sizeof(float));
     }
@@ -140,7 +148,7 @@ void fomoe_step_norm(const fomoe_step *step, fomoe_run *run, int thread) {
 
 void fomoe_step_quantize(const fomoe_step *step, fomoe_run *run, int thread) {
     for (int t = thread; t < run->tokens; t += run->threads)
-        convert_row(fomoe_float_row(&step->as.quantize.input, t), &step->as.quantize.output, t);
+        convert_row(run, fomoe_float_row(&step->as.quantize.input, t), &step->as.quantize.output, t);
 }
 
 void fomoe_step_silu_mul(const fomoe_step *step, fomoe_run *run, int thread) {
@@ -148,7 +156,7 @@ void fomoe_step_silu_mul(const fomoe_step *step, fomoe_run *run, int thread) {
     float *y = run->scratch[thread];
     for (int t = thread; t < run->tokens; t += run->threads) {
         fomoe_silu_mul(gate->columns, fomoe_float_row(gate, t), fomoe_float_row(up, t), y);
-        convert_row(y, &step->as.silu_mul.output, t);
+        convert_row(run, y, &step->as.silu_mul.output, t);
     }
 }
 
@@ -162,7 +170,7 @@ static void multiply_rows(const fomoe_product *part, fomoe_run *run, int thread,
         const uint8_t *row = m->data + r * m->row_bytes;
         if (m->float_activations) m->type->to_float(row, expanded, m->columns);
         for (int t = 0; t < count; t++) {
-            float y = fomoe_row_dot(m, row, fomoe_row(&part->input, t), expanded);
+            float y = fomoe_row_dot(run, m, row, fomoe_row(&part->input, t), expanded);
             float *out = logits ? logits + (int64_t)t * m->rows + r : fomoe_float_row(&part->output, t) + r;
             *out = part->add ? *out + y : y;
         }
@@ -178,8 +186,7 @@ void fomoe_step_mat_mul(const fomoe_step *step, fomoe_run *run, int thread) {
     /* About eight turns a thread even out a busy neighbour; 8 rows fill an output cache line's half. */
     int64_t chunk = total / (run->threads * 8);
     chunk = chunk < 8 ? 8 : chunk > 64 ? 64 : chunk;
-    if (run->threads == 1) chunk = total;
-    while (fomoe_take(&run->next[run->step], total, chunk, &begin, &end)) {
+    while (fomoe_take_of(run, thread, &run->next[run->step], total, chunk, &begin, &end)) {
         int64_t first = 0;
         for (int p = 0; p < parts && begin < end; p++) {
             const fomoe_product *part = &step->as.mat_mul.parts[p];
@@ -200,7 +207,7 @@ void fomoe_step_conv(const fomoe_step *step, fomoe_run *run, int thread) {
     float *state = (float *)(run->state + step->as.conv.state_offset);
     int64_t begin, end;
     /* 512 channels: work for about a microsecond */
-    while (fomoe_take(&run->next[run->step], channels, 512, &begin, &end))
+    while (fomoe_take_of(run, thread, &run->next[run->step], channels, 512, &begin, &end))
         for (int t = 0; t < run->tokens; t++)
             fomoe_conv_step(end - begin, taps, step->as.conv.weight + begin * taps,
                             fomoe_float_row(&step->as.conv.input, t) + begin, state + begin, channels,
@@ -229,7 +236,7 @@ static void delta_head(const fomoe_step *step, fomoe_run *run, int thread, int h
 
 void fomoe_step_delta(const fomoe_step *step, fomoe_run *run, int thread) {
     int64_t begin, end;
-    while (fomoe_take(&run->next[run->step], step->as.delta.value_heads, 1, &begin, &end))
+    while (fomoe_take_of(run, thread, &run->next[run->step], step->as.delta.value_heads, 1, &begin, &end))
         delta_head(step, run, thread, begin);
 }
 
@@ -237,12 +244,13 @@ void fomoe_step_delta(const fomoe_step *step, fomoe_run *run, int thread) {
 
 void fomoe_step_rope_table(const fomoe_step *step, fomoe_run *run, int thread) {
     for (int t = thread; t < run->tokens; t += run->threads)
-        fomoe_rope_table(step->as.rope_table.rotated, step->as.rope_table.base, run->position + t,
-                         fomoe_float_row(&step->as.rope_table.output, t));
+        fomoe_rope_table(step->as.rope_table.pairs, step->as.rope_table.frequency, step->as.rope_table.magnitude,
+                         run->position + t, fomoe_float_row(&step->as.rope_table.output, t));
 }
 
 /* Keys and values lie [kv head][position][column], so that a head's history is one stream. */
-static float *cache_row(const fomoe_run *run, int64_t offset, int64_t context, int columns, int head, int64_t position) {
+static float *cache_row(const fomoe_run *run, int64_t offset, int64_t context, int columns, int head,
+                        int64_t position) {
     return (float *)(run->state + offset) + (head * context + position) * columns;
 }
 
@@ -250,20 +258,24 @@ void fomoe_step_kv(const fomoe_step *step, fomoe_run *run, int thread) {
     int heads = step->as.kv.heads, kv_heads = step->as.kv.kv_heads, n = step->as.kv.head_columns;
     int rotated = step->as.kv.rotated, per_token = heads + kv_heads;
     int64_t begin, end;
-    while (fomoe_take(&run->next[run->step], (int64_t)run->tokens * per_token, 4, &begin, &end)) {
+    while (fomoe_take_of(run, thread, &run->next[run->step], (int64_t)run->tokens * per_token, 4, &begin, &end)) {
         for (int64_t i = begin; i < end; i++) {
             int t = i / per_token, head = i % per_token;
             const float *table = fomoe_float_row(&step->as.kv.table, t);
             if (head < heads) {
-                float *q = fomoe_float_row(&step->as.kv.query, t) + (int64_t)head * step->as.kv.query_stride;
+                int stride = step->as.kv.query_stride; /* a gate may follow the query; the bias is of both */
+                float *q = fomoe_float_row(&step->as.kv.query, t) + (int64_t)head * stride;
+                if (step->as.kv.query_bias) fomoe_add(stride, step->as.kv.query_bias + (int64_t)head * stride, q);
                 if (step->as.kv.query_norm) fomoe_rms_norm(n, q, step->as.kv.query_norm, step->as.kv.epsilon, q);
                 fomoe_rope_neox(rotated, table, q);
                 continue;
             }
             head -= heads;
             float *k = fomoe_float_row(&step->as.kv.key, t) + head * n;
-            const float *v = fomoe_float_row(&step->as.kv.value, t) + head * n;
+            float *v = fomoe_float_row(&step->as.kv.value, t) + head * n;
             int64_t position = run->position + t, context = step->as.kv.context;
+            if (step->as.kv.key_bias) fomoe_add(n, step->as.kv.key_bias + head * n, k);
+            if (step->as.kv.value_bias) fomoe_add(n, step->as.kv.value_bias + head * n, v);
             if (step->as.kv.key_norm) fomoe_rms_norm(n, k, step->as.kv.key_norm, step->as.kv.epsilon, k);
             fomoe_rope_neox(rotated, table, k);
             memcpy(cache_row(run, step->as.kv.key_offset, context, n, head, position), k, n * sizeof(float));
@@ -276,9 +288,10 @@ void fomoe_step_attention(const fomoe_step *step, fomoe_run *run, int thread) {
     int heads = step->as.attention.heads, n = step->as.attention.head_columns;
     int group = heads / step->as.attention.kv_heads;
     int64_t context = step->as.attention.context, begin, end;
-    while (fomoe_take(&run->next[run->step], (int64_t)run->tokens * heads, 1, &begin, &end)) {
+    while (fomoe_take_of(run, thread, &run->next[run->step], (int64_t)run->tokens * heads, 1, &begin, &end)) {
         int t = begin / heads, head = begin % heads;
-        const float *q = fomoe_float_row(&step->as.attention.query, t) + (int64_t)head * step->as.attention.query_stride;
+        const float *q =
+            fomoe_float_row(&step->as.attention.query, t) + (int64_t)head * step->as.attention.query_stride;
         float *out = fomoe_float_row(&step->as.attention.output, t) + head * n;
         fomoe_attention_head(n, n, run->position + t + 1, 1.0f / sqrtf((float)n), q,
                              cache_row(run, step->as.attention.key_offset, context, n, head / group, 0), n,

@@ -6,11 +6,13 @@
 #ifndef FOMOE_PROGRAM_H
 #define FOMOE_PROGRAM_H
 
+#include <errno.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #include "math/dot.h"
+#include "read/watch.h"
 #include "experts.h"
 #include "threads.h"
 #include "experts/trace.h"
@@ -53,8 +55,10 @@ typedef struct {
     int32_t substitute;   /* 1: experts may stand in for others, when this is a single token */
     fomoe_record record;
     fomoe_trace *trace;   /* NULL: none is written */
+    fomoe_watch *watch;   /* NULL: the run goes on to its end */
     /* filled by fomoe_program_run */
     fomoe_team *team;
+    const fomoe_kernels *kernels;
     int32_t threads;
     float **scratch; /* one area a thread */
     _Atomic int64_t *failure; /* 0, or where and why the run fails: see fomoe_fail */
@@ -117,12 +121,14 @@ struct fomoe_step {
         } delta;
         struct {
             fomoe_rows output; /* cos, sin pairs of each token's position */
-            double base;
-            int32_t rotated;
+            const double *frequency; /* of each pair */
+            double magnitude;
+            int32_t pairs;
         } rope_table;
         struct {
             fomoe_rows query, key, value, table; /* query is normalised and rotated in place */
             const float *query_norm, *key_norm;  /* NULL: none */
+            const float *query_bias, *key_bias, *value_bias; /* added before the norms, a row of each; NULL: none */
             int64_t key_offset, value_offset, context;
             int32_t heads, kv_heads, head_columns, query_stride, rotated;
             float epsilon;
@@ -168,12 +174,14 @@ struct fomoe_step {
 
 typedef struct fomoe_program fomoe_program;
 
-fomoe_program *fomoe_program_new(fomoe_team *team, int64_t scratch_floats);
+/* The kernels must be those of the matrices and experts of its steps. */
+fomoe_program *fomoe_program_new(fomoe_team *team, const fomoe_kernels *kernels, int64_t scratch_floats);
 void fomoe_program_free(fomoe_program *);
 /* The step is copied.  0, or -1 when memory runs out. */
 int fomoe_program_add(fomoe_program *, const fomoe_step *);
 int fomoe_program_steps(const fomoe_program *);
-/* 0, or a negative errno (a read failed). */
+/* 0, or a negative errno: a read failed, or -ECANCELED when the watch ended the run.  No read of a failed run is in
+ * flight any more, and its experts' slots are free or whole. */
 int fomoe_program_run(fomoe_program *, fomoe_run *);
 
 /* The ops, for fomoe_step.execute */
@@ -206,6 +214,15 @@ static inline void fomoe_fail(fomoe_run *run, int error) {
     atomic_compare_exchange_strong(run->failure, &none, ((int64_t)(run->step + 1) << 32) | (uint32_t)-error);
 }
 
+static inline int fomoe_failed(const fomoe_run *run) {
+    return atomic_load_explicit(run->failure, memory_order_relaxed) != 0;
+}
+
+/* Thread 0, which began the run, asks whether it shall end. */
+static inline void fomoe_ask(fomoe_run *run) {
+    if (fomoe_watch_ended(run->watch)) fomoe_fail(run, -ECANCELED);
+}
+
 /* Take the next chunk of 0..total of a step's work: sets *begin and *end, 0 when none is left. */
 static inline int fomoe_take(_Atomic int64_t *next, int64_t total, int64_t chunk, int64_t *begin, int64_t *end) {
     int64_t b = atomic_fetch_add_explicit(next, chunk, memory_order_relaxed);
@@ -215,11 +232,19 @@ static inline int fomoe_take(_Atomic int64_t *next, int64_t total, int64_t chunk
     return 1;
 }
 
+/* As fomoe_take, and nothing is left of a run that fails: steps take long when a batch is large. */
+static inline int fomoe_take_of(fomoe_run *run, int thread, _Atomic int64_t *next, int64_t total, int64_t chunk,
+                                int64_t *begin, int64_t *end) {
+    if (!thread) fomoe_ask(run);
+    return !fomoe_failed(run) && fomoe_take(next, total, chunk, begin, end);
+}
+
 /* y = row . x for one weight row and one activation row */
-static inline float fomoe_row_dot(const fomoe_matrix *m, const uint8_t *row, const uint8_t *x, const float *expanded) {
+static inline float fomoe_row_dot(const fomoe_run *run, const fomoe_matrix *m, const uint8_t *row, const uint8_t *x,
+                                  const float *expanded) {
     float y;
     if (m->float_activations)
-        fomoe_type_of(0)->dot(m->columns, &y, 0, expanded, 0, x, 0, 1);
+        fomoe_type_of(run->kernels, 0)->dot(m->columns, &y, 0, expanded, 0, x, 0, 1);
     else
         m->type->dot(m->columns, &y, 0, row, 0, x, 0, 1);
     return y;

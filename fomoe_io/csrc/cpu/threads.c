@@ -24,6 +24,7 @@ enum { SPINS = 2000, MOST_THREADS = 256 };
 
 struct fomoe_team {
     int threads, started;
+    pid_t process; /* the threads' */
     int spins; /* 0 when there are more threads than processors: spinning would hold up the one that works */
     pthread_t *thread;
     void (*work)(void *, int);
@@ -89,7 +90,7 @@ fomoe_team *fomoe_team_new(int threads) {
     if (threads < 1 || threads > MOST_THREADS) return NULL;
     fomoe_team *team = aligned_alloc(64, (sizeof *team + 63) / 64 * 64);
     if (!team) return NULL;
-    *team = (fomoe_team){.threads = threads, .started = 0};
+    *team = (fomoe_team){.threads = threads, .started = 0, .process = getpid()};
     cpu_set_t cpus;
     int processors = sched_getaffinity(0, sizeof cpus, &cpus) ? threads : CPU_COUNT(&cpus);
     team->spins = threads <= processors ? SPINS : 0;
@@ -113,6 +114,7 @@ fail:
 
 void fomoe_team_free(fomoe_team *team) {
     if (!team) return;
+    if (team->process != getpid()) team->started = 0; /* after a fork there are none to wait for */
     atomic_store(&team->stop, 1);
     atomic_fetch_add(&team->round, 1);
     futex_wake_all(&team->round);

@@ -2,38 +2,33 @@
 
 #include <stdlib.h>
 
-/* The distinct experts of a batch, in the order and with the meaning of csrc/cpu/experts.c. */
+#include "expert_plan.h"
+
 typedef struct {
-    int32_t count, hits;
-    int32_t *ids, *weight, *index; /* weight: requests, without those it only stands in for; index: id -> place */
-    int32_t *parted, *parted_weight;
+    fomoe_expert_plan plan;
+    int32_t *row; /* a token's picks */
     int8_t *source, *tier, *seen;
     fomoe_placement *placements;
     fomoe_move *moves;
 } batch;
 
 static void batch_free(batch *b) {
-    void *owned[] = {b->ids,    b->weight, b->index, b->parted,     b->parted_weight,
-                     b->source, b->tier,   b->seen,  b->placements, b->moves};
+    void *owned[] = {b->row, b->source, b->tier, b->seen, b->placements, b->moves};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+    fomoe_plan_free(&b->plan);
 }
 
 static int batch_new(batch *b, size_t most) {
     *b = (batch){
-        .ids = malloc(most * sizeof *b->ids),
-        .weight = malloc(most * sizeof *b->weight),
-        .index = malloc(most * sizeof *b->index),
-        .parted = malloc(most * sizeof *b->parted),
-        .parted_weight = malloc(most * sizeof *b->parted_weight),
+        .row = malloc(most * sizeof *b->row),
         .source = malloc(most),
         .tier = malloc(most),
         .seen = malloc(most),
         .placements = malloc(most * sizeof *b->placements),
         .moves = malloc(2 * most * sizeof *b->moves),
     };
-    int complete = b->ids && b->weight && b->index && b->parted && b->parted_weight && b->source && b->tier && b->seen &&
-                   b->placements && b->moves;
-    for (size_t i = 0; complete && i < most; i++) b->index[i] = -1;
+    int complete =
+        !fomoe_plan_new(&b->plan, most) && b->row && b->source && b->tier && b->seen && b->placements && b->moves;
     if (!complete) batch_free(b);
     return complete;
 }
@@ -44,47 +39,23 @@ static int is_among(const uint16_t *picks, int used, int id) {
     return 0;
 }
 
-/* Distinct experts in order of first appearance.  The number of requests that got another expert. */
+/* The number of requests that got another expert. */
 static int collect(batch *b, const uint16_t *picks, const uint16_t *chosen, int64_t requests, int used) {
     int substituted = 0;
-    b->count = 0;
+    fomoe_plan_begin(&b->plan);
     for (int64_t i = 0; i < requests; i++) {
-        int id = chosen[i], is_pick = is_among(picks + i / used * used, used, id);
-        if (b->index[id] < 0) {
-            b->index[id] = b->count;
-            b->weight[b->count] = 0;
-            b->ids[b->count++] = id;
-        }
-        b->weight[b->index[id]] += is_pick;
+        int is_pick = is_among(picks + i / used * used, used, chosen[i]);
+        fomoe_plan_add(&b->plan, chosen[i], is_pick);
         substituted += !is_pick;
     }
     return substituted;
 }
 
-/* Resident ones to the front, both halves keeping their order. */
-static void partition(batch *b, const fomoe_residency *r, int layer) {
-    int misses = 0, slot;
-    b->hits = 0;
-    for (int i = 0; i < b->count; i++) {
-        if (fomoe_residency_find(r, layer, b->ids[i], &slot) == FOMOE_TIER_NVME) {
-            b->parted[misses] = b->ids[i];
-            b->parted_weight[misses++] = b->weight[i];
-        } else {
-            b->ids[b->hits] = b->ids[i];
-            b->weight[b->hits++] = b->weight[i];
-        }
-    }
-    for (int i = 0; i < misses; i++) {
-        b->ids[b->hits + i] = b->parted[i];
-        b->weight[b->hits + i] = b->parted_weight[i];
-    }
-    for (int i = 0; i < b->count; i++) b->index[b->ids[i]] = i;
-}
-
 /* Experts [begin, end); there is room, as the caller counts slots. */
 static void place(batch *b, fomoe_residency *r, int layer, int begin, int end) {
     int moves;
-    fomoe_residency_resolve(r, layer, b->ids + begin, b->weight + begin, end - begin, b->placements, b->moves, &moves);
+    fomoe_residency_resolve(r, layer, b->plan.ids + begin, b->plan.requests + begin, end - begin, b->placements,
+                            b->moves, &moves);
     for (int i = begin; i < end; i++) {
         b->source[i] = b->placements[i - begin].source;
         b->tier[i] = b->placements[i - begin].tier;
@@ -93,13 +64,13 @@ static void place(batch *b, fomoe_residency *r, int layer, int begin, int end) {
 
 /* Waves: every expert that is done gives its slot to the next that waits, in the order of the batch. */
 static void resolve(batch *b, fomoe_residency *r, const fomoe_replay_layer *l) {
-    int room = l->slots - b->hits, misses = b->count - b->hits;
-    int placed = b->hits + (misses < room ? misses : room);
-    place(b, r, l->layer, 0, b->hits);
-    place(b, r, l->layer, b->hits, placed);
-    for (int i = 0; i < b->count; i++) {
-        fomoe_residency_release(r, l->layer, &b->ids[i], 1);
-        if (placed == b->count) continue;
+    int room = l->slots - b->plan.hits, misses = b->plan.count - b->plan.hits;
+    int placed = b->plan.hits + (misses < room ? misses : room);
+    place(b, r, l->layer, 0, b->plan.hits);
+    place(b, r, l->layer, b->plan.hits, placed);
+    for (int i = 0; i < b->plan.count; i++) {
+        fomoe_residency_release(r, l->layer, &b->plan.ids[i], 1);
+        if (placed == b->plan.count) continue;
         place(b, r, l->layer, placed, placed + 1);
         placed++;
     }
@@ -107,24 +78,24 @@ static void resolve(batch *b, fomoe_residency *r, const fomoe_replay_layer *l) {
 
 /* The first request finds an expert where it was, the others where it is computed from. */
 static void note_found(batch *b, const uint16_t *chosen, int64_t requests, int8_t *found) {
-    for (int i = 0; i < b->count; i++) b->seen[i] = 0;
+    for (int i = 0; i < b->plan.count; i++) b->seen[i] = 0;
     for (int64_t j = 0; j < requests; j++) {
-        int i = b->index[chosen[j]];
+        int i = b->plan.index[chosen[j]];
         found[j] = b->seen[i] ? b->tier[i] : b->source[i];
         b->seen[i] = 1;
     }
-    for (int i = 0; i < b->count; i++) b->index[b->ids[i]] = -1;
+    fomoe_plan_end(&b->plan);
 }
 
 static void play(batch *b, fomoe_residency *r, const fomoe_replay_layer *l, int64_t first, int64_t tokens) {
     int64_t at = first * l->used, requests = tokens * l->used;
     for (int64_t t = 0; t < tokens; t++) {
-        for (int k = 0; k < l->used; k++) b->parted[k] = l->picks[at + t * l->used + k];
-        fomoe_residency_touch(r, l->layer, tokens - 1 - t, b->parted, l->used);
+        for (int k = 0; k < l->used; k++) b->row[k] = l->picks[at + t * l->used + k];
+        fomoe_residency_touch(r, l->layer, tokens - 1 - t, b->row, l->used);
     }
     int substituted = collect(b, l->picks + at, l->chosen + at, requests, l->used);
     if (substituted) fomoe_residency_substituted(r, substituted);
-    partition(b, r, l->layer);
+    fomoe_plan_partition(&b->plan, r, l->layer);
     resolve(b, r, l);
     note_found(b, l->chosen + at, requests, l->found + at);
 }
@@ -182,7 +153,7 @@ static void look_ahead(oracle *o, const fomoe_replay_layer *l, int64_t batches) 
     }
 }
 
-/* Shrink the cache to its slots: who is wanted last goes first; those of batch n stay unless they alone are too many. */
+/* Shrink the cache to its slots: what is wanted last goes first; that of batch n stays unless it alone is too much. */
 static void shrink(oracle *o, const fomoe_replay_layer *l, int64_t n, int distinct) {
     int spare = distinct <= l->slots;
     while (o->count > l->slots) {

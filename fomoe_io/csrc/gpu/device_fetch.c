@@ -1,15 +1,9 @@
 #include <errno.h>
-#include <time.h>
 
 #include "device_experts_state.h"
+#include "read/clock.h"
 
 enum { REAP_BATCH = 64, IN_DRAM = 1 /* kernels/router.h */ };
-
-static uint64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000ULL + t.tv_nsec;
-}
 
 void fomoe_device_fail(fomoe_device_experts *e, int layer, int expert, int error) {
     if (e->error) return;
@@ -20,6 +14,7 @@ void fomoe_device_fail(fomoe_device_experts *e, int layer, int expert, int error
 
 int fomoe_device_has_failed(fomoe_device_experts *e, int layer) {
     if (e->copies.error) fomoe_device_fail(e, layer, -1, 1);
+    if (e->copies.patience->is_interrupted) fomoe_device_fail(e, layer, -1, -EINTR);
     return e->error;
 }
 
@@ -49,9 +44,8 @@ static fomoe_buffer *take_host_spare(fomoe_device_experts *e, int layer, int or_
     fomoe_buffer_queue *q = spares_of(e, layer, FOMOE_TIER_DRAM);
     if (!q->count) return NULL;
     if (or_none && !fomoe_buffer_is_free(&e->copies, q->items[q->first])) return NULL;
-    fomoe_buffer *b = pop(q);
-    fomoe_buffer_wait(&e->copies, b);
-    return b;
+    if (!fomoe_buffer_wait(&e->copies, q->items[q->first])) return NULL;
+    return pop(q);
 }
 
 static fomoe_buffer **slot_of(fomoe_device_experts *e, int layer, int tier, int slot) {
@@ -94,6 +88,7 @@ static void promote(fomoe_device_experts *e, int layer, const fomoe_move *m, int
     fomoe_buffer **below = slot_of(e, layer, FOMOE_TIER_DRAM, m->from_slot), *from = *below;
     if (is_exchange) {
         fomoe_buffer *spare = take_host_spare(e, layer, 0);
+        if (!spare) return; /* the device has failed */
         demote(e, layer, m + 1, spare);
         *below = spare;
     }
@@ -119,15 +114,8 @@ static void carry_out(fomoe_device_experts *e, int layer, const fomoe_move *move
 
 static int add_reads(fomoe_device_experts *e, int layer, int i, uint8_t *target, fomoe_read *reads) {
     const fomoe_device_layer *l = &e->layer[layer];
-    int expert = e->ids[i], count = l->extent_count[expert];
-    const fomoe_extent *extent = l->extents + expert * FOMOE_PARTS;
-    for (int r = 0; r < count; r++, extent++) {
-        reads[r] = (fomoe_read){.tag = (uint64_t)i * FOMOE_PARTS + r, .offset = extent->offset, .bytes = extent->bytes,
-                                .target = target + extent->slot_offset, .file = extent->file};
-        e->counters.nvme_bytes += extent->bytes;
-    }
     e->counters.nvme_reads++;
-    return count;
+    return fomoe_expert_reads(l->extents, l->extent_count, e->ids[i], i, target, reads, &e->counters.nvme_bytes);
 }
 
 /* A buffer of the device for an expert that stays in DRAM, until the layer has been computed. */
@@ -164,7 +152,7 @@ static int start_read(fomoe_device_experts *e, int layer, int i, int or_none) {
     fomoe_read reads[FOMOE_PARTS];
     if (p->tier == FOMOE_TIER_DRAM) {
         e->landing[i] = *slot_of(e, layer, FOMOE_TIER_DRAM, p->slot);
-        fomoe_buffer_wait(&e->copies, e->landing[i]);
+        if (!fomoe_buffer_wait(&e->copies, e->landing[i])) return 0;
     } else {
         e->landing[i] = take_host_spare(e, layer, or_none);
         if (!e->landing[i]) return 0;
@@ -179,12 +167,12 @@ static int start_read(fomoe_device_experts *e, int layer, int i, int or_none) {
 
 static int reap(fomoe_device_experts *e, int layer) {
     fomoe_completion done[REAP_BATCH];
-    uint64_t start = now_ns();
+    uint64_t start = fomoe_now_ns();
     int count = e->reader->reap(e->reader->self, done, REAP_BATCH, 1);
-    e->counters.nvme_stall_ns += now_ns() - start;
+    e->counters.nvme_stall_ns += fomoe_now_ns() - start;
     if (count <= 0) fomoe_device_fail(e, layer, -1, count ? count : -EIO);
     for (int c = 0; c < count; c++) {
-        int i = done[c].tag / FOMOE_PARTS;
+        int i = fomoe_expert_of_tag(done[c].tag);
         if (done[c].error) fomoe_device_fail(e, layer, e->ids[i], done[c].error);
         if (--e->reads_left[i] == 0) landed(e, layer, i);
     }
@@ -202,7 +190,7 @@ void fomoe_device_fetch(fomoe_device_experts *e, int layer) {
         }
         if (!in_flight) {
             /* can't be without a failure: every spare is free when nothing is under way */
-            if (next < e->count) fomoe_device_fail(e, layer, e->ids[next], -ENOMEM);
+            if (next < e->count && !fomoe_device_has_failed(e, layer)) fomoe_device_fail(e, layer, e->ids[next], -ENOMEM);
             return;
         }
         /* after a failure, too: what was started is ours only when it has come */
@@ -224,7 +212,7 @@ void fomoe_device_rewrite_table(fomoe_device_experts *e, int layer) {
                        : tier == FOMOE_TIER_DRAM ? IN_DRAM
                                                  : 0;
     }
-    e->tables_changed = 1;
+    e->version[layer]++;
 }
 
 void fomoe_device_bring(fomoe_device_experts *e, int layer) {
@@ -244,9 +232,9 @@ void fomoe_device_bring(fomoe_device_experts *e, int layer) {
             send_up(e, layer, i, *slot_of(e, layer, FOMOE_TIER_DRAM, p->slot));
     }
     fomoe_device_fetch(e, layer);
-    uint64_t start = now_ns();
+    uint64_t start = fomoe_now_ns();
     fomoe_lane_wait(&e->copies, FOMOE_LANE_UP);
-    e->counters.copy_stall_ns += now_ns() - start;
+    e->counters.copy_stall_ns += fomoe_now_ns() - start;
     for (int i = 0; i < e->count && e->error; i++)
         if (e->placements[i].source == FOMOE_TIER_NVME) fomoe_residency_drop(e->residency, layer, e->ids[i]);
     fomoe_residency_release(e->residency, layer, e->ids, e->count);

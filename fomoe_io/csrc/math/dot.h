@@ -18,16 +18,20 @@ typedef struct {
     int32_t block_bytes;
     fomoe_vec_dot dot;
     fomoe_from_float from_float; /* float row -> this type, for types that are activation types; else NULL */
-    fomoe_to_float to_float;     /* one row of this type -> floats (token embeddings); NULL for activation-only types */
+    fomoe_to_float to_float; /* one row of this type -> floats (token embeddings); NULL for activation-only types */
 } fomoe_type;
 
-/* Resolve ggml's symbols from libggml-base and libggml-cpu (paths); 0, or -1 with a message. */
-int fomoe_use_ggml(const char *base_path, const char *cpu_path, char *message, size_t message_bytes);
-void fomoe_use_portable(void);
-/* "ggml" or "portable" */
-const char *fomoe_kernels_name(void);
+/* What one library can multiply with.  It never changes, and whoever computes was given his: two engines of a process
+ * may have different ones. */
+typedef struct fomoe_kernels fomoe_kernels;
+
+/* From libggml-base and libggml-cpu (paths); NULL with a message. */
+fomoe_kernels *fomoe_kernels_of_ggml(const char *base_path, const char *cpu_path, char *message, size_t message_bytes);
+/* Those of this package, for the instruction set that is chosen now; NULL when memory runs out. */
+fomoe_kernels *fomoe_kernels_portable(void);
+void fomoe_kernels_free(fomoe_kernels *);
 /* NULL when the type has no kernel */
-const fomoe_type *fomoe_type_of(int32_t type);
-size_t fomoe_row_bytes(int32_t type, int64_t elements);
+const fomoe_type *fomoe_type_of(const fomoe_kernels *, int32_t type);
+size_t fomoe_row_bytes(const fomoe_kernels *, int32_t type, int64_t elements);
 
 #endif

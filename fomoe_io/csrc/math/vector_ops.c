@@ -31,11 +31,11 @@ void fomoe_axpy(int n, float a, const float *x, float *y) { fomoe_chosen_instruc
 
 void fomoe_softmax(int n, float *x) { fomoe_chosen_instructions()->softmax(n, x); }
 
-void fomoe_rope_table(int n_rot, double base, int64_t position, float *cos_sin) {
-    for (int j = 0; j < n_rot / 2; j++) {
-        double angle = (double)position * pow(base, -2.0 * j / n_rot);
-        cos_sin[2 * j] = (float)cos(angle);
-        cos_sin[2 * j + 1] = (float)sin(angle);
+void fomoe_rope_table(int pairs, const double *frequency, double magnitude, int64_t position, float *cos_sin) {
+    for (int j = 0; j < pairs; j++) {
+        double angle = (double)position * frequency[j];
+        cos_sin[2 * j] = (float)(cos(angle) * magnitude);
+        cos_sin[2 * j + 1] = (float)(sin(angle) * magnitude);
     }
 }
 

@@ -22,8 +22,8 @@ void fomoe_axpy(int n, float a, const float *x, float *y);
 /* x[0..n) -> softmax(x) in place, maximum subtracted first */
 void fomoe_softmax(int n, float *x);
 
-/* cos_sin[2*j], [2*j+1] = cos, sin of position * base^(-2j/n_rot), j < n_rot/2; in double, then rounded */
-void fomoe_rope_table(int n_rot, double base, int64_t position, float *cos_sin);
+/* cos_sin[2*j], [2*j+1] = magnitude * cos, sin of position * frequency[j], j < pairs; in double, then rounded */
+void fomoe_rope_table(int pairs, const double *frequency, double magnitude, int64_t position, float *cos_sin);
 /* NEOX pairing (j, j + n_rot/2) of the first n_rot elements, in place */
 void fomoe_rope_neox(int n_rot, const float *cos_sin, float *x);
 

@@ -4,13 +4,8 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-static uint64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
+#include "clock.h"
 
 /* Values below 64 have a bin each; above, the top bit chooses the octave and the next six bits the step. */
 static int latency_bin(uint64_t ns) {
@@ -53,14 +48,17 @@ static void start(run *r) {
         int32_t buffer = r->idle[--r->idle_count];
         r->planned = r->planned + 1 == l->plan_count ? 0 : r->planned + 1;
         r->counts->issued++;
-        r->reads[count++] = (fomoe_read){.tag = buffer, .offset = p->offset, .bytes = p->bytes, .file = p->file,
+        r->reads[count++] = (fomoe_read){.tag = buffer,
+                                         .offset = p->offset,
+                                         .bytes = p->bytes,
+                                         .file = p->file,
                                          .target = l->buffers + buffer * l->buffer_bytes};
         if (r->counting) r->counts->in_flight[in_flight + count]++;
     }
     if (!count) return;
-    uint64_t before = now_ns();
+    uint64_t before = fomoe_now_ns();
     int error = r->reader->submit(r->reader->self, r->reads, count);
-    uint64_t after = now_ns();
+    uint64_t after = fomoe_now_ns();
     if (error) {
         r->error = r->error ? r->error : error;
         for (int i = 0; i < count; i++) r->idle[r->idle_count++] = (int32_t)r->reads[i].tag;
@@ -75,7 +73,7 @@ static void start(run *r) {
 
 static void finish(run *r) {
     int count = r->reader->reap(r->reader->self, r->done, r->load->depth, 1);
-    uint64_t now = now_ns();
+    uint64_t now = fomoe_now_ns();
     if (count <= 0) {
         r->error = r->error ? r->error : count ? count : -EIO;
         r->idle_count = r->load->depth; /* the reader has lost them: do not wait for ever */
@@ -95,12 +93,12 @@ static void finish(run *r) {
 static int drive_load(run *r) {
     const fomoe_load *l = r->load;
     fomoe_load_counts *c = r->counts;
-    uint64_t begin = now_ns(), counted_from = begin + l->ramp_ns;
+    uint64_t begin = fomoe_now_ns(), counted_from = begin + l->ramp_ns;
     uint64_t end = l->duration_ns ? counted_from + l->duration_ns : UINT64_MAX;
     r->counting = !l->ramp_ns;
     c->started_ns = counted_from;
     for (;;) {
-        uint64_t now = now_ns();
+        uint64_t now = fomoe_now_ns();
         if (!r->counting && now >= counted_from) {
             r->counting = 1;
             c->started_ns = now;
@@ -110,7 +108,7 @@ static int drive_load(run *r) {
         if (r->idle_count == l->depth) break; /* stopped, failed, or the plan's end, and all are back */
         finish(r);
     }
-    c->ended_ns = now_ns();
+    c->ended_ns = fomoe_now_ns();
     return r->error;
 }
 

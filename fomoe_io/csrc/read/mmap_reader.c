@@ -40,6 +40,12 @@ static void ignore(void *self, uint64_t tag) {
     (void)tag;
 }
 
+static int wait_for(void *self, int milliseconds) {
+    (void)self;
+    (void)milliseconds;
+    return 1;
+}
+
 int fomoe_mmap_reader_new(const int *descriptors, const uint64_t *file_bytes, int files, int depth, int random_access,
                           fomoe_mmap_reader **result) {
     fomoe_mmap_reader *m = calloc(1, sizeof *m);
@@ -77,5 +83,6 @@ void fomoe_mmap_reader_free(fomoe_mmap_reader *m) {
 }
 
 void fomoe_mmap_reader_table(fomoe_mmap_reader *m, fomoe_reader *table) {
-    *table = (fomoe_reader){.self = m, .submit = submit, .reap = reap, .promote = ignore, .cancel = ignore};
+    *table = (fomoe_reader){
+        .self = m, .submit = submit, .reap = reap, .promote = ignore, .cancel = ignore, .wait = wait_for};
 }

@@ -4,7 +4,13 @@
 #include <stdlib.h>
 #include <time.h>
 
-enum { REAP_BATCH = 64, SLEEP_FROM_NS = 200000 /* nearer than that the wait spins: a sleep overshoots by 50 us */ };
+#include "clock.h"
+
+enum {
+    REAP_BATCH = 64,
+    WAIT_MS = 100,
+    SPIN_NS = 200000 /* nearer than that the wait spins: a sleep overshoots by 50 us */
+};
 
 typedef struct {
     uint64_t tag, due_ns;
@@ -21,12 +27,6 @@ struct fomoe_paced_reader {
     fomoe_paced_counters counters;
 };
 
-static uint64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * 1000000000ULL + t.tv_nsec;
-}
-
 static int grow(fomoe_paced_reader *p, int count) {
     if (p->count + count <= p->capacity) return 0;
     int capacity = 2 * (p->count + count);
@@ -42,7 +42,7 @@ static int submit(void *self, const fomoe_read *reads, int count) {
     int error = grow(p, count);
     if (!error) error = p->inner->submit(p->inner->self, reads, count);
     if (error) return error;
-    uint64_t ready_ns = now_ns() + p->latency_ns;
+    uint64_t ready_ns = fomoe_now_ns() + p->latency_ns;
     for (int i = 0; i < count; i++) {
         if (p->free_ns < ready_ns) p->free_ns = ready_ns;
         p->free_ns += (uint64_t)(reads[i].bytes * p->ns_per_byte);
@@ -57,7 +57,7 @@ static int submit(void *self, const fomoe_read *reads, int count) {
 static int collect(fomoe_paced_reader *p, int wait) {
     fomoe_completion done[REAP_BATCH];
     int count = p->inner->reap(p->inner->self, done, REAP_BATCH, wait);
-    uint64_t now = count > 0 ? now_ns() : 0;
+    uint64_t now = count > 0 ? fomoe_now_ns() : 0;
     for (int c = 0; c < count; c++)
         for (int i = 0; i < p->count; i++) {
             paced_read *r = &p->reads[i];
@@ -75,7 +75,7 @@ static int collect(fomoe_paced_reader *p, int wait) {
 
 static int take_due(fomoe_paced_reader *p, fomoe_completion *completions, int max) {
     int taken = 0, kept = 0;
-    uint64_t now = now_ns();
+    uint64_t now = fomoe_now_ns();
     for (int i = 0; i < p->count; i++) {
         paced_read *r = &p->reads[i];
         if (r->is_done && r->due_ns <= now && taken < max)
@@ -87,16 +87,27 @@ static int take_due(fomoe_paced_reader *p, fomoe_completion *completions, int ma
     return taken;
 }
 
-/* Until the first read is due that the other reader has delivered; 0 when it has delivered none. */
-static int wait_until_due(const fomoe_paced_reader *p) {
-    for (int i = 0; i < p->count; i++) {
-        if (!p->reads[i].is_done) continue;
-        uint64_t now = now_ns(), due = p->reads[i].due_ns;
-        if (due > now + SLEEP_FROM_NS) {
-            uint64_t ns = due - now - SLEEP_FROM_NS / 2;
-            nanosleep(&(struct timespec){.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000}, NULL);
-        }
-        return 1;
+static const paced_read *first_done(const fomoe_paced_reader *p) {
+    for (int i = 0; i < p->count; i++)
+        if (p->reads[i].is_done) return &p->reads[i];
+    return NULL;
+}
+
+static void sleep_ns(uint64_t ns) {
+    nanosleep(&(struct timespec){.tv_sec = ns / 1000000000, .tv_nsec = ns % 1000000000}, NULL);
+}
+
+static int wait_for(void *self, int milliseconds) {
+    fomoe_paced_reader *p = self;
+    uint64_t now = fomoe_now_ns(), end = now + milliseconds * 1000000ULL;
+    for (; now < end; now = fomoe_now_ns()) {
+        int error = collect(p, 0);
+        if (error < 0) return error;
+        const paced_read *r = first_done(p);
+        if (!p->count || (r && r->due_ns <= now)) return 1;
+        uint64_t until = r && r->due_ns < end ? r->due_ns : end, left_ns = until > now ? until - now : 0;
+        if (!r && (error = p->inner->wait(p->inner->self, 1 + (int)(left_ns / 1000000))) < 0) return error;
+        if (r && left_ns > SPIN_NS) sleep_ns(left_ns - SPIN_NS / 2);
     }
     return 0;
 }
@@ -108,7 +119,7 @@ static int reap(void *self, fomoe_completion *completions, int max, int wait) {
         if (error < 0) return error;
         int taken = take_due(p, completions, max);
         if (taken || !wait) return taken;
-        if (!wait_until_due(p) && (error = collect(p, 1)) < 0) return error;
+        if ((error = wait_for(p, WAIT_MS)) < 0) return error;
     }
     return 0;
 }
@@ -139,7 +150,8 @@ void fomoe_paced_reader_free(fomoe_paced_reader *p) {
 }
 
 void fomoe_paced_reader_table(fomoe_paced_reader *p, fomoe_reader *table) {
-    *table = (fomoe_reader){.self = p, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel};
+    *table = (fomoe_reader){
+        .self = p, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel, .wait = wait_for};
 }
 
 const fomoe_paced_counters *fomoe_paced_reader_count(const fomoe_paced_reader *p) { return &p->counters; }

@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 typedef struct {
@@ -20,6 +21,7 @@ struct fomoe_pread_pool {
     fomoe_read_table *table;
     int *descriptors;
     int drives, write, started, stop;
+    pid_t process; /* the threads' */
     worker *workers;
 };
 
@@ -74,6 +76,21 @@ static int reap(void *self, fomoe_completion *completions, int max, int wait) {
     return count;
 }
 
+static int wait_for(void *self, int milliseconds) {
+    fomoe_pread_pool *pool = self;
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_nsec += milliseconds % 1000 * 1000000L;
+    until.tv_sec += milliseconds / 1000 + until.tv_nsec / 1000000000;
+    until.tv_nsec %= 1000000000;
+    pthread_mutex_lock(&pool->mutex);
+    int has_answer, error = 0;
+    while (!(has_answer = fomoe_read_table_done(pool->table) || !fomoe_read_table_left(pool->table)) && !error)
+        error = pthread_cond_timedwait(&pool->finished, &pool->mutex, &until);
+    pthread_mutex_unlock(&pool->mutex);
+    return has_answer;
+}
+
 static void promote(void *self, uint64_t tag) {
     fomoe_pread_pool *pool = self;
     pthread_mutex_lock(&pool->mutex);
@@ -94,7 +111,12 @@ int fomoe_pread_pool_new(const fomoe_read_options *options, const int *descripto
     fomoe_pread_pool *pool = calloc(1, sizeof *pool);
     if (!pool) return -ENOMEM;
     pthread_mutex_init(&pool->mutex, NULL);
-    pthread_cond_init(&pool->finished, NULL);
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&pool->finished, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    pool->process = getpid();
     pool->drives = options->drives;
     pool->write = write;
     pool->table = fomoe_read_table_new(options);
@@ -118,7 +140,7 @@ fail:
 }
 
 void fomoe_pread_pool_free(fomoe_pread_pool *pool) {
-    if (!pool) return;
+    if (!pool || pool->process != getpid()) return; /* after a fork: no threads to stop, and a mutex in any state */
     pthread_mutex_lock(&pool->mutex);
     pool->stop = 1;
     for (int d = 0; d < pool->drives && pool->started; d++) pthread_cond_broadcast(&pool->work[d]);
@@ -135,7 +157,8 @@ void fomoe_pread_pool_free(fomoe_pread_pool *pool) {
 }
 
 void fomoe_pread_pool_table(fomoe_pread_pool *pool, fomoe_reader *table) {
-    *table = (fomoe_reader){.self = pool, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel};
+    *table = (fomoe_reader){
+        .self = pool, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel, .wait = wait_for};
 }
 
 fomoe_read_counters fomoe_pread_pool_count(fomoe_pread_pool *pool) {

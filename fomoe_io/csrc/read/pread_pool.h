@@ -10,7 +10,7 @@ typedef struct fomoe_pread_pool fomoe_pread_pool;
  * 0, or a negative errno. */
 int fomoe_pread_pool_new(const fomoe_read_options *, const int *descriptors, int threads, int write,
                          fomoe_pread_pool **pool);
-/* Waits for reads in flight; those that wait are dropped. */
+/* Waits for reads in flight; those that wait are dropped.  Nothing happens to a pool that came here by a fork. */
 void fomoe_pread_pool_free(fomoe_pread_pool *);
 void fomoe_pread_pool_table(fomoe_pread_pool *, fomoe_reader *table);
 fomoe_read_counters fomoe_pread_pool_count(fomoe_pread_pool *);

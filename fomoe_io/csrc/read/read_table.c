@@ -6,7 +6,7 @@
 
 enum {
     NONE = -1,
-    ALIGNMENT = 4096,
+    PAGE_BYTES = 4096,
     MOST_TRIES = 100,        /* interrupted, refused or empty answers in a row: then it is an error */
     ERRORS_TO_AVOID_A_FILE = 3, /* in a row: its mirror is asked first from then on */
     FIRST_CAPACITY = 256,
@@ -36,6 +36,7 @@ struct fomoe_read_table {
     fomoe_read_options options;
     uint64_t *file_bytes;
     int32_t *drive, *mirror, *errors_in_a_row;
+    uint32_t *restart;
     drive_state *drives;
     operation *operations;
     int32_t capacity, free_operations, left;
@@ -117,13 +118,16 @@ fomoe_read_table *fomoe_read_table_new(const fomoe_read_options *options) {
     t->file_bytes = copy_of(options->file_bytes, options->files * sizeof *t->file_bytes);
     t->drive = copy_of(options->drive, options->files * sizeof *t->drive);
     t->mirror = copy_of(options->mirror, options->files * sizeof *t->mirror);
+    t->restart = calloc(options->files + 1, sizeof *t->restart);
     t->errors_in_a_row = calloc(options->files + 1, sizeof *t->errors_in_a_row);
     t->drives = calloc(options->drives + 1, sizeof *t->drives);
     t->pieces = calloc(places + 1, sizeof *t->pieces);
-    if (!t->file_bytes || !t->drive || !t->mirror || !t->errors_in_a_row || !t->drives || !t->pieces || grow(t, 1)) {
+    if (!t->file_bytes || !t->drive || !t->mirror || !t->restart || !t->errors_in_a_row || !t->drives || !t->pieces ||
+        grow(t, 1)) {
         fomoe_read_table_free(t);
         return NULL;
     }
+    for (int i = 0; i < options->files; i++) t->restart[i] = options->restart ? options->restart[i] : PAGE_BYTES;
     for (int d = 0; d < options->drives; d++)
         t->drives[d].waiting[0] = t->drives[d].waiting[1] = t->drives[d].again = (queue){NONE, NONE};
     for (int32_t i = places - 1; i >= 0; i--) {
@@ -135,7 +139,8 @@ fomoe_read_table *fomoe_read_table_new(const fomoe_read_options *options) {
 
 void fomoe_read_table_free(fomoe_read_table *t) {
     if (!t) return;
-    void *owned[] = {t->file_bytes, t->drive, t->mirror, t->errors_in_a_row, t->drives, t->operations, t->pieces, t};
+    void *owned[] = {t->file_bytes, t->drive,      t->mirror, t->restart, t->errors_in_a_row,
+                     t->drives,     t->operations, t->pieces, t};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
 }
 
@@ -161,7 +166,9 @@ static int choose_copy(const fomoe_read_table *t, int file) {
 int fomoe_read_table_submit(fomoe_read_table *t, const fomoe_read *reads, int count) {
     for (int i = 0; i < count; i++) {
         const fomoe_read *r = &reads[i];
-        if (r->file < t->options.files && r->offset < t->file_bytes[r->file] && r->bytes) continue;
+        if (r->file < t->options.files && r->offset < t->file_bytes[r->file] && r->bytes &&
+            !(r->offset % t->restart[r->file]))
+            continue;
         remember_error(t, r->file < t->options.files ? r->file : t->options.files - 1, r->offset, -EINVAL);
         return -EINVAL;
     }
@@ -173,8 +180,12 @@ int fomoe_read_table_submit(fomoe_read_table *t, const fomoe_read *reads, int co
         operation *o = &t->operations[index];
         uint64_t left = t->file_bytes[r->file] - r->offset;
         t->free_operations = o->next;
-        *o = (operation){.tag = r->tag, .offset = r->offset, .target = r->target, .asked = r->bytes,
-                         .wanted = left < r->bytes ? left : r->bytes, .file = choose_copy(t, r->file),
+        *o = (operation){.tag = r->tag,
+                         .offset = r->offset,
+                         .target = r->target,
+                         .asked = r->bytes,
+                         .wanted = left < r->bytes ? left : r->bytes,
+                         .file = choose_copy(t, r->file),
                          .priority = r->priority != 0};
         drive_state *d = &t->drives[t->drive[o->file]];
         d->outstanding_bytes += o->wanted;
@@ -196,8 +207,12 @@ static int32_t cut(fomoe_read_table *t, queue *q) {
     t->free_pieces = p->next;
     if (most && asked > most) asked = most;
     if (wanted > asked) wanted = asked;
-    *p = (fomoe_piece){.offset = o->offset + o->issued, .target = o->target + o->issued, .asked = asked,
-                       .wanted = wanted, .operation = q->first, .file = o->file};
+    *p = (fomoe_piece){.offset = o->offset + o->issued,
+                       .target = o->target + o->issued,
+                       .asked = asked,
+                       .wanted = wanted,
+                       .operation = q->first,
+                       .file = o->file};
     o->issued += wanted;
     o->pieces++;
     t->counters.pieces++;
@@ -260,6 +275,7 @@ static int fail_over(fomoe_read_table *t, fomoe_piece *p) {
     if (other < 0 || p->failed_over) return 0;
     t->counters.failovers++;
     p->file = other;
+    p->done -= p->done % t->restart[other];
     p->failed_over = 1;
     p->tries = 0;
     return 1;
@@ -275,15 +291,15 @@ void fomoe_read_table_finish(fomoe_read_table *t, int32_t index, int32_t result)
         t->counters.bytes += result;
         uint32_t before = p->done;
         p->done += result;
-        if (p->done < p->wanted) { /* short: go on from the last whole page, as direct reads must */
+        if (p->done < p->wanted) { /* short: go on from the last whole block, as direct reads must */
             t->counters.short_reads++;
-            p->done = p->done / ALIGNMENT * ALIGNMENT;
+            p->done -= p->done % t->restart[p->file];
             p->tries = p->done > before ? 0 : p->tries + 1;
             if (p->tries <= MOST_TRIES && !o->error) {
                 start_again(t, index);
                 return;
             }
-            error = -EIO;
+            error = -ENODATA; /* less than a block again and again: the file was cut within it */
         } else {
             t->errors_in_a_row[p->file] = 0;
         }

@@ -15,6 +15,9 @@ typedef struct {
     const uint64_t *file_bytes;
     const int32_t *drive;  /* of each file: 0 .. drives - 1 */
     const int32_t *mirror; /* of each file: a file with the same bytes, or -1 */
+    /* Of each file: where a read that was cut short may go on, the logical block of direct files and 1 of others;
+     * NULL: a page. */
+    const uint32_t *restart;
 } fomoe_read_options;
 
 typedef struct {

@@ -22,6 +22,7 @@ struct fomoe_ring {
     uintptr_t fixed_start, fixed_end; /* registered memory; empty when there is none */
     fomoe_ring_counters counters;
     uint64_t *depths;
+    pid_t process; /* completions are this one's: after a fork the other must not touch them */
 };
 
 /* ---- starting ---- */
@@ -98,7 +99,9 @@ static void drain(fomoe_ring *r) {
 }
 
 /* Whether a wait that returned this may be repeated. */
-static int worth_waiting(int result) { return result >= 0 || result == -EINTR || result == -EAGAIN || result == -EBUSY; }
+static int worth_waiting(int result) {
+    return result >= 0 || result == -EINTR || result == -EAGAIN || result == -EBUSY;
+}
 
 static int reap(void *self, fomoe_completion *completions, int max, int wait) {
     fomoe_ring *r = self;
@@ -111,6 +114,29 @@ static int reap(void *self, fomoe_completion *completions, int max, int wait) {
         int error = io_uring_submit_and_wait(&r->uring, 1);
         if (!worth_waiting(error)) return error;
     }
+}
+
+static int has_answer(const fomoe_ring *r) {
+    return fomoe_read_table_done(r->table) || !fomoe_read_table_in_flight(r->table);
+}
+
+static int wait_for(void *self, int milliseconds) {
+    fomoe_ring *r = self;
+    struct io_uring_cqe *cqe;
+    struct __kernel_timespec time = {milliseconds / 1000, milliseconds % 1000 * 1000000LL};
+    int error;
+    drain(r);
+    fill(r);
+    if (has_answer(r)) return 1;
+    r->counters.waits++;
+    if (r->uring.features & IORING_FEAT_EXT_ARG)
+        error = io_uring_submit_and_wait_timeout(&r->uring, &cqe, 1, &time, NULL);
+    else /* before Linux 5.11: a signal ends the wait, time does not */
+        error = io_uring_submit_and_wait(&r->uring, 1);
+    if (error != -ETIME && !worth_waiting(error)) return error;
+    drain(r);
+    fill(r);
+    return has_answer(r);
 }
 
 static void promote(void *self, uint64_t tag) {
@@ -135,11 +161,13 @@ int fomoe_ring_new(const fomoe_read_options *options, const int *descriptors, un
     r->drives = options->drives;
     r->depth = options->depth;
     r->write = write;
+    r->process = getpid();
     r->disabled = one_issuer;
     r->table = fomoe_read_table_new(options);
     r->depths = calloc(options->depth * options->drives + 1, sizeof *r->depths);
-    int error = !r->table || !r->depths ? -ENOMEM
-                                        : io_uring_queue_init_params(options->depth * options->drives, &r->uring, &parameters);
+    int error = !r->table || !r->depths
+                    ? -ENOMEM
+                    : io_uring_queue_init_params(options->depth * options->drives, &r->uring, &parameters);
     if (!error) {
         error = io_uring_register_files(&r->uring, descriptors, options->files);
         if (error) io_uring_queue_exit(&r->uring);
@@ -156,8 +184,9 @@ int fomoe_ring_new(const fomoe_read_options *options, const int *descriptors, un
 
 void fomoe_ring_free(fomoe_ring *r) {
     if (!r) return;
-    for (drain(r); fomoe_read_table_in_flight(r->table); drain(r))
-        if (!worth_waiting(io_uring_submit_and_wait(&r->uring, 1))) break;
+    if (r->process == getpid())
+        for (drain(r); fomoe_read_table_in_flight(r->table); drain(r))
+            if (!worth_waiting(io_uring_submit_and_wait(&r->uring, 1))) break;
     io_uring_queue_exit(&r->uring);
     fomoe_read_table_free(r->table);
     free(r->depths);
@@ -165,7 +194,8 @@ void fomoe_ring_free(fomoe_ring *r) {
 }
 
 void fomoe_ring_table(fomoe_ring *r, fomoe_reader *table) {
-    *table = (fomoe_reader){.self = r, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel};
+    *table = (fomoe_reader){
+        .self = r, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel, .wait = wait_for};
 }
 
 int fomoe_ring_register_buffers(fomoe_ring *r, void *start, size_t bytes) {

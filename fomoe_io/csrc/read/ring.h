@@ -18,7 +18,7 @@ typedef struct {
  * 0, or a negative errno. */
 int fomoe_ring_new(const fomoe_read_options *, const int *descriptors, unsigned setup_flags, int write,
                    fomoe_ring **ring);
-/* Waits for reads in flight. */
+/* Waits for reads in flight, unless the ring came here by a fork. */
 void fomoe_ring_free(fomoe_ring *);
 void fomoe_ring_table(fomoe_ring *, fomoe_reader *table);
 /* Pin this memory once, in place of what was registered before.  0, or a negative errno: then reads into it work

@@ -54,6 +54,14 @@ KERNEL(NORM_THREADS, rms_norm)
 }
 EXPORT_KERNEL(rms_norm)
 
+// x += bias, in every row.  x: [tokens][columns].  Grid (columns / 256 rounded up, tokens).
+KERNEL(256, add_bias)(float *x, const float *bias, int columns) {
+    start_kernel();
+    const int i = block_x() * 256 + thread_index();
+    if (i < columns) x[(u64)block_y() * columns + i] += bias[i];
+}
+EXPORT_KERNEL(add_bias)
+
 struct cache_f32 {
     typedef float element;
     static DEVICE_MEMBER quad get_quad(const float *p) { return *(const quad *)p; }
@@ -78,7 +86,7 @@ struct cache_f16 {
 // q_out: [tokens][heads][dim]; caches: [positions][kv_heads][dim].  dim <= 256.  Grid (heads + 2 * kv_heads, tokens).
 template <class CACHE>
 DEVICE void prepare_head(const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm,
-                         const float *cos_sin, const int *positions, float *q_out, typename CACHE::element *k_cache,
+                         const float *cos_sin, const replayed *positions, float *q_out, typename CACHE::element *k_cache,
                          typename CACHE::element *v_cache, int heads, int kv_heads, int dim, int q_stride, int rotary,
                          float eps) {
     __shared__ float values[256];
@@ -98,13 +106,13 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
         sync_block();
         if (i < rotary) {
             const int half = rotary / 2, j = i < half ? i : i - half;
-            const float *turn = cos_sin + ((u64)positions[token] * half + j) * 2;
+            const float *turn = cos_sin + ((u64)now(positions + token) * half + j) * 2;
             x = i < half ? fused(x, turn[0], -(values[i + half] * turn[1]))
                          : fused(x, turn[0], values[i - half] * turn[1]);
         }
     }
     if (i >= dim) return;
-    const u64 place = ((u64)positions[token] * kv_heads + head) * dim + i;
+    const u64 place = ((u64)now(positions + token) * kv_heads + head) * dim + i;
     if (is_query)
         q_out[((u64)token * heads + head) * dim + i] = x;
     else
@@ -114,7 +122,7 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
 #define PREPARE_KERNEL(type)                                                                                          \
     KERNEL(256, attention_prepare_##type)                                                                             \
     (const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm, const float *cos_sin,  \
-     const int *positions, float *q_out, cache_##type::element *k_cache, cache_##type::element *v_cache, int heads,   \
+     const replayed *positions, float *q_out, cache_##type::element *k_cache, cache_##type::element *v_cache, int heads,   \
      int kv_heads, int dim, int q_stride, int rotary, float eps) {                                                    \
         start_kernel();                                                                                               \
         prepare_head<cache_##type>(q, k, v, q_norm, k_norm, cos_sin, positions, q_out, k_cache, v_cache, heads,       \

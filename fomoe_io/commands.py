@@ -1,0 +1,71 @@
+"""Entry points of the commands.  Nothing heavy is imported before Ctrl-C is looked after."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from importlib import import_module
+
+
+def open_streams() -> None:
+    """Make streams that the caller closed (`2>&-`) /dev/null: else the next file that is opened gets their number."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - open until the process ends
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+
+
+def _leave(number: int, frame: object) -> None:
+    """While modules load there is nothing to clean up, and an exception might come out of one as another."""
+    os._exit(128 + number)
+
+
+def _start(module: str) -> int:
+    open_streams()
+    heeds = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a shell's background jobs do not
+    if heeds:
+        signal.signal(signal.SIGINT, _leave)
+    main = import_module(module).main
+    try:
+        if heeds:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return int(main())
+    except KeyboardInterrupt:  # before the command caught it, or after
+        return 130
+    finally:
+        if heeds:  # the interpreter's own end has nothing to clean up either
+            signal.signal(signal.SIGINT, _leave)
+
+
+def run() -> int:
+    """fomoe-run"""
+    return _start("fomoe_io.cli.run")
+
+
+def serve() -> int:
+    """fomoe-serve"""
+    return _start("fomoe_io.cli.serve")
+
+
+def ppl() -> int:
+    """fomoe-ppl"""
+    return _start("fomoe_io.cli.ppl")
+
+
+def bench() -> int:
+    """fomoe-bench"""
+    return _start("fomoe_io.cli.bench")
+
+
+def doctor() -> int:
+    """fomoe-doctor"""
+    return _start("fomoe_io.cli.doctor")
+
+
+def layout() -> int:
+    """fomoe-layout"""
+    return _start("layout_tool.main")

@@ -1,0 +1,55 @@
+"""How a text is cut into words before the merging: `tokenizer.ggml.pre` names a list of regular expressions.
+
+Each expression cuts what those before it have left whole; what no match covers is a piece of its own.  Names and
+expressions are llama.cpp's, which has them from the models' own tokenizer files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PreTokenizer:
+    """What a name stands for.
+
+    Attributes
+    ----------
+    expressions : tuple of str
+    ignore_merges : bool
+        A word that is a token is taken whole, whatever the merges would make of it.
+    add_bos : bool
+        Whether texts begin with a BOS where the metadata does not say.
+    """
+
+    expressions: tuple[str, ...]
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+DEFAULT = "default"
+"""What a file without the key gets: rarely what the model was trained with."""
+
+_KINDS = {
+    PreTokenizer((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")): (DEFAULT,),
+    PreTokenizer((_GPT2,)): ("gpt-2", "gpt2"),
+    PreTokenizer((_QWEN2,)): ("qwen2", "deepseek-r1-qwen", "megrez"),
+    PreTokenizer((_QWEN35,)): ("qwen35",),
+    PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True): ("llama-bpe", "llama3", "llama-v3"),
+}
+PRE_TOKENIZERS = {name: kind for kind, names in _KINDS.items() for name in names}
+"""By `tokenizer.ggml.pre`."""
