@@ -290,7 +290,7 @@ def test_paths_and_methods(live: Live) -> None:
         ({"id_slot": 3}, "id_slot"),
         ({"n_keep": 5}, "n_keep"),
         ({"image_data": []}, "image_data"),
-        ({"temprature": 1}, "temprature"),
+        ({"temperatures": 1}, "temperatures"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": -1}, "temperature"),
         ({"top_p": 2}, "top_p"),
