@@ -6,7 +6,8 @@ MODEL := models/fomoe-demo-32x8.Q4_K_M.gguf
 STORE := demo-store
 BUILD := $(BIN)/python setup.py -q build_ext --inplace
 
-.PHONY: demo test native debug lint bench clean
+.PHONY: demo test native debug lint format bench sanitize sanitize-address sanitize-thread stress dist
+.PHONY: clean clean-native
 
 # Less memory than all experts need, so that they are streamed from the drive while the text appears.
 demo: native
@@ -20,15 +21,46 @@ test: $(VENV)/.installed-dev native
 native: $(VENV)/.installed
 	$(BUILD)
 
-# With asserts, without optimisation.  `make native` does not see the difference: `make clean-native native` goes back.
+# The tree's modules with asserts, without optimisation.  `make native` does not see the difference: `make clean-native
+# native` goes back.  (tools/test-build debug tests/unit/test_residency.py runs tests on a copy instead.)
 debug: $(VENV)/.installed-dev clean-native
 	FOMOE_BUILD=debug $(BUILD)
 
+CFORMAT = git ls-files '*.c' '*.h' '*.hip' | xargs $(BIN)/clang-format
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint fomoe_io
+	$(CFORMAT) --dry-run -Werror
+	git ls-files | grep -v -E '\.(json|png|gguf)$$' | xargs $(BIN)/codespell
+	$(BIN)/lint-imports
 
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && $(CFORMAT) -i
+
+# Small pieces by themselves, in less than a minute.  Whole models: the scripts in bench/.
 bench: $(VENV)/.installed-dev native
-	$(BIN)/python -m pytest -m bench
+	$(BIN)/python -m pytest -m bench tests/bench
+
+# Copies in build/: the tree's own modules stay as they are.  2,300 mutated inputs, and tests of what is native; then
+# what runs in several threads.
+sanitize: sanitize-address sanitize-thread
+sanitize-address: $(VENV)/.installed-dev
+	tools/test-build address -m "fuzz or not (slow or gpu or bench)" tests/fuzz tests/unit/test_native_ops.py \
+	    tests/unit/test_residency.py tests/unit/test_store.py tests/io/test_fake_ring.py tests/io/test_reader.py \
+	    tests/engine/test_engine_reference.py
+sanitize-thread: $(VENV)/.installed-dev
+	tools/test-build thread tests/io/test_reader.py tests/io/test_mirror.py tests/engine/test_interrupts.py \
+	    tests/engine/test_lookahead.py tests/gpu/test_hip_fake.py
+
+# The same tests again and again while the processors are busy with more than they can do: make stress N=50 TESTS=...
+N ?= 20
+TESTS ?= tests/engine/test_interrupts.py tests/engine/test_lookahead.py tests/io/test_reader.py
+stress: $(VENV)/.installed-dev native
+	$(BIN)/python tools/stress.py -n $(N) $(TESTS)
+
+# sdist and wheel, liburing inside.
+dist: $(VENV)/.installed-dev
+	FOMOE_STATIC_LIBURING=1 $(BIN)/python -m build
 
 $(VENV)/.installed: pyproject.toml
 	./tools/system-packages
@@ -40,7 +72,6 @@ $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-.PHONY: clean-native
 clean-native:
 	rm -f fomoe_io/*.so
 

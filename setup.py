@@ -42,7 +42,7 @@ SOURCES = {
     "_uring": ["read/ring.c", "read/read_table.c"],
     "_pread": ["read/pread_pool.c", "read/read_table.c"],
     "_io_load": ["read/io_load.c", "read/mmap_reader.c", "read/paced_reader.c"],
-    "_hip": [],  # no HIP or CUDA header: the driver is found when the program runs
+    "_hip": ["gpu/patience.c"],  # no HIP or CUDA header: the driver is found when the program runs
     "_blaslt": [],
     "_gpu": ["gpu/*.c", "experts/residency.c"],
     "_cpu": ["math/*.c", "cpu/*.c", "experts/*.c"],

@@ -164,7 +164,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--device", default="auto", choices=("auto", "hip", "cuda"))
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--warmup", type=int, default=16)
     parser.add_argument("--tiers", type=Tiers.parse)
@@ -173,7 +173,9 @@ def main() -> None:
     parser.add_argument("--car", type=CarRule.parse, help="cache-aware routing, such as regret:0.03")
     parser.add_argument("--calibration", help="of `fomoe-bench io --calibrate`: the sizes of sub-reads, the depth")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--one-branch", action="store_true", help="the shared expert after the routed ones' start")
+    parser.add_argument(
+        "--branches", type=int, choices=(1, 2), help="2: the shared expert beside the routed ones (CUDA's default)"
+    )
     parser.add_argument("--unchained", action="store_true", help="each kernel starts when the one before has finished")
     parser.add_argument("--resident-ms", type=float, help="of a token that misses nothing, from an unlimited run")
     parser.add_argument("-o", "--output", type=Path)
@@ -187,7 +189,8 @@ def main() -> None:
         calibration=options.calibration,
         context_tokens=2048,
     )
-    DeviceEngine.two_branches, DeviceEngine.chained_launches = not options.one_branch, not options.unchained
+    DeviceEngine.chained_launches = not options.unchained
+    DeviceEngine.two_branches = None if options.branches is None else options.branches == 2
     engine = Engine.open(options.model, config)
     if not isinstance(engine, DeviceEngine):
         raise SystemExit("device_decode: there is no GPU in use")

@@ -9,7 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fomoe_io.config import EngineConfig, Tiers
-from fomoe_io.errors import FomoeError
+from fomoe_io.errors import (
+    BudgetError,
+    DeviceError,
+    FomoeError,
+    FormatError,
+    ReadError,
+    StoreError,
+    UsageError,
+)
+from fomoe_io.experts.car import CarRule
 
 if TYPE_CHECKING:
     from fomoe_io.engine import Engine
@@ -17,7 +26,26 @@ if TYPE_CHECKING:
     from fomoe_io.storage.store import Store
     from fomoe_io.text.sampler import Sampler, SamplingConfig
 
-__all__ = ["Engine", "EngineConfig", "FomoeError", "Sampler", "SamplingConfig", "Session", "Store", "Tiers"]
+    __version__: str
+
+__all__ = [
+    "BudgetError",
+    "CarRule",
+    "DeviceError",
+    "Engine",
+    "EngineConfig",
+    "FomoeError",
+    "FormatError",
+    "ReadError",
+    "Sampler",
+    "SamplingConfig",
+    "Session",
+    "Store",
+    "StoreError",
+    "Tiers",
+    "UsageError",
+    "__version__",
+]
 
 _LAZY = {
     "Engine": "fomoe_io.engine",
@@ -31,4 +59,14 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    if name == "__version__":
+        metadata = import_module("importlib.metadata")
+        try:
+            return metadata.version("fomoe_io")
+        except metadata.PackageNotFoundError:
+            return "unknown (not installed)"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

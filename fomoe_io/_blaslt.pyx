@@ -33,13 +33,15 @@ cdef enum:
     MOST_WORKSPACE = 1  # HIPBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
     REDUCTIONS = 3      # CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK; hipBLASLt has no such preference
     SEPARATE_STEP = 6   # CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE
-    RESULT_WORDS = 16   # a ...MatmulHeuristicResult_t, which begins with its algorithm: cuBLASLt's has 96 bytes (64 of
-                        # them the algorithm), hipBLASLt's 56 (24)
+    # a ...MatmulHeuristicResult_t, which begins with its algorithm: cuBLASLt's has 96 bytes (64 of them the algorithm),
+    # hipBLASLt's 56 (24)
+    RESULT_WORDS = 16
 
 cdef blas_api blas
 cdef int transpose_a, transpose, compute_float32
 cdef bint has_reductions
 cdef str prefix = "hipblasLt"
+cdef Library bound = None
 
 NAMES = (
     "Create", "Destroy", "MatrixLayoutCreate", "MatrixLayoutDestroy", "MatmulDescCreate", "MatmulDescDestroy",
@@ -58,11 +60,14 @@ STATUS = {
 
 
 def use_blas_library(str provider, Library library):
-    """Fill the table of calls."""
-    global transpose_a, transpose, compute_float32, has_reductions, prefix
+    """Fill the table of calls; a library that is in use already stays as it is."""
+    global transpose_a, transpose, compute_float32, has_reductions, prefix, bound
     cdef void **places = <void **>&blas
     cdef void *preference = NULL
     cdef bint cuda = provider == "cuda"
+    if library.is_same(bound):
+        return
+    bound = None
     prefix = "cublasLt" if cuda else "hipblasLt"
     memset(&blas, 0, sizeof(blas))
     for i, call in enumerate(NAMES):
@@ -75,6 +80,7 @@ def use_blas_library(str provider, Library library):
     # hip-python's entry points are there without the library behind them; the first call tells.
     check_blas(blas.preference_create(&preference), "MatmulPreferenceCreate")
     blas.preference_destroy(preference)
+    bound = library
 
 
 def numbers():

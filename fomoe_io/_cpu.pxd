@@ -14,7 +14,8 @@ cdef extern from "csrc/math/dot.h" nogil:
         void *to_float
     ctypedef struct fomoe_kernels:
         pass
-    fomoe_kernels *fomoe_kernels_of_ggml(const char *base_path, const char *cpu_path, char *message, size_t message_bytes)
+    fomoe_kernels *fomoe_kernels_of_ggml(const char *base_path, const char *cpu_path, char *message,
+                                         size_t message_bytes)
     fomoe_kernels *fomoe_kernels_portable()
     void fomoe_kernels_free(fomoe_kernels *)
     const fomoe_type *fomoe_type_of(const fomoe_kernels *, int32_t type)
@@ -102,7 +103,8 @@ cdef extern from "csrc/cpu/experts.h" nogil:
         int32_t float_activations
     ctypedef struct fomoe_experts:
         pass
-    fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *, const fomoe_expert_layer *, fomoe_residency *, fomoe_reader *)
+    fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *, const fomoe_expert_layer *, fomoe_residency *,
+                                     fomoe_reader *)
     void fomoe_experts_free(fomoe_experts *)
     int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *)
     void fomoe_experts_set_lookahead(fomoe_experts *, int ranks)
@@ -294,4 +296,5 @@ cdef extern from "csrc/cpu/program.h" nogil:
     int fomoe_program_run(fomoe_program *, fomoe_run *)
     fomoe_execute fomoe_step_embed, fomoe_step_norm, fomoe_step_quantize, fomoe_step_mat_mul, fomoe_step_silu_mul
     fomoe_execute fomoe_step_conv, fomoe_step_delta, fomoe_step_rope_table, fomoe_step_kv, fomoe_step_attention
-    fomoe_execute fomoe_step_route, fomoe_step_experts_begin, fomoe_step_experts, fomoe_step_combine, fomoe_step_lookahead, fomoe_step_layer_end
+    fomoe_execute fomoe_step_route, fomoe_step_experts_begin, fomoe_step_experts, fomoe_step_combine
+    fomoe_execute fomoe_step_lookahead, fomoe_step_layer_end

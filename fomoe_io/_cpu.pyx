@@ -1,6 +1,6 @@
 # The CPU backend's Python face: records the steps of a program, owns its memory, replays it without the GIL.
 # Thin on purpose: what the steps do is in csrc/, what a model is made of in models/, the documented face in program.py.
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
@@ -147,7 +147,9 @@ cdef class Experts:
     cdef readonly tuple counts
     cdef object keep
 
-    def __cinit__(self, Kernels kernels not None, dict shape, list layers, slots, int policy, decay, uintptr_t reader, keep):
+    def __cinit__(
+        self, Kernels kernels not None, dict shape, list layers, slots, int policy, decay, uintptr_t reader, keep
+    ):
         cdef int32_t[:, ::1] slot_view = slots
         cdef int32_t[::1] experts = np.array([0 if l is None else l["experts"] for l in layers], np.int32)
         cdef const uint8_t[::1] extents
@@ -552,7 +554,8 @@ cdef class Program:
             int32_t[:, :, ::1] experts=None, float[:, :, ::1] weights=None, float[:, :, ::1] router_logits=None,
             float[:, :, ::1] layer_output=None, float[:, ::1] final_norm=None, bint substitute=False,
             Gate gate=None):
-        """0, or a negative errno; the gate may end it.  logits: [outputs, vocabulary]; the rest are records, [layers, tokens, ...]."""
+        """0, or a negative errno; the gate may end it.  logits: [outputs, vocabulary]; the rest are records,
+        [layers, tokens, ...]."""
         cdef fomoe_run r
         cdef int error
         memset(&r, 0, sizeof(r))

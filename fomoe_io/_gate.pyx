@@ -28,8 +28,8 @@ cdef int ask_python(void *gate) noexcept nogil:
 cdef class Gate:
     """Who may be inside an engine: one call at a time, of the process that opened it, until it is shut.
 
-    ``with gate:`` takes the turn or raises UsageError at once.  A run inside is watched: shut() from another thread ends
-    it, and so does a signal handler that raises (Ctrl-C), when the main thread runs it; raise_end() says which.
+    ``with gate:`` takes the turn or raises UsageError at once.  A run inside is watched: shut() from another thread
+    ends it, and so does a signal handler that raises (Ctrl-C), when the main thread runs it; raise_end() says which.
     """
 
     def __cinit__(self):
@@ -65,6 +65,7 @@ cdef class Gate:
                 raise UsageError("the engine is busy: this was called from inside a run of its own")
             raise UsageError("the engine is busy in another thread; one at a time, or an engine for each")
         self.owner = me
+        self.raised = None
         self.watch.poll = NULL
         if is_main:
             self.watch.poll = ask_python
@@ -85,12 +86,22 @@ cdef class Gate:
             return 1
         return 0
 
+    @property
+    def was_interrupted(self):
+        """Whether a signal handler has raised during the run."""
+        return self.raised is not None
+
     def raise_end(self):
         """Of a run that returned -ECANCELED: what a signal handler raised, or that the engine was closed meanwhile."""
         raised, self.raised = self.raised, None
         if raised is not None:
             raise raised
         raise UsageError("the engine was closed while it ran")
+
+    def check_run(self):
+        """Between two native runs of one call: UsageError when the engine was closed meanwhile."""
+        if self.watch.stop:
+            self.raise_end()
 
     def shut(self):
         """End the run at work, if any, and let nobody in again; False when that was done before.

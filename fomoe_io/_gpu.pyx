@@ -1,12 +1,15 @@
 # Replays a model on a GPU: one graph a batch, the routed experts served beside it, without the GIL.
-# Thin on purpose: what is launched is recorded in fomoe_io/gpu/recorder.py, how experts are served is in csrc/gpu/device_experts.c.
+# Thin on purpose: what is launched is recorded in fomoe_io/gpu/recorder.py, how experts are served is in
+# csrc/gpu/device_experts.c.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 import numpy as np
 
-from fomoe_io._hip cimport NOT_READY, Event, Graph, Stream, api, check, count_host_sync
+from fomoe_io._hip cimport (
+    FOMOE_STUCK, NOT_READY, Event, Graph, Stream, api, check, count_host_sync, fomoe_patience, patience, raise_interruption, stuck,
+)
 from fomoe_io.errors import DeviceError
 
 cdef extern from "csrc/read/reader.h" nogil:
@@ -46,6 +49,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         int (*event_query)(void *) noexcept nogil
         int (*stream_wait_event)(void *, void *, unsigned int) noexcept nogil
         int (*stream_query)(void *) noexcept nogil
+        int (*stream_synchronize)(void *) noexcept nogil
         int not_ready
     ctypedef struct fomoe_lane:
         void *stream
@@ -56,6 +60,8 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         uint64_t bytes[2]
         int error
         const char *failed_call
+        fomoe_patience *patience
+    int fomoe_stream_wait(fomoe_device_copies *, void *)
     ctypedef struct fomoe_device_layer:
         int32_t experts
         int32_t size_class
@@ -90,19 +96,23 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
     int fomoe_device_batch_next(fomoe_device_experts *, int layer, void *computed, fomoe_tile *tiles, int *count)
     int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *, const double *, int count)
     void fomoe_device_experts_settle(fomoe_device_experts *)
-    int fomoe_device_experts_tables_changed(fomoe_device_experts *)
+    void fomoe_device_experts_changed_tables(fomoe_device_experts *, uint32_t *)
+    void fomoe_device_experts_tables_arrived(fomoe_device_experts *)
     const fomoe_device_expert_counters *fomoe_device_experts_count(const fomoe_device_experts *)
-    const fomoe_device_copies *fomoe_device_experts_copies(const fomoe_device_experts *)
+    fomoe_device_copies *fomoe_device_experts_copies(const fomoe_device_experts *)
     const int64_t *fomoe_device_experts_picks(const fomoe_device_experts *)
     void fomoe_device_experts_failure(const fomoe_device_experts *, int *layer, int *expert)
 
 
 cdef class DeviceExperts:
-    """The routed experts of all layers.  layers, classes: dicts that fomoe_io/gpu/engine.py makes; keep: what they point to."""
+    """The routed experts of all layers.  layers, classes: dicts that fomoe_io/gpu/engine.py makes; keep: what they
+    point to."""
     cdef fomoe_device_experts *c
     cdef fomoe_residency *residency
     cdef object keep
     cdef readonly int most, count
+    cdef int device
+    cdef bint is_lost  # a run could not be ended: the device may still use what the next one would overwrite
 
     def __cinit__(self, list layers, list classes, slots, int used, int policy, decay,
                   uintptr_t reader, list streams, list events, keep):
@@ -115,6 +125,7 @@ cdef class DeviceExperts:
         decays.slow, decays.fast, decays.fast_share = decay
         self.keep = (layers, classes, streams, events, keep)
         self.count, self.most = len(layers), max(experts)
+        self.device = (<Stream>streams[0]).device
         try:
             if layer == NULL or size_class == NULL:
                 raise MemoryError
@@ -147,21 +158,31 @@ cdef class DeviceExperts:
         if count == 0:
             return 0
         with nogil:
+            api.hipSetDevice(self.device)
             error = fomoe_device_experts_warm(self.c, layer, &experts[0], &scores[0], count)
         return self.checked(error)
 
     cdef int checked(self, int error) except? -1:
-        """A device call that failed is raised; an error of a read is returned."""
-        cdef const fomoe_device_copies *copies = fomoe_device_experts_copies(self.c)
+        """A device call that failed is raised, and an interrupt; an error of a read is returned."""
+        raise_interruption()
         if error == 1:
-            if copies.error < 0:
-                raise DeviceError("the device finished without computing: its program was stopped")
-            check(copies.error, (<bytes>copies.failed_call).decode())
+            self.raise_failure(fomoe_device_experts_copies(self.c).error)
         return error
 
+    cdef int raise_failure(self, int code) except -1:
+        call = (<bytes>fomoe_device_experts_copies(self.c).failed_call).decode()
+        if code == FOMOE_STUCK:
+            raise stuck(call)
+        if code < 0:
+            raise DeviceError("the device finished without computing: its program was stopped")
+        return check(code, call)
+
     def settle(self):
+        """Wait for all copies to the host."""
         with nogil:
+            api.hipSetDevice(self.device)
             fomoe_device_experts_settle(self.c)
+        self.checked(1 if fomoe_device_experts_copies(self.c).error else 0)
 
     def failure(self):
         cdef int layer = 0, expert = 0
@@ -175,8 +196,9 @@ cdef class DeviceExperts:
         return {
             "requests": r.requests, "vram_hits": r.hits[0], "dram_hits": r.hits[1], "nvme_hits": r.hits[2],
             "evictions": r.evictions, "promotions": r.promotions, "demotions": r.demotions,
-            "substitutions": r.substitutions, "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes, "stall_ns": e.nvme_stall_ns,
-            "copy_stall_ns": e.copy_stall_ns, "layers": e.layers, "served_layers": e.served_layers, "up_bytes": copies.bytes[FOMOE_LANE_UP],
+            "substitutions": r.substitutions, "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes,
+            "stall_ns": e.nvme_stall_ns, "copy_stall_ns": e.copy_stall_ns, "layers": e.layers,
+            "served_layers": e.served_layers, "up_bytes": copies.bytes[FOMOE_LANE_UP],
             "down_bytes": copies.bytes[FOMOE_LANE_DOWN],
         }
 
@@ -192,6 +214,7 @@ cdef class DeviceExperts:
     def batch_layer(self, int layer, const int32_t[:, ::1] picks, int32_t[::1] order):
         cdef int error, tokens = picks.shape[0]
         with nogil:
+            api.hipSetDevice(self.device)
             error = fomoe_device_batch_layer(self.c, layer, &picks[0, 0], tokens, &order[0])
         return self.checked(error)
 
@@ -201,43 +224,56 @@ cdef class DeviceExperts:
         cdef void *event = computed.handle if computed is not None else NULL
         cdef fomoe_tile *out = <fomoe_tile *>&tiles[0]
         with nogil:
+            api.hipSetDevice(self.device)
             error = fomoe_device_batch_next(self.c, layer, event, out, &count)
         return self.checked(error), count
 
-    def run(self, Stream stream, Graph graph, unsigned int number, uintptr_t header_to, uintptr_t header_from,
-            size_t header_bytes, uintptr_t tables_to, uintptr_t tables_from, size_t tables_bytes, uintptr_t logits_to,
+    def run(self, Stream stream, Graph graph, unsigned int number, uintptr_t changed, uintptr_t logits_to,
             uintptr_t logits_from, size_t logits_bytes, uintptr_t stop):
-        """One replay: header and changed tables in, the graph, logits out.  0 or a negative errno of a read."""
-        cdef int code, served = 0
+        """One replay: the graph, which begins by fetching header and changed tables, and the logits out.
+
+        changed: uint32 [layers] in memory that the device sees, for the graph's begin_run; stop: the word that ends its waits.
+        0 or a negative errno of a read.  However it ends, the graph has ended too: what it reads may be written again.
+        """
+        cdef int code, drained = 0, served = 0
+        cdef fomoe_device_copies *copies = fomoe_device_experts_copies(self.c)
         cdef volatile uint32_t *stop_word = <volatile uint32_t *>stop
-        cdef str call = "hipMemcpyHtoDAsync"
+        if self.is_lost:
+            with nogil:
+                api.hipSetDevice(self.device)
+                drained = fomoe_stream_wait(copies, stream.handle)
+            self.end_of_run(drained)
+        fomoe_device_experts_changed_tables(self.c, <uint32_t *>changed)
         stop_word[0] = 0
+        call = "hipGraphLaunch"
         with nogil:
-            code = api.hipSetDevice(stream.device)
+            code = api.hipSetDevice(self.device)
             if code == 0:
-                code = api.hipMemcpyHtoDAsync(<void *>header_to, <void *>header_from, header_bytes, stream.handle)
-            if code == 0 and fomoe_device_experts_tables_changed(self.c):
-                code = api.hipMemcpyHtoDAsync(<void *>tables_to, <void *>tables_from, tables_bytes, stream.handle)
-        check(code, call)
-        with nogil:
-            code = graph.enqueue(stream.handle)
-        check(code, "hipGraphLaunch")
-        with nogil:
-            if logits_bytes:
+                code = graph.enqueue(stream.handle)
+        if code == 0 and logits_bytes:
+            call = "hipMemcpyDtoHAsync"
+            with nogil:
                 code = api.hipMemcpyDtoHAsync(<void *>logits_to, <void *>logits_from, logits_bytes, stream.handle)
+        with nogil:
             if code == 0:
                 served = fomoe_device_experts_serve(self.c, number, stream.handle, stop_word)
             else:
                 stop_word[0] = 1
-        call = "hipMemcpyDtoHAsync"
-        if code == 0:
-            call = "hipStreamSynchronize"
-            with nogil:
-                code = api.hipStreamSynchronize(stream.handle)
-            count_host_sync()
+            drained = fomoe_stream_wait(copies, stream.handle)
+        count_host_sync()
+        self.is_lost = drained != 0  # also when another error is raised
         self.checked(served)
         check(code, call)
+        self.end_of_run(drained)
+        fomoe_device_experts_tables_arrived(self.c)
         return served
+
+    cdef int end_of_run(self, int drained) except -1:
+        self.is_lost = drained != 0
+        raise_interruption()
+        if drained == FOMOE_STUCK:
+            raise stuck("the end of a token")
+        return check(drained, "hipStreamSynchronize")
 
 
 cdef int fill_layer(fomoe_device_layer *layer, dict source) except -1:
@@ -268,6 +304,8 @@ cdef int fill_copies(fomoe_device_copies *copies, list streams, list events) exc
     copies.calls.event_query = api.hipEventQuery
     copies.calls.stream_wait_event = api.hipStreamWaitEvent
     copies.calls.stream_query = api.hipStreamQuery
+    copies.calls.stream_synchronize = api.hipStreamSynchronize
+    copies.patience = &patience
     copies.calls.not_ready = NOT_READY
     for lane in range(FOMOE_LANES):
         copies.lane[lane].stream = (<Stream>streams[lane]).handle

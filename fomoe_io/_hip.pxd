@@ -3,6 +3,17 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
+cdef extern from "csrc/gpu/patience.h" nogil:
+    int FOMOE_STUCK
+    ctypedef struct fomoe_patience:
+        uint64_t limit_ns
+        uint64_t interrupted_limit_ns
+        int (*was_interrupted)() noexcept nogil
+        int is_interrupted
+    ctypedef struct fomoe_wait:
+        uint64_t since_ns
+    int fomoe_look_again(fomoe_patience *, fomoe_wait *)
+
 cdef struct device_api:
     int (*hipInit)(unsigned int) noexcept nogil
     int (*hipGetDeviceCount)(int *) noexcept nogil
@@ -26,6 +37,10 @@ cdef struct device_api:
     int (*hipMemcpyDtoDAsync)(void *, const void *, size_t, void *) noexcept nogil
     int (*hipMemsetD8Async)(void *, unsigned char, size_t, void *) noexcept nogil
     int (*hipStreamCreateWithFlags)(void **, unsigned int) noexcept nogil
+    int (*hipStreamCreateWithPriority)(void **, unsigned int, int) noexcept nogil
+    int (*hipDeviceGetStreamPriorityRange)(int *, int *) noexcept nogil
+    int (*hipDeviceCanAccessPeer)(int *, int, int) noexcept nogil
+    int (*hipDeviceEnablePeerAccess)(int, unsigned int) noexcept nogil
     int (*hipStreamDestroy)(void *) noexcept nogil
     int (*hipStreamSynchronize)(void *) noexcept nogil
     int (*hipStreamQuery)(void *) noexcept nogil
@@ -71,9 +86,12 @@ cdef enum:
     NOT_READY = 600  # hipErrorNotReady, CUDA_ERROR_NOT_READY
 
 cdef device_api api
+cdef fomoe_patience patience
 cdef device_counters counters
 cdef int check(int code, str call) except -1
 cdef void count_host_sync() noexcept nogil
+cdef int raise_interruption() except -1
+cdef object stuck(str what)
 
 cdef str pending_exception()
 
@@ -81,6 +99,7 @@ cdef class Library:
     cdef void *handle
     cdef dict capsules
     cdef readonly str path
+    cdef bint is_same(self, Library other)
     cdef void *find(self, str name)
 
 cdef class Buffer:

@@ -1,16 +1,24 @@
 # A GPU through one table of function pointers, named as HIP names them.  Needs no vendor header to build and no vendor
 # library to import: use_provider() looks for one.  Thin on purpose; the documented face is device.py.
-from cpython.exc cimport PyErr_Fetch, PyErr_Occurred
+from cpython.exc cimport PyErr_CheckSignals, PyErr_Fetch, PyErr_Occurred
 from cpython.pycapsule cimport PyCapsule_GetName, PyCapsule_GetPointer
-from cpython.ref cimport PyObject, Py_XDECREF
+from cpython.ref cimport Py_INCREF, PyObject, Py_XDECREF
 from libc.string cimport memcpy, memset
 
+import gc
 import importlib
 import re
 
 from fomoe_io.errors import DeviceError
 
 include "_hip_table.pxi"
+
+
+cdef void count_alive(int n) noexcept:
+    global live
+    live += n
+
+
 include "_hip_compile.pxi"
 
 
@@ -84,6 +92,29 @@ def synchronize(int device):
     check(code, "hipDeviceSynchronize")
 
 
+def can_reach(int device, int peer):
+    """Whether kernels on a device may use another one's memory; then they may from now on."""
+    cdef int can = 0, code
+    if api.hipDeviceCanAccessPeer == NULL or api.hipDeviceEnablePeerAccess == NULL:
+        return False
+    check(api.hipDeviceCanAccessPeer(&can, device, peer), "hipDeviceCanAccessPeer")
+    if not can:
+        return False
+    with nogil:
+        code = api.hipSetDevice(device)
+        if code == 0:
+            code = api.hipDeviceEnablePeerAccess(peer, 0)
+    if code != PEER_ALREADY:
+        check(code, "hipDeviceEnablePeerAccess")
+    return True
+
+
+def abandon(*things):
+    """Never give these back: the driver would wait for a device that hangs."""
+    for thing in things:
+        Py_INCREF(thing)
+
+
 # ---- memory -------------------------------------------------------------------------------------------------------
 # Freed without the GIL: the driver may wait for a thread that wants it.
 
@@ -97,6 +128,7 @@ cdef class Buffer:
             if code == 0:
                 code = api.hipMalloc(&p, nbytes)
         check(code, "hipMalloc")
+        count_alive(1)
         self.pointer = <uintptr_t>p
         self.nbytes = nbytes
 
@@ -106,6 +138,7 @@ cdef class Buffer:
         if p == NULL:
             return
         self.pointer = 0
+        count_alive(-1)
         with nogil:
             code = api.hipSetDevice(self.device)
             if code == 0:
@@ -115,6 +148,7 @@ cdef class Buffer:
     def __dealloc__(self):
         cdef void *p = <void *>self.pointer
         if p != NULL:
+            count_alive(-1)
             with nogil:
                 api.hipSetDevice(self.device)
                 api.hipFree(p)
@@ -124,13 +158,13 @@ cdef class Registration:
     def __cinit__(self, int device, uintptr_t address, size_t nbytes, owner):
         cdef void *p = NULL
         cdef int code
-        cdef str call = "hipHostRegister"
         with nogil:
             code = api.hipSetDevice(device)
             if code == 0:
                 code = api.hipHostRegister(<void *>address, nbytes, PORTABLE_MAPPED)
         check(code, "hipHostRegister")
         self.device, self.address, self.nbytes, self.owner = device, address, nbytes, owner
+        count_alive(1)
         check(api.hipHostGetDevicePointer(&p, <void *>address, 0), "hipHostGetDevicePointer")
         self.pointer = <uintptr_t>p
 
@@ -140,6 +174,7 @@ cdef class Registration:
         if p == NULL:
             return
         self.address = 0
+        count_alive(-1)
         with nogil:
             code = api.hipSetDevice(self.device)
             if code == 0:
@@ -150,6 +185,7 @@ cdef class Registration:
     def __dealloc__(self):
         cdef void *p = <void *>self.address
         if p != NULL:
+            count_alive(-1)
             with nogil:
                 api.hipSetDevice(self.device)
                 api.hipHostUnregister(p)
@@ -166,18 +202,31 @@ cdef class Event:
             if code == 0:
                 code = api.hipEventCreateWithFlags(&self.handle, 0 if is_timed else NO_TIMING)
         check(code, "hipEventCreateWithFlags")
+        count_alive(1)
 
     def synchronize(self):
         cdef int code
+        cdef fomoe_wait wait
+        memset(&wait, 0, sizeof(wait))
         with nogil:
-            code = api.hipEventSynchronize(self.handle)
+            code = api.hipSetDevice(self.device)
+            while code == 0:
+                code = api.hipEventQuery(self.handle)
+                if code != NOT_READY:
+                    break
+                code = 0 if fomoe_look_again(&patience, &wait) and not patience.is_interrupted else FOMOE_STUCK
         fomoe_count(counters.host_syncs, 1)
-        check(code, "hipEventSynchronize")
+        raise_interruption()
+        if code == FOMOE_STUCK:
+            raise stuck("an event")
+        check(code, "hipEventQuery")
 
     def is_done(self):
         cdef int code
         with nogil:
-            code = api.hipEventQuery(self.handle)
+            code = api.hipSetDevice(self.device)
+            if code == 0:
+                code = api.hipEventQuery(self.handle)
         if code == NOT_READY:
             return False
         check(code, "hipEventQuery")
@@ -187,26 +236,36 @@ cdef class Event:
         cdef float ms = 0
         cdef int code
         with nogil:
+            api.hipSetDevice(self.device)
             code = api.hipEventElapsedTime(&ms, earlier.handle, self.handle)
         check(code, "hipEventElapsedTime")
         return ms
 
     def __dealloc__(self):
         if self.handle != NULL:
+            count_alive(-1)
             with nogil:
                 api.hipSetDevice(self.device)
                 api.hipEventDestroy(self.handle)
 
 
+# An urgent stream shares no hardware queue with those that are not: HIP has a few queues for each priority, and what one
+# stream waits for in a queue holds up the others there.
 cdef class Stream:
-    def __cinit__(self, int device):
-        cdef int code
+    def __cinit__(self, int device, bint is_urgent=False):
+        cdef int code, least = 0, greatest = 0
         self.device = device
         with nogil:
             code = api.hipSetDevice(device)
+            if code == 0 and is_urgent:
+                code = api.hipDeviceGetStreamPriorityRange(&least, &greatest)
             if code == 0:
-                code = api.hipStreamCreateWithFlags(&self.handle, NON_BLOCKING)
-        check(code, "hipStreamCreateWithFlags")
+                if is_urgent:
+                    code = api.hipStreamCreateWithPriority(&self.handle, NON_BLOCKING, greatest)
+                else:
+                    code = api.hipStreamCreateWithFlags(&self.handle, NON_BLOCKING)
+        check(code, "hipStreamCreateWithPriority" if is_urgent else "hipStreamCreateWithFlags")
+        count_alive(1)
 
     # The host's side of a copy must stay until the stream has passed it; copies overlap with the host only when
     # it is registered memory.
@@ -247,28 +306,46 @@ cdef class Stream:
     def record(self, Event event):
         cdef int code
         with nogil:
-            code = api.hipEventRecord(event.handle, self.handle)
+            code = api.hipSetDevice(self.device)
+            if code == 0:
+                code = api.hipEventRecord(event.handle, self.handle)
         check(code, "hipEventRecord")
 
     def wait(self, Event event):
         cdef int code
         with nogil:
-            code = api.hipStreamWaitEvent(self.handle, event.handle, 0)
+            code = api.hipSetDevice(self.device)
+            if code == 0:
+                code = api.hipStreamWaitEvent(self.handle, event.handle, 0)
         check(code, "hipStreamWaitEvent")
 
     def synchronize(self):
         cdef int code
+        cdef bint is_stuck = False
+        cdef fomoe_wait wait
+        memset(&wait, 0, sizeof(wait))
         with nogil:
             code = api.hipSetDevice(self.device)
-            if code == 0:
+            while code == 0 and not is_stuck:
+                code = api.hipStreamQuery(self.handle)
+                if code != NOT_READY:
+                    break
+                code = 0
+                is_stuck = not fomoe_look_again(&patience, &wait) or patience.is_interrupted
+            if code == 0 and not is_stuck:
                 code = api.hipStreamSynchronize(self.handle)
         fomoe_count(counters.host_syncs, 1)
+        raise_interruption()
+        if is_stuck:
+            raise stuck("a stream")
         check(code, "hipStreamSynchronize")
 
     def is_done(self):
         cdef int code
         with nogil:
-            code = api.hipStreamQuery(self.handle)
+            code = api.hipSetDevice(self.device)
+            if code == 0:
+                code = api.hipStreamQuery(self.handle)
         if code == NOT_READY:
             return False
         check(code, "hipStreamQuery")
@@ -292,6 +369,7 @@ cdef class Stream:
 
     def __dealloc__(self):
         if self.handle != NULL:
+            count_alive(-1)
             with nogil:
                 api.hipSetDevice(self.device)
                 api.hipStreamDestroy(self.handle)
@@ -301,6 +379,7 @@ cdef class Graph:
     def __cinit__(self, int device, uintptr_t graph, list keep):
         cdef int code
         self.device, self.graph, self.keep = device, <void *>graph, keep
+        count_alive(1)
         with nogil:
             code = api.hipSetDevice(device)
             if code == 0:
@@ -320,6 +399,8 @@ cdef class Graph:
         check(code, "hipGraphLaunch")
 
     def __dealloc__(self):
+        if self.graph != NULL:
+            count_alive(-1)
         with nogil:
             if self.executable != NULL:
                 api.hipSetDevice(self.device)
@@ -340,9 +421,11 @@ cdef class Module:
             if code == 0:
                 code = api.hipModuleLoadData(&self.handle, data)
         check(code, "hipModuleLoadData")
+        count_alive(1)
 
     def __dealloc__(self):
         if self.handle != NULL:
+            count_alive(-1)
             with nogil:
                 api.hipSetDevice(self.device)
                 api.hipModuleUnload(self.handle)
@@ -401,7 +484,8 @@ cdef class Launch:
         return api.hipModuleLaunchKernel(self.function.handle, self.gx, self.gy, self.gz, self.threads, 1, 1, 0, stream,
                                          self.addresses, NULL)
 
-    # May start while the launch before it on the stream still runs; its kernel waits (gpu/kernels/prelude.h, start_kernel).
+    # May start while the launch before it on the stream still runs; its kernel waits (gpu/kernels/prelude.h,
+    # start_kernel).
     # An ordinary launch where the driver has no such call.
     cdef int enqueue_chained(self, void *stream) noexcept nogil:
         cdef launch_config config

@@ -14,6 +14,7 @@ cdef extern from *:
 
 ctypedef int (*cu_retain_t)(void **, int) noexcept nogil
 ctypedef int (*cu_current_t)(void *) noexcept nogil
+ctypedef int (*cu_enable_peer_t)(void *, unsigned int) noexcept nogil
 
 cdef enum:
     MOST_DEVICES = 64
@@ -23,6 +24,7 @@ cdef enum:
     NO_TIMING = 2         # hipEventDisableTiming, CU_EVENT_DISABLE_TIMING
     PORTABLE_MAPPED = 3   # hipHostRegisterPortable | Mapped, CU_MEMHOSTREGISTER_PORTABLE | DEVICEMAP
     CHAINED = 6           # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    PEER_ALREADY = 704    # hipErrorPeerAccessAlreadyEnabled, CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED
     CAPTURE_THREAD = 1    # hipStreamCaptureModeThreadLocal, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 
 cdef device_api api
@@ -31,7 +33,11 @@ cdef device_counters counters
 cdef cu_retain_t cu_retain
 cdef cu_current_t cu_current
 cdef cu_launch_t cu_launch
+cdef cu_enable_peer_t cu_enable_peer
 cdef void *contexts[MOST_DEVICES]
+cdef Library bound = None           # what `api` was filled from
+cdef Library compiler_bound = None
+cdef int live = 0                   # objects that will call through `api` once more, to be destroyed
 
 provider = None           # "hip-python", "hip" or "cuda"
 compiler_provider = None
@@ -49,9 +55,23 @@ cdef int cuda_set_device(int ordinal) noexcept nogil:
     return cu_current(contexts[ordinal])
 
 
+cdef int cuda_enable_peer(int peer, unsigned int flags) noexcept nogil:
+    cdef int code
+    if peer < 0 or peer >= MOST_DEVICES:
+        return INVALID_DEVICE
+    if contexts[peer] == NULL:
+        code = cu_retain(&contexts[peer], peer)
+        if code:
+            return code
+    return cu_enable_peer(contexts[peer], flags)
+
+
 # ---- libraries ----------------------------------------------------------------------------------------------------
 
 cdef class Library:
+    cdef bint is_same(self, Library other):
+        return other is not None and self.handle == other.handle and self.capsules is other.capsules
+
     cdef void *find(self, str name):
         if self.capsules is not None:
             capsule = self.capsules.get(name)
@@ -85,7 +105,9 @@ def open_capsules(list modules):
     raise DeviceError("hip-python is not installed", hint="pip install 'fomoe_io[hip]'")
 
 
-cdef int bind(Library library, bint is_cuda, void **place, str hip_name, str cuda_name, bint is_optional=False) except -1:
+cdef int bind(
+    Library library, bint is_cuda, void **place, str hip_name, str cuda_name, bint is_optional=False
+) except -1:
     name = cuda_name if is_cuda else hip_name
     place[0] = library.find(name)
     _cuda_names[hip_name] = cuda_name
@@ -94,90 +116,127 @@ cdef int bind(Library library, bint is_cuda, void **place, str hip_name, str cud
     return 0
 
 
-def use_device_library(str name, Library library):
-    """Fill the table of the device's calls and initialise the driver."""
-    global provider
-    cdef Library l = library
-    cdef bint cuda = name == "cuda"
-    global cu_launch
-    memset(&api, 0, sizeof(api))
-    cu_launch = NULL
-    bind(l, cuda, <void **>&api.hipInit, "hipInit", "cuInit")
-    bind(l, cuda, <void **>&api.hipGetDeviceCount, "hipGetDeviceCount", "cuDeviceGetCount")
-    bind(l, cuda, <void **>&api.hipDeviceGetName, "hipDeviceGetName", "cuDeviceGetName")
-    bind(l, cuda, <void **>&api.hipDeviceTotalMem, "hipDeviceTotalMem", "cuDeviceTotalMem_v2")
-    bind(l, cuda, <void **>&api.hipDeviceGetAttribute, "hipDeviceGetAttribute", "cuDeviceGetAttribute")
-    bind(l, cuda, <void **>&api.hipDeviceSynchronize, "hipDeviceSynchronize", "cuCtxSynchronize")
-    bind(l, cuda, <void **>&api.hipDriverGetVersion, "hipDriverGetVersion", "cuDriverGetVersion")
-    bind(l, cuda, <void **>&api.hipDrvGetErrorName, "hipDrvGetErrorName", "cuGetErrorName", True)
-    bind(l, cuda, <void **>&api.hipDrvGetErrorString, "hipDrvGetErrorString", "cuGetErrorString", True)
-    bind(l, cuda, <void **>&api.hipMemGetInfo, "hipMemGetInfo", "cuMemGetInfo_v2")
-    bind(l, cuda, <void **>&api.hipMalloc, "hipMalloc", "cuMemAlloc_v2")
-    bind(l, cuda, <void **>&api.hipFree, "hipFree", "cuMemFree_v2")
-    bind(l, cuda, <void **>&api.hipHostRegister, "hipHostRegister", "cuMemHostRegister_v2")
-    bind(l, cuda, <void **>&api.hipHostUnregister, "hipHostUnregister", "cuMemHostUnregister")
-    bind(l, cuda, <void **>&api.hipHostGetDevicePointer, "hipHostGetDevicePointer", "cuMemHostGetDevicePointer_v2")
-    bind(l, cuda, <void **>&api.hipMemcpyHtoDAsync, "hipMemcpyHtoDAsync", "cuMemcpyHtoDAsync_v2")
-    bind(l, cuda, <void **>&api.hipMemcpyDtoHAsync, "hipMemcpyDtoHAsync", "cuMemcpyDtoHAsync_v2")
-    bind(l, cuda, <void **>&api.hipMemcpyDtoDAsync, "hipMemcpyDtoDAsync", "cuMemcpyDtoDAsync_v2")
-    bind(l, cuda, <void **>&api.hipMemsetD8Async, "hipMemsetD8Async", "cuMemsetD8Async")
-    bind(l, cuda, <void **>&api.hipStreamCreateWithFlags, "hipStreamCreateWithFlags", "cuStreamCreate")
-    bind(l, cuda, <void **>&api.hipStreamDestroy, "hipStreamDestroy", "cuStreamDestroy_v2")
-    bind(l, cuda, <void **>&api.hipStreamSynchronize, "hipStreamSynchronize", "cuStreamSynchronize")
-    bind(l, cuda, <void **>&api.hipStreamQuery, "hipStreamQuery", "cuStreamQuery")
-    bind(l, cuda, <void **>&api.hipStreamWaitEvent, "hipStreamWaitEvent", "cuStreamWaitEvent")
-    bind(l, cuda, <void **>&api.hipStreamBeginCapture, "hipStreamBeginCapture", "cuStreamBeginCapture_v2")
-    bind(l, cuda, <void **>&api.hipStreamEndCapture, "hipStreamEndCapture", "cuStreamEndCapture")
-    bind(l, cuda, <void **>&api.hipEventCreateWithFlags, "hipEventCreateWithFlags", "cuEventCreate")
-    bind(l, cuda, <void **>&api.hipEventDestroy, "hipEventDestroy", "cuEventDestroy_v2")
-    bind(l, cuda, <void **>&api.hipEventRecord, "hipEventRecord", "cuEventRecord")
-    bind(l, cuda, <void **>&api.hipEventQuery, "hipEventQuery", "cuEventQuery")
-    bind(l, cuda, <void **>&api.hipEventSynchronize, "hipEventSynchronize", "cuEventSynchronize")
-    bind(l, cuda, <void **>&api.hipEventElapsedTime, "hipEventElapsedTime", "cuEventElapsedTime")
-    bind(l, cuda, <void **>&api.hipModuleLoadData, "hipModuleLoadData", "cuModuleLoadData")
-    bind(l, cuda, <void **>&api.hipModuleUnload, "hipModuleUnload", "cuModuleUnload")
-    bind(l, cuda, <void **>&api.hipModuleGetFunction, "hipModuleGetFunction", "cuModuleGetFunction")
-    bind(l, cuda, <void **>&api.hipFuncGetAttribute, "hipFuncGetAttribute", "cuFuncGetAttribute")
-    bind(l, cuda, <void **>&api.hipModuleLaunchKernel, "hipModuleLaunchKernel", "cuLaunchKernel")
-    bind(l, cuda, <void **>&api.hipGraphInstantiateWithFlags, "hipGraphInstantiateWithFlags", "cuGraphInstantiateWithFlags")
-    bind(l, cuda, <void **>&api.hipGraphLaunch, "hipGraphLaunch", "cuGraphLaunch")
-    bind(l, cuda, <void **>&api.hipGraphExecDestroy, "hipGraphExecDestroy", "cuGraphExecDestroy")
-    bind(l, cuda, <void **>&api.hipGraphDestroy, "hipGraphDestroy", "cuGraphDestroy")
-    if cuda:
-        # A CUDA device is made current through its primary context.
-        bind(l, cuda, <void **>&cu_retain, "hipDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRetain")
-        bind(l, cuda, <void **>&cu_current, "hipCtxSetCurrent", "cuCtxSetCurrent")
-        bind(l, cuda, <void **>&cu_launch, "hipDrvLaunchKernelEx", "cuLaunchKernelEx", True)
-        memset(contexts, 0, sizeof(contexts))
-        api.hipSetDevice = cuda_set_device
-    else:
-        bind(l, cuda, <void **>&api.hipSetDevice, "hipSetDevice", "")
-        # HIP 6 gave the struct a new layout and the call a new name; only the text "gfx..." in it is read.
-        bind(l, cuda, <void **>&api.hipGetDeviceProperties, "hipGetDevicePropertiesR0600", "", True)
-        if api.hipGetDeviceProperties == NULL:
-            bind(l, cuda, <void **>&api.hipGetDeviceProperties, "hipGetDeviceProperties", "")
-    provider = name
+cdef struct cuda_calls:
+    cu_retain_t retain
+    cu_current_t current
+    cu_launch_t launch
+    cu_enable_peer_t enable_peer
+
+
+def use_device_library(str name, Library library not None):
+    """Make a library the process's device API: once, then this does nothing.
+
+    Another one takes its place only while nothing of the first is alive; a table half filled is never seen.
+    """
+    global provider, bound, api, cu_retain, cu_current, cu_launch, cu_enable_peer
+    cdef device_api table
+    cdef cuda_calls calls
     cdef int code
+    if library.is_same(bound) and name == provider:
+        return
+    if live:
+        gc.collect()
+    if live:
+        raise DeviceError(f"this process computes with {provider}: {name} can't be used beside it",
+                          hint="close what is open, or use another process")
+    memset(&table, 0, sizeof(table))
+    memset(&calls, 0, sizeof(calls))
+    fill_table(name == "cuda", library, &table, &calls)
+    memset(contexts, 0, sizeof(contexts))
+    api, cu_retain, cu_current, cu_launch = table, calls.retain, calls.current, calls.launch
+    cu_enable_peer = calls.enable_peer
+    provider, bound = name, None
     with nogil:
         code = api.hipInit(0)
     check(code, "hipInit")
+    bound = library
+
+
+cdef int fill_table(bint cuda, Library library, device_api *table, cuda_calls *calls) except -1:
+    bind(library, cuda, <void **>&table.hipInit, "hipInit", "cuInit")
+    bind(library, cuda, <void **>&table.hipGetDeviceCount, "hipGetDeviceCount", "cuDeviceGetCount")
+    bind(library, cuda, <void **>&table.hipDeviceGetName, "hipDeviceGetName", "cuDeviceGetName")
+    bind(library, cuda, <void **>&table.hipDeviceTotalMem, "hipDeviceTotalMem", "cuDeviceTotalMem_v2")
+    bind(library, cuda, <void **>&table.hipDeviceGetAttribute, "hipDeviceGetAttribute", "cuDeviceGetAttribute")
+    bind(library, cuda, <void **>&table.hipDeviceSynchronize, "hipDeviceSynchronize", "cuCtxSynchronize")
+    bind(library, cuda, <void **>&table.hipDriverGetVersion, "hipDriverGetVersion", "cuDriverGetVersion")
+    bind(library, cuda, <void **>&table.hipDrvGetErrorName, "hipDrvGetErrorName", "cuGetErrorName", True)
+    bind(library, cuda, <void **>&table.hipDrvGetErrorString, "hipDrvGetErrorString", "cuGetErrorString", True)
+    bind(library, cuda, <void **>&table.hipMemGetInfo, "hipMemGetInfo", "cuMemGetInfo_v2")
+    bind(library, cuda, <void **>&table.hipMalloc, "hipMalloc", "cuMemAlloc_v2")
+    bind(library, cuda, <void **>&table.hipFree, "hipFree", "cuMemFree_v2")
+    bind(library, cuda, <void **>&table.hipHostRegister, "hipHostRegister", "cuMemHostRegister_v2")
+    bind(library, cuda, <void **>&table.hipHostUnregister, "hipHostUnregister", "cuMemHostUnregister")
+    bind(library, cuda, <void **>&table.hipHostGetDevicePointer, "hipHostGetDevicePointer", "cuMemHostGetDevicePointer_v2")
+    bind(library, cuda, <void **>&table.hipMemcpyHtoDAsync, "hipMemcpyHtoDAsync", "cuMemcpyHtoDAsync_v2")
+    bind(library, cuda, <void **>&table.hipMemcpyDtoHAsync, "hipMemcpyDtoHAsync", "cuMemcpyDtoHAsync_v2")
+    bind(library, cuda, <void **>&table.hipMemcpyDtoDAsync, "hipMemcpyDtoDAsync", "cuMemcpyDtoDAsync_v2")
+    bind(library, cuda, <void **>&table.hipMemsetD8Async, "hipMemsetD8Async", "cuMemsetD8Async")
+    bind(library, cuda, <void **>&table.hipStreamCreateWithFlags, "hipStreamCreateWithFlags", "cuStreamCreate")
+    bind(library, cuda, <void **>&table.hipStreamCreateWithPriority, "hipStreamCreateWithPriority",
+         "cuStreamCreateWithPriority")
+    bind(library, cuda, <void **>&table.hipDeviceGetStreamPriorityRange, "hipDeviceGetStreamPriorityRange",
+         "cuCtxGetStreamPriorityRange")
+    bind(library, cuda, <void **>&table.hipDeviceCanAccessPeer, "hipDeviceCanAccessPeer", "cuDeviceCanAccessPeer", True)
+    bind(library, cuda, <void **>&table.hipStreamDestroy, "hipStreamDestroy", "cuStreamDestroy_v2")
+    bind(library, cuda, <void **>&table.hipStreamSynchronize, "hipStreamSynchronize", "cuStreamSynchronize")
+    bind(library, cuda, <void **>&table.hipStreamQuery, "hipStreamQuery", "cuStreamQuery")
+    bind(library, cuda, <void **>&table.hipStreamWaitEvent, "hipStreamWaitEvent", "cuStreamWaitEvent")
+    bind(library, cuda, <void **>&table.hipStreamBeginCapture, "hipStreamBeginCapture", "cuStreamBeginCapture_v2")
+    bind(library, cuda, <void **>&table.hipStreamEndCapture, "hipStreamEndCapture", "cuStreamEndCapture")
+    bind(library, cuda, <void **>&table.hipEventCreateWithFlags, "hipEventCreateWithFlags", "cuEventCreate")
+    bind(library, cuda, <void **>&table.hipEventDestroy, "hipEventDestroy", "cuEventDestroy_v2")
+    bind(library, cuda, <void **>&table.hipEventRecord, "hipEventRecord", "cuEventRecord")
+    bind(library, cuda, <void **>&table.hipEventQuery, "hipEventQuery", "cuEventQuery")
+    bind(library, cuda, <void **>&table.hipEventSynchronize, "hipEventSynchronize", "cuEventSynchronize")
+    bind(library, cuda, <void **>&table.hipEventElapsedTime, "hipEventElapsedTime", "cuEventElapsedTime")
+    bind(library, cuda, <void **>&table.hipModuleLoadData, "hipModuleLoadData", "cuModuleLoadData")
+    bind(library, cuda, <void **>&table.hipModuleUnload, "hipModuleUnload", "cuModuleUnload")
+    bind(library, cuda, <void **>&table.hipModuleGetFunction, "hipModuleGetFunction", "cuModuleGetFunction")
+    bind(library, cuda, <void **>&table.hipFuncGetAttribute, "hipFuncGetAttribute", "cuFuncGetAttribute")
+    bind(library, cuda, <void **>&table.hipModuleLaunchKernel, "hipModuleLaunchKernel", "cuLaunchKernel")
+    bind(library, cuda, <void **>&table.hipGraphInstantiateWithFlags, "hipGraphInstantiateWithFlags", "cuGraphInstantiateWithFlags")
+    bind(library, cuda, <void **>&table.hipGraphLaunch, "hipGraphLaunch", "cuGraphLaunch")
+    bind(library, cuda, <void **>&table.hipGraphExecDestroy, "hipGraphExecDestroy", "cuGraphExecDestroy")
+    bind(library, cuda, <void **>&table.hipGraphDestroy, "hipGraphDestroy", "cuGraphDestroy")
+    if cuda:
+        # A CUDA device is made current through its primary context.
+        bind(library, cuda, <void **>&calls.retain, "hipDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRetain")
+        bind(library, cuda, <void **>&calls.current, "hipCtxSetCurrent", "cuCtxSetCurrent")
+        bind(library, cuda, <void **>&calls.launch, "hipDrvLaunchKernelEx", "cuLaunchKernelEx", True)
+        bind(library, cuda, <void **>&calls.enable_peer, "hipCtxEnablePeerAccess", "cuCtxEnablePeerAccess", True)
+        table.hipSetDevice = cuda_set_device
+        if calls.enable_peer != NULL:
+            table.hipDeviceEnablePeerAccess = cuda_enable_peer
+    else:
+        bind(library, cuda, <void **>&table.hipDeviceEnablePeerAccess, "hipDeviceEnablePeerAccess", "", True)
+        bind(library, cuda, <void **>&table.hipSetDevice, "hipSetDevice", "")
+        # HIP 6 gave the struct a new layout and the call a new name; only the text "gfx..." in it is read.
+        bind(library, cuda, <void **>&table.hipGetDeviceProperties, "hipGetDevicePropertiesR0600", "", True)
+        if table.hipGetDeviceProperties == NULL:
+            bind(library, cuda, <void **>&table.hipGetDeviceProperties, "hipGetDeviceProperties", "")
+    return 0
 
 
 def use_compiler_library(str name, Library library):
-    global compiler_provider
+    """Likewise the compiler; nothing of it stays alive between two compilations."""
+    global compiler_provider, compiler_bound, compiler
     cdef Library l = library
     cdef bint cuda = name == "cuda"
-    memset(&compiler, 0, sizeof(compiler))
-    bind(l, cuda, <void **>&compiler.hiprtcVersion, "hiprtcVersion", "nvrtcVersion")
-    bind(l, cuda, <void **>&compiler.hiprtcCreateProgram, "hiprtcCreateProgram", "nvrtcCreateProgram")
-    bind(l, cuda, <void **>&compiler.hiprtcCompileProgram, "hiprtcCompileProgram", "nvrtcCompileProgram")
-    bind(l, cuda, <void **>&compiler.hiprtcGetProgramLogSize, "hiprtcGetProgramLogSize", "nvrtcGetProgramLogSize")
-    bind(l, cuda, <void **>&compiler.hiprtcGetProgramLog, "hiprtcGetProgramLog", "nvrtcGetProgramLog")
-    bind(l, cuda, <void **>&compiler.hiprtcGetCodeSize, "hiprtcGetCodeSize", "nvrtcGetCUBINSize")
-    bind(l, cuda, <void **>&compiler.hiprtcGetCode, "hiprtcGetCode", "nvrtcGetCUBIN")
-    bind(l, cuda, <void **>&compiler.hiprtcDestroyProgram, "hiprtcDestroyProgram", "nvrtcDestroyProgram")
-    bind(l, cuda, <void **>&compiler.hiprtcGetErrorString, "hiprtcGetErrorString", "nvrtcGetErrorString")
-    compiler_provider = name
+    cdef compiler_api table
+    if l.is_same(compiler_bound) and name == compiler_provider:
+        return
+    memset(&table, 0, sizeof(table))
+    bind(l, cuda, <void **>&table.hiprtcVersion, "hiprtcVersion", "nvrtcVersion")
+    bind(l, cuda, <void **>&table.hiprtcCreateProgram, "hiprtcCreateProgram", "nvrtcCreateProgram")
+    bind(l, cuda, <void **>&table.hiprtcCompileProgram, "hiprtcCompileProgram", "nvrtcCompileProgram")
+    bind(l, cuda, <void **>&table.hiprtcGetProgramLogSize, "hiprtcGetProgramLogSize", "nvrtcGetProgramLogSize")
+    bind(l, cuda, <void **>&table.hiprtcGetProgramLog, "hiprtcGetProgramLog", "nvrtcGetProgramLog")
+    bind(l, cuda, <void **>&table.hiprtcGetCodeSize, "hiprtcGetCodeSize", "nvrtcGetCUBINSize")
+    bind(l, cuda, <void **>&table.hiprtcGetCode, "hiprtcGetCode", "nvrtcGetCUBIN")
+    bind(l, cuda, <void **>&table.hiprtcDestroyProgram, "hiprtcDestroyProgram", "nvrtcDestroyProgram")
+    bind(l, cuda, <void **>&table.hiprtcGetErrorString, "hiprtcGetErrorString", "nvrtcGetErrorString")
+    compiler, compiler_provider, compiler_bound = table, name, l
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------
@@ -222,6 +281,48 @@ cdef int check(int code, str call) except -1:
 
 cdef void count_host_sync() noexcept nogil:
     fomoe_count(counters.host_syncs, 1)
+
+
+# ---- waits with an end --------------------------------------------------------------------------------------------
+
+_interruption = None
+
+
+cdef int was_interrupted() noexcept with gil:
+    """What a native wait asks now and then: whether a signal's handler has raised.  raise_interruption() raises it."""
+    global _interruption
+    try:
+        PyErr_CheckSignals()
+    except BaseException as raised:
+        _interruption = raised
+        return 1
+    return 0
+
+
+cdef int raise_interruption() except -1:
+    global _interruption
+    if patience.is_interrupted:
+        patience.is_interrupted = 0
+        raised, _interruption = _interruption, None
+        raise raised
+    return 0
+
+
+def set_patience(double seconds=10.0):
+    """The longest that anybody waits for a device that makes no progress; an interrupted one waits for 0.5 s at most."""
+    patience.limit_ns = <uint64_t>(1e9 * seconds)
+    patience.interrupted_limit_ns = <uint64_t>(1e9 * min(seconds, 0.5))
+    patience.was_interrupted = was_interrupted
+
+
+cdef object stuck(str what):
+    return DeviceError(
+        f"the device has not answered for {patience.limit_ns / 1e9:g} s: {what}",
+        hint="fomoe-doctor --gpu says what does not work; a device that hangs needs its driver reloaded, or a restart",
+    )
+
+
+set_patience()
 
 
 def counts():

@@ -1,5 +1,6 @@
-# The Python face of csrc/read/io_load.c and csrc/read/{mmap,paced}_reader.c: what `fomoe-bench io` runs without the GIL.
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t, uintptr_t
+# The Python face of csrc/read/io_load.c and csrc/read/{mmap,paced}_reader.c: what `fomoe-bench io` runs without
+# the GIL.
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 import os

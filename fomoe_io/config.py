@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import operator
+import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from fomoe_io.errors import UsageError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.storage.pace import Pace
+from fomoe_io.units import parse_bytes
 
 _CHOICES = {
-    "device": ("cpu", "auto", "hip", "cuda"),
     "reader": ("auto", "uring", "pread"),
     "kernels": ("auto", "ggml", "portable"),
     "activations": ("quantized", "float32"),
     "policy": ("lru", "lfu", "decayed", "lfru"),
 }
+
+
+def device_name(text: str) -> str:
+    """The text itself, when it names a device: cpu, auto, hip, cuda, or one of a kind by its number, such as hip:1.
+
+    Raises
+    ------
+    UsageError
+    """
+    if re.fullmatch(r"cpu|auto|(hip|cuda)(:\d{1,3})?", text) is None:
+        raise UsageError(
+            f"{text!r} names no device, expected cpu, auto, hip or cuda, or one by its number, such as hip:1",
+            hint="fomoe-doctor lists them",
+        )
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +44,15 @@ class Tiers:
 
     vram: float
     dram: float
+
+    def __post_init__(self) -> None:
+        for name in ("vram", "dram"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise UsageError(f"tiers: {name} is {share!r}, expected a share of 0 to 1")
+        if not 0 < self.vram + self.dram <= 1 + 1e-9:
+            share = 100 * (self.vram + self.dram)
+            raise UsageError(f"the tiers hold {share:g} % of the experts, expected more than 0 and at most 100 %")
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -38,19 +65,75 @@ class Tiers:
         match = re.fullmatch(r"vram=(\d+(?:\.\d+)?)%,dram=(\d+(?:\.\d+)?)%", text.replace(" ", ""))
         if match is None:
             raise UsageError(f"{text!r} names no tiers", hint="--tiers vram=20%,dram=15%")
-        vram, dram = float(match[1]) / 100, float(match[2]) / 100
-        if not 0 < vram + dram <= 1:
-            raise UsageError(f"tiers {text!r} hold {100 * (vram + dram):g} % of the experts, expected 0 to 100 %")
-        return cls(vram, dram)
+        return cls(float(match[1]) / 100, float(match[2]) / 100)
 
 
 MOST_LOOKAHEAD = 16
 """Ranks; a guess further down is wrong more often than right (docs/car.md)."""
 
 
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _size(value: Any) -> int:
+    return parse_bytes(value) if isinstance(value, str) else _integer(value)
+
+
+def _is_true(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _path(value: Any) -> Path:
+    return Path(value)
+
+
+def _profile(value: Any) -> Path | str:
+    return value if value == "learned" else Path(value)
+
+
+def _tiers(value: Any) -> Tiers:
+    if isinstance(value, str):
+        return Tiers.parse(value)
+    if not isinstance(value, Tiers):
+        raise TypeError
+    return value
+
+
+def _car(value: Any) -> CarRule | None:
+    if isinstance(value, str):
+        return CarRule.parse(value)
+    if not isinstance(value, CarRule):
+        raise TypeError
+    return value
+
+
+_FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "ram_bytes": (_size, 'a number of bytes, or a size such as "16G"'),
+    "vram_bytes": (_size, 'a number of bytes, or a size such as "16G"'),
+    "threads": (_integer, "an integer"),
+    "context_tokens": (_integer, "an integer"),
+    "batch_tokens": (_integer, "an integer"),
+    "ring_depth": (_integer, "an integer"),
+    "lookahead": (_integer, "an integer"),
+    "direct": (_is_true, "True or False"),
+    "tiers": (_tiers, 'Tiers, or a text such as "vram=20%,dram=15%"'),
+    "car": (_car, 'a CarRule, or a text such as "on" or "regret:0.03"'),
+    "calibration": (os.fspath, "a path"),
+    "profile": (_profile, 'a path or "learned"'),
+    "trace": (_path, "a path"),
+}
+_NEEDED = ("batch_tokens", "lookahead", "direct")
+"""None is no choice."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How to open a model.
+    """How to open a model.  Sizes, tiers, rules and paths may come as the texts that the commands take.
 
     Attributes
     ----------
@@ -81,8 +164,9 @@ class EngineConfig:
         Which expert leaves memory first.
     tiers : Tiers or None
         Most experts in VRAM and in DRAM; on a CPU both are simulated.
-    device : {"cpu", "auto", "hip", "cuda"}
-        "auto" takes a GPU when there is one.
+    device : str
+        "cpu"; "auto" takes a GPU when there is one; "hip" or "cuda" one of its devices, "hip:1" that one.  Devices that
+        share the processor's memory are taken by number only; of the others, the one with the most memory.
     vram_bytes : int or None
         Bound of the device memory; None takes what is free.
     lookahead : int
@@ -118,8 +202,22 @@ class EngineConfig:
     trace: Path | None = None
 
     def __post_init__(self) -> None:
+        for name, (form, expected) in _FORMS.items():
+            value = getattr(self, name)
+            if value is None and name not in _NEEDED:
+                continue
+            try:
+                object.__setattr__(self, name, form(value))
+            except TypeError:
+                raise UsageError(f"{name} is {value!r}, expected {expected}") from None
+            except UsageError as error:
+                raise UsageError(f"{name}: {error.message}", hint=error.hint) from None
+        self._check_values()
+
+    def _check_values(self) -> None:
         if not 0 <= self.lookahead <= MOST_LOOKAHEAD:
             raise UsageError(f"lookahead is {self.lookahead}, expected 0 to {MOST_LOOKAHEAD}")
+        device_name(self.device)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")

@@ -392,7 +392,7 @@ class Engine:
     def _check(self, error: int) -> None:
         if not error:
             return
-        if error == -errno.ECANCELED:
+        if error == -errno.ECANCELED or self.gate.was_interrupted:
             self.gate.raise_end()
         layer, expert = self._experts.failure()
         detail, fix = self.reader.last_error or os.strerror(-error), self.reader.last_fix

@@ -125,6 +125,7 @@ class Session:
             batch, self._prompt_tokens = self._batch_tokens, len(ids)
             for first in range(0, len(ids), batch):
                 part = ids[first : first + batch]
+                self._engine.gate.check_run()
                 self._run(part, logits, 1 if first + batch >= len(ids) else 0, {})
                 if progress:
                     progress(first + len(part), len(ids))
@@ -171,6 +172,7 @@ class Session:
             pieces: dict[str, list[np.ndarray]] = {name: [] for name in record}
             for first in range(0, len(ids), batch):
                 part = ids[first : first + batch]
+                self._engine.gate.check_run()
                 records = {name: self._record_array(name, len(part)) for name in record}
                 self._run(part, logits[first : first + batch], len(part), records)
                 for name, array in records.items():

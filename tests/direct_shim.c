@@ -30,28 +30,33 @@ static uint64_t total(const struct iovec *vectors, int count) {
     return sum;
 }
 
-#define CHOOSY(type, name, arguments, names, bytes)                              \
-    type name arguments {                                                        \
-        static type(*real) arguments;                                            \
-        if (!real) real = (type(*) arguments)dlsym(RTLD_NEXT, #name);            \
-        if (refused(fd, bytes, offset)) return errno = EINVAL, -1;               \
-        return real names;                                                       \
+#define CHOOSY(type, name, arguments, names, bytes)                   \
+    type name arguments {                                             \
+        static type(*real) arguments;                                 \
+        if (!real) real = (type(*) arguments)dlsym(RTLD_NEXT, #name); \
+        if (refused(fd, bytes, offset)) return errno = EINVAL, -1;    \
+        return real names;                                            \
     }
 CHOOSY(ssize_t, pread, (int fd, void *target, size_t size, off_t offset), (fd, target, size, offset), size)
 CHOOSY(ssize_t, pread64, (int fd, void *target, size_t size, off_t offset), (fd, target, size, offset), size)
 CHOOSY(ssize_t, preadv, (int fd, const struct iovec *v, int n, off_t offset), (fd, v, n, offset), total(v, n))
 CHOOSY(ssize_t, preadv64, (int fd, const struct iovec *v, int n, off_t offset), (fd, v, n, offset), total(v, n))
-CHOOSY(ssize_t, preadv2, (int fd, const struct iovec *v, int n, off_t offset, int f), (fd, v, n, offset, f), total(v, n))
-CHOOSY(ssize_t, preadv64v2, (int fd, const struct iovec *v, int n, off_t offset, int f), (fd, v, n, offset, f), total(v, n))
+CHOOSY(ssize_t, preadv2, (int fd, const struct iovec *v, int n, off_t offset, int f), (fd, v, n, offset, f),
+       total(v, n))
+CHOOSY(ssize_t, preadv64v2, (int fd, const struct iovec *v, int n, off_t offset, int f), (fd, v, n, offset, f),
+       total(v, n))
 CHOOSY(ssize_t, pwritev, (int fd, const struct iovec *v, int n, off_t offset), (fd, v, n, offset), total(v, n))
 CHOOSY(ssize_t, pwritev64, (int fd, const struct iovec *v, int n, off_t offset), (fd, v, n, offset), total(v, n))
-CHOOSY(ssize_t, pwritev2, (int fd, const struct iovec *v, int n, off_t offset, int f), (fd, v, n, offset, f), total(v, n))
-CHOOSY(ssize_t, pwritev64v2, (int fd, const struct iovec *v, int n, off_t offset, int f), (fd, v, n, offset, f), total(v, n))
+CHOOSY(ssize_t, pwritev2, (int fd, const struct iovec *v, int n, off_t offset, int f), (fd, v, n, offset, f),
+       total(v, n))
+CHOOSY(ssize_t, pwritev64v2, (int fd, const struct iovec *v, int n, off_t offset, int f), (fd, v, n, offset, f),
+       total(v, n))
 
 int statx(int directory, const char *restrict path, int flags, unsigned mask, struct statx *restrict found) {
     static int (*real)(int, const char *restrict, int, unsigned, struct statx *restrict);
     const char *stated = getenv("DIRECT_STATED");
-    if (!real) real = (int (*)(int, const char *restrict, int, unsigned, struct statx *restrict))dlsym(RTLD_NEXT, "statx");
+    if (!real)
+        real = (int (*)(int, const char *restrict, int, unsigned, struct statx *restrict))dlsym(RTLD_NEXT, "statx");
     int error = real(directory, path, flags, mask, found);
     if (error || !stated || !(mask & 0x2000)) return error;
     found->stx_mask &= ~0x2000u;
@@ -68,7 +73,8 @@ static void *liburing_symbol(const char *name) { /* Python loads liburing with l
 
 int io_uring_register_files(struct io_uring *ring, const int *files, unsigned count) {
     for (unsigned i = 0; i < count && i < 1024; i++) ring_files[i] = files[i];
-    return ((int (*)(struct io_uring *, const int *, unsigned))liburing_symbol("io_uring_register_files"))(ring, files, count);
+    return ((int (*)(struct io_uring *, const int *, unsigned))liburing_symbol("io_uring_register_files"))(ring, files,
+                                                                                                           count);
 }
 
 int io_uring_submit(struct io_uring *ring) {

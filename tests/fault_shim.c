@@ -1,5 +1,5 @@
 /* Preloaded by tests: makes some reads short, interrupted or failing, for pread and for io_uring.
- * FAULT: short, eintr, eagain or eio hits every 7th read; forbidden refuses io_uring as a container does; unsupported
+ * FAULT: short, eintr, eagain or eio hits every 7th read; slow: each read of pread takes a fifth of a second; forbidden refuses io_uring as a container does; unsupported
  * sets up a ring whose reads are refused. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -18,8 +18,10 @@ static int due(const char *kind) {
 
 ssize_t pread(int fd, void *target, size_t bytes, off_t offset) {
     static ssize_t (*real)(int, void *, size_t, off_t);
-    if (!real) real = (ssize_t(*)(int, void *, size_t, off_t))dlsym(RTLD_NEXT, "pread");
+    if (!real) real = (ssize_t (*)(int, void *, size_t, off_t))dlsym(RTLD_NEXT, "pread");
     if (bytes >= 4096 && bytes % 4096 == 0) { /* the reader's, not the interpreter's */
+        const char *fault = getenv("FAULT");
+        if (fault && !strcmp(fault, "slow")) usleep(200000);
         if (due("short") && bytes > 4096) bytes = bytes / 2 / 512 * 512;
         if (due("eintr")) return errno = EINTR, -1;
         if (due("eagain")) return errno = EAGAIN, -1;
@@ -42,7 +44,8 @@ unsigned io_uring_peek_batch_cqe(struct io_uring *ring, struct io_uring_cqe **cq
     static unsigned (*real)(struct io_uring *, struct io_uring_cqe **, unsigned);
     if (!real) { /* Python loads liburing with local symbols: RTLD_NEXT does not see it */
         void *liburing = dlopen("liburing.so.2", RTLD_LAZY | RTLD_NOLOAD);
-        real = (unsigned (*)(struct io_uring *, struct io_uring_cqe **, unsigned))dlsym(liburing, "io_uring_peek_batch_cqe");
+        real = (unsigned (*)(struct io_uring *, struct io_uring_cqe **, unsigned))dlsym(liburing,
+                                                                                        "io_uring_peek_batch_cqe");
     }
     unsigned got = real(ring, cqes, count);
     const char *fault = getenv("FAULT");

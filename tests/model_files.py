@@ -31,9 +31,10 @@ def _write_metadata(writer: gguf.GGUFWriter, name: str, layers: int, experts: in
     for key, value in sizes.items():
         writer.add_uint32(f"qwen35moe.ssm.{key}", value)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*(f"token {i} ü" for i in range(1998)), "t", "to"])
+    mergeable = {1990: "a", 1995: "b", 1996: "ab"}
+    writer.add_token_list([mergeable.get(i, f"token {i} ü") for i in range(2000)])
     writer.add_token_types([i % 5 for i in range(2000)])
-    writer.add_token_merges(["t o"])
+    writer.add_token_merges(["a b"])
 
 
 def _mixer_shapes() -> dict[str, tuple[int, ...]]:

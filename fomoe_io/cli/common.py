@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_io.commands import open_streams
-from fomoe_io.config import EngineConfig, Tiers
+from fomoe_io.config import EngineConfig, Tiers, device_name
 from fomoe_io.errors import FomoeError, UsageError, printable
 from fomoe_io.experts.car import CarRule
 from fomoe_io.storage.pace import Pace
@@ -176,7 +176,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-c", "--ctx-size", type=int, metavar="N", help="context (default: the model's, at most 4096)")
     group.add_argument("-b", "--batch-size", type=int, default=512, metavar="N", help="prompt tokens at once")
     group.add_argument(
-        "--device", choices=("auto", "cpu", "hip", "cuda"), default="auto", help="auto: a GPU where there is one"
+        "--device",
+        type=checked(device_name),
+        default="auto",
+        metavar="NAME",
+        help="auto (a GPU if there is one), cpu, hip, cuda, or one by number, such as hip:1 (fomoe-doctor lists them)",
     )
     group.add_argument(
         "--vram", type=checked(parse_bytes), metavar="SIZE", help="bound of device memory (default: what is free)"

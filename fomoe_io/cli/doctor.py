@@ -16,16 +16,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fomoe_io._uring import LIBURING_VERSION
-from fomoe_io.cli.common import new_parser, package_version, run_command
+from fomoe_io.cli.common import checked, new_parser, package_version, run_command
+from fomoe_io.config import device_name
 from fomoe_io.cpu import dot_library
 from fomoe_io.errors import DeviceError, FomoeError, UsageError, printable
 from fomoe_io.storage.reader import ALIGNMENT, IO_URING_FIX, aligned_memory, open_reader, probe_modes
 from fomoe_io.system import memory
 from fomoe_io.system.system_card import drive_of, processor, system_card
 from fomoe_io.units import format_bytes
+
+if TYPE_CHECKING:
+    from fomoe_io.gpu.device import DeviceInfo
 
 PROGRAM = "fomoe-doctor"
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
@@ -219,7 +223,7 @@ def check_gpu() -> Check:
     from fomoe_io.gpu import device  # loads driver libraries
 
     try:
-        found = device.list_devices()
+        found = device.all_devices()
     except DeviceError as error:
         nodes = [node for node in GPU_NODES if Path(node).exists()]
         if not nodes:
@@ -227,8 +231,20 @@ def check_gpu() -> Check:
         return Check(
             "GPU", WARN, f"{', '.join(nodes)} exist, but {error.message}", "install the driver's user libraries"
         )
-    names = [f"{d.name} ({d.architecture}, {format_bytes(d.memory_bytes)}) by {d.provider}" for d in found]
-    return Check("GPU", OK, ", ".join(names))
+    return Check("GPU", OK, ", ".join(_described(d) for d in found))
+
+
+def _described(d: DeviceInfo) -> str:
+    note = ", a part of the processor: only by its number" if d.is_integrated else ""
+    return f"{d.option} {d.name} ({d.architecture}, {format_bytes(d.memory_bytes)}{note}) by {d.provider}"
+
+
+def examine_gpu(name: str) -> Iterator[Check]:
+    """What the engine takes for granted of a device, tried out."""
+    from fomoe_io.gpu import self_test
+
+    for finding in self_test.run(name):
+        yield Check(finding.name, finding.status, finding.found, finding.fix)
 
 
 def check_versions() -> Check:
@@ -290,19 +306,29 @@ def _parser() -> argparse.ArgumentParser:
     parser = new_parser(PROGRAM, "Look at this machine: what helps, what hinders, and the command that mends it.")
     parser.add_argument("place", nargs="?", type=Path, default=Path(), metavar="PATH", help="store, GGUF or directory")
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--gpu", action="store_true", help="try out a GPU and its driver instead: a minute at most")
+    parser.add_argument(
+        "--device", type=checked(device_name), metavar="NAME", help="which GPU (with --gpu), such as hip:1"
+    )
     return parser
 
 
 def _main(argv: Sequence[str] | None) -> int:
     options = _parser().parse_args(argv)
-    checks = examine(options.place)
+    if options.device is not None and not options.gpu:
+        raise UsageError("--device names the GPU to try out", hint="--gpu --device NAME")
+    if options.device == "cpu":
+        raise UsageError("--gpu tries out a GPU, and cpu is none", hint="--device auto, hip:0 or cuda:0")
+    found = examine_gpu(options.device or "auto") if options.gpu else iter(examine(options.place))
+    checks = []
+    for check in found:  # a GPU's come one by one
+        checks.append(check)
+        if not options.json:
+            print(printable(f"{check.status:5}{check.name:15}{check.found}"), flush=True)
+            if check.fix:
+                print(printable(f"{'':5}{'':15}fix: {check.fix}"), flush=True)
     if options.json:
         print(json.dumps(_json(checks, options.place), indent=1))
-    else:
-        for check in checks:
-            print(printable(f"{check.status:5}{check.name:15}{check.found}"))
-            if check.fix:
-                print(printable(f"{'':5}{'':15}fix: {check.fix}"))
     return int(any(check.status == FAIL for check in checks))
 
 

@@ -101,6 +101,19 @@ def _piped() -> str:
     return decoded(sys.stdin.buffer.read()) if isinstance(sys.stdin, io.TextIOWrapper) else sys.stdin.read()
 
 
+@dataclass(slots=True)
+class Answer:
+    """What was generated so far."""
+
+    ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.pieces)
+
+
 class Chat:
     """Text in, tokens out: the history of a conversation as the model's template writes it, or raw text."""
 
@@ -122,41 +135,30 @@ class Chat:
 
     def reset(self) -> None:
         """Start the conversation afresh."""
-        self._messages: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
+        self._messages: list[Message] = [_message("system", self._system)] if self._system else []
         self._tokens: list[int] = []
 
     def ask(self, text: str) -> list[int]:
-        """All tokens of the conversation with this question at its end."""
+        """All tokens of the conversation with this question at its end, which :meth:`answered` makes part of it."""
         tokenizer = self._tokenizer
         if self.template is None:
-            self._tokens += tokenizer.encode(text, add_bos=tokenizer.add_bos and not self._tokens)
-            return list(self._tokens)
-        self._messages.append({"role": "user", "content": text})
-        return tokenizer.encode(self.template.render(self._messages), special=True)
+            return [*self._tokens, *tokenizer.encode(text, add_bos=tokenizer.add_bos and not self._tokens)]
+        return tokenizer.encode(self.template.render([*self._messages, _message("user", text)]), special=True)
 
-    def answered(self, tokens: list[int], text: str) -> None:
-        """Remember the answer."""
-        self._tokens += tokens
-        self._messages.append({"role": "assistant", "content": text})
+    def answered(self, question: str, tokens: list[int], answer: Answer) -> None:
+        """Remember a question, the tokens that :meth:`ask` gave for it, and the answer."""
+        self._tokens = [*tokens, *answer.ids]
+        self._messages += [_message("user", question), _message("assistant", answer.text)]
+
+
+def _message(role: str, text: str) -> Message:
+    return {"role": role, "content": text}
 
 
 def _show_progress(done: int, total: int) -> None:
     if total > 512 and sys.stderr.isatty():
         end = "\n" if done == total else ""
         print(f"\rreading {total} prompt tokens: {done}/{total} ({100 * done / total:.0f} %)", end=end, file=sys.stderr)
-
-
-@dataclass(slots=True)
-class Answer:
-    """What was generated so far."""
-
-    ids: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """All of it."""
-        return "".join(self.pieces)
 
 
 def _shown(text: str) -> str:
@@ -244,7 +246,10 @@ def _interactive(engine: Engine, options: argparse.Namespace) -> None:
         elif command.startswith("/"):
             print(printable(f"no command {command}; {_HELP}"), file=sys.stderr)
         else:
-            _turn(conversation, chat, sampler, line, options)
+            try:
+                _turn(conversation, chat, sampler, line, options)
+            except FomoeError as error:  # the question is not part of the conversation, which goes on
+                print(f"fomoe-run: {error}", file=sys.stderr)
     if options.json:
         write_json(options.json, engine.statistics())
 
@@ -260,7 +265,7 @@ def _turn(conversation: Conversation, chat: Chat, sampler: Sampler, line: str, o
         return
     answer = Answer()
     _generate(conversation, tokens, sampler, answer, options)
-    chat.answered(answer.ids, answer.text)
+    chat.answered(line, tokens, answer)
 
 
 def _keep_profile(engine: Engine) -> None:

@@ -6,9 +6,10 @@ itself, the CUDA driver (the same calls under other names).  Importing this modu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,11 +19,15 @@ from fomoe_io._hip import Buffer, Event, Graph, Launch, Registration, Stream
 from fomoe_io.errors import DeviceError
 from fomoe_io.gpu import compiler, kernels
 
+T = TypeVar("T")
+
 PROVIDERS = {"hip": ("hip-python", "hip"), "cuda": ("cuda",), "auto": ("hip-python", "hip", "cuda")}
 
-# HIP 6 and 7: hipDeviceAttributeMultiprocessorCount, hipDeviceAttributeL2CacheSize; CUDA's numbers for the same.
+# HIP 6 and 7: hipDeviceAttribute{MultiprocessorCount,L2CacheSize,Integrated}; CUDA's
+# numbers for the same.
 _MULTIPROCESSORS = {"cuda": 16, "hip": 63, "hip-python": 63}
 _L2_BYTES = {"cuda": 38, "hip": 19, "hip-python": 19}
+_INTEGRATED = {"cuda": 18, "hip": 16, "hip-python": 16}
 # hipFunction_attribute and CUfunction_attribute agree.
 _LOCAL_BYTES, _REGISTERS = 3, 4
 
@@ -39,6 +44,7 @@ class DeviceInfo:
     memory_bytes : all of its memory
     multiprocessors : compute units, or streaming multiprocessors
     l2_bytes : size of its last cache
+    is_integrated : it is a part of the processor and has no memory of its own
     """
 
     provider: str
@@ -48,6 +54,12 @@ class DeviceInfo:
     memory_bytes: int
     multiprocessors: int
     l2_bytes: int
+    is_integrated: bool = False
+
+    @property
+    def option(self) -> str:
+        """What ``--device`` calls it."""
+        return f"{'cuda' if self.provider == 'cuda' else 'hip'}:{self.ordinal}"
 
 
 def use_provider(provider: str) -> int:
@@ -83,14 +95,53 @@ def find_provider(kind: str = "auto") -> str:
     DeviceError
         None has; the message says why of each.
     """
+    return _first_provider(kind, lambda provider: provider)
+
+
+def find_device(name: str = "auto") -> tuple[str, int]:
+    """Provider and ordinal of the device that ``hip``, ``cuda``, ``auto`` or ``hip:1`` means; the provider is in use.
+
+    Raises
+    ------
+    DeviceError
+        There is none; the message says why of each provider.
+    """
+    kind, _, number = name.partition(":")
+    if not number:
+        return _first_provider(kind, lambda provider: (provider, best_device()))
+    provider, count = find_provider(kind), _hip.device_count()
+    if int(number) >= count:
+        raise DeviceError(
+            f"{provider} has {count} device(s), numbered from 0: there is no {number}", hint="fomoe-doctor lists them"
+        )
+    return provider, int(number)
+
+
+def best_device() -> int:
+    """The device of the provider in use with the most memory of its own, the first of equals.
+
+    Raises
+    ------
+    DeviceError
+        All are integrated: they would take the memory that experts are kept in.
+    """
+    found = [describe(i) for i in range(_hip.device_count())]
+    own = [d for d in found if not d.is_integrated]
+    if not own:
+        raise DeviceError(
+            f"only a part of the processor, {found[0].name}: --device {found[0].option} takes it all the same"
+        )
+    return max(own, key=lambda d: (d.memory_bytes, -d.ordinal)).ordinal
+
+
+def _first_provider(kind: str, look: Callable[[str], T]) -> T:
     problems = []
     for provider in PROVIDERS[kind]:
         try:
             use_provider(provider)
+            return look(provider)
         except DeviceError as problem:
             problems.append(f"{provider}: {problem.message}")
-        else:
-            return provider
     raise DeviceError("no GPU can be used (" + "; ".join(problems) + ")", hint="--device cpu")
 
 
@@ -106,6 +157,7 @@ def describe(ordinal: int) -> DeviceInfo:
         memory_bytes=_hip.device_bytes(ordinal),
         multiprocessors=_hip.device_attribute(ordinal, _MULTIPROCESSORS[provider]),
         l2_bytes=_hip.device_attribute(ordinal, _L2_BYTES[provider]),
+        is_integrated=bool(_hip.device_attribute(ordinal, _INTEGRATED[provider])),
     )
 
 
@@ -115,8 +167,23 @@ def list_devices(kind: str = "auto") -> list[DeviceInfo]:
     return [describe(i) for i in range(_hip.device_count())]
 
 
-def open_gpu(kind: str) -> Gpu | None:
-    """The first device of ``hip``, ``cuda`` or ``auto``; None when ``auto`` finds none.
+def all_devices() -> list[DeviceInfo]:
+    """The devices of HIP and of CUDA; afterwards the provider of the last ones is in use.
+
+    Raises
+    ------
+    DeviceError
+        There are none.
+    """
+    found = []
+    for kind in ("hip", "cuda"):
+        with suppress(DeviceError):
+            found += list_devices(kind)
+    return found or list_devices("auto")  # whose error says why
+
+
+def open_gpu(name: str) -> Gpu | None:
+    """The device that ``hip``, ``cuda``, ``auto`` or ``hip:1`` means; None when ``auto`` finds none.
 
     Raises
     ------
@@ -124,12 +191,12 @@ def open_gpu(kind: str) -> Gpu | None:
         A device was asked for by its API and there is none, or the one found does not work.
     """
     try:
-        find_provider(kind)
+        find_device(name)
     except DeviceError:
-        if kind == "auto":
+        if name == "auto":
             return None
         raise
-    return Gpu(kind)
+    return Gpu(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +222,8 @@ class Gpu:
 
     Parameters
     ----------
-    kind : {"auto", "hip", "cuda"}
-    ordinal : int
-        Which of the provider's devices.
+    name : str
+        ``auto``, ``hip`` or ``cuda``, or one of their devices: ``hip:1``.
     tuning : mapping, optional
         Overrides of ``gpu/kernels/tuning.h``.
 
@@ -174,11 +240,8 @@ class Gpu:
     >>> gpu.prepare("quantize_q8", (16, 1, 1), x, row, 4096).run(gpu.stream)
     """
 
-    def __init__(self, kind: str = "auto", ordinal: int = 0, tuning: Mapping[str, int] | None = None) -> None:
-        provider = find_provider(kind)
-        count = _hip.device_count()
-        if not 0 <= ordinal < count:
-            raise DeviceError(f"{provider} has {count} device(s), numbered from 0: there is no {ordinal}")
+    def __init__(self, name: str = "auto", tuning: Mapping[str, int] | None = None) -> None:
+        provider, ordinal = find_device(name)
         self.info = describe(ordinal)
         self.table = kernels.kernels(tuning)
         compiler.open_compiler(provider)
@@ -224,9 +287,9 @@ class Gpu:
         """Let the copy engine and the kernels reach host memory (an array over an anonymous, page-aligned mmap)."""
         return Registration(self.info.ordinal, memory.ctypes.data, memory.nbytes, memory)
 
-    def new_stream(self) -> Stream:
-        """Another stream, which waits for no other."""
-        return Stream(self.info.ordinal)
+    def new_stream(self, *, is_urgent: bool = False) -> Stream:
+        """Another stream, which waits for no other; an urgent one is not held up by what the others wait for."""
+        return Stream(self.info.ordinal, is_urgent)
 
     def event(self, *, is_timed: bool = False) -> Event:
         """An event, to order streams or (timed) to measure between two of them."""

@@ -6,13 +6,14 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
 
-from fomoe_io import _gpu
+from fomoe_io import _gpu, _hip
 from fomoe_io.engine import RESERVE_BYTES, Engine
 from fomoe_io.errors import BudgetError, DeviceError, UsageError
 from fomoe_io.experts.residency import DECAY, policy_number
@@ -38,7 +39,7 @@ from fomoe_io.system.direct_io import round_down
 from fomoe_io.units import format_bytes
 
 if TYPE_CHECKING:
-    from fomoe_io._hip import Graph
+    from fomoe_io._hip import Graph, Launch
     from fomoe_io.config import EngineConfig
     from fomoe_io.storage.store import Store
 
@@ -80,8 +81,9 @@ class DeviceEngine(Engine):
 
     budgets: DeviceBudgets  # type: ignore[assignment]
 
-    two_branches = True
-    """Whether the shared expert runs beside the routed ones."""
+    two_branches: bool | None = None
+    """Whether the shared expert runs beside the routed ones; None: on CUDA.  HIP submits a graph of one branch in one
+    piece, and one of two command by command, through a queue that it may share with other streams."""
 
     chained_launches = True
     """Whether a token's kernels may be started before the ones they follow have finished, where the device can."""
@@ -261,7 +263,7 @@ class DeviceEngine(Engine):
         if self._has_products:
             workspace = self._recorded.products_address
             self._products = DenseProducts(gpu, workspace, workspace + WORKSPACE_BYTES, self._scratch_bytes)
-        self._streams = [gpu.new_stream() for _ in range(_gpu.LANES)]
+        self._streams = [gpu.new_stream(is_urgent=True) for _ in range(_gpu.LANES)]
         events = [[gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.LANES)]
         self._experts = self._device_experts(vram.pointer, events)  # type: ignore[assignment]
         self._prompts = self._prompt_runner() if b.batch_tokens > 1 else None
@@ -272,6 +274,7 @@ class DeviceEngine(Engine):
         sizes = {
             "mail": sketch.mail.bytes,
             "tables": 8 * s.layers * s.experts,
+            "changed": 4 * s.layers,
             "header": sketch.header.bytes,
             "logits": 4 * s.vocabulary,
             "inputs": sketch.inputs.bytes if self._batch_tokens > 1 else 0,
@@ -322,12 +325,33 @@ class DeviceEngine(Engine):
 
     def _graph(self, outputs: int) -> Graph:
         if outputs not in self._graphs:
-            steps = [
-                Step(self.gpu.prepare(s.kernel, s.grid, *s.arguments), s.beside and self.two_branches, s.forks, s.joins)
+            steps = [Step(self._begin_run())]
+            steps += [
+                Step(
+                    self.gpu.prepare(s.kernel, s.grid, *s.arguments),
+                    s.beside and self.has_two_branches,
+                    s.forks,
+                    s.joins,
+                )
                 for s in self._recorded.token.launches(outputs)
             ]
             self._graphs[outputs] = self.gpu.capture_steps(steps, is_chained=self.chained_launches)
         return self._graphs[outputs]
+
+    @property
+    def has_two_branches(self) -> bool:
+        """What `two_branches` comes to on this device."""
+        return self.gpu.info.provider == "cuda" if self.two_branches is None else self.two_branches
+
+    def _begin_run(self) -> Launch:
+        """What fetches a token's header and the tables that have changed, before all else."""
+        r, s, offsets = self._recorded, self.shape, self._shared_offsets
+        mapped = self._registrations[0].pointer
+        header, changed, tables = (mapped + offsets[name] for name in ("header", "changed", "tables"))
+        return self.gpu.prepare(
+            "begin_run", kernels.begin_run_grid(r.header.bytes, s.layers), header, r.header_address, changed, tables,
+            r.tables_address, r.header.bytes // 16, s.experts,
+        )  # fmt: skip
 
     def _part(self, name: str, offset: int, size: int) -> np.ndarray:
         start = self._shared_offsets[name] + offset
@@ -383,9 +407,8 @@ class DeviceEngine(Engine):
         self._fill_header(token, position, substitute)
         base, logits_bytes = self._shared.address, 4 * s.vocabulary * outputs
         error = self._experts.run(  # type: ignore[attr-defined]
-            self.gpu.stream, graph, self._run_number, r.header_address, base + offsets["header"], r.header.bytes,
-            r.tables_address, base + offsets["tables"], 8 * s.layers * s.experts,
-            base + offsets["logits"], r.token.logits_address, logits_bytes, base,
+            self.gpu.stream, graph, self._run_number, base + offsets["changed"], base + offsets["logits"],
+            r.token.logits_address, logits_bytes, base,
         )  # fmt: skip
         self._check(error)
         return self._part("logits", 0, logits_bytes).view(np.float32).reshape(outputs, s.vocabulary)
@@ -454,23 +477,42 @@ class DeviceEngine(Engine):
         super().reset_statistics()
 
     def _release(self) -> None:
-        gpu = self.__dict__.get("gpu")
-        if gpu is not None and "_experts" in self.__dict__:
-            gpu.stream.synchronize()
-            self._experts.settle()  # type: ignore[attr-defined]
+        """Give device and host memory back; what a device that hangs may still use is left to it."""
+        if "_experts" in self.__dict__ and not self._is_settled():
+            kept = [self.__dict__.pop(name, None) for name in ("gpu", *_ON_DEVICE, "_pool", "_shared")]
+            _hip.abandon(*kept, *self._graphs.values())
         self._graphs.clear()
         for name in ("_recorded", "_prompts", "_products"):
             self.__dict__.pop(name, None)
         super()._release()
         for registration in self.__dict__.pop("_registrations", []):
-            registration.close()
+            with suppress(DeviceError):  # a lost device gives nothing back, and has been reported
+                registration.close()
         self.__dict__.pop("_shared_words", None)
         for buffer in self.__dict__.pop("_buffers", []):
-            buffer.free()
+            with suppress(DeviceError):
+                buffer.free()
         self.__dict__.pop("_streams", None)
         shared = self.__dict__.pop("_shared", None)
         if shared is not None:
             shared.close()
+
+    def _is_settled(self) -> bool:
+        """Whether the device has done with all that is ours; waits for it while there is progress."""
+        self._part("mail", 0, 4).view(np.uint32)[0] = 1  # a kernel that still waits for the host goes on
+        for stream in (self.gpu.stream, *self._streams):
+            try:
+                stream.synchronize()
+            except DeviceError:
+                with suppress(DeviceError):  # lost: it uses nothing any more
+                    if not stream.is_done():
+                        return False
+        return True
+
+
+_ON_DEVICE = (
+    "_experts", "_recorded", "_prompts", "_products", "_registrations", "_shared_words", "_buffers", "_streams",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ def check_model(store: Store) -> Model:
     architecture.check_keys(keys)
     shape = architecture.shape_of(keys, store.resident)
     shape.check()
-    check_drafts(shape, store.resident)
+    check_drafts(shape, store.resident, store.experts)
     declared = architecture.tensors(shape, store.resident)
     resident = check_tensors(declared, store.resident, shape, architecture.name)
     return Model(architecture, shape, resident, check_experts(store.experts, shape))

@@ -152,7 +152,7 @@ def _check_tensor(tensor: Tensor, info: TensorInfo) -> None:
         raise FormatError(f"{tensor.name} has type {info.type.name}, in which no such tensor is stored")
 
 
-def check_drafts(s: Shape, names: Iterable[str]) -> None:
+def check_drafts(s: Shape, names: Iterable[str], experts: Iterable[int]) -> None:
     """Blocks that are left out because they only draft are such: else a layer would be lost without a word.
 
     Raises
@@ -160,7 +160,7 @@ def check_drafts(s: Shape, names: Iterable[str]) -> None:
     FormatError
     """
     names = set(names)
-    drafts = {_block_of(name) for name in names} & set(range(s.layers, s.blocks))
+    drafts = {_block_of(name) for name in names}.union(experts) & set(range(s.layers, s.blocks))
     for block in sorted(drafts):
         if f"blk.{block}.nextn.eh_proj.weight" not in names:
             raise FormatError(

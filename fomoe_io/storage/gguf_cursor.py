@@ -137,9 +137,12 @@ class Cursor:
             raise self.error(f"a name of {length:,} bytes, at most {limit:,} make sense (damaged?)")
         start = self.take(length)
         try:
-            return self.data[start : self.at].decode("utf-8", errors)
+            text = self.data[start : self.at].decode("utf-8", errors)
         except UnicodeDecodeError:
             raise self.error("a name that is not UTF-8 (damaged?)") from None
+        if limit is not None and not text.isprintable():  # it will be shown on terminals
+            raise self.error(f"a name with control characters, {text[:60]!r} (damaged?)")
+        return text
 
     def skip_strings(self, count: int) -> None:
         """Step over an array of strings.  A tight loop: vocabularies have hundreds of thousands."""

@@ -46,6 +46,7 @@ def _shaped(fields: Fields, dimensions: range) -> tuple[gguf.GGMLQuantizationTyp
 
 
 def resident_of(manifest: Fields, sizes: list[int]) -> tuple[dict[str, TensorInfo], dict[str, int] | None]:
+    """The resident tensors, each inside its file, and their checksums when all of them have one."""
     tensors: dict[str, TensorInfo] = {}
     sums: dict[str, int] = {}
     for fields in manifest.objects("resident"):
@@ -62,6 +63,7 @@ def resident_of(manifest: Fields, sizes: list[int]) -> tuple[dict[str, TensorInf
 
 
 def layer_of(fields: Fields, sizes: list[int], kind: str) -> ExpertLayer:
+    """The experts of one layer, each inside its file."""
     n_experts = fields.integer("experts", 1, MAX_EXPERTS)
     found = fields.objects("parts")
     if [part.text("name") for part in found] != list(PART_NAMES):

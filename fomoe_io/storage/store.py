@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from fomoe_io.errors import FormatError, StoreError
+from fomoe_io.errors import FormatError, StoreError, printable
 from fomoe_io.storage.expert_layers import ExpertLayer, experts_of, resident_tensors
 from fomoe_io.storage.gguf import GGUFFile, TensorInfo, fingerprint_of, read_metadata
 from fomoe_io.storage.gguf_cursor import HEADER_LIMIT_BYTES
@@ -172,8 +172,8 @@ class Store:
 
 
 def model_name(metadata: Metadata, path: Path) -> str:
-    """general.name, or the file's name."""
-    return metadata.text("general.name", "").strip() or path.stem
+    """general.name, or the file's name; it is shown on terminals, so nothing in it may be a command to them."""
+    return printable(metadata.text("general.name", "").strip() or path.stem)
 
 
 def _architecture(metadata: Metadata, path: Path) -> str:

@@ -7,6 +7,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_io.errors import FormatError
-from fomoe_io.text.fields import Fields
+from fomoe_io.storage.metadata import Metadata
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 
@@ -132,6 +133,7 @@ class ChatTemplate:
         self._names = {"bos_token": bos_text, "eos_token": eos_text, "tools": None, "documents": None}
         self._worker: _Worker | None = None
         self._takes_parts: bool | None = None
+        self._lock = threading.Lock()  # one question at a time
         with _bounds():
             self._started()
 
@@ -143,7 +145,7 @@ class ChatTemplate:
         ------
         FormatError
         """
-        source = Fields(metadata, "").text(TEMPLATE_KEY)
+        source = Metadata(metadata).text(TEMPLATE_KEY, None)
         return cls(source, bos_text=bos_text, eos_text=eos_text) if source else None
 
     def render(self, messages: Sequence[Message], *, enable_thinking: bool | None = None) -> str:
@@ -182,7 +184,7 @@ class ChatTemplate:
         return self._worker
 
     def _run(self, values: Mapping[str, Any]) -> str:
-        with _bounds():
+        with self._lock, _bounds():
             return self._started().ask({"values": values})
 
 

@@ -16,11 +16,16 @@ from tokenizers import models
 from tokenizers import pre_tokenizers as native
 
 from fomoe_io.errors import FormatError
-from fomoe_io.text.fields import Fields
+from fomoe_io.storage.metadata import Metadata
 from fomoe_io.text.pre_tokenizers import DEFAULT, PRE_TOKENIZERS
 from fomoe_io.text.special_tokens import ROLES, special_tokens
 
 KEYS = "tokenizer.ggml."
+
+MOST_ELEMENTS = 1 << 20
+"""Of a list.  The largest vocabularies have 262,144 tokens and 515,000 merges; a sparse file may claim 30 million."""
+MOST_SPELLED = 1 << 17
+"""Texts that merges make and the vocabulary lacks: as many as if half of a large one had been cut away."""
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -102,6 +107,8 @@ class Tokenizer:
         pairs = list(dict.fromkeys(pairs))  # of a pair that comes twice the first rank counts
         texts = {text for left, right in pairs for text in (left, right, left + right)} | _BYTES.keys()
         missing = sorted(texts - first.keys())
+        if len(missing) > MOST_SPELLED:
+            raise FormatError(f"the merges make {len(missing):,} texts that are no tokens of the vocabulary (damaged?)")
         vocabulary = first | {text: self.vocab_size + i for i, text in enumerate(missing)}
         self._spelled = {
             vocabulary[text]: [first[c] for c in text if c.isascii() and c in first] for text in missing
@@ -124,27 +131,34 @@ class Tokenizer:
         FormatError
             A kind of tokenizer that is not supported, or damaged metadata.
         """
-        fields = Fields(metadata, KEYS)
-        model, pre = fields.text("model"), fields.text("pre")
+        keys = Metadata(metadata)
+        model, pre = keys.text(f"{KEYS}model", None), keys.text(f"{KEYS}pre", None)
         if model != "gpt2":
             raise FormatError(f"tokenizer model {model!r} is not supported (byte-level BPE, 'gpt2', is)")
         if (pre or DEFAULT) not in PRE_TOKENIZERS:
             raise FormatError(f"pre-tokenizer {pre!r} is not supported; known: {', '.join(PRE_TOKENIZERS)}")
-        tokens, merges, types = fields.texts("tokens"), fields.texts("merges"), fields.integers("token_type")
+        for name in ("tokens", "merges", "token_type"):
+            if (count := keys.length(KEYS + name)) > MOST_ELEMENTS:
+                raise FormatError(
+                    f"metadata key {KEYS}{name} has {count:,} elements, at most {MOST_ELEMENTS:,} make sense"
+                )
+        tokens, merges = keys.texts(f"{KEYS}tokens", None), keys.texts(f"{KEYS}merges", None)
         if not tokens:
             raise FormatError(f"the model has no vocabulary (metadata key {KEYS}tokens)")
         if merges is None:
             raise FormatError(f"the model has no merges (metadata key {KEYS}merges)", hint="convert the model again")
+        types = keys.integers(f"{KEYS}token_type", None)
         if types is not None and len(types) != len(tokens):
             raise FormatError(f"the vocabulary has {len(tokens)} tokens but {len(types)} token types")
-        ids = {role: fields.index(f"{role}_token_id", len(tokens)) for role in ROLES}
+        ids = {role: keys.integer(f"{KEYS}{role}_token_id", None, most=len(tokens) - 1) for role in ("bos", *ROLES)}
+        bos_id = ids.pop("bos")
         tokenizer = cls(
             tokens,
             merges,
-            [1] * len(tokens) if types is None else types,
+            [1] * len(tokens) if types is None else types.tolist(),
             pre=pre or DEFAULT,
-            bos_id=fields.index("bos_token_id", len(tokens)),
-            add_bos=fields.flag("add_bos_token"),
+            bos_id=bos_id,
+            add_bos=keys.flag(f"{KEYS}add_bos_token", None),
             named={role: token for role, token in ids.items() if token is not None},
         )
         if not pre:

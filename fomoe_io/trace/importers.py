@@ -22,6 +22,8 @@ ROUTE_TRACE = b"# route_trace v1"
 XZ_MAGIC = b"\xfd7zXZ\0"
 LIMIT_BYTES = 1 << 30
 """Of the text; 64 decoded tokens of a 36-layer model take 0.5 MB."""
+MOST_NUMBER = 1 << 53
+"""Of turns, steps and ids: beyond, a float64 is no whole number, and NaN is beyond, too."""
 
 _SHAPE = re.compile(r"# model=(\S+).* n_layer=(\d{1,5}) n_expert=(\d{1,5}) n_expert_used=(\d{1,4})")
 _EXPERT_BYTES = re.compile(r"# layer=(\d{1,5}) expert_bytes=(\d{1,12})\b")
@@ -90,9 +92,11 @@ def _of_route_trace(text: str, path: Path) -> Trace:
         raise FormatError(f"{path}: the columns are not {_COLUMNS}")
     try:
         table = np.array([line.split(",") for line in rows[1:]], np.float64).reshape(-1, 9)
-        ids = table[:, :6].astype(np.int64)
     except ValueError:
         raise FormatError(f"{path}: a row does not have nine numbers (cut off?)") from None
+    if not (np.abs(table[:, :6]) < MOST_NUMBER).all():
+        raise FormatError(f"{path}: a row has a number that counts nothing")
+    ids = table[:, :6].astype(np.int64)
     turn, phase, step, layer, slot, expert = ids.T
     limits = ((layer, len(header.experts)), (slot, header.used), (expert, header.experts[0]), (phase, 2))
     if not len(table) or not np.isfinite(table).all() or any((v < 0).any() or (v >= n).any() for v, n in limits):

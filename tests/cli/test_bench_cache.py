@@ -145,6 +145,8 @@ def test_route_traces(tmp_path: Path) -> None:
         ("0,1,3,1,1,", "0,1,3,1,0,", "2 picks"),
         ("0,1,3,1,1,", "0,1,3,9,1,", "lacks"),
         (",0.5,1,", ",nan,1,", "lacks"),
+        ("0,1,3,1,1,", "0,1,nan,1,1,", "counts nothing"),
+        ("0,1,3,1,1,", "1e300,1,3,1,1,", "counts nothing"),
         (",0.5,1,", ",x,1,", "nine numbers"),
     ],
 )

@@ -21,6 +21,7 @@ from fomoe_io.storage.gguf import GGUFFile
 from fomoe_io.text.generation import Conversation
 from fomoe_io.text.sampler import Sampler, SamplingConfig, check_finite
 from layout_tool import main as layout
+from tests.cli.test_hostile_text import with_key
 from tests.tiny_model import Tiny, write_tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -158,6 +159,29 @@ def test_reset_gives_the_same_answer_again(
     assert run.main([str(demo_model), *options]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == second != ""
+
+
+def test_a_question_that_fails_is_not_kept(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused by the template, or too long: the next question is answered as if it had never been asked."""
+    source = (
+        "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}{{ '\\n' }}{% endfor %}"
+    )
+    model = with_key(tiny, "tokenizer.chat_template", source)
+
+    def talk(*questions: str) -> tuple[str, str]:
+        lines = iter([*questions, None])
+        monkeypatch.setattr("fomoe_io.cli.prompt.read_line", lambda: next(lines))
+        monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+        assert run.main([str(model), "-n", "4", "-c", "128", "--temp", "0", "-q", "--ignore-eos"]) == 0
+        out, err = capsys.readouterr()
+        return out, err
+
+    out, err = talk("one", "bad", "x" * 200, "two")
+    assert out == talk("one", "two")[0]
+    assert "refuses the conversation: no bad words" in err and "has filled the context" in err
 
 
 # ---- control sequences ----

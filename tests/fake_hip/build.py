@@ -23,11 +23,27 @@ class Fake:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.library = ctypes.CDLL(str(path / "lib" / "libamdhip64.so"))
-        self.library.fake_hip_live.restype = ctypes.c_long
+        self.library.fake_hip_live.restype = self.library.fake_hip_misuses.restype = ctypes.c_long
 
     def fail(self, call: str, code: int, after: int = 0) -> None:
         """The call after the next `after` ones returns code; code 0: none."""
         self.library.fake_hip_fail(call.encode(), after, code)
+
+    def hang(self, call: str, after: int = 0) -> None:
+        """The work of the call after the next `after` ones never ends; after < 0: none."""
+        self.library.fake_hip_hang(call.encode(), after)
+
+    def release(self) -> None:
+        """End what hangs."""
+        self.library.fake_hip_release()
+
+    def lose(self, code: int = 719) -> None:
+        """From now on every call fails; code 0: none."""
+        self.library.fake_hip_lose(code)
+
+    def misuses(self) -> int:
+        """How often something was done that a real driver may crash on."""
+        return self.library.fake_hip_misuses()
 
     def live(self) -> dict[str, int]:
         """What has not been given back."""

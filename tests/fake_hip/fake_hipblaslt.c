@@ -11,7 +11,7 @@ enum { FLOAT32 = 0, FLOAT16 = 2, TRANSPOSE = 112, COMPUTE_FLOAT32 = 2, ALGORITHM
 
 int fake_hip_injected(const char *call);
 void fake_hip_born(int n);
-int fake_hip_enqueue(void *stream, void (*run)(void *), const void *payload, size_t bytes);
+int fake_hip_enqueue(void *stream, void (*run)(void *, void *), const void *payload, size_t bytes);
 #define ENTER                                         \
     do {                                              \
         int injected_ = fake_hip_injected(__func__);  \
@@ -85,7 +85,7 @@ typedef struct {
     float *d;
     layout la, lb, ld;
 } product;
-static void multiply(void *payload) {
+static void multiply(void *payload, void *stream) {
     product p;
     memcpy(&p, payload, sizeof p); /* a task's payload need not be aligned */
     for (uint64_t j = 0; j < p.ld.columns; ++j)

@@ -119,8 +119,13 @@ void fake_ring_free(fake_ring *f) {
 fake_ring *fake_ring_new(int files, const int *descriptors, const uint64_t *file_bytes, const int32_t *drive,
                          const int32_t *mirror, int drives, const double *page_time, int depth, uint32_t piece_bytes,
                          const fake_faults *faults, fomoe_reader *table) {
-    fomoe_read_options options = {.files = files, .drives = drives, .depth = depth, .piece_bytes = piece_bytes,
-                                  .file_bytes = file_bytes, .drive = drive, .mirror = mirror};
+    fomoe_read_options options = {.files = files,
+                                  .drives = drives,
+                                  .depth = depth,
+                                  .piece_bytes = piece_bytes,
+                                  .file_bytes = file_bytes,
+                                  .drive = drive,
+                                  .mirror = mirror};
     fake_ring *f = calloc(1, sizeof *f);
     f->table = fomoe_read_table_new(&options);
     f->drives = drives;
@@ -132,7 +137,8 @@ fake_ring *fake_ring_new(int files, const int *descriptors, const uint64_t *file
     memcpy(f->page_time, page_time, drives * sizeof *page_time);
     f->faults = *faults;
     f->random = faults->seed * 0x9E3779B97F4A7C15u + 1;
-    *table = (fomoe_reader){.self = f, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel, .wait = wait_for};
+    *table = (fomoe_reader){
+        .self = f, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel, .wait = wait_for};
     return f;
 }
 

@@ -20,7 +20,14 @@
 #define RESIDENT_KERNEL(threads, blocks, name) KERNEL(threads, name)
 #define __shared__ static thread_local
 
+// Set by the double of the device: where system_* and fresh_* calls find what plain ones do not see.
+extern "C" {
+__attribute__((visibility("default"))) char *(*fibers_reach)(const void *) = nullptr;
+}
+
 namespace fibers {
+
+inline char *reach(const void *p) { return fibers_reach ? fibers_reach(p) : (char *)p; }
 
 const int MOST_THREADS = 1024;
 const size_t STACK_BYTES = 64 << 10;
@@ -206,6 +213,20 @@ DEVICE u32x4 load16_once(const void *p) { return load16(p); }
 DEVICE u32 load4(const void *p) { return fibers::load<u32>(p); }
 DEVICE u16 load2(const void *p) { return fibers::load<u16>(p); }
 DEVICE u8 load1(const void *p) { return *(const u8 *)p; }
+template <class T> DEVICE T system_load(const void *p) {
+    fibers::check_alignment(p, sizeof(T));
+    return *(const volatile T *)fibers::reach(p);
+}
+DEVICE u32 system_load4(const void *p) { return system_load<u32>(p); }
+DEVICE u64 system_load8(const void *p) { return system_load<u64>(p); }
+DEVICE u32x4 system_load16(const void *p) {
+    fibers::check_alignment(p, 16);
+    u32x4 v;
+    memcpy(&v, fibers::reach(p), 16);
+    return v;
+}
+DEVICE void system_store4(void *p, u32 v) { *(volatile u32 *)fibers::reach(p) = v; }
+DEVICE void system_store8(void *p, u64 v) { *(volatile u64 *)fibers::reach(p) = v; }
 DEVICE u32 funnel_right(u32 low, u32 high, int bits) { return (u32)((((u64)high << 32) | low) >> bits); }
 DEVICE float fused(float a, float b, float c) { return std::fma(a, b, c); }
 DEVICE float power_of_2(float x) { return std::exp2(x); }

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,13 @@ def test_an_interrupt_ends_a_run() -> None:
     with pytest.raises(KeyboardInterrupt):
         template.render(HI)
     assert time.monotonic() - started < chat.MOST_SECONDS / 2
+
+
+def test_threads_may_share_a_template() -> None:
+    template = ChatTemplate("{{ messages[0].content }}")
+    texts = [str(i) * 50_000 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda text: template.render([{"role": "user", "content": text}]), texts)) == texts
 
 
 def test_no_process_is_left() -> None:

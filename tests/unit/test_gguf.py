@@ -161,6 +161,8 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty dimension": (header([], [tensor("t", (4, 0))]) + bytes(99), "empty"),
     "huge dimension": (header([], [tensor("t", (HUGE,))]) + bytes(99), "does not fit"),
     "dimensions that wrap": (header([], [tensor("t", (1 << 32, 1 << 32))]) + bytes(99), "does not fit"),
+    "control characters in a key": (header([key("k\x1b[2J", U32, bytes(4))], []), "control characters"),
+    "control characters in a tensor": (header([], [tensor("t\n", (4,))]) + bytes(99), "control characters"),
     "tensor type": (header([], [tensor("t", (4,), kind=999)]) + bytes(99), "type number 999"),
     "removed tensor type": (header([], [tensor("t", (4,), kind=4)]) + bytes(99), "type number 4"),
     "half a block": (header([], [tensor("t", (100,), kind=12)]) + bytes(999), "blocks of"),

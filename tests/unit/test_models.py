@@ -179,6 +179,14 @@ ONE = {
         "no tensor blk.0.ffn_gate_inp_shexp.weight",
     ),
     "drafts without a draft": ("qwen35moe", key(nextn_predict_layers=1), "no blk.3.nextn.eh_proj.weight"),
+    "drafts of experts alone": (
+        "qwen35moe",
+        lambda keys, tensors: (
+            key(nextn_predict_layers=1)(keys, tensors),
+            [tensors.pop(name) for name in list(tensors) if name.startswith("blk.3.") and "_exps" not in name],
+        ),
+        "no blk.3.nextn.eh_proj.weight",
+    ),
     "drafts of another architecture": ("qwen3moe", key(nextn_predict_layers=1), "nextn_predict_layers is 1"),
     "all layers draft": ("qwen35moe", key(nextn_predict_layers=4), "nextn_predict_layers is 4"),
     "layers of a list too short": ("qwen35moe", key(attention__recurrent_layers=[True, False]), "2 entries for 4"),

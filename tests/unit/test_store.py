@@ -360,6 +360,11 @@ def test_an_in_place_store_notices_that_its_model_changed(
     Store.open(tmp_path / "index")
 
 
+def test_a_name_gives_no_commands_to_the_terminal(tmp_path: Path) -> None:
+    write_model(tmp_path / "m.gguf", 1, name="red\x1b[31m\n")
+    assert Store.open(tmp_path / "m.gguf").model_name == r"red\x1b[31m"
+
+
 def test_directories_that_are_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="not a store"):
         Store.open(tmp_path)

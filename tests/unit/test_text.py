@@ -58,6 +58,7 @@ def test_streaming_equals_decoding(tokenizer: Tokenizer) -> None:
 )
 def test_damaged_vocabularies(demo_model: Path, changes: dict[str, object], message: str) -> None:
     metadata = {**dict(GGUFFile.open(demo_model).metadata), **changes}
+    metadata = {key: value for key, value in metadata.items() if value is not None}
     with pytest.raises(FormatError, match=message):
         Tokenizer.from_metadata(metadata)
 

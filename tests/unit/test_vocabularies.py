@@ -14,9 +14,8 @@ import pytest
 
 from fomoe_io.errors import FormatError
 from fomoe_io.storage.gguf import GGUFFile
-from fomoe_io.text.fields import MOST_ELEMENTS
 from fomoe_io.text.pre_tokenizers import PRE_TOKENIZERS
-from fomoe_io.text.tokenizer import Tokenizer
+from fomoe_io.text.tokenizer import MOST_ELEMENTS, Tokenizer
 from tests.tiny_model import vocabulary
 
 KEYS = "tokenizer.ggml."
@@ -231,6 +230,7 @@ def test_values_of_another_type_are_refused_in_one_line(key: str, value: Any) ->
         ({"bos_token_id": 1 << 40}, "bos_token_id"),
         ({"token_type": [1] * 255}, "256 tokens but 255 token types"),
         ({"token_type": [1] * 257}, "256 tokens but 257 token types"),
+        ({"merges": [f"{i} x{i}" for i in range(100_000)]}, "texts that are no tokens"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], message: str) -> None:

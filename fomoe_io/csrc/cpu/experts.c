@@ -43,9 +43,9 @@ static int allocate(fomoe_experts *e) {
     e->placements = malloc(most * sizeof *e->placements);
     e->moves = malloc(2 * most * sizeof *e->moves);
     e->reads = malloc(FOMOE_PARTS * most * sizeof *e->reads);
-    const void *taken[] = {e->gate, e->up, e->down, e->activation, e->picks, e->left, e->replaced, e->first, e->members,
-                           (void *)e->slot, e->source, e->tier, e->done, e->found, e->reads_left, e->ready, e->group,
-                           e->placements, e->moves, e->reads};
+    const void *taken[] = {e->gate,       e->up,      e->down,         e->activation, e->picks, e->left, e->replaced,
+                           e->first,      e->members, (void *)e->slot, e->source,     e->tier,  e->done, e->found,
+                           e->reads_left, e->ready,   e->group,        e->placements, e->moves, e->reads};
     for (size_t i = 0; i < sizeof taken / sizeof *taken; i++)
         if (!taken[i]) return 0;
     return 1;
@@ -93,10 +93,10 @@ fail:
 
 void fomoe_experts_free(fomoe_experts *e) {
     if (!e) return;
-    void *owned[] = {e->layer, e->physical, e->physical_memory, e->gate, e->up, e->down, e->activation, e->picks,
-                     e->left, e->replaced, e->first, e->members, (void *)e->slot,
-                     e->source, e->tier, e->done, e->found, e->reads_left, e->ready, e->group, e->placements,
-                     e->moves, e->reads};
+    void *owned[] = {
+        e->layer, e->physical,   e->physical_memory, e->gate,    e->up,           e->down,   e->activation, e->picks,
+        e->left,  e->replaced,   e->first,           e->members, (void *)e->slot, e->source, e->tier,       e->done,
+        e->found, e->reads_left, e->ready,           e->group,   e->placements,   e->moves,  e->reads};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     fomoe_plan_free(&e->plan);
     free(e);
@@ -151,8 +151,8 @@ static void fail(fomoe_experts *e, int layer, int i, int error) {
 static void place(fomoe_experts *e, int layer, int begin, int end, int *reads) {
     int moves = 0;
     if (begin == end) return;
-    if (fomoe_residency_resolve(e->residency, layer, e->plan.ids + begin, e->plan.requests + begin, end - begin, e->placements,
-                                e->moves, &moves)) {
+    if (fomoe_residency_resolve(e->residency, layer, e->plan.ids + begin, e->plan.requests + begin, end - begin,
+                                e->placements, e->moves, &moves)) {
         fail(e, layer, begin, -ENOMEM); /* can't be: place() is never asked for more than there is room for */
         return;
     }
@@ -213,10 +213,10 @@ static void substitute(fomoe_experts *e, const fomoe_step *step, const fomoe_run
     int asked = run->substitute && run->tokens == 1 && e->car.rule != FOMOE_CAR_OFF && run->position >= e->car.warmup;
     memset(e->replaced, -1, used * sizeof *e->replaced);
     if (!asked) return;
-    int swaps = fomoe_car_choose(&e->car, e->layer[layer].experts, used, step->as.experts.normalise,
-                                 fomoe_float_row(&step->as.experts.logits, 0), fomoe_residency_tiers(e->residency, layer),
-                                 (int32_t *)fomoe_row(&step->as.experts.ids, 0),
-                                 fomoe_float_row(&step->as.experts.weights, 0), e->replaced);
+    int swaps = fomoe_car_choose(
+        &e->car, e->layer[layer].experts, used, step->as.experts.normalise,
+        fomoe_float_row(&step->as.experts.logits, 0), fomoe_residency_tiers(e->residency, layer),
+        (int32_t *)fomoe_row(&step->as.experts.ids, 0), fomoe_float_row(&step->as.experts.weights, 0), e->replaced);
     fomoe_residency_substituted(e->residency, swaps);
 }
 
@@ -313,8 +313,8 @@ static void review(fomoe_experts *e) {
 }
 
 /* Experts of this layer that were read before anybody asked.  With cache-aware routing they become resident at the same
- * point of the text whatever the drive's speed, because what stands in for what must not depend on it; a batch needs all
- * slots.  Lookahead for a single token changes no result: what is not there yet is waited for like any other. */
+ * point of the text whatever the drive's speed, because what stands in for what must not depend on it; a batch needs
+ * all slots.  Lookahead for a single token changes no result: what is not there yet is waited for like any other. */
 static void settle(fomoe_experts *e, const fomoe_step *step, const fomoe_run *run) {
     int layer = step->as.experts.layer, useful, late;
     if (run->tokens == 1 && e->car.rule == FOMOE_CAR_OFF) {
@@ -353,7 +353,8 @@ void fomoe_step_lookahead(const fomoe_step *step, fomoe_run *run, int thread) {
     fomoe_experts *e = step->as.lookahead.experts;
     const fomoe_matrix *router = &step->as.lookahead.router;
     if (!looks_ahead(e, run)) return;
-    float *x = run->scratch[thread], *row = x + router->columns, *logits = fomoe_float_row(&step->as.lookahead.logits, 0);
+    float *x = run->scratch[thread], *row = x + router->columns,
+          *logits = fomoe_float_row(&step->as.lookahead.logits, 0);
     int64_t begin, end;
     fomoe_rms_norm(router->columns, fomoe_float_row(&step->as.lookahead.input, 0), step->as.lookahead.weight,
                    step->as.lookahead.epsilon, x);

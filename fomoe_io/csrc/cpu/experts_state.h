@@ -25,10 +25,11 @@ struct fomoe_experts {
     int lookahead, rest;                       /* ranks read ahead; tokens for which that pauses */
     uint64_t judged_prefetches, judged_useful; /* as of the last time it was asked whether it pays */
 
-    /* The batch's experts of the layer at work: resident ones first, then misses.  Thread 0 writes, between barriers. */
+    /* The batch's experts of the layer at work: resident ones, then misses.  Thread 0 writes, between barriers. */
     fomoe_expert_plan plan;
-    /* 0 <= released <= computed <= submitted <= plan.count: experts whose slots others may have, that were computed, and
-     * that have a slot.  Of the resident ones grouped_hits have been handed to a group; ready_count have landed and wait. */
+    /* 0 <= released <= computed <= submitted <= plan.count: experts whose slots others may have, that were computed,
+     * and that have a slot.  Of the resident ones grouped_hits have been handed to a group; ready_count have landed and
+     * wait. */
     int submitted, computed, released, grouped_hits, ready_count, error;
     int32_t *left;                  /* while members are listed: pairs of each expert that are not */
     int32_t *replaced;              /* of a single token: true picks that another expert stands in for, or -1 */

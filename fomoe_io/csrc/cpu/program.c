@@ -138,7 +138,8 @@ void fomoe_step_norm(const fomoe_step *step, fomoe_run *run, int thread) {
     const fomoe_rows *input = &step->as.norm.input;
     float *y = run->scratch[thread];
     for (int i = thread; i < rows; i += run->threads) {
-        fomoe_rms_norm(input->columns, fomoe_float_row(input, first + i), step->as.norm.weight, step->as.norm.epsilon, y);
+        fomoe_rms_norm(input->columns, fomoe_float_row(input, first + i), step->as.norm.weight, step->as.norm.epsilon,
+                       y);
         for (int o = 0; o < step->as.norm.count; o++) convert_row(run, y, &step->as.norm.outputs[o], i);
         if (step->as.norm.of_outputs && run->record.final_norm)
             memcpy(run->record.final_norm + (int64_t)i * input->columns, y, input->columns * sizeof(float));
@@ -248,7 +249,8 @@ void fomoe_step_rope_table(const fomoe_step *step, fomoe_run *run, int thread) {
 }
 
 /* Keys and values lie [kv head][position][column], so that a head's history is one stream. */
-static float *cache_row(const fomoe_run *run, int64_t offset, int64_t context, int columns, int head, int64_t position) {
+static float *cache_row(const fomoe_run *run, int64_t offset, int64_t context, int columns, int head,
+                        int64_t position) {
     return (float *)(run->state + offset) + (head * context + position) * columns;
 }
 
@@ -288,7 +290,8 @@ void fomoe_step_attention(const fomoe_step *step, fomoe_run *run, int thread) {
     int64_t context = step->as.attention.context, begin, end;
     while (fomoe_take_of(run, thread, &run->next[run->step], (int64_t)run->tokens * heads, 1, &begin, &end)) {
         int t = begin / heads, head = begin % heads;
-        const float *q = fomoe_float_row(&step->as.attention.query, t) + (int64_t)head * step->as.attention.query_stride;
+        const float *q =
+            fomoe_float_row(&step->as.attention.query, t) + (int64_t)head * step->as.attention.query_stride;
         float *out = fomoe_float_row(&step->as.attention.output, t) + head * n;
         fomoe_attention_head(n, n, run->position + t + 1, 1.0f / sqrtf((float)n), q,
                              cache_row(run, step->as.attention.key_offset, context, n, head / group, 0), n,

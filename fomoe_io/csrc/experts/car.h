@@ -23,7 +23,8 @@ static inline int fomoe_car_candidates(int n, int last_pick, const float *logits
         /* what fails most often, and most predictably, goes first */
         if (count == most && !(logits[e] > value[most - 1])) continue;
         if (tiers[e] >= FOMOE_CAR_RESIDENT) continue;
-        if (!(logits[e] < least || (logits[e] == least && e > last_pick))) continue; /* picked: ties go to the lower id */
+        if (!(logits[e] < least || (logits[e] == least && e > last_pick)))
+            continue; /* picked: ties go to the lower id */
         float v = logits[e] - (tiers[e] ? handicap : 0);
         if (count == most && !(v > value[most - 1])) continue;
         int j = count < most ? count++ : most - 1;
@@ -60,7 +61,8 @@ static inline int fomoe_car_choose(const fomoe_car *car, int n, int k, int norma
         for (int e = 0; e < n; e++) lowest = logits[e] < lowest ? logits[e] : lowest;
     for (; swaps < found; swaps++) {
         int rank = missing[swaps], candidate = candidates[swaps], allowed;
-        float ahead = logits[ids[rank]] - logits[candidate], ratio = expf(-ahead), lost = weights[rank] * (1 - ratio) / sum;
+        float ahead = logits[ids[rank]] - logits[candidate], ratio = expf(-ahead),
+              lost = weights[rank] * (1 - ratio) / sum;
         spent += lost;
         switch (car->rule) {
         case FOMOE_CAR_RATIO: allowed = ratio >= car->parameter; break;

@@ -18,15 +18,18 @@ typedef struct {
 /* The expert's place in the caller's list, from the tag of one of its reads. */
 static inline int fomoe_expert_of_tag(uint64_t tag) { return (int)(tag / FOMOE_PARTS); }
 
-/* The reads of `expert`, the i-th of the caller's list, into a slot.  extents: [experts][FOMOE_PARTS].  Returns how many,
- * at most FOMOE_PARTS; *bytes grows by what they read. */
+/* The reads of `expert`, the i-th of the caller's list, into a slot.  extents: [experts][FOMOE_PARTS].  Returns how
+ * many, at most FOMOE_PARTS; *bytes grows by what they read. */
 static inline int fomoe_expert_reads(const fomoe_extent *extents, const int32_t *extent_count, int expert, int i,
                                      uint8_t *slot, fomoe_read *reads, uint64_t *bytes) {
     const fomoe_extent *extent = extents + (int64_t)expert * FOMOE_PARTS;
     int count = extent_count[expert];
     for (int r = 0; r < count; r++, extent++) {
-        reads[r] = (fomoe_read){.tag = (uint64_t)i * FOMOE_PARTS + r, .offset = extent->offset, .bytes = extent->bytes,
-                                .target = slot + extent->slot_offset, .file = extent->file};
+        reads[r] = (fomoe_read){.tag = (uint64_t)i * FOMOE_PARTS + r,
+                                .offset = extent->offset,
+                                .bytes = extent->bytes,
+                                .target = slot + extent->slot_offset,
+                                .file = extent->file};
         *bytes += extent->bytes;
     }
     return count;

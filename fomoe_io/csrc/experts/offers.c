@@ -1,6 +1,6 @@
 #include "offers.h"
 
-#include <string.h>
+#include <assert.h>
 
 void fomoe_offers_start(fomoe_offers *o, fomoe_residency *residency, fomoe_reader *reader) {
     o->residency = residency;
@@ -26,6 +26,7 @@ static uint64_t tag_of(int offer, int read) { return FOMOE_OFFER_TAG | ((uint64_
 
 void fomoe_offers_begin(fomoe_offers *o, int layer, int32_t expert, fomoe_read *reads, int count) {
     int i = unused(o);
+    assert(i >= 0 && count > 0 && count <= FOMOE_OFFER_READS);
     for (int r = 0; r < count; r++) {
         reads[r].tag = tag_of(i, r);
         reads[r].priority = 1;
@@ -39,6 +40,7 @@ void fomoe_offers_begin(fomoe_offers *o, int layer, int32_t expert, fomoe_read *
 }
 
 static void settle(fomoe_offers *o, fomoe_offer *offer) {
+    assert(offer->layer >= 0 && !offer->left);
     if (offer->error)
         fomoe_residency_drop(o->residency, offer->layer, offer->expert);
     else
@@ -48,6 +50,7 @@ static void settle(fomoe_offers *o, fomoe_offer *offer) {
 
 int fomoe_offers_completed(fomoe_offers *o, const fomoe_completion *done, int *waiter) {
     fomoe_offer *offer = &o->offer[(done->tag & ~FOMOE_OFFER_TAG) / FOMOE_OFFER_READS];
+    assert(done->tag & FOMOE_OFFER_TAG && offer->layer >= 0 && offer->left > 0);
     offer->left--;
     if (done->error) offer->error = done->error;
     *waiter = offer->left ? -1 : offer->waiter;
@@ -62,6 +65,7 @@ static void promote(fomoe_offers *o, int i) {
 void fomoe_offers_join(fomoe_offers *o, int layer, int32_t expert, int waiter) {
     for (int i = 0; i < FOMOE_MOST_OFFERS; i++) {
         if (o->offer[i].layer != layer || o->offer[i].expert != expert) continue;
+        assert(o->offer[i].waiter < 0);
         o->offer[i].waiter = waiter;
         promote(o, i);
     }
@@ -76,7 +80,8 @@ void fomoe_offers_judge(fomoe_offers *o, int layer, const int32_t *picks, int co
         for (int k = 0; k < count; k++) wanted |= picks[k] == offer->expert;
         *useful += wanted;
         *late += wanted && offer->left;
-        for (int r = 0; !wanted && offer->left && r < offer->reads; r++) o->reader->cancel(o->reader->self, tag_of(i, r));
+        for (int r = 0; !wanted && offer->left && r < offer->reads; r++)
+            o->reader->cancel(o->reader->self, tag_of(i, r));
     }
 }
 

@@ -27,7 +27,8 @@ static int batch_new(batch *b, size_t most) {
         .placements = malloc(most * sizeof *b->placements),
         .moves = malloc(2 * most * sizeof *b->moves),
     };
-    int complete = !fomoe_plan_new(&b->plan, most) && b->row && b->source && b->tier && b->seen && b->placements && b->moves;
+    int complete =
+        !fomoe_plan_new(&b->plan, most) && b->row && b->source && b->tier && b->seen && b->placements && b->moves;
     if (!complete) batch_free(b);
     return complete;
 }
@@ -53,8 +54,8 @@ static int collect(batch *b, const uint16_t *picks, const uint16_t *chosen, int6
 /* Experts [begin, end); there is room, as the caller counts slots. */
 static void place(batch *b, fomoe_residency *r, int layer, int begin, int end) {
     int moves;
-    fomoe_residency_resolve(r, layer, b->plan.ids + begin, b->plan.requests + begin, end - begin, b->placements, b->moves,
-                            &moves);
+    fomoe_residency_resolve(r, layer, b->plan.ids + begin, b->plan.requests + begin, end - begin, b->placements,
+                            b->moves, &moves);
     for (int i = begin; i < end; i++) {
         b->source[i] = b->placements[i - begin].source;
         b->tier[i] = b->placements[i - begin].tier;
@@ -152,7 +153,7 @@ static void look_ahead(oracle *o, const fomoe_replay_layer *l, int64_t batches) 
     }
 }
 
-/* Shrink the cache to its slots: who is wanted last goes first; those of batch n stay unless they alone are too many. */
+/* Shrink the cache to its slots: what is wanted last goes first; that of batch n stays unless it alone is too much. */
 static void shrink(oracle *o, const fomoe_replay_layer *l, int64_t n, int distinct) {
     int spare = distinct <= l->slots;
     while (o->count > l->slots) {

@@ -1,5 +1,6 @@
 #include "residency.h"
 
+#include <assert.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,6 +32,26 @@ struct fomoe_residency {
     layer_state *layer;
     fomoe_residency_counters counters;
 };
+
+/* ---- what always holds, between calls ---- */
+
+#ifndef NDEBUG
+/* Slots and experts name each other, each expert lies in one place, others see it there unless it is still coming, and
+ * the counts are those of what they count. */
+static int is_consistent(const layer_state *l) {
+    int held = 0, lodged = 0;
+    for (int e = 0; e < l->experts; e++) {
+        int home = l->home[e];
+        held += l->held[e] != 0;
+        if (l->held[e] & ~(PINNED | COMING)) return 0;
+        if (l->tier[e] != (l->held[e] & COMING ? FOMOE_TIER_NVME : home)) return 0;
+        if (home == FOMOE_TIER_NVME) continue;
+        lodged++;
+        if (l->slot[e] < 0 || l->slot[e] >= l->slots[home] || l->occupant[home][l->slot[e]] != e) return 0;
+    }
+    return held == l->held_count && lodged == l->used[FOMOE_TIER_VRAM] + l->used[FOMOE_TIER_DRAM];
+}
+#endif
 
 /* ---- life ---- */
 
@@ -86,7 +107,7 @@ void fomoe_residency_free(fomoe_residency *r) {
     if (!r) return;
     for (int i = 0; r->layer && i < r->layers; i++) {
         layer_state *l = &r->layer[i];
-        void *owned[] = {l->occupant[0], l->occupant[1], l->held,  l->tier,    l->home,
+        void *owned[] = {l->occupant[0], l->occupant[1], l->held, l->tier,    l->home,
                          l->slot,        l->slow,        l->fast, l->touched, l->order};
         for (size_t j = 0; j < sizeof owned / sizeof *owned; j++) free(owned[j]);
     }
@@ -122,15 +143,12 @@ void fomoe_residency_touch(fomoe_residency *r, int layer, int64_t age, const int
 static double worth(const fomoe_residency *r, const layer_state *l, int expert) {
     int64_t age = r->clock - l->touched[expert];
     switch (r->policy) {
-    case FOMOE_POLICY_LRU:
-        return (double)l->order[expert];
+    case FOMOE_POLICY_LRU: return (double)l->order[expert];
     case FOMOE_POLICY_DECAYED:
         return (1 - r->decay.fast_share) * (1 - r->decay.slow) * (l->slow[expert] * slow_after(r, age)) +
                r->decay.fast_share * (1 - r->decay.fast) * (l->fast[expert] * fast_after(r, age));
-    case FOMOE_POLICY_LFRU:
-        return l->slow[expert] / (double)(age + 1);
-    default:
-        return l->slow[expert];
+    case FOMOE_POLICY_LFRU: return l->slow[expert] / (double)(age + 1);
+    default: return l->slow[expert];
     }
 }
 
@@ -166,6 +184,8 @@ static int free_slot(const layer_state *l, int tier) {
 }
 
 static void put(layer_state *l, int expert, int tier, int slot) {
+    assert(slot >= 0 && slot < l->slots[tier] && l->occupant[tier][slot] < 0);
+    assert(l->home[expert] == FOMOE_TIER_NVME);
     l->occupant[tier][slot] = expert;
     l->home[expert] = tier;
     l->slot[expert] = slot;
@@ -175,6 +195,7 @@ static void put(layer_state *l, int expert, int tier, int slot) {
 
 static void take_out(layer_state *l, int expert) {
     int tier = l->home[expert];
+    assert(tier != FOMOE_TIER_NVME && l->occupant[tier][l->slot[expert]] == expert);
     l->occupant[tier][l->slot[expert]] = -1;
     l->used[tier]--;
     l->home[expert] = l->tier[expert] = FOMOE_TIER_NVME;
@@ -192,15 +213,17 @@ static void let_go(layer_state *l, int expert, int bit) {
 }
 
 static void evict(fomoe_residency *r, layer_state *l, int expert) {
+    assert(!l->held[expert]);
     take_out(l, expert);
     r->counters.evictions++;
 }
 
-static void record_move(fomoe_move *moves, int *count, int expert, int from_tier, int from_slot, int to_tier, int to_slot) {
+static void record_move(fomoe_move *moves, int *count, int expert, int from_tier, int from_slot, int to_tier,
+                        int to_slot) {
     moves[(*count)++] = (fomoe_move){expert, from_tier, from_slot, to_tier, to_slot};
 }
 
-/* An empty slot of DRAM: a free one, or that of its first to go, who is forgotten.  -1: all are held. */
+/* An empty slot of DRAM: a free one, or that of its first to go, which is forgotten.  -1: all are held. */
 static int room_in_dram(fomoe_residency *r, layer_state *l) {
     int slot = free_slot(l, FOMOE_TIER_DRAM);
     if (slot >= 0) return slot;
@@ -209,8 +232,8 @@ static int room_in_dram(fomoe_residency *r, layer_state *l) {
     return slot;
 }
 
-/* An empty slot of VRAM: a free one, or that of its first to go.  He goes down to DRAM, unless he is worth less than
- * everybody there: then he is forgotten at once.  -1: all are held. */
+/* An empty slot of VRAM: a free one, or that of its first to go.  It goes down to DRAM, unless it is worth less than
+ * every other there: then it is forgotten at once.  -1: all are held. */
 static int room_in_vram(fomoe_residency *r, layer_state *l, fomoe_move *moves, int *move_count) {
     int slot = free_slot(l, FOMOE_TIER_VRAM);
     if (slot >= 0) return slot;
@@ -238,6 +261,7 @@ static int room_in_vram(fomoe_residency *r, layer_state *l, fomoe_move *moves, i
 /* A DRAM hit moves up: into a free slot of VRAM, or in exchange for VRAM's first to go. */
 static void promote(fomoe_residency *r, layer_state *l, int expert, fomoe_move *moves, int *move_count) {
     int from = l->slot[expert], slot = free_slot(l, FOMOE_TIER_VRAM), loser = -1;
+    assert(l->home[expert] == FOMOE_TIER_DRAM && !(l->held[expert] & COMING));
     if (slot < 0) {
         slot = victim(r, l, FOMOE_TIER_VRAM);
         if (slot < 0) return;
@@ -266,13 +290,14 @@ static int pin_all(layer_state *l, const int32_t *experts, int count) {
     return 1;
 }
 
-/* Everybody wanted is pinned by now and there is a slot for each, so one of the two tiers has room. */
+/* Each one wanted is pinned by now and there is a slot for each, so one of the two tiers has room. */
 static void bring_in(fomoe_residency *r, layer_state *l, int expert, fomoe_move *moves, int *move_count) {
     int tier = FOMOE_TIER_VRAM, slot = room_in_vram(r, l, moves, move_count);
     if (slot < 0) {
         tier = FOMOE_TIER_DRAM;
         slot = room_in_dram(r, l);
     }
+    assert(slot >= 0);
     put(l, expert, tier, slot);
 }
 
@@ -298,7 +323,9 @@ int fomoe_residency_resolve(fomoe_residency *r, int layer, const int32_t *expert
         placements[i].expert = experts[i];
         placements[i].tier = l->home[experts[i]];
         placements[i].slot = l->slot[experts[i]];
+        assert(placements[i].tier != FOMOE_TIER_NVME && l->held[experts[i]] & PINNED);
     }
+    assert(*move_count <= 2 * count && is_consistent(l));
     return 0;
 }
 
@@ -316,6 +343,7 @@ void fomoe_residency_drop(fomoe_residency *r, int layer, int32_t expert) {
     if (l->home[expert] != FOMOE_TIER_NVME) take_out(l, expert);
     let_go(l, expert, PINNED);
     let_go(l, expert, COMING);
+    assert(is_consistent(l));
 }
 
 fomoe_placement fomoe_residency_offer(fomoe_residency *r, int layer, int32_t expert, int spare) {
@@ -333,13 +361,16 @@ fomoe_placement fomoe_residency_offer(fomoe_residency *r, int layer, int32_t exp
     hold(l, expert, COMING);
     put(l, expert, tier, slot);
     r->counters.offers++;
+    assert(is_consistent(l));
     return (fomoe_placement){expert, FOMOE_TIER_NVME, tier, slot};
 }
 
 void fomoe_residency_arrived(fomoe_residency *r, int layer, int32_t expert) {
     layer_state *l = &r->layer[layer];
+    assert(l->held[expert] & COMING && l->home[expert] != FOMOE_TIER_NVME);
     let_go(l, expert, COMING);
     l->tier[expert] = l->home[expert];
+    assert(is_consistent(l));
 }
 
 /* ---- questions ---- */

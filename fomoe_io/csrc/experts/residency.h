@@ -71,7 +71,7 @@ void fomoe_residency_touch(fomoe_residency *, int layer, int64_t age, const int3
 /* Find or make a place for count distinct experts of a layer; with those pinned or coming already they must not
  * exceed the layer's slots.  All are pinned until fomoe_residency_release: no one of them is evicted by another.
  * weight[i] (may be NULL = 1): how many requests stand behind expert i; 0 for one that only stands in for another.
- * moves: room for 2 * count entries; *move_count is set.  Returns 0, or -1 (and changes nothing) when there is no room. */
+ * moves: room for 2 * count entries; *move_count is set.  Returns 0, or -1 (and changes nothing) without room. */
 int fomoe_residency_resolve(fomoe_residency *, int layer, const int32_t *experts, const int32_t *weight, int count,
                             fomoe_placement *placements, fomoe_move *moves, int *move_count);
 void fomoe_residency_release(fomoe_residency *, int layer, const int32_t *experts, int count);

@@ -1,7 +1,5 @@
 #include "device_copies.h"
 
-#include <sched.h>
-
 int fomoe_device_check(fomoe_device_copies *d, int code, const char *call) {
     if (code && !d->error) {
         d->error = code;
@@ -12,25 +10,36 @@ int fomoe_device_check(fomoe_device_copies *d, int code, const char *call) {
 
 static void **event_of(fomoe_lane *lane, uint64_t ticket) { return &lane->events[ticket % FOMOE_LANE_EVENTS]; }
 
-/* Move `done` up to what the device says; events of one stream come in order. */
+/* Move `done` up to what the device says; events of one stream come in order.  A query that fails says nothing. */
 static int is_done(fomoe_device_copies *d, int which, uint64_t ticket) {
     fomoe_lane *lane = &d->lane[which];
-    while (lane->done < ticket && !d->error) {
+    while (lane->done < ticket) {
         int code = d->calls.event_query(*event_of(lane, lane->done + 1));
-        if (code == d->calls.not_ready) return 0;
-        fomoe_device_check(d, code, "hipEventQuery");
+        if (code == d->calls.not_ready || fomoe_device_check(d, code, "hipEventQuery")) return 0;
         lane->done++;
     }
     return 1;
 }
 
-static void wait_for(fomoe_device_copies *d, int which, uint64_t ticket) {
-    while (!is_done(d, which, ticket)) sched_yield();
+/* 0: an error has occurred, and the ticket may never be done. */
+static int wait_for(fomoe_device_copies *d, int which, uint64_t ticket) {
+    uint64_t done = d->lane[which].done;
+    fomoe_wait wait = {0};
+    while (!is_done(d, which, ticket)) {
+        if (d->error) return 0;
+        if (done != d->lane[which].done) {
+            done = d->lane[which].done;
+            wait = (fomoe_wait){0};
+        }
+        if (!fomoe_look_again(d->patience, &wait))
+            fomoe_device_check(d, FOMOE_STUCK, which == FOMOE_LANE_UP ? "a copy to the device" : "a copy to the host");
+    }
+    return 1;
 }
 
 /* The lane's stream goes on only after another lane's ticket. */
 static void order_after(fomoe_device_copies *d, int which, int other, uint64_t ticket) {
-    if (which == other || is_done(d, other, ticket)) return;
+    if (which == other || is_done(d, other, ticket) || d->error) return;
     fomoe_device_check(d, d->calls.stream_wait_event(d->lane[which].stream, *event_of(&d->lane[other], ticket), 0),
                        "hipStreamWaitEvent");
 }
@@ -44,7 +53,7 @@ uint64_t fomoe_copy(fomoe_device_copies *d, int which, fomoe_buffer *host, fomoe
         order_after(d, which, other, device->touched[other]);
     }
     /* an event is used again only when nobody can ask for its last ticket */
-    if (lane->issued >= FOMOE_LANE_EVENTS) wait_for(d, which, lane->issued + 1 - FOMOE_LANE_EVENTS);
+    if (lane->issued >= FOMOE_LANE_EVENTS && !wait_for(d, which, lane->issued + 1 - FOMOE_LANE_EVENTS)) return 0;
     for (int i = 0; i < pieces; i++, piece++) {
         uint8_t *h = host->address + piece->host_offset, *g = device->address + piece->device_offset;
         if (which == FOMOE_LANE_UP)
@@ -64,8 +73,16 @@ int fomoe_buffer_is_free(fomoe_device_copies *d, const fomoe_buffer *b) {
     return is_done(d, FOMOE_LANE_UP, b->touched[FOMOE_LANE_UP]) && is_done(d, FOMOE_LANE_DOWN, b->touched[FOMOE_LANE_DOWN]);
 }
 
-void fomoe_buffer_wait(fomoe_device_copies *d, const fomoe_buffer *b) {
-    while (!fomoe_buffer_is_free(d, b)) sched_yield();
+int fomoe_buffer_wait(fomoe_device_copies *d, const fomoe_buffer *b) {
+    return wait_for(d, FOMOE_LANE_UP, b->touched[FOMOE_LANE_UP]) && wait_for(d, FOMOE_LANE_DOWN, b->touched[FOMOE_LANE_DOWN]);
 }
 
 void fomoe_lane_wait(fomoe_device_copies *d, int which) { wait_for(d, which, d->lane[which].issued); }
+
+int fomoe_stream_wait(fomoe_device_copies *d, void *stream) {
+    fomoe_wait wait = {0};
+    int code;
+    while ((code = d->calls.stream_query(stream)) == d->calls.not_ready)
+        if (!fomoe_look_again(d->patience, &wait)) return FOMOE_STUCK;
+    return code ? code : d->calls.stream_synchronize(stream); /* done: this makes what it wrote ours */
+}

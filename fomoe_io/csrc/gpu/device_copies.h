@@ -8,6 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "patience.h"
+
 enum { FOMOE_LANE_UP = 0, FOMOE_LANE_DOWN = 1, FOMOE_LANES = 2, FOMOE_LANE_EVENTS = 64 };
 
 /* The device's calls, by HIP's names (the CUDA driver's have the same arguments). */
@@ -18,6 +20,7 @@ typedef struct {
     int (*event_query)(void *event);
     int (*stream_wait_event)(void *stream, void *event, unsigned flags);
     int (*stream_query)(void *stream);
+    int (*stream_synchronize)(void *stream);
     int not_ready; /* the code of a query whose answer is: not yet */
 } fomoe_device_calls;
 
@@ -36,8 +39,9 @@ typedef struct {
     fomoe_device_calls calls;
     fomoe_lane lane[FOMOE_LANES];
     uint64_t bytes[FOMOE_LANES];
-    int error;               /* the first error code of a call, 0 = none */
+    int error;               /* the first error code of a call, or FOMOE_STUCK; 0 = none */
     const char *failed_call; /* which one */
+    fomoe_patience *patience;
 } fomoe_device_copies;
 
 /* One piece of a copy: offsets of the same bytes in the host's and the device's buffer. */
@@ -48,12 +52,14 @@ typedef struct {
 /* Start copying; both buffers are taken until the ticket (returned, 0 = an error occurred) is done. */
 uint64_t fomoe_copy(fomoe_device_copies *, int lane, fomoe_buffer *host, fomoe_buffer *device, const fomoe_piece *,
                     int pieces);
-/* Whether all copies of a buffer are done (also when an error has occurred). */
+/* Whether all copies of a buffer are known to be done. */
 int fomoe_buffer_is_free(fomoe_device_copies *, const fomoe_buffer *);
-/* Wait until they are. */
-void fomoe_buffer_wait(fomoe_device_copies *, const fomoe_buffer *);
-/* Wait until a lane has done everything. */
+/* Wait until they are, or an error has occurred: then nobody knows, and 0 is returned. */
+int fomoe_buffer_wait(fomoe_device_copies *, const fomoe_buffer *);
+/* Wait until a lane has done everything, or an error has occurred. */
 void fomoe_lane_wait(fomoe_device_copies *, int lane);
+/* Wait until a stream has done everything.  Also after an error; returns this wait's own code. */
+int fomoe_stream_wait(fomoe_device_copies *, void *stream);
 /* Remember the first failure; returns code. */
 int fomoe_device_check(fomoe_device_copies *, int code, const char *call);
 

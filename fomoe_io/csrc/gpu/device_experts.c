@@ -1,7 +1,6 @@
 #include "device_experts.h"
 
 #include <errno.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -20,6 +19,9 @@ static int take_memory(fomoe_device_experts *e, int64_t buffers, int64_t slots, 
     /* every slot's buffer may be spare at some time */
     e->spare_memory = calloc((int64_t)e->classes * FOMOE_TIERS * (slots + spares + 1), sizeof *e->spare_memory);
     e->picks = calloc((int64_t)e->layers * e->max_experts + 1, sizeof *e->picks);
+    e->version = calloc(e->layers + 1, sizeof *e->version);
+    e->brought = calloc(e->layers + 1, sizeof *e->brought);
+    e->arrived = calloc(e->layers + 1, sizeof *e->arrived);
     e->ids = calloc(most, sizeof *e->ids);
     e->posted = calloc(e->used, sizeof *e->posted);
     e->wanted = calloc(e->used, sizeof *e->wanted);
@@ -36,7 +38,8 @@ static int take_memory(fomoe_device_experts *e, int64_t buffers, int64_t slots, 
     e->batch_first = calloc(most + 1, sizeof *e->batch_first);
     return e->buffers && e->slot && e->slot_memory && e->spare && e->spare_memory && e->picks && e->ids && e->posted &&
            e->wanted && e->index && e->weight && e->placements && e->moves && e->landing && e->record &&
-           e->reads_left && e->transient && e->batch_ids && e->batch_weight && e->batch_first;
+           e->reads_left && e->transient && e->batch_ids && e->batch_weight && e->batch_first && e->version &&
+           e->brought && e->arrived;
 }
 
 static void share_out(fomoe_device_experts *e, int64_t capacity) {
@@ -84,7 +87,7 @@ fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe
     if (!take_memory(e, slots + spares, slots, spares)) goto fail;
     for (int i = 0; i < e->max_experts; i++) e->index[i] = -1;
     share_out(e, slots + spares + 1);
-    e->tables_changed = 1;
+    for (int l = 0; l < layers; l++) e->version[l] = 1;
     return e;
 fail:
     fomoe_device_experts_free(e);
@@ -98,13 +101,14 @@ void fomoe_device_experts_free(fomoe_device_experts *e) {
                      e->ids,             e->posted,          e->wanted,          e->index,
                      e->weight,          e->placements,      e->moves,           (void *)e->landing,
                      (void *)e->record,  e->reads_left,      (void *)e->transient, e->batch_ids,
-                     e->batch_weight,    e->batch_first};
+                     e->batch_weight,    e->batch_first,     e->version,         e->brought,
+                     e->arrived};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     free(e);
 }
 
 const fomoe_device_expert_counters *fomoe_device_experts_count(const fomoe_device_experts *e) { return &e->counters; }
-const fomoe_device_copies *fomoe_device_experts_copies(const fomoe_device_experts *e) { return &e->copies; }
+fomoe_device_copies *fomoe_device_experts_copies(fomoe_device_experts *e) { return &e->copies; }
 const int64_t *fomoe_device_experts_picks(const fomoe_device_experts *e) { return e->picks; }
 
 void fomoe_device_experts_failure(const fomoe_device_experts *e, int *layer, int *expert) {
@@ -112,10 +116,15 @@ void fomoe_device_experts_failure(const fomoe_device_experts *e, int *layer, int
     *expert = e->failed_expert;
 }
 
-int fomoe_device_experts_tables_changed(fomoe_device_experts *e) {
-    int changed = e->tables_changed;
-    e->tables_changed = 0;
-    return changed;
+void fomoe_device_experts_changed_tables(fomoe_device_experts *e, uint32_t *changed) {
+    for (int l = 0; l < e->layers; l++) {
+        e->brought[l] = e->version[l];
+        changed[l] = e->version[l] != e->arrived[l];
+    }
+}
+
+void fomoe_device_experts_tables_arrived(fomoe_device_experts *e) {
+    memcpy(e->arrived, e->brought, e->layers * sizeof *e->arrived);
 }
 
 void fomoe_device_experts_settle(fomoe_device_experts *e) { fomoe_lane_wait(&e->copies, FOMOE_LANE_DOWN); }
@@ -168,20 +177,20 @@ static void serve(fomoe_device_experts *e, int layer, uint32_t run) {
     for (int i = 0; i < e->count; i++) e->index[e->ids[i]] = -1;
 }
 
-/* Spin until a word of a post is this run's; notice a device that will never write it. */
+/* Spin until a word of a post is this run's; notice a device that will never write it, and an interrupt. */
 static uint32_t wait_for_word(fomoe_device_experts *e, int layer, const uint64_t *word, uint32_t run, void *compute) {
+    fomoe_wait wait = {0};
     uint64_t value;
     for (uint32_t spins = 1; (value = __atomic_load_n(word, __ATOMIC_ACQUIRE)) >> 32 != run; spins++) {
         if (spins % SPINS_BETWEEN_QUERIES) continue;
         int code = e->copies.calls.stream_query(compute);
         /* done, and yet it has said nothing */
         if (!code && __atomic_load_n(word, __ATOMIC_ACQUIRE) >> 32 != run) code = -1;
-        if (code && code != e->copies.calls.not_ready) {
+        if (code && code != e->copies.calls.not_ready)
             fomoe_device_check(&e->copies, code, "hipStreamQuery");
-            fomoe_device_fail(e, layer, -1, 1);
-            return 0;
-        }
-        sched_yield();
+        else if (!fomoe_look_again(e->copies.patience, &wait))
+            fomoe_device_check(&e->copies, FOMOE_STUCK, "the next layer's picks");
+        if (fomoe_device_has_failed(e, layer)) return 0;
     }
     return (uint32_t)value;
 }

@@ -71,11 +71,13 @@ int fomoe_device_batch_next(fomoe_device_experts *, int layer, void *computed, f
 int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *experts, const double *scores, int count);
 /* Wait for all copies to the host. */
 void fomoe_device_experts_settle(fomoe_device_experts *);
-/* 1 when a table has changed since the last call. */
-int fomoe_device_experts_tables_changed(fomoe_device_experts *);
+/* Whether each layer's table has changed since it last arrived, for the run that comes: changed[layers]. */
+void fomoe_device_experts_changed_tables(fomoe_device_experts *, uint32_t *changed);
+/* That run has succeeded. */
+void fomoe_device_experts_tables_arrived(fomoe_device_experts *);
 
 const fomoe_device_expert_counters *fomoe_device_experts_count(const fomoe_device_experts *);
-const fomoe_device_copies *fomoe_device_experts_copies(const fomoe_device_experts *);
+fomoe_device_copies *fomoe_device_experts_copies(fomoe_device_experts *);
 const int64_t *fomoe_device_experts_picks(const fomoe_device_experts *); /* [layers][most experts of a layer] */
 void fomoe_device_experts_failure(const fomoe_device_experts *, int *layer, int *expert);
 

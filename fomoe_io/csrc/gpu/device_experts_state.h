@@ -24,7 +24,10 @@ struct fomoe_device_experts {
     fomoe_buffer **spare_memory;
     fomoe_device_expert_counters counters;
     int64_t *picks;
-    int tables_changed, error, failed_layer, failed_expert;
+    int error, failed_layer, failed_expert;
+    /* [layers], of a table: how often it has been rewritten, what the run at work brings to the device, and what is known
+     * to be there */
+    uint32_t *version, *brought, *arrived;
     int is_warming; /* nobody computes: what has a place in DRAM stays there */
 
     /* the layer at work */

@@ -14,6 +14,7 @@ void fomoe_device_fail(fomoe_device_experts *e, int layer, int expert, int error
 
 int fomoe_device_has_failed(fomoe_device_experts *e, int layer) {
     if (e->copies.error) fomoe_device_fail(e, layer, -1, 1);
+    if (e->copies.patience->is_interrupted) fomoe_device_fail(e, layer, -1, -EINTR);
     return e->error;
 }
 
@@ -43,9 +44,8 @@ static fomoe_buffer *take_host_spare(fomoe_device_experts *e, int layer, int or_
     fomoe_buffer_queue *q = spares_of(e, layer, FOMOE_TIER_DRAM);
     if (!q->count) return NULL;
     if (or_none && !fomoe_buffer_is_free(&e->copies, q->items[q->first])) return NULL;
-    fomoe_buffer *b = pop(q);
-    fomoe_buffer_wait(&e->copies, b);
-    return b;
+    if (!fomoe_buffer_wait(&e->copies, q->items[q->first])) return NULL;
+    return pop(q);
 }
 
 static fomoe_buffer **slot_of(fomoe_device_experts *e, int layer, int tier, int slot) {
@@ -88,6 +88,7 @@ static void promote(fomoe_device_experts *e, int layer, const fomoe_move *m, int
     fomoe_buffer **below = slot_of(e, layer, FOMOE_TIER_DRAM, m->from_slot), *from = *below;
     if (is_exchange) {
         fomoe_buffer *spare = take_host_spare(e, layer, 0);
+        if (!spare) return; /* the device has failed */
         demote(e, layer, m + 1, spare);
         *below = spare;
     }
@@ -151,7 +152,7 @@ static int start_read(fomoe_device_experts *e, int layer, int i, int or_none) {
     fomoe_read reads[FOMOE_PARTS];
     if (p->tier == FOMOE_TIER_DRAM) {
         e->landing[i] = *slot_of(e, layer, FOMOE_TIER_DRAM, p->slot);
-        fomoe_buffer_wait(&e->copies, e->landing[i]);
+        if (!fomoe_buffer_wait(&e->copies, e->landing[i])) return 0;
     } else {
         e->landing[i] = take_host_spare(e, layer, or_none);
         if (!e->landing[i]) return 0;
@@ -189,7 +190,7 @@ void fomoe_device_fetch(fomoe_device_experts *e, int layer) {
         }
         if (!in_flight) {
             /* can't be without a failure: every spare is free when nothing is under way */
-            if (next < e->count) fomoe_device_fail(e, layer, e->ids[next], -ENOMEM);
+            if (next < e->count && !fomoe_device_has_failed(e, layer)) fomoe_device_fail(e, layer, e->ids[next], -ENOMEM);
             return;
         }
         /* after a failure, too: what was started is ours only when it has come */
@@ -211,7 +212,7 @@ void fomoe_device_rewrite_table(fomoe_device_experts *e, int layer) {
                        : tier == FOMOE_TIER_DRAM ? IN_DRAM
                                                  : 0;
     }
-    e->tables_changed = 1;
+    e->version[layer]++;
 }
 
 void fomoe_device_bring(fomoe_device_experts *e, int layer) {

@@ -18,7 +18,7 @@ typedef struct {
     int32_t block_bytes;
     fomoe_vec_dot dot;
     fomoe_from_float from_float; /* float row -> this type, for types that are activation types; else NULL */
-    fomoe_to_float to_float;     /* one row of this type -> floats (token embeddings); NULL for activation-only types */
+    fomoe_to_float to_float; /* one row of this type -> floats (token embeddings); NULL for activation-only types */
 } fomoe_type;
 
 /* What one library can multiply with.  It never changes, and whoever computes was given his: two engines of a process

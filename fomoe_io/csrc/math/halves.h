@@ -78,7 +78,7 @@ INLINE floats load_bf16(const uint16_t *x) {
     typedef short_vector loose_shorts __attribute__((aligned(2), may_alias));
     typedef uint32_t word_vector __attribute__((vector_size(VECTOR_BYTES)));
     floats y;
-#define LOAD(i) \
+#define LOAD(i)                                                                                                    \
     y.part[i] = (float_vector)(__builtin_convertvector(*(const loose_shorts *)(x + i * PART), word_vector) << 16);
     FOR_PARTS(LOAD)
 #undef LOAD

@@ -43,4 +43,3 @@ int fomoe_use_instructions(const char *name) {
         }
     return -1;
 }
-

@@ -48,7 +48,10 @@ static void start(run *r) {
         int32_t buffer = r->idle[--r->idle_count];
         r->planned = r->planned + 1 == l->plan_count ? 0 : r->planned + 1;
         r->counts->issued++;
-        r->reads[count++] = (fomoe_read){.tag = buffer, .offset = p->offset, .bytes = p->bytes, .file = p->file,
+        r->reads[count++] = (fomoe_read){.tag = buffer,
+                                         .offset = p->offset,
+                                         .bytes = p->bytes,
+                                         .file = p->file,
                                          .target = l->buffers + buffer * l->buffer_bytes};
         if (r->counting) r->counts->in_flight[in_flight + count]++;
     }

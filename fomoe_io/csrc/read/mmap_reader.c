@@ -83,5 +83,6 @@ void fomoe_mmap_reader_free(fomoe_mmap_reader *m) {
 }
 
 void fomoe_mmap_reader_table(fomoe_mmap_reader *m, fomoe_reader *table) {
-    *table = (fomoe_reader){.self = m, .submit = submit, .reap = reap, .promote = ignore, .cancel = ignore, .wait = wait_for};
+    *table = (fomoe_reader){
+        .self = m, .submit = submit, .reap = reap, .promote = ignore, .cancel = ignore, .wait = wait_for};
 }

@@ -150,7 +150,8 @@ void fomoe_paced_reader_free(fomoe_paced_reader *p) {
 }
 
 void fomoe_paced_reader_table(fomoe_paced_reader *p, fomoe_reader *table) {
-    *table = (fomoe_reader){.self = p, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel, .wait = wait_for};
+    *table = (fomoe_reader){
+        .self = p, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel, .wait = wait_for};
 }
 
 const fomoe_paced_counters *fomoe_paced_reader_count(const fomoe_paced_reader *p) { return &p->counters; }

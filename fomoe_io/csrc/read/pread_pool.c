@@ -157,7 +157,8 @@ void fomoe_pread_pool_free(fomoe_pread_pool *pool) {
 }
 
 void fomoe_pread_pool_table(fomoe_pread_pool *pool, fomoe_reader *table) {
-    *table = (fomoe_reader){.self = pool, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel, .wait = wait_for};
+    *table = (fomoe_reader){
+        .self = pool, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel, .wait = wait_for};
 }
 
 fomoe_read_counters fomoe_pread_pool_count(fomoe_pread_pool *pool) {

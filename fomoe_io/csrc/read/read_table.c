@@ -139,7 +139,8 @@ fomoe_read_table *fomoe_read_table_new(const fomoe_read_options *options) {
 
 void fomoe_read_table_free(fomoe_read_table *t) {
     if (!t) return;
-    void *owned[] = {t->file_bytes, t->drive, t->mirror, t->restart, t->errors_in_a_row, t->drives, t->operations, t->pieces, t};
+    void *owned[] = {t->file_bytes, t->drive,      t->mirror, t->restart, t->errors_in_a_row,
+                     t->drives,     t->operations, t->pieces, t};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
 }
 
@@ -179,8 +180,12 @@ int fomoe_read_table_submit(fomoe_read_table *t, const fomoe_read *reads, int co
         operation *o = &t->operations[index];
         uint64_t left = t->file_bytes[r->file] - r->offset;
         t->free_operations = o->next;
-        *o = (operation){.tag = r->tag, .offset = r->offset, .target = r->target, .asked = r->bytes,
-                         .wanted = left < r->bytes ? left : r->bytes, .file = choose_copy(t, r->file),
+        *o = (operation){.tag = r->tag,
+                         .offset = r->offset,
+                         .target = r->target,
+                         .asked = r->bytes,
+                         .wanted = left < r->bytes ? left : r->bytes,
+                         .file = choose_copy(t, r->file),
                          .priority = r->priority != 0};
         drive_state *d = &t->drives[t->drive[o->file]];
         d->outstanding_bytes += o->wanted;
@@ -202,8 +207,12 @@ static int32_t cut(fomoe_read_table *t, queue *q) {
     t->free_pieces = p->next;
     if (most && asked > most) asked = most;
     if (wanted > asked) wanted = asked;
-    *p = (fomoe_piece){.offset = o->offset + o->issued, .target = o->target + o->issued, .asked = asked,
-                       .wanted = wanted, .operation = q->first, .file = o->file};
+    *p = (fomoe_piece){.offset = o->offset + o->issued,
+                       .target = o->target + o->issued,
+                       .asked = asked,
+                       .wanted = wanted,
+                       .operation = q->first,
+                       .file = o->file};
     o->issued += wanted;
     o->pieces++;
     t->counters.pieces++;

@@ -40,8 +40,8 @@ typedef struct {
     /* Ask for a read to be dropped.  Its completion still arrives (error 0 or -ECANCELED): the target
      * stays in use until then. */
     void (*cancel)(void *self, uint64_t tag);
-    /* Wait for so long that something can be collected, or nothing is in flight: then 1, and reap does not block.  0: the
-     * time is over, or a signal came.  A negative errno as reap's. */
+    /* Wait for so long that something can be collected, or nothing is in flight: then 1, and reap does not block.  0:
+     * the time is over, or a signal came.  A negative errno as reap's. */
     int (*wait)(void *self, int milliseconds);
 } fomoe_reader;
 

@@ -99,7 +99,9 @@ static void drain(fomoe_ring *r) {
 }
 
 /* Whether a wait that returned this may be repeated. */
-static int worth_waiting(int result) { return result >= 0 || result == -EINTR || result == -EAGAIN || result == -EBUSY; }
+static int worth_waiting(int result) {
+    return result >= 0 || result == -EINTR || result == -EAGAIN || result == -EBUSY;
+}
 
 static int reap(void *self, fomoe_completion *completions, int max, int wait) {
     fomoe_ring *r = self;
@@ -163,8 +165,9 @@ int fomoe_ring_new(const fomoe_read_options *options, const int *descriptors, un
     r->disabled = one_issuer;
     r->table = fomoe_read_table_new(options);
     r->depths = calloc(options->depth * options->drives + 1, sizeof *r->depths);
-    int error = !r->table || !r->depths ? -ENOMEM
-                                        : io_uring_queue_init_params(options->depth * options->drives, &r->uring, &parameters);
+    int error = !r->table || !r->depths
+                    ? -ENOMEM
+                    : io_uring_queue_init_params(options->depth * options->drives, &r->uring, &parameters);
     if (!error) {
         error = io_uring_register_files(&r->uring, descriptors, options->files);
         if (error) io_uring_queue_exit(&r->uring);
@@ -191,7 +194,8 @@ void fomoe_ring_free(fomoe_ring *r) {
 }
 
 void fomoe_ring_table(fomoe_ring *r, fomoe_reader *table) {
-    *table = (fomoe_reader){.self = r, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel, .wait = wait_for};
+    *table = (fomoe_reader){
+        .self = r, .submit = submit, .reap = reap, .promote = promote, .cancel = cancel, .wait = wait_for};
 }
 
 int fomoe_ring_register_buffers(fomoe_ring *r, void *start, size_t bytes) {

@@ -63,6 +63,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "conv_step": Kernel(128, "ppppiii"),
         "gated_norm": Kernel(128, "pppppiif"),
         "route": Kernel(512, "pppiiif"),
+        "begin_run": Kernel(512, "pppppii"),
         "resolve_picks": Kernel(512, "ppppppi"),
         "route_and_resolve": Kernel(512, "ppppppppiiif"),
         "substitute_and_resolve": Kernel(512, "pppppppppiii"),
@@ -70,6 +71,9 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "combine_picks": Kernel(256, "pppppii"),
         "read_memory": Kernel(256, "pqpi"),
         "to_halves": Kernel(256, "ppq"),
+        "probe_wait": Kernel(32, "pp"),
+        "probe_header": Kernel(32, "pppp"),
+        "probe_echo": Kernel(32, "ppi"),
     }
     for name in QUANTIZED_TYPES:
         table[f"expand_half_{name}"] = Kernel(256, "ppq")
@@ -163,6 +167,11 @@ def down_grid(rows: int, tokens: int = 1, tuning: Mapping[str, int] | None = Non
     """Grid of ``experts_down_*``."""
     size = TUNING | dict(tuning or {})
     return up(rows, size["DOWN_WARPS"] * size["DOWN_ROWS"]), tokens, 1
+
+
+def begin_run_grid(header_bytes: int, layers: int) -> tuple[int, int, int]:
+    """Grid of ``begin_run``."""
+    return up(header_bytes, 16 * 512) + layers, 1, 1
 
 
 ATTENTION_WARPS, ATTENTION_SPLIT = 8, 32  # attention.h: query heads and positions of a block

@@ -15,7 +15,7 @@
 // fits every position.
 template <class CACHE, int PER_LANE>
 DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const typename CACHE::element *v_cache,
-                   const int *positions, float *parts, int heads, int kv_heads, int splits, float scale) {
+                   const replayed *positions, float *parts, int heads, int kv_heads, int splits, float scale) {
     const int dim = 32 * PER_LANE, row = dim + 4;  // four floats apart, rows start in different banks
     __shared__ quad tile_quads[ATTENTION_SPLIT * row / 4], query_quads[ATTENTION_WARPS][dim / 4];
     __shared__ float weight_of[ATTENTION_WARPS][ATTENTION_SPLIT];
@@ -23,7 +23,7 @@ DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const
     const int group = heads / kv_heads, token = block_z(), split = block_y(), lane = lane_index();
     const int blocks = (group + ATTENTION_WARPS - 1) / ATTENTION_WARPS, kv_head = block_x() / blocks;
     const int g = block_x() % blocks * ATTENTION_WARPS + warp_index();
-    const int length = positions[token] + 1, begin = split * ATTENTION_SPLIT;
+    const int length = (int)now(positions + token) + 1, begin = split * ATTENTION_SPLIT;
     if (begin >= length) return;
     const u64 head = (u64)token * heads + kv_head * group + (g < group ? g : 0);
     quad keys[PER_LANE], values[PER_LANE];
@@ -78,10 +78,10 @@ DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const
 // gate: [tokens][heads] rows gate_stride apart; y: [tokens][heads * dim].  dim <= 256, a multiple of 32.
 // Grid (heads, tokens).
 KERNEL(256, attention_merge)
-(const float *parts, const int *positions, const float *gate, float *y, u8 *q8, int heads, int dim,
+(const float *parts, const replayed *positions, const float *gate, float *y, u8 *q8, int heads, int dim,
  int splits, int gate_stride) {
     start_kernel();
-    const int token = block_y(), i = thread_index(), used = positions[token] / ATTENTION_SPLIT + 1;
+    const int token = block_y(), i = thread_index(), used = (int)now(positions + token) / ATTENTION_SPLIT + 1;
     const u64 head = (u64)token * heads + block_x();
     if (i >= dim) return;
     const float *part = parts + head * splits * (dim + 2);
@@ -103,7 +103,7 @@ EXPORT_KERNEL(attention_merge)
 #define ATTENTION_KERNEL(type, dim)                                                                                   \
     KERNEL(32 * ATTENTION_WARPS, attention_##type##_##dim)                                                            \
     (const float *q, const cache_##type::element *k_cache, const cache_##type::element *v_cache,                      \
-     const int *positions, float *parts, int heads, int kv_heads, int splits, float scale) {                          \
+     const replayed *positions, float *parts, int heads, int kv_heads, int splits, float scale) {                          \
         start_kernel();                                                                                               \
         attend<cache_##type, dim / 32>(q, k_cache, v_cache, positions, parts, heads, kv_heads, splits, scale);        \
     }                                                                                                                 \

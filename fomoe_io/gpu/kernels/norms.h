@@ -86,7 +86,7 @@ struct cache_f16 {
 // q_out: [tokens][heads][dim]; caches: [positions][kv_heads][dim].  dim <= 256.  Grid (heads + 2 * kv_heads, tokens).
 template <class CACHE>
 DEVICE void prepare_head(const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm,
-                         const float *cos_sin, const int *positions, float *q_out, typename CACHE::element *k_cache,
+                         const float *cos_sin, const replayed *positions, float *q_out, typename CACHE::element *k_cache,
                          typename CACHE::element *v_cache, int heads, int kv_heads, int dim, int q_stride, int rotary,
                          float eps) {
     __shared__ float values[256];
@@ -106,13 +106,13 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
         sync_block();
         if (i < rotary) {
             const int half = rotary / 2, j = i < half ? i : i - half;
-            const float *turn = cos_sin + ((u64)positions[token] * half + j) * 2;
+            const float *turn = cos_sin + ((u64)now(positions + token) * half + j) * 2;
             x = i < half ? fused(x, turn[0], -(values[i + half] * turn[1]))
                          : fused(x, turn[0], values[i - half] * turn[1]);
         }
     }
     if (i >= dim) return;
-    const u64 place = ((u64)positions[token] * kv_heads + head) * dim + i;
+    const u64 place = ((u64)now(positions + token) * kv_heads + head) * dim + i;
     if (is_query)
         q_out[((u64)token * heads + head) * dim + i] = x;
     else
@@ -122,7 +122,7 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
 #define PREPARE_KERNEL(type)                                                                                          \
     KERNEL(256, attention_prepare_##type)                                                                             \
     (const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm, const float *cos_sin,  \
-     const int *positions, float *q_out, cache_##type::element *k_cache, cache_##type::element *v_cache, int heads,   \
+     const replayed *positions, float *q_out, cache_##type::element *k_cache, cache_##type::element *v_cache, int heads,   \
      int kv_heads, int dim, int q_stride, int rotary, float eps) {                                                    \
         start_kernel();                                                                                               \
         prepare_head<cache_##type>(q, k, v, q_norm, k_norm, cos_sin, positions, q_out, k_cache, v_cache, heads,       \

@@ -67,6 +67,15 @@ DEVICE u32x4 load16_once(const void *p) { return load16(p); }
 DEVICE u32 load4(const void *p) { return *(const GLOBAL_MEMORY u32 *)p; }
 DEVICE u16 load2(const void *p) { return *(const GLOBAL_MEMORY u16 *)p; }
 DEVICE u8 load1(const void *p) { return *(const GLOBAL_MEMORY u8 *)p; }
+// Past every cache, so that the host's stores are seen, and it sees these.
+DEVICE u32 system_load4(const void *p) { return *(const volatile GLOBAL_MEMORY u32 *)p; }
+DEVICE u64 system_load8(const void *p) { return *(const volatile GLOBAL_MEMORY u64 *)p; }
+DEVICE u32x4 system_load16(const void *p) {
+    u32_vector v = *(const volatile GLOBAL_MEMORY u32_vector *)p;
+    return {v.x, v.y, v.z, v.w};
+}
+DEVICE void system_store4(void *p, u32 v) { *(volatile GLOBAL_MEMORY u32 *)p = v; }
+DEVICE void system_store8(void *p, u64 v) { *(volatile GLOBAL_MEMORY u64 *)p = v; }
 DEVICE u32 funnel_right(u32 low, u32 high, int bits) { return __builtin_amdgcn_alignbit(high, low, bits); }
 DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 DEVICE float power_of_2(float x) { return __builtin_exp2f(x); }
@@ -147,6 +156,16 @@ DEVICE u32 fresh4(const void *p) {
     asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
     return v;
 }
+// Past the caches of a multiprocessor, so that the host's stores are seen, and it sees these.
+DEVICE u32 system_load4(const void *p) { return *(const volatile u32 *)p; }
+DEVICE u64 system_load8(const void *p) { return *(const volatile u64 *)p; }
+DEVICE u32x4 system_load16(const void *p) {
+    u32x4 v;
+    asm volatile("ld.volatile.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+DEVICE void system_store4(void *p, u32 v) { *(volatile u32 *)p = v; }
+DEVICE void system_store8(void *p, u64 v) { *(volatile u64 *)p = v; }
 DEVICE u32 funnel_right(u32 low, u32 high, int bits) { return __funnelshift_r(low, high, bits); }
 DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float power_of_2(float x) { return exp2f(x); }
@@ -175,6 +194,13 @@ DEVICE void start_kernel() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+
+// A word of device memory that every replay of a graph changes.  A plain load of a replayed graph may find the last
+// replay's value in a cache (seen on AMD, where uniform loads go through the scalar cache), so only now() reads it.
+struct replayed {
+    u32 word;
+};
+DEVICE u32 now(const replayed *p) { return system_load4(p); }
 
 DEVICE int lane_index() { return thread_index() & 31; }
 DEVICE int warp_index() { return thread_index() >> 5; }

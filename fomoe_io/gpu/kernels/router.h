@@ -13,7 +13,7 @@
 // each pair with the router's pick and the expert that will be computed.  Every word carries the run's number in its
 // upper half, so their order does not matter and nobody waits for a fence.  The host counts the picks of every layer
 // (its policy lives on them) and fetches what is missing.
-DEVICE u64 posted(const u32 *run, u32 value) { return (u64)*run << 32 | value; }
+DEVICE void post_word(void *place, u32 run, u32 value) { system_store8(place, (u64)run << 32 | value); }
 
 // The host's answer: where the missing records have been put, 0 for the others.  `sequence` is written last.
 struct answer {
@@ -27,19 +27,20 @@ struct answer {
 // ids -> records[pair] (0: not on the device), the post, and *misses for the wait.  A whole block calls it.
 // ids: what will be computed; picks: what the router wanted.  Both and record_of may lie in shared memory.
 // run: the number of this replay of the program, which tells one post from the last.
-DEVICE void resolve(const int *ids, const int *picks, const u64 *record_of, u64 *records, volatile u64 *post,
-                    const u32 *run, u32 *misses, int pairs) {
+DEVICE void resolve(const int *ids, const int *picks, const u64 *record_of, u64 *records, u64 *post,
+                    const replayed *run, replayed *misses, int pairs) {
+    const u32 number = now(run);
     float absent = 0.f;
     for (int pair = thread_index(); pair < pairs; pair += ROUTER_THREADS) {
         const u64 record = record_of[ids[pair]];
         records[pair] = record > IN_DRAM ? record : 0;
-        post[1 + pair] = posted(run, (u32)picks[pair] | (u32)ids[pair] << 16);
+        post_word(post + 1 + pair, number, (u32)picks[pair] | (u32)ids[pair] << 16);
         absent += record > IN_DRAM ? 0.f : 1.f;
     }
     absent = block_sum<ROUTER_THREADS / 32>(absent);
     if (thread_index() > 0) return;
-    *misses = (u32)absent;
-    post[0] = posted(run, (u32)absent);
+    misses->word = (u32)absent;
+    post_word(post, number, (u32)absent);
 }
 
 // chosen[0 ..]: where the `wanted` (1 to ROUTER_GROUPS) largest values are, descending, the lower place first where two
@@ -192,16 +193,44 @@ EXPORT_KERNEL(route)
 
 // For many tokens: the picks of all, after route.  Grid (1).
 KERNEL(ROUTER_THREADS, resolve_picks)
-(const int *ids, const u64 *record_of, u64 *records, void *post, const u32 *run, u32 *misses, int pairs) {
+(const int *ids, const u64 *record_of, u64 *records, void *post, const replayed *run, replayed *misses, int pairs) {
     start_kernel();
-    resolve(ids, ids, record_of, records, (volatile u64 *)post, run, misses, pairs);
+    resolve(ids, ids, record_of, records, (u64 *)post, run, misses, pairs);
 }
 EXPORT_KERNEL(resolve_picks)
 
+// The first node of a token's graph: the run's header, and the tables that have changed, from the host's memory into the
+// device's.  A kernel brings them and not a copy, because what a copy has written may be stale for a replayed graph.
+// host_header, changed, host_tables: in host memory; header: header_quads times 16 bytes; changed: a word a layer;
+// tables: [layers][experts].  Grid (header_quads / ROUTER_THREADS up, then layers).
+KERNEL(ROUTER_THREADS, begin_run)
+(const u8 *host_header, u8 *header, const u32 *changed, const u64 *host_tables, u64 *tables, int header_quads, int experts) {
+    start_kernel();
+    const int header_blocks = (header_quads + ROUTER_THREADS - 1) / ROUTER_THREADS, layer = block_x() - header_blocks;
+    if (layer < 0) {
+        const int i = block_x() * ROUTER_THREADS + thread_index();
+        if (i < header_quads) *(u32x4 *)(header + 16 * (u64)i) = system_load16(host_header + 16 * (u64)i);
+        return;
+    }
+    if (!system_load4(changed + layer)) return;
+    u64 values[ROUTER_EXPERTS / ROUTER_THREADS];
+#pragma unroll
+    for (int r = 0; r < ROUTER_EXPERTS / ROUTER_THREADS; ++r) {
+        const int e = thread_index() + ROUTER_THREADS * r;
+        values[r] = e < experts ? system_load8(host_tables + (u64)layer * experts + e) : 0;
+    }
+#pragma unroll
+    for (int r = 0; r < ROUTER_EXPERTS / ROUTER_THREADS; ++r) {
+        const int e = thread_index() + ROUTER_THREADS * r;
+        if (e < experts) tables[(u64)layer * experts + e] = values[r];
+    }
+}
+EXPORT_KERNEL(begin_run)
+
 // Both for one token, in one launch.  Grid (1).
 KERNEL(ROUTER_THREADS, route_and_resolve)
-(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *post, const u32 *run,
- u32 *misses, int experts, int picks, int normalise, float scale) {
+(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *post, const replayed *run,
+ replayed *misses, int experts, int picks, int normalise, float scale) {
     start_kernel();
     __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS];
     __shared__ int block_ids[MOST_PICKS];
@@ -210,15 +239,15 @@ KERNEL(ROUTER_THREADS, route_and_resolve)
     for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e];
     pick(logits, values, block_ids, block_weights, experts, picks, normalise, scale);
     if (i < picks) ids[i] = block_ids[i], weights[i] = block_weights[i];
-    resolve(block_ids, block_ids, table, records, (volatile u64 *)post, run, misses, picks);
+    resolve(block_ids, block_ids, table, records, (u64 *)post, run, misses, picks);
 }
 EXPORT_KERNEL(route_and_resolve)
 
 // For one token after route, where the engine was asked for cache-aware routing: stand-ins by `rule` where run[1] allows
 // them, then records and post.  Grid (1).
 KERNEL(ROUTER_THREADS, substitute_and_resolve)
-(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *post, const u32 *run,
- u32 *misses, const void *rule, int experts, int picks, int normalise) {
+(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *post, const replayed *run,
+ replayed *misses, const void *rule, int experts, int picks, int normalise) {
     start_kernel();
     __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS];
     __shared__ int block_ids[MOST_PICKS], wanted[MOST_PICKS];
@@ -227,9 +256,9 @@ KERNEL(ROUTER_THREADS, substitute_and_resolve)
     for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e], values[e] = logits[e];
     if (i < picks) block_ids[i] = wanted[i] = ids[i], block_weights[i] = weights[i];
     sync_block();
-    if (run[1]) substitute(*(const fomoe_car *)rule, values, table, block_ids, block_weights, experts, picks, normalise);
+    if (now(run + 1)) substitute(*(const fomoe_car *)rule, values, table, block_ids, block_weights, experts, picks, normalise);
     if (i < picks) ids[i] = block_ids[i], weights[i] = block_weights[i];
-    resolve(block_ids, wanted, table, records, (volatile u64 *)post, run, misses, picks);
+    resolve(block_ids, wanted, table, records, (u64 *)post, run, misses, picks);
 }
 EXPORT_KERNEL(substitute_and_resolve)
 
@@ -237,17 +266,18 @@ EXPORT_KERNEL(substitute_and_resolve)
 // the host has answered this run (not at all when nothing was missing), or tells it to stop (then late stays 0, and
 // what is computed from it is NaN).  reply, stop: in host memory.  Grid (1).
 KERNEL(256, wait_for_misses)
-(const u32 *misses, const void *reply, const u32 *run, const u32 *stop, u64 *late, int pairs) {
+(const replayed *misses, const void *reply, const replayed *run, const void *stop, u64 *late, int pairs) {
     start_kernel();
-    const volatile answer *words = (const volatile answer *)reply;
-    const volatile u64 *records = (const volatile u64 *)(words + 1);
-    const bool is_waiting = *misses > 0;
+    const answer *words = (const answer *)reply;
+    const u64 *records = (const u64 *)(words + 1);
+    const bool is_waiting = now(misses) > 0;
+    const u32 number = now(run);
     if (is_waiting && thread_index() == 0) {
-        while (words->sequence != *run && !*(const volatile u32 *)stop) pause_thread();
+        while (system_load4(&words->sequence) != number && !system_load4(stop)) pause_thread();
         fence_system();
     }
     sync_block();
-    const bool is_answered = is_waiting && words->sequence == *run;
-    for (int pair = thread_index(); pair < pairs; pair += 256) late[pair] = is_answered ? records[pair] : 0;
+    const bool is_answered = is_waiting && system_load4(&words->sequence) == number;
+    for (int pair = thread_index(); pair < pairs; pair += 256) late[pair] = is_answered ? system_load8(records + pair) : 0;
 }
 EXPORT_KERNEL(wait_for_misses)

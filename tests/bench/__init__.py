@@ -1,0 +1,1 @@
+"""How fast small pieces are by themselves: `make bench`.  Whole models are measured by the scripts in bench/."""

@@ -1,0 +1,276 @@
+"""What can go wrong between a host and its GPU, on the double: shared queues, stale words, work that never ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fomoe_io import Engine, EngineConfig, _hip
+from fomoe_io.config import Tiers
+from fomoe_io.errors import DeviceError, UsageError
+from fomoe_io.gpu import device
+from fomoe_io.gpu.device import Gpu, Step
+from fomoe_io.gpu.engine import DeviceEngine
+from fomoe_io.session import Session
+from tests.fake_hip.build import Fake, installed_fake
+from tests.tiny_model import Tiny, Type, write_tiny
+
+MODEL = Tiny(
+    layers=3, columns=256, heads=4, kv_heads=2, head_columns=64, rotated=32, key_heads=2, value_heads=4,
+    state_columns=64, experts=16, used=3, hidden=256, shared_hidden=256, weights=Type.Q4_K,
+)  # fmt: skip
+TOKENS = (3, 141, 59, 26, 5, 35)
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
+    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=30) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
+    misuses = fake.misuses()
+    yield
+    _hip.set_patience()
+    fake.fail("", 0)
+    fake.lose(0)
+    fake.hang("", -1)
+    fake.release()
+    assert fake.misuses() == misuses
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("models") / "model.gguf", MODEL, seed=3)
+
+
+def settings(**more: Any) -> EngineConfig:
+    return EngineConfig(**({"context_tokens": 64, "device": "hip", "batch_tokens": 4} | more))
+
+
+def opened(model: Path, **more: Any) -> Engine:
+    return Engine.open(model, settings(**({"tiers": Tiers(0.19, 0.2)} | more)))
+
+
+def decoded(session: Session) -> np.ndarray:
+    return np.stack([session.decode(token).copy() for token in TOKENS])
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, fake: Fake) -> np.ndarray:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(device.PROVIDERS, "hip", ("hip",))
+        with Engine.open(model, settings()) as engine:
+            return decoded(engine.session())
+
+
+# ---- the double itself ----
+
+
+def test_streams_of_a_priority_share_queues(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_HIP_QUEUES", "1")
+    gpu = Gpu("hip")
+    other, urgent = gpu.new_stream(), gpu.new_stream(is_urgent=True)
+    memory, host = gpu.allocate(64), np.ones(64, np.uint8)
+    events = [gpu.event() for _ in range(2)]
+    launch = gpu.prepare("quantize_q8", (1, 1, 1), memory, gpu.allocate(320), 16)  # kept: freeing would wait
+    fake.hang("hipModuleLaunchKernel")
+    launch.run(gpu.stream)
+    for stream, event in zip((other, urgent), events, strict=True):
+        stream.copy_in(memory.pointer, host.ctypes.data, 64)
+        stream.record(event)
+    urgent.synchronize()
+    time.sleep(0.05)
+    assert [event.is_done() for event in events] == [False, True]
+    fake.release()
+    other.synchronize()
+    gpu.stream.synchronize()
+
+
+def test_branches_of_a_graph_run_beside_each_other(fake: Fake) -> None:
+    """One waits for a word that the other writes behind it."""
+    gpu = Gpu("hip")
+    words = np.frombuffer(bytearray(4096 * 2), np.uint32)
+    registration = gpu.register(words)
+    misses, run, late = gpu.upload(np.ones(1, np.uint32)), gpu.upload(np.full(1, 7, np.uint32)), gpu.allocate(8)
+    table, changed = gpu.upload(np.array([7, 0, 0, 0], np.uint32)), gpu.allocate(64)
+    pointer = registration.pointer
+    first = gpu.prepare("quantize_q8", (1, 1, 1), changed, gpu.allocate(64), 16)
+    wait = gpu.prepare("wait_for_misses", (1, 1, 1), misses, table, run, pointer, late, 1)
+    graph = gpu.capture_steps([Step(first, forks=True), Step(wait, beside=True), Step(first), Step(first, joins=True)])
+    graph.launch(gpu.stream)
+    gpu.stream.synchronize()
+    registration.close()
+
+
+def test_a_graph_reads_past_its_caches_what_was_copied_in(fake: Fake) -> None:
+    """Of the header that a copy brings just before a replay, only now() sees the new words."""
+    gpu = Gpu("hip")
+    host = np.frombuffer(bytearray(4096), np.uint32).copy()
+    registration = gpu.register(host)
+    words, stale = gpu.upload(np.zeros(64, np.uint32)), gpu.allocate(256)
+    begin = gpu.prepare("begin_run", (1, 1, 1), words, stale, None, None, None, 16, 0)
+    x, y = gpu.upload(np.zeros(64, np.float32)), gpu.allocate(256)
+    copied = gpu.prepare("silu_mul", (1, 1, 1), x, x, y, gpu.allocate(96), 64)
+    graph = gpu.capture([begin, copied])
+    host[:64] = 5
+    gpu.stream.copy_in(words.pointer, host.ctypes.data, 256)
+    values = np.full(64, 3, np.float32)
+    gpu.stream.copy_in(x.pointer, values.ctypes.data, 256)
+    graph.launch(gpu.stream)
+    assert gpu.download(stale, (64,), np.uint32).tolist() == [5] * 64
+    assert not gpu.download(y, (64,), np.float32).any()
+    graph.launch(gpu.stream)
+    assert gpu.download(y, (64,), np.float32).all()
+    registration.close()
+
+
+def test_another_thread_makes_the_device_its_own(fake: Fake) -> None:
+    gpu = Gpu("hip")
+    found: list[bool] = []
+
+    def work() -> None:
+        event = gpu.event()
+        gpu.stream.record(event)
+        gpu.stream.wait(event)
+        event.synchronize()
+        gpu.stream.synchronize()
+        found.append(event.is_done() and gpu.stream.is_done())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+# ---- the engine ----
+
+
+@pytest.mark.parametrize("queues", [1, 2, 4])
+@pytest.mark.parametrize("two_branches", [False, True])
+def test_copies_pass_a_graph_that_waits_for_them(
+    model: Path, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch, queues: int, two_branches: bool
+) -> None:
+    """However few hardware queues there are: the copies' streams have a priority, and so queues, of their own."""
+    monkeypatch.setenv("FAKE_HIP_QUEUES", str(queues))
+    monkeypatch.setattr(DeviceEngine, "two_branches", two_branches)
+    with opened(model) as engine:
+        np.testing.assert_array_equal(decoded(engine.session()), expected)
+
+
+def test_hip_gets_one_branch(model: Path) -> None:
+    with opened(model) as engine:
+        assert isinstance(engine, DeviceEngine)
+        assert not engine.has_two_branches
+
+
+@pytest.mark.parametrize(
+    ("call", "after"), [("hipGraphLaunch", 1), ("hipMemcpyDtoHAsync", 1), ("hipStreamSynchronize", 2)]
+)
+def test_what_a_failed_run_has_not_brought_is_brought_again(
+    model: Path, fake: Fake, expected: np.ndarray, call: str, after: int
+) -> None:
+    """Tables count as sent when the run that fetches them succeeds, and no run begins before the last has ended."""
+    with opened(model, tiers=Tiers(0.5, 0.0)) as engine:
+        session = engine.session()
+        fake.fail(call, 719, after)
+        with pytest.raises(DeviceError, match=call):
+            for token in (*TOKENS, *TOKENS):
+                session.decode(token)
+        session.reset()
+        np.testing.assert_array_equal(decoded(session), expected)
+
+
+@pytest.mark.parametrize("call", ["hipMemcpyHtoDAsync", "hipMemcpyDtoHAsync", "hipEventRecord", "hipGraphLaunch"])
+@pytest.mark.parametrize("reads", ["tokens", "a prompt"])
+def test_work_that_never_ends_is_an_error_in_one_line(model: Path, fake: Fake, call: str, reads: str) -> None:
+    if (call, reads) == ("hipGraphLaunch", "a prompt"):
+        pytest.skip("prompts launch no graph")
+    engine = opened(model)
+    session = engine.session()
+    session.prefill([7, 8])
+    _hip.set_patience(0.4)
+    fake.hang(call, 2)
+    started = time.monotonic()
+    with pytest.raises(DeviceError, match=r"has not answered for 0\.4 s") as caught:
+        if reads == "tokens":
+            for token in (*TOKENS, *TOKENS):
+                session.decode(token)
+        else:
+            session.prefill(np.arange(40))
+    assert time.monotonic() - started < 20
+    assert "fomoe-doctor --gpu" in (caught.value.hint or "") and "\n" not in caught.value.message
+    with pytest.raises(UsageError, match="stopped in the middle"):
+        session.decode(1)
+    engine.close()  # what the device may still use stays where it is
+    fake.release()
+
+
+@pytest.mark.parametrize("reads", ["a token", "a prompt"])
+def test_an_interrupt_ends_a_wait(model: Path, fake: Fake, expected: np.ndarray, reads: str) -> None:
+    """Within a second; the session must be reset, and the engine goes on."""
+    with opened(model) as engine:
+        session = engine.session()
+        session.decode(7)
+        fake.hang("hipGraphLaunch" if reads == "a token" else "hipModuleLaunchKernel")
+        began: list[float] = []
+
+        def interrupt() -> None:
+            began.append(time.monotonic())
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.1)
+            fake.release()
+
+        timer = threading.Timer(0.3, interrupt)
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            if reads == "a token":
+                session.decode(8)
+            else:
+                session.prefill([8, 9, 10])
+        assert time.monotonic() - began[0] < 2  # one, and a loaded machine
+        timer.join()
+        assert session.is_broken
+        session.reset()
+        np.testing.assert_array_equal(decoded(session), expected)
+
+
+def test_a_lost_device_is_closed_without_an_error(model: Path, fake: Fake) -> None:
+    engine = opened(model)
+    session = engine.session()
+    session.decode(7)
+    fake.lose()
+    with pytest.raises(DeviceError, match="719"):
+        session.decode(8)
+    engine.close()
+    engine.close()
+
+
+def test_a_failed_query_is_not_a_finished_copy(model: Path, fake: Fake) -> None:
+    with opened(model) as engine:
+        session = engine.session()
+        session.decode(7)
+        fake.fail("hipEventQuery", 719)
+        with pytest.raises(DeviceError, match="hipEventQuery"):
+            for token in (*TOKENS, *TOKENS):
+                session.decode(token)
+
+
+def test_an_engine_serves_any_thread(model: Path, expected: np.ndarray) -> None:
+    with opened(model) as engine:
+        session, found = engine.session(), []
+        thread = threading.Thread(
+            target=lambda: found.extend([session.prefill([1, 2]), session.reset(), decoded(session)])
+        )
+        thread.start()
+        thread.join()
+        np.testing.assert_array_equal(found[-1], expected)
