@@ -15,6 +15,7 @@ from fomoe_io.serve.jobs import Run, Work
 from fomoe_io.serve.sampling import Choosing
 from fomoe_io.serve.schema import Sampled
 from fomoe_io.serve.settings import MOST_CHOICES, MOST_MESSAGES, MOST_REPORTED, ServeConfig
+from fomoe_io.storage.metadata import Metadata
 from fomoe_io.text.chat import TEMPLATE_KEY, ChatTemplate
 
 CHATML = (
@@ -56,7 +57,6 @@ class Prompts:
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
         self._config = config
         self.tokenizer = engine.tokenizer
-        self.metadata: Mapping[str, Any] = engine.metadata
         self.shape = engine.shape
         self.context_tokens = engine.context_tokens
         self.aliases = [name for name in (config.alias or "").split(",") if name] or [engine.model_name]
@@ -66,7 +66,7 @@ class Prompts:
             "" if token is None else self.tokenizer.token_text(token)
             for token in (self.tokenizer.bos_id, self.tokenizer.eos_id)
         )
-        self.template_source = config.chat_template or self.metadata.get(TEMPLATE_KEY) or CHATML
+        self.template_source = config.chat_template or Metadata(engine.metadata).text(TEMPLATE_KEY, "") or CHATML
         try:
             self._template = ChatTemplate(self.template_source, bos_text=self.bos_text, eos_text=self.eos_text)
         except FormatError as error:

@@ -11,7 +11,8 @@ def split(text: str, size: int, **options: bool) -> tuple[str, str]:
     splitter = ThoughtSplitter(**options)
     parts = [part for i in range(0, len(text), size) for part in splitter.add(text[i : i + size])] + splitter.finish()
     assert all(part.text for part in parts)
-    return tuple("".join(part.text for part in parts if part.kind == kind) for kind in ("thought", "text"))  # type: ignore[return-value]
+    thought, said = ("".join(part.text for part in parts if part.kind == kind) for kind in ("thought", "text"))
+    return thought, said
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
