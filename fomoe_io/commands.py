@@ -46,6 +46,11 @@ def run() -> int:
     return _start("fomoe_io.cli.run")
 
 
+def serve() -> int:
+    """fomoe-serve"""
+    return _start("fomoe_io.cli.serve")
+
+
 def ppl() -> int:
     """fomoe-ppl"""
     return _start("fomoe_io.cli.ppl")

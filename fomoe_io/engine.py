@@ -81,6 +81,7 @@ class Engine:
     def __init__(self, store: Store, config: EngineConfig) -> None:
         started = time.monotonic()
         self.gate = Gate()
+        self.kept_counts: dict[int, np.ndarray] = {}  # what a learned profile has of this run already
         self.store = store
         self.config = config
         self._kernels = dot_library.open_kernels(config.kernels)

@@ -250,6 +250,7 @@ def _interactive(engine: Engine, options: argparse.Namespace) -> None:
                 _turn(conversation, chat, sampler, line, options)
             except FomoeError as error:  # the question is not part of the conversation, which goes on
                 print(f"fomoe-run: {error}", file=sys.stderr)
+            _keep_profile(engine)  # now: AMD's runtime aborts the process when its device is lost
     if options.json:
         write_json(options.json, engine.statistics())
 

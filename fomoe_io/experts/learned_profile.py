@@ -114,7 +114,7 @@ def merged(old: Profile | None, counts: dict[int, np.ndarray], tokens: int, stor
 
 
 def save(engine: Engine, wanted: Path | Literal["learned"]) -> int:
-    """Add what the engine's router has picked since it was opened to a profile; the tokens behind it, 0 for no file.
+    """Add what the engine's router has picked, since this was last done, to a profile; the tokens behind it, 0: none.
 
     The file is read again, so that a run that ended meanwhile is not lost, and replaced whole.
 
@@ -125,7 +125,8 @@ def save(engine: Engine, wanted: Path | Literal["learned"]) -> int:
     OSError
         It can't be written.
     """
-    counts, store = engine.expert_counts(), engine.store
+    seen, store = engine.expert_counts(), engine.store
+    counts = {layer: picks - engine.kept_counts.get(layer, 0) for layer, picks in seen.items()}
     tokens = max(int(picks.sum()) for picks in counts.values()) // engine.shape.used
     if not tokens:
         return 0
@@ -135,4 +136,5 @@ def save(engine: Engine, wanted: Path | Literal["learned"]) -> int:
         return 0
     path.parent.mkdir(parents=True, exist_ok=True)
     profile.save(path)
+    engine.kept_counts = seen
     return profile.tokens

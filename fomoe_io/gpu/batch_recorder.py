@@ -20,7 +20,7 @@ from fomoe_io.gpu.arena import (
     Memory,
 )
 from fomoe_io.gpu.kernels import up
-from fomoe_io.gpu.recorder import ATTENTION_TOKENS, DeviceRecorder
+from fomoe_io.gpu.recorder import DeviceRecorder
 
 LOGITS_TOKENS = kernels.TILE_TOKENS
 """Tokens whose logits are computed at once: one reading of the output matrix."""
@@ -140,10 +140,10 @@ class BatchRecorder(DeviceRecorder):
     ) -> None:  # fmt: skip
         """A few tokens at a time: the parts that are merged take room for each position range."""
         splits = kernels.attention_splits(context)
-        parts = self._attention_parts(heads * splits * (head_columns + 2))
+        parts, most = self._attention_parts(heads * splits * (head_columns + 2))
         turned = self._rotated_query[query.address]
-        for first in range(0, self.tokens, ATTENTION_TOKENS):
-            tokens, positions = min(ATTENTION_TOKENS, self.tokens - first), self.positions + 4 * first
+        for first in range(0, self.tokens, most):
+            tokens, positions = min(most, self.tokens - first), self.positions + 4 * first
             self._add(
                 f"attention_f32_{head_columns}", kernels.attention_grid(heads, kv_heads, splits, tokens),
                 turned.address + first * turned.stride_bytes, key_cache, value_cache, positions, parts, heads, kv_heads,

@@ -7,7 +7,7 @@ import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -158,10 +158,11 @@ class DeviceEngine(Engine):
 
     # ---- memory ----
 
-    def _recordings(self, addresses: Addresses) -> Recordings:
-        """The model at these addresses, for a token and for batches."""
+    def _recordings(self, addresses: Addresses, context_tokens: int | None = None) -> Recordings:
+        """The model at these addresses, for a token and for batches; `context_tokens`: of another length."""
         product_bytes = WORKSPACE_BYTES + self._scratch_bytes if self._has_products else 0
-        return Recordings(self._source, self._batch_tokens, product_bytes, addresses)
+        source = self._source if context_tokens is None else replace(self._source, context_tokens=context_tokens)
+        return Recordings(source, self._batch_tokens, product_bytes, addresses)
 
     def _find_products(self) -> bool:
         """Whether the vendor's library of matrix products can be used."""
@@ -210,8 +211,8 @@ class DeviceEngine(Engine):
             smallest += spares * sum(sizes[VRAM] for sizes in size_classes(self._records))
             raise BudgetError(
                 f"a device budget of {format_bytes(limit)} is too small for {self.model_name} with batches of "
-                f"{self._batch_tokens} tokens",
-                hint=f"--vram {-(-smallest // (1 << 20)) + 1}M",
+                f"{self._batch_tokens} tokens and a context of {self.context_tokens}",
+                hint=self._what_fits(sum(fixed), smallest, limit, free),
             )
         table = np.zeros((s.layers, 2), np.int32)
         for layer, count in slots.items():
@@ -223,6 +224,17 @@ class DeviceEngine(Engine):
             workspace_bytes=fixed[1] + host_bytes, vram_pool_bytes=pools[0], pool_bytes=pools[1],
             batch_tokens=self._batch_tokens, slots=table, spares=(spares, 2 * s.used),
         )  # fmt: skip
+
+    def _what_fits(self, fixed: int, smallest: int, limit: int, free: int) -> str:
+        """What to ask for instead: more memory where there is some, else the longest context that fits."""
+        if smallest <= free - (1 << 20):
+            return f"--vram {-(-smallest // (1 << 20)) + 1}M"
+        context = self.context_tokens
+        while context > 256:
+            context = context * 7 // 8 // 256 * 256
+            if context and smallest - fixed + sum(self._recordings(Addresses(), context).fixed_bytes) <= limit:
+                return f"-c {context}"
+        return "-b 32 -c 1024, or --device cpu"
 
     def _share_host_memory(self, table: np.ndarray, sketch: Recordings, spares: int) -> tuple[int, int]:
         """Fill in the DRAM slots; returns the budget and what the words shared with the device take."""

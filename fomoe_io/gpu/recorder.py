@@ -27,8 +27,9 @@ from fomoe_io.gpu.kernels import up
 if TYPE_CHECKING:
     from fomoe_io.models.rope import Rope
 
-ATTENTION_TOKENS = 8
-"""Tokens of a batch whose attention is computed at once: what each position range found is kept until it is merged."""
+ATTENTION_TOKENS, ATTENTION_BYTES = 8, 256 << 20
+"""Tokens of a batch whose attention is computed at once, and room for what each position range has found until it is
+merged: a long context takes fewer tokens at once, down to one."""
 
 CAR_BYTES = ctypes.sizeof(NativeCar)
 """gpu/kernels/car_rule.h, fomoe_car."""
@@ -251,7 +252,7 @@ class DeviceRecorder:
     ) -> None:  # fmt: skip
         """output = softmax(q k^T / sqrt(d)) v, times sigmoid(gate) where the query rows carry one."""
         splits = kernels.attention_splits(context)
-        parts = self._attention_parts(heads * splits * (head_columns + 2))
+        parts = self._attention_parts(heads * splits * (head_columns + 2))[0]
         self._add(
             f"attention_f32_{head_columns}", kernels.attention_grid(heads, kv_heads, splits, self.tokens),
             self._rotated_query[query.address].address, key_cache, value_cache, self.positions, parts, heads, kv_heads,
@@ -263,9 +264,10 @@ class DeviceRecorder:
             head_columns, splits, query_stride,
         )  # fmt: skip
 
-    def _attention_parts(self, floats: int) -> int:
-        """Room for the parts of some tokens: as many as a launch of a batch has."""
-        return self.memory.words("attention", 4 * floats * min(self.memory.batch_tokens, ATTENTION_TOKENS))
+    def _attention_parts(self, floats: int) -> tuple[int, int]:
+        """Room for the parts of some tokens, and how many: those of a launch of a batch."""
+        most = max(1, min(self.memory.batch_tokens, ATTENTION_TOKENS, ATTENTION_BYTES // (4 * floats)))
+        return self.memory.words("attention", 4 * floats * most), most
 
     # ---- gated delta rule ----
 

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import mmap
 import os
+import stat
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -407,7 +408,7 @@ def _try_mode(files: ReadFiles, mode: str) -> None:
         for file in [files.drives.index(drive) for drive in range(files.drive_count)]:
             if not files.sizes[file]:
                 continue
-            has_drive = os.major(os.fstat(files.descriptors[file]).st_dev) != 0
+            has_drive = _has_drive(files.descriptors[file])
             size = files.block_bytes if has_drive else TRIED_BYTES
             read, done = _Read(0, 0, memory.address, size, file, 0), _Completion()
             code = table.submit(table.self, ctypes.addressof(read), 1)
@@ -416,18 +417,28 @@ def _try_mode(files: ReadFiles, mode: str) -> None:
                 code = done.error if count > 0 else count
             if -code in UNSUPPORTED:
                 raise OSError(-code, f"io_uring ({mode}) is not available: {os.strerror(-code)}")
-            if not code and not has_drive and memory.view[: files.sizes[file]] != _first_bytes(files.paths[file], size):
+            expected = None if code or has_drive else _first_bytes(files.paths[file], size)
+            if expected is not None and memory.view[: files.sizes[file]] != expected:
                 raise OSError(errno.EILSEQ, f"io_uring ({mode}) returns wrong bytes from {files.paths[file]}")
     finally:
         native.close()
 
 
-def _first_bytes(path: str, size: int) -> bytes:
-    """Of a file, read in the plainest way."""
+def _has_drive(descriptor: int) -> bool:
+    """Whether a file is a block device or lies on one: others have a major number of 0."""
+    status = os.fstat(descriptor)
+    return stat.S_ISBLK(status.st_mode) or os.major(status.st_dev) != 0
+
+
+def _first_bytes(path: str, size: int) -> bytes | None:
+    """Of a file, read in the plainest way; None where that fails."""
     data = b""
-    with Path(path).open("rb", buffering=0) as stream:
-        while len(data) < size and (more := os.pread(stream.fileno(), size - len(data), len(data))):
-            data += more
+    try:
+        with Path(path).open("rb", buffering=0) as stream:
+            while len(data) < size and (more := os.pread(stream.fileno(), size - len(data), len(data))):
+                data += more
+    except OSError:
+        return None
     return data
 
 

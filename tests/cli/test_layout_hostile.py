@@ -273,10 +273,10 @@ def test_an_unfinished_pack_keeps_its_striping(model: Path, tmp_path: Path, monk
     command = ["pack", str(model), "--to", str(tmp_path / "a"), "--to", str(tmp_path / "b")]
     with monkeypatch.context() as patch:
         one_thread_small_runs(patch)
-        patch.setattr(target_tools, "stripe_weights", lambda *_: (3, 1))
+        patch.setattr(target_tools, "stripe_weights", lambda *_, **__: (3, 1))
         Writes(patch, 12, OSError(errno.EIO, "Input/output error"))
         assert main(command) == 1
-    monkeypatch.setattr(target_tools, "stripe_weights", lambda *_: (1, 7))
+    monkeypatch.setattr(target_tools, "stripe_weights", lambda *_, **__: (1, 7))
     writes = Writes(monkeypatch)
     assert main(command) == 0
     assert 0 < writes.bytes < sum(path.stat().st_size for path in tmp_path.glob("[ab]/*.bin"))
@@ -292,7 +292,7 @@ def test_drives_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     mount(["-t", "tmpfs", "-o", "size=40M", "tmpfs"], tmp_path / "other")
     try:
         rates = {tmp_path / "one": (1e9, 2e9), tmp_path / "other": (1e9, 8e9)}
-        monkeypatch.setattr(target_tools, "probe", rates.__getitem__)
+        monkeypatch.setattr(target_tools, "probe", lambda target, **_: rates[target])
         assert target_tools.stripe_weights(list(rates)) == (2, 8)
         assert target_tools.stripe_weights([tmp_path / "one", tmp_path / "two"]) == (1, 1)
         slow, fast = (

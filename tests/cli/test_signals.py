@@ -131,7 +131,7 @@ def test_entry_points_are_those_of_the_package() -> None:
     names = [
         line.split('"')[1] for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("fomoe-")
     ]
-    assert len(names) == 5
+    assert len(names) == 6
     for name in names:
         module, function = name.split(":")
         assert module == "fomoe_io.commands" and callable(getattr(commands, function))

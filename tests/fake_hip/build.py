@@ -16,13 +16,16 @@ from tests.gpu_shim.cpu_kernels import build as build_kernels
 
 KINDS = ("buffers", "registrations", "streams", "events", "modules", "graphs", "blas")
 
+_BUILT: list[Path] = []
+"""The ROCM_PATH of this process: a device's library is bound once, as long as anything of it is alive."""
+
 
 class Fake:
     """The double's own knobs."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.library = ctypes.CDLL(str(path / "lib" / "libamdhip64.so"))
+    def __init__(self, path: Path, rocm: Path | None = None) -> None:
+        self.path, self.rocm = path, rocm or path
+        self.library = ctypes.CDLL(str(self.rocm / "lib" / "libamdhip64.so"))
         self.library.fake_hip_live.restype = self.library.fake_hip_misuses.restype = ctypes.c_long
 
     def fail(self, call: str, code: int, after: int = 0) -> None:
@@ -54,8 +57,10 @@ class Fake:
 @contextmanager
 def installed_fake(folder: Path, *, delay_us: int) -> Iterator[Fake]:
     """The double built in a folder, and the environment that makes it the ROCm of this process."""
+    if not _BUILT or not _BUILT[0].exists():
+        _BUILT[:] = [build(folder)]
     values = {
-        "ROCM_PATH": str(build(folder)),
+        "ROCM_PATH": str(_BUILT[0]),
         "FAKE_HIP_CODE": str(build_kernels(folder)),
         "FAKE_HIP_DELAY": str(delay_us),
         "FOMOE_CACHE": str(folder / "cache"),
@@ -63,7 +68,7 @@ def installed_fake(folder: Path, *, delay_us: int) -> Iterator[Fake]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
             patch.setenv(name, value)
-        yield Fake(folder)
+        yield Fake(folder, _BUILT[0])
 
 
 def build(folder: Path) -> Path:

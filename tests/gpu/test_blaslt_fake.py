@@ -109,7 +109,7 @@ def test_hip_pythons_own_entry_points_are_used(fake: Fake, monkeypatch: pytest.M
 
 @pytest.mark.skipif(PROVIDER != "hip", reason="hip-python has no missing entry points")
 def test_a_library_that_is_too_old(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "rocm_libraries", lambda name: [str(fake.path / "lib" / "libamdhip64.so")])
+    monkeypatch.setattr(compiler, "rocm_libraries", lambda name: [str(fake.rocm / "lib" / "libamdhip64.so")])
     with pytest.raises(DeviceError, match="has no hipblasLtCreate: the library is too old"):
         open_blas("hip")
 

@@ -14,10 +14,14 @@ import pytest
 
 from fomoe_io import Engine, EngineConfig, _hip
 from fomoe_io.config import Tiers
-from fomoe_io.errors import DeviceError, UsageError
+from fomoe_io.errors import BudgetError, DeviceError, UsageError
+from fomoe_io.experts import learned_profile
+from fomoe_io.experts.profile import Profile
 from fomoe_io.gpu import device
 from fomoe_io.gpu.device import Gpu, Step
 from fomoe_io.gpu.engine import DeviceEngine
+from fomoe_io.gpu.recorder import ATTENTION_BYTES
+from fomoe_io.gpu.recordings import Addresses
 from fomoe_io.session import Session
 from tests.fake_hip.build import Fake, installed_fake
 from tests.tiny_model import Tiny, Type, write_tiny
@@ -39,12 +43,17 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
 def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
     misuses = fake.misuses()
+    abandoned: list[object] = []
+    monkeypatch.setattr(_hip, "abandon", lambda *things: abandoned.extend(things))
     yield
     _hip.set_patience()
     fake.fail("", 0)
     fake.lose(0)
     fake.hang("", -1)
     fake.release()
+    if abandoned:  # here what hung goes on, and is given back after all
+        _hip.synchronize(0)
+        abandoned.clear()
     assert fake.misuses() == misuses
 
 
@@ -167,6 +176,25 @@ def test_copies_pass_a_graph_that_waits_for_them(
         np.testing.assert_array_equal(decoded(engine.session()), expected)
 
 
+def test_on_ordinary_streams_they_would_not(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer waits for is copied by a stream whose queue the layer holds up: it ends as an error, not never."""
+    monkeypatch.setenv("FAKE_HIP_QUEUES", "1")
+    monkeypatch.setattr(Gpu, "new_stream", lambda gpu, is_urgent=False: _hip.Stream(gpu.info.ordinal))
+    with opened(model) as engine:
+        session = engine.session()
+        _hip.set_patience(0.5)
+        with pytest.raises(DeviceError, match="has not answered"):
+            for token in TOKENS:
+                session.decode(token)
+        _hip.set_patience()
+
+
+@pytest.mark.parametrize("name", ["gpu", "hip:", "hip:x", "hip:-1", "cpu:0", "auto:1", "cuda:1,2"])
+def test_what_names_no_device_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="names no device"):
+        EngineConfig(device=name)
+
+
 def test_hip_gets_one_branch(model: Path) -> None:
     with opened(model) as engine:
         assert isinstance(engine, DeviceEngine)
@@ -263,6 +291,41 @@ def test_a_failed_query_is_not_a_finished_copy(model: Path, fake: Fake) -> None:
         with pytest.raises(DeviceError, match="hipEventQuery"):
             for token in (*TOKENS, *TOKENS):
                 session.decode(token)
+
+
+def test_a_context_that_no_device_holds_names_one_that_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu("hip")
+    used = gpu.info.memory_bytes - gpu.free_bytes()  # left behind by what hung
+    monkeypatch.setenv("FAKE_HIP_MEMORY", str(used + (160 << 20)))
+    with pytest.raises(BudgetError, match="a context of 1000000") as caught:
+        Engine.open(model, settings(context_tokens=1_000_000))
+    hint = caught.value.hint or ""
+    assert hint.startswith("-c ")
+    with Engine.open(model, settings(context_tokens=int(hint.removeprefix("-c ")))) as engine:
+        assert engine.context_tokens > 1024
+
+
+def test_attention_of_a_long_context_takes_bounded_room(model: Path) -> None:
+    with opened(model) as engine:
+        assert isinstance(engine, DeviceEngine)
+        sizes = [sum(engine._recordings(Addresses(), context_tokens=n).fixed_bytes[1:2]) for n in (1 << 20, 2 << 20)]
+    rope = 4 * 32 * (1 << 20)
+    assert sizes[1] - sizes[0] - rope < ATTENTION_BYTES
+
+
+def test_what_the_router_picked_is_kept_once(model: Path, tmp_path: Path) -> None:
+    """A profile may be saved after each answer: a device that is lost later may take the process with it."""
+    kept = tmp_path / "kept.json"
+    with opened(model) as engine:
+        session = engine.session()
+        for token in TOKENS:
+            session.decode(token)
+            learned_profile.save(engine, kept)
+        counts = engine.expert_counts()
+        found = Profile.load(kept)
+    assert found.tokens == len(TOKENS)
+    for layer, picks in counts.items():
+        np.testing.assert_array_equal(found.counts[layer], picks)
 
 
 def test_an_engine_serves_any_thread(model: Path, expected: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from fomoe_io import _hip
 from fomoe_io.errors import DeviceError
 from fomoe_io.gpu import compiler, kernels
 
-AMD = ("gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1200")
+AMD = ("gfx90a", "gfx942", "gfx1030", "gfx1100", "gfx1200", "gfx1201")
 
 
 def clang() -> str:

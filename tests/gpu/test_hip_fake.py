@@ -76,7 +76,7 @@ def test_a_library_is_bound_once_and_replaced_only_when_nothing_is_open(
     provider: str, fake: Fake, tmp_path: Path
 ) -> None:
     gpu = Gpu("hip")
-    copy = shutil.copy(fake.path / "lib" / "libamdhip64.so", tmp_path / "other.so")
+    copy = shutil.copy(fake.rocm / "lib" / "libamdhip64.so", tmp_path / "other.so")
     other = _hip.open_library([str(copy)])
     fake.fail("hipInit", 1)  # whoever starts the driver again would hear of it
     try:

@@ -212,7 +212,11 @@ KERNEL(ROUTER_THREADS, begin_run)
         if (i < header_quads) *(u32x4 *)(header + 16 * (u64)i) = system_load16(host_header + 16 * (u64)i);
         return;
     }
-    if (!system_load4(changed + layer)) return;
+    // one thread asks: a volatile load is a transfer over the link of its own, 512 of the same word took 16 us a layer
+    __shared__ u32 is_changed;
+    if (thread_index() == 0) is_changed = system_load4(changed + layer);
+    sync_block();
+    if (!is_changed) return;
     u64 values[ROUTER_EXPERTS / ROUTER_THREADS];
 #pragma unroll
     for (int r = 0; r < ROUTER_EXPERTS / ROUTER_THREADS; ++r) {

@@ -1,0 +1,207 @@
+"""What the dialects have in common: events of a job become an answer, and an answer becomes JSON."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+
+from fomoe_io.serve.errors import ApiError
+from fomoe_io.serve.jobs import Ended, Event, Piece, Progress, Started, StopType, Timings, Work
+from fomoe_io.serve.sampling import Probability
+from fomoe_io.serve.thoughts import Part, ThoughtSplitter
+from fomoe_io.text.tokenizer import Tokenizer
+
+_ENCODER = msgspec.json.Encoder()
+FINGERPRINT = "fomoe_io"
+NO_TIMINGS = Timings(0, 0, 0.0, 0, 0.0)
+
+
+def to_json(value: Any) -> bytes:
+    """JSON; what is not finite becomes null."""
+    return _ENCODER.encode(value)
+
+
+def server_sent(value: Any, event: str | None = None) -> bytes:
+    """A server-sent event."""
+    head = b"" if event is None else b"event: " + event.encode() + b"\n"
+    return head + b"data: " + to_json(value) + b"\n\n"
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody else has."""
+    return prefix + secrets.token_hex(16)
+
+
+@dataclass(slots=True)
+class Answer:
+    """One answer as far as it has come."""
+
+    index: int
+    prompt_tokens: int
+    cached_tokens: int
+    text: str = ""
+    thoughts: str = ""
+    thought_tokens: int = 0
+    tokens: list[int] = field(default_factory=list)
+    probabilities: list[Probability] = field(default_factory=list)
+    stop_type: StopType = "limit"
+    stop_text: str = ""
+    timings: Timings = NO_TIMINGS
+
+    @property
+    def finish_reason(self) -> str:
+        """In OpenAI's words."""
+        return "length" if self.stop_type == "limit" else "stop"
+
+
+class Format(NamedTuple):
+    """What an answer's form depends on beside the dialect.
+
+    Attributes
+    ----------
+    model : str
+    tokenizer : Tokenizer
+    is_thinking, splits_thoughts : bool
+    has_progress, has_timings : bool
+        In the stream: `return_progress` and `timings_per_token`.
+    has_usage : bool
+        In the stream.
+    """
+
+    model: str
+    tokenizer: Tokenizer
+    is_thinking: bool = False
+    splits_thoughts: bool = False
+    has_progress: bool = False
+    has_timings: bool = False
+    has_usage: bool = False
+    choices: int = 1
+
+
+class Dialect(ABC):
+    """Writes one request's answers; `frames` while they come, or `document` at the end."""
+
+    def __init__(self, form: Format, *, is_stream: bool) -> None:
+        self.form = form
+        self.is_stream = is_stream
+        self.created = int(time.time())
+        self.answers: list[Answer] = []
+
+    def frames(self, event: Event) -> bytes:
+        """Take an event; what a stream says to it."""
+        written: Iterable[bytes] = ()
+        if isinstance(event, Started):
+            self._splitter = ThoughtSplitter(is_thinking=self.form.is_thinking, splits=self.form.splits_thoughts)
+            self.answers.append(Answer(event.run, event.prompt_tokens, event.cached_tokens))
+            written = self.started(self.answers[-1])
+        elif isinstance(event, Progress):
+            written = self.progress(self.answers[-1], event) if self.form.has_progress else ()
+        elif isinstance(event, Piece):
+            written = self.piece(self.answers[-1], event, self._collect(event))
+        elif isinstance(event, Ended):
+            answer, parts = self.answers[-1], self._splitter.finish()
+            _append(answer, parts)
+            answer.stop_type, answer.stop_text, answer.timings = event.stop_type, event.stop_text, event.timings
+            written = self.ended(answer, parts)
+        return b"".join(written) if self.is_stream else b""
+
+    def _collect(self, piece: Piece) -> Sequence[Part]:
+        answer, was_thinking = self.answers[-1], self._splitter.is_thinking
+        parts = self._splitter.add(piece.text)
+        _append(answer, parts)
+        if piece.token >= 0:
+            answer.tokens.append(piece.token)
+            answer.thought_tokens += was_thinking or self._splitter.is_thinking
+        if piece.probability is not None and not self.is_stream:
+            answer.probabilities.append(piece.probability)
+        answer.timings = piece.timings
+        return parts
+
+    # ---- what a stream says; called only in order, and lazily ----
+
+    def started(self, answer: Answer) -> Iterable[bytes]:
+        """An answer's prompt has come to the engine."""
+        return ()
+
+    def progress(self, answer: Answer, progress: Progress) -> Iterable[bytes]:
+        """A piece of a prompt was read."""
+        return ()
+
+    @abstractmethod
+    def piece(self, answer: Answer, piece: Piece, parts: Sequence[Part]) -> Iterable[bytes]:
+        """A token came."""
+
+    @abstractmethod
+    def ended(self, answer: Answer, parts: Sequence[Part]) -> Iterable[bytes]:
+        """An answer is complete."""
+
+    @abstractmethod
+    def finished(self) -> bytes:
+        """All are."""
+
+    def failed(self, error: ApiError) -> bytes:
+        """It went wrong on the way."""
+        return server_sent(self.error_document(error))
+
+    # ---- without a stream ----
+
+    @abstractmethod
+    def document(self) -> Any:
+        """The whole response."""
+
+    def error_document(self, error: ApiError) -> dict[str, Any]:
+        """The body of an error."""
+        return error.document()
+
+    # ---- parts that several dialects share ----
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts; one that is answered several times counts once."""
+        return sum(answer.prompt_tokens for answer in self.answers if answer.index % self.form.choices == 0)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts, not read again."""
+        return sum(answer.cached_tokens for answer in self.answers if answer.index % self.form.choices == 0)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Of all answers."""
+        return sum(len(answer.tokens) for answer in self.answers)
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's `usage`."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": sum(answer.thought_tokens for answer in self.answers)},
+        }
+
+    def token_text(self, token: int) -> tuple[str, list[int]]:
+        """A token's text, and its bytes: of a part of a character only these are true."""
+        raw = self.form.tokenizer.decode_bytes(token, special=True)
+        return raw.decode("utf-8", "replace"), list(raw)
+
+
+class Prepared(NamedTuple):
+    """A request that is ready for the queue."""
+
+    work: Work
+    dialect: Dialect
+
+
+def _append(answer: Answer, parts: Sequence[Part]) -> None:
+    for part in parts:
+        if part.kind == "thought":
+            answer.thoughts += part.text
+        else:
+            answer.text += part.text

@@ -1,0 +1,84 @@
+"""Telling a model's thoughts from what it says, while the text is still coming."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+BEGIN, END = "<think>", "</think>"
+
+
+class Part(NamedTuple):
+    """A stretch of an answer."""
+
+    kind: Literal["thought", "text"]
+    text: str
+
+
+class ThoughtSplitter:
+    """Splits what stands between `<think>` and `</think>` at the beginning of an answer from the rest.
+
+    Parameters
+    ----------
+    is_thinking : bool
+        The prompt ends with `<think>`.
+    splits : bool
+        False takes everything for text.
+    """
+
+    def __init__(self, *, is_thinking: bool = False, splits: bool = True) -> None:
+        self._state = "text" if not splits else "thought" if is_thinking else "start"
+        self._held = ""
+        self._is_first = True  # of its kind: leading line ends are the template's, not the model's
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the model is at its thoughts now."""
+        return self._state == "thought"
+
+    def add(self, text: str) -> list[Part]:
+        """What is known after this text."""
+        if self._state == "text" and not self._held and not self._is_first:
+            return [Part("text", text)] if text else []
+        self._held += text
+        parts: list[Part] = []
+        if self._state == "start":
+            self._start()
+        if self._state == "thought":
+            parts += self._thought()
+        if self._state == "text":
+            parts += self._text()
+        return parts
+
+    def finish(self) -> list[Part]:
+        """What was held back in vain."""
+        held, self._held = self._held, ""
+        return [Part("thought" if self._state == "thought" else "text", held)] if held else []
+
+    def _start(self) -> None:
+        begun = self._held.lstrip()
+        if begun.startswith(BEGIN):
+            self._state, self._held = "thought", begun[len(BEGIN) :]
+        elif not BEGIN.startswith(begun):
+            self._state, self._is_first = "text", False
+
+    def _thought(self) -> list[Part]:
+        if self._is_first:
+            self._held = self._held.lstrip("\n")
+            self._is_first = not self._held
+        place = self._held.find(END)
+        if place >= 0:
+            thought, self._held = self._held[:place], self._held[place + len(END) :]
+            self._state, self._is_first = "text", True
+            return [Part("thought", thought.rstrip("\n"))] if thought.rstrip("\n") else []
+        # an end that may become </think>, with the line ends before it
+        keep = next((n for n in range(len(END) - 1, 0, -1) if self._held.endswith(END[:n])), 0)
+        sure = self._held[: len(self._held) - keep].rstrip("\n")
+        self._held = self._held[len(sure) :]
+        return [Part("thought", sure)] if sure else []
+
+    def _text(self) -> list[Part]:
+        if self._is_first:
+            self._held = self._held.lstrip("\n")
+            self._is_first = not self._held
+        said, self._held = self._held, ""
+        return [Part("text", said)] if said else []

@@ -1,0 +1,189 @@
+"""The engine's thread: it opens the model, does one job after the other, and puts the model away."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fomoe_io.engine import Engine
+from fomoe_io.errors import FomoeError, printable
+from fomoe_io.serve.cache import LiveSession, SessionCache
+from fomoe_io.serve.errors import ApiError, internal_error, unavailable
+from fomoe_io.serve.generate import Answering, PieceSize, Unwanted
+from fomoe_io.serve.jobs import Ended, Event, Job, JobQueue, Over, Piece, Progress, Started, Timings
+
+SNAPSHOT_SECONDS = 0.2
+
+
+@dataclass(slots=True)
+class Slot:
+    """What the engine is doing, for /slots: written by its thread, read by any."""
+
+    job_number: int = 0
+    is_processing: bool = False
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    processed_tokens: int = 0
+    generated_tokens: int = 0
+    timings: Timings | None = None
+
+
+class EngineWorker(threading.Thread):
+    """Owns the engine.
+
+    Parameters
+    ----------
+    open_engine : callable
+        Opens the model; called on this thread.
+    queue : JobQueue
+    on_loaded : callable
+        Called with the engine, on this thread, once the model is there.
+    on_end : callable
+        Called on this thread when it ends, for whatever reason.
+    before_close : callable, optional
+        Called with the engine before it is closed.
+    piece_tokens : int or None
+    cache_of : callable
+        Makes the :class:`SessionCache` of an engine.
+
+    Attributes
+    ----------
+    engine : Engine or None
+        Once loaded; others than this thread may only look at what never changes (tokenizer, metadata, shape).
+    statistics : dict
+        The engine's, as of a moment ago.
+    outcomes : Counter
+        Jobs by how they ended.
+    """
+
+    def __init__(
+        self,
+        open_engine: Callable[[], Engine],
+        queue: JobQueue,
+        on_loaded: Callable[[Engine], None],
+        on_end: Callable[[], None],
+        *,
+        before_close: Callable[[Engine], None] | None = None,
+        piece_tokens: int | None = None,
+        cache_of: Callable[[Engine], SessionCache] = LiveSession,
+    ) -> None:
+        super().__init__(name="engine", daemon=True)
+        self._open_engine = open_engine
+        self._queue = queue
+        self._on_loaded = on_loaded
+        self._on_end = on_end
+        self._before_close = before_close
+        self._piece_tokens = piece_tokens
+        self._cache_of = cache_of
+        self._is_stopping = False
+        self._snapshot_time = 0.0
+        self.state: Literal["loading", "ready", "stopped"] = "loading"
+        self.engine: Engine | None = None
+        self.error: Exception | None = None
+        self.statistics: dict[str, Any] = {}
+        self.slot = Slot()
+        self.outcomes: Counter[str] = Counter()
+        self.cached_tokens = 0
+        self.most_tokens = 0
+
+    def stop(self) -> None:
+        """From any thread: end after the token or piece in flight."""
+        self._is_stopping = True
+        self._queue.close()
+
+    def run(self) -> None:
+        """The thread."""
+        try:
+            with self._open_engine() as engine:
+                cache = self._cache_of(engine)
+                try:
+                    self._loaded(engine)
+                    self._work(engine, cache)
+                    if self._before_close is not None:
+                        self._before_close(engine)
+                    self.statistics = engine.statistics()
+                finally:
+                    cache.close()
+        except Exception as error:
+            self.error = error
+        self.state = "stopped"
+        self.engine = None
+        self._queue.close()
+        self._on_end()
+
+    def _loaded(self, engine: Engine) -> None:
+        batch = engine.budgets.batch_tokens
+        self._piece = PieceSize(min(self._piece_tokens or batch, batch), is_fixed=self._piece_tokens is not None)
+        self.engine = engine
+        self._take_snapshot(at_once=True)
+        self._on_loaded(engine)
+        self.state = "ready"
+
+    def _work(self, engine: Engine, cache: SessionCache) -> None:
+        while (job := self._queue.take()) is not None:
+            started = time.monotonic()
+            error = self._outcome(engine, cache, job)
+            self.slot.is_processing = False
+            self._take_snapshot(at_once=True)
+            self._queue.done(time.monotonic() - started)
+            job.emit(Over(error))
+
+    def _outcome(self, engine: Engine, cache: SessionCache, job: Job) -> ApiError | None:
+        """Do a job; what the client has to be told when it went wrong."""
+        try:
+            self._answer_all(engine, cache, job)
+        except Unwanted:
+            self.outcomes["cancelled"] += 1
+            return unavailable("the server is shutting down") if self._is_stopping else None
+        except FomoeError as error:
+            self.outcomes["failed"] += 1
+            print(printable(f"fomoe-serve: {error.message}"), file=sys.stderr)
+            return ApiError(500, "server_error", error.message)
+        except Exception:  # the server outlives a fault of its own
+            self.outcomes["failed"] += 1
+            traceback.print_exc()
+            return internal_error()
+        self.outcomes["finished"] += 1
+        return None
+
+    def _answer_all(self, engine: Engine, cache: SessionCache, job: Job) -> None:
+        def check() -> None:
+            if job.is_cancelled or self._is_stopping:
+                raise Unwanted
+
+        def emit(event: Event) -> None:
+            self._note(event)
+            job.emit(event)
+
+        for number, run in enumerate(job.work.runs):
+            check()
+            timeline = cache.acquire(run.tokens, reuse=job.work.reuse)
+            try:
+                Answering(engine.tokenizer, job.work, number, emit, check).answer(timeline, self._piece)
+            finally:
+                cache.release(timeline)
+
+    def _note(self, event: Event) -> None:
+        """Keep the slot and the statistics up to date."""
+        slot = self.slot
+        if isinstance(event, Started):
+            self.cached_tokens += event.cached_tokens
+            self.slot = Slot(slot.job_number + 1, True, event.prompt_tokens, event.cached_tokens, event.cached_tokens)
+        elif isinstance(event, Progress):
+            slot.processed_tokens = event.processed
+        elif isinstance(event, Piece | Ended):
+            slot.generated_tokens, slot.timings = event.timings.predicted, event.timings
+        self.most_tokens = max(self.most_tokens, slot.prompt_tokens + slot.generated_tokens)
+        self._take_snapshot()
+
+    def _take_snapshot(self, *, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if self.engine is not None and (at_once or now - self._snapshot_time >= SNAPSHOT_SECONDS):
+            self._snapshot_time = now
+            self.statistics = self.engine.statistics()
