@@ -42,7 +42,7 @@ bench: $(VENV)/.installed-dev native
 	$(BIN)/python -m pytest -m bench tests/bench
 
 # Copies in build/: the tree's own modules stay as they are.  2,300 mutated inputs, and tests of what is native; then
-# what runs in several threads.
+# what runs in several threads (threads after a fork are beyond ThreadSanitizer).
 sanitize: sanitize-address sanitize-thread
 sanitize-address: $(VENV)/.installed-dev
 	tools/test-build address -m "fuzz or not (slow or gpu or bench)" tests/fuzz tests/unit/test_native_ops.py \
@@ -50,7 +50,7 @@ sanitize-address: $(VENV)/.installed-dev
 	    tests/engine/test_engine_reference.py
 sanitize-thread: $(VENV)/.installed-dev
 	tools/test-build thread tests/io/test_reader.py tests/io/test_mirror.py tests/engine/test_interrupts.py \
-	    tests/engine/test_lookahead.py tests/gpu/test_hip_fake.py
+	    tests/engine/test_lookahead.py tests/engine/test_turns.py tests/gpu/test_hip_fake.py -k "not fork"
 
 # The same tests again and again while the processors are busy with more than they can do: make stress N=50 TESTS=...
 N ?= 20

@@ -53,6 +53,8 @@ def test_lines_fit() -> None:
     wide = []
     for name, lines in _files(*CODE, "Makefile", ".yaml"):
         most = HAND_LAID_COLUMNS if any(fnmatch(name, pattern) for pattern in hand_laid) else COLUMNS
+        # as ruff: a comment to a tool does not count
+        lines = [re.sub(r"  # (type: ignore|noqa|fmt: skip).*", "", line) for line in lines]
         wide += [f"{name}:{i}: {len(line)} columns" for i, line in enumerate(lines, 1) if len(line) > most]
     assert not wide, "\n".join(wide)
 

@@ -60,7 +60,7 @@ def run_once(tests: list[str], limit_seconds: float, busy: list[Process], pauses
         log = running.stdout.read()
     if is_hanging:
         return f"{log}\nno end within {limit_seconds:g} s"
-    return log if running.returncode else ""
+    return f"{log}\npytest ended with {running.returncode}" if running.returncode else ""
 
 
 def main() -> int:
