@@ -19,13 +19,12 @@ from fomoe_io.cli.common import (
     engine_config,
     model_path,
     new_parser,
-    note,
     run_command,
     valid_text,
 )
+from fomoe_io.cli.kept_profile import keep_profile
 from fomoe_io.engine import Engine
 from fomoe_io.errors import FomoeError, UsageError, printable
-from fomoe_io.experts import learned_profile
 from fomoe_io.stats import format_banner, format_footer, write_json
 from fomoe_io.system.files import check_targets
 from fomoe_io.text.chat import ChatTemplate, Message
@@ -250,7 +249,7 @@ def _interactive(engine: Engine, options: argparse.Namespace) -> None:
                 _turn(conversation, chat, sampler, line, options)
             except FomoeError as error:  # the question is not part of the conversation, which goes on
                 print(f"fomoe-run: {error}", file=sys.stderr)
-            _keep_profile(engine)  # now: AMD's runtime aborts the process when its device is lost
+            keep_profile(engine)  # now: AMD's runtime aborts the process when its device is lost
     if options.json:
         write_json(options.json, engine.statistics())
 
@@ -269,20 +268,6 @@ def _turn(conversation: Conversation, chat: Chat, sampler: Sampler, line: str, o
     chat.answered(line, tokens, answer)
 
 
-def _keep_profile(engine: Engine) -> None:
-    """Also when an answer was cut short.  That it fails is an error only for a file that was named."""
-    wanted = engine.config.profile
-    if wanted is None:
-        return
-    try:
-        learned_profile.save(engine, wanted)
-    except (OSError, FomoeError) as error:
-        if wanted != "learned":
-            raise
-        why = error.message if isinstance(error, FomoeError) else f"{error.filename}: {error.strerror}"
-        note(f"note: the profile was not kept: {why}")
-
-
 @contextmanager
 def _last_words(engine: Engine, options: argparse.Namespace) -> Iterator[None]:
     """Keep the profile and print the statistics, also when a signal ends the run."""
@@ -294,7 +279,7 @@ def _last_words(engine: Engine, options: argparse.Namespace) -> Iterator[None]:
         failed = False
         raise
     finally:
-        _keep_profile(engine)
+        keep_profile(engine)
         if not failed and not options.quiet:
             print(format_footer(engine.statistics()), file=sys.stderr)
 

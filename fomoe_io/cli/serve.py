@@ -21,9 +21,9 @@ from fomoe_io.cli.common import (
     package_version,
     run_command,
 )
+from fomoe_io.cli.kept_profile import keep_profile
 from fomoe_io.engine import Engine
-from fomoe_io.errors import FomoeError, UsageError
-from fomoe_io.experts import learned_profile
+from fomoe_io.errors import UsageError
 from fomoe_io.serve.settings import ServeConfig
 from fomoe_io.stats import format_banner, format_footer
 from fomoe_io.text.sampler import SamplingConfig
@@ -219,20 +219,6 @@ def _template(options: argparse.Namespace) -> str | None:
     return CHATML
 
 
-def _keep_profile(engine: Engine) -> None:
-    """As fomoe-run does.  That it fails is an error only for a file that was named."""
-    wanted = engine.config.profile
-    if wanted is None:
-        return
-    try:
-        learned_profile.save(engine, wanted)
-    except (OSError, FomoeError) as error:
-        if wanted != "learned":
-            raise
-        why = error.message if isinstance(error, FomoeError) else f"{error.filename}: {error.strerror}"
-        note(f"note: the profile was not kept: {why}")
-
-
 def run(argv: Sequence[str] | None = None) -> int:
     """The command without its error handling."""
     options = parser().parse_args(argv)
@@ -253,7 +239,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             print("\n".join(format_banner(engine)), file=sys.stderr)
         print(f"ready: {running.url}", file=sys.stderr, flush=True)
 
-    running = Running(config, lambda: Engine.open(path, engine_options), on_loaded=announce, before_close=_keep_profile)
+    running = Running(config, lambda: Engine.open(path, engine_options), on_loaded=announce, before_close=keep_profile)
     for text in options.notes:
         note(f"note: {text}")
     if not config.api_keys and not is_loopback(config.host):
