@@ -117,6 +117,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "vram_bytes": (_size, 'a number of bytes, or a size such as "16G"'),
     "threads": (_integer, "an integer"),
     "context_tokens": (_integer, "an integer"),
+    "sessions": (_integer, "an integer"),
     "batch_tokens": (_integer, "an integer"),
     "ring_depth": (_integer, "an integer"),
     "lookahead": (_integer, "an integer"),
@@ -127,7 +128,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "profile": (_profile, 'a path or "learned"'),
     "trace": (_path, "a path"),
 }
-_NEEDED = ("batch_tokens", "lookahead", "direct")
+_NEEDED = ("sessions", "batch_tokens", "lookahead", "direct")
 """None is no choice."""
 
 
@@ -146,6 +147,8 @@ class EngineConfig:
         None takes the processors this process may run on.
     context_tokens : int or None
         Positions of a session; None takes the model's, at most 4096.
+    sessions : int
+        Timelines that may be open at once; memory is set aside for the state of each.
     batch_tokens : int
         Most tokens of a prompt computed at once (less under a tight budget; results do not depend on it).
     reader : {"auto", "uring", "pread"}
@@ -184,6 +187,7 @@ class EngineConfig:
     slots: int | None = None
     threads: int | None = None
     context_tokens: int | None = None
+    sessions: int = 1
     batch_tokens: int = 512
     reader: str = "auto"
     ring_depth: int | None = None
@@ -224,6 +228,7 @@ class EngineConfig:
         limits = {
             "threads": 256,
             "context_tokens": 1 << 22,
+            "sessions": 256,
             "batch_tokens": 1 << 14,
             "ring_depth": 4096,
             "slots": 1 << 16,

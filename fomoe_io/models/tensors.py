@@ -92,6 +92,13 @@ def same_shape(found: Iterable[int], expected: Iterable[int]) -> bool:
     return _stripped(found) == _stripped(expected)
 
 
+def checked(tensor: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
+    """The tensor, when its shape is that; else FormatError."""
+    if not same_shape(tensor.shape, shape):
+        raise FormatError(f"{tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    return tensor
+
+
 def _stripped(shape: Iterable[int]) -> tuple[int, ...]:
     extents = list(shape)
     while len(extents) > 1 and extents[-1] == 1:
