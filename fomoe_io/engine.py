@@ -19,7 +19,7 @@ from fomoe_io import _cpu
 from fomoe_io._gate import Gate
 from fomoe_io.config import EngineConfig
 from fomoe_io.cpu import dot_library
-from fomoe_io.cpu.recorder import Recorder
+from fomoe_io.cpu.recorder import CpuRecorder, Embedding
 from fomoe_io.cpu.weights import Weights
 from fomoe_io.errors import BudgetError, FormatError, ReadError, UsageError
 from fomoe_io.experts import learned_profile
@@ -200,7 +200,8 @@ class Engine:
         layers = self.model.experts
         layouts = {i: slot_layout(layer, block_bytes) for i, layer in layers.items()}
         self._expert_inputs = {
-            i: tuple(self._activation_type(int(part.type)) for part in layer.parts[:2]) for i, layer in layers.items()
+            i: (self._activation_type(int(layer.parts[0].type)), self._activation_type(int(layer.parts[1].type)))
+            for i, layer in layers.items()
         }
         self._build = build
         self.budgets = self._share_memory(layouts)
@@ -272,13 +273,16 @@ class Engine:
             "float_activations": int(self._float),
         }
 
-    def _record(self, batch_tokens: int, experts: _cpu.Experts | None) -> Recorder:
+    def _record(self, batch_tokens: int, experts: _cpu.Experts | None) -> CpuRecorder:
         s = self.shape
         channels = (2 * s.key_heads + s.value_heads) * s.state_columns
         widest = max(s.columns, s.hidden, s.shared_hidden, s.experts, channels, s.heads * s.head_columns)
-        recorder = Recorder(
+        matrix, file, offset = self._weights.embedding(s.columns, s.vocabulary)
+        recorder = CpuRecorder(
             self._team,
             self._kernels,
+            embedding=Embedding(matrix, -1 if file < 0 else self._files[file], offset),
+            expert_inputs=self._expert_inputs,
             batch_tokens=batch_tokens,
             context_tokens=self.context_tokens,
             # attention scores of a whole context, or the widest row (twice: normalised q and k)
@@ -286,7 +290,7 @@ class Engine:
             experts=experts,
             lookahead=self.config.lookahead > 0,
         )
-        self._build(recorder, self._weights, s, self._expert_inputs, self._files)
+        self._build(recorder, self._weights, s)
         return recorder
 
     def _share_memory(self, layouts: dict[int, SlotLayout]) -> Budgets:

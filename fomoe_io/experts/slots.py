@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from fomoe_io.cpu.weights import PAGE_BYTES
 from fomoe_io.storage.gguf import tensor_bytes
+from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES
 
 if TYPE_CHECKING:
     from fomoe_io.storage.expert_layers import ExpertLayer
@@ -44,7 +44,7 @@ class SlotLayout:
     slot_bytes: int
 
 
-def slot_layout(layer: ExpertLayer, block_bytes: int = PAGE_BYTES) -> SlotLayout:
+def slot_layout(layer: ExpertLayer, block_bytes: int = LEAST_BLOCK_BYTES) -> SlotLayout:
     """Join the parts of each expert that are neighbours on disk into aligned reads.
 
     A packed record becomes one read; an expert of an in-place store up to three, each with the rest of its
