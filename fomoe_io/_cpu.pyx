@@ -285,7 +285,6 @@ cdef class Program:
     cdef Team team
     cdef readonly Kernels kernels
     cdef list keep
-    cdef tuple routed
     cdef Trace tracer
 
     def __cinit__(self, Team team not None, Kernels kernels not None, int64_t scratch_floats):
@@ -485,14 +484,11 @@ cdef class Program:
         s.arguments.route.used = used
         s.arguments.route.normalise = normalise
         s.arguments.route.scale = scale
-        self.routed = logits, weights, normalise
         self._add(&s, (logits, ids, weights))
 
-    def experts_begin(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer):
-        """After the layer's route, whose logits and weights it may change."""
+    def experts_begin(self, Experts experts, Rows logits, Rows ids, Rows weights, int layer, bint normalise):
+        """What the layer's route left, which it may change."""
         cdef fomoe_step s
-        cdef Rows logits, weights
-        logits, weights, normalise = self.routed
         memset(&s, 0, sizeof(s))
         s.execute = fomoe_step_experts_begin
         s.arguments.experts.experts = experts.c
@@ -501,7 +497,7 @@ cdef class Program:
         s.arguments.experts.weights = weights.c
         s.arguments.experts.layer = layer
         s.arguments.experts.normalise = normalise
-        self._add(&s, (experts, logits, ids, weights, gate_input, up_input))
+        self._add(&s, (experts, logits, ids, weights))
 
     def experts(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer):
         cdef fomoe_step s

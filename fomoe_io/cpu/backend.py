@@ -13,7 +13,7 @@ import numpy as np
 from fomoe_io import _cpu
 from fomoe_io.backend import Batch, Budgets, Counters, Span, StatePool
 from fomoe_io.cpu import dot_library
-from fomoe_io.cpu.recorder import Recorder, StateLayout
+from fomoe_io.cpu.recorder import CpuRecorder, Embedding, StateLayout
 from fomoe_io.cpu.weights import Weights
 from fomoe_io.errors import FormatError, UsageError
 from fomoe_io.experts.residency import DECAY, policy_number
@@ -80,7 +80,8 @@ class CpuBackend:
         layers = opened.model.experts
         layouts = {i: slot_layout(layer, block_bytes) for i, layer in layers.items()}
         self._expert_inputs = {
-            i: tuple(self._activation_type(int(part.type)) for part in layer.parts[:2]) for i, layer in layers.items()
+            i: (self._activation_type(int(layer.parts[0].type)), self._activation_type(int(layer.parts[1].type)))
+            for i, layer in layers.items()
         }
         self.budgets = self._share_memory(layouts)
         self._states = StatePool(config.sessions)
@@ -164,13 +165,16 @@ class CpuBackend:
             "float_activations": int(self._float),
         }
 
-    def _record(self, batch_tokens: int, experts: _cpu.Experts | None) -> Recorder:
+    def _record(self, batch_tokens: int, experts: _cpu.Experts | None) -> CpuRecorder:
         s, opened = self._shape, self._opened
         channels = (2 * s.key_heads + s.value_heads) * s.state_columns
         widest = max(s.columns, s.hidden, s.shared_hidden, s.experts, channels, s.heads * s.head_columns)
-        recorder = Recorder(
+        matrix, file, offset = self._weights.embedding(s.columns, s.vocabulary)
+        recorder = CpuRecorder(
             self._team,
             self._kernels,
+            embedding=Embedding(matrix, -1 if file < 0 else opened.files[file], offset),
+            expert_inputs=self._expert_inputs,
             batch_tokens=batch_tokens,
             context_tokens=opened.context_tokens,
             # attention scores of a whole context, or the widest row (twice: normalised q and k)
@@ -178,7 +182,7 @@ class CpuBackend:
             experts=experts,
             lookahead=self._config.lookahead > 0,
         )
-        opened.model.architecture.build(recorder, self._weights, s, self._expert_inputs, opened.files)
+        opened.model.architecture.build(recorder, self._weights, s)
         return recorder
 
     def _share_memory(self, layouts: dict[int, SlotLayout]) -> Budgets:

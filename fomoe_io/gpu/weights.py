@@ -38,7 +38,7 @@ class _Planned:
 
 
 class DeviceWeights:
-    """Resident tensors by name, for the recorder; the interface is that of :class:`fomoe_io.cpu.weights.Weights`.
+    """Resident tensors by name, for the recorder; the interface is that of a :class:`WeightSource`.
 
     Parameters
     ----------

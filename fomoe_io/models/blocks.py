@@ -3,45 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Generic
 
+from fomoe_io.models.recorder import Activation, Attention, Matrix, Recorder, Router, Rows, Vector, WeightSource
 from fomoe_io.models.shape import Shape
 from fomoe_io.models.tensors import EMBEDDING, OUTPUT, OUTPUT_NORM
 
-if TYPE_CHECKING:  # the tools check models without the compiled engine
-    from fomoe_io._cpu import Matrix, Rows
-    from fomoe_io.cpu.recorder import Activation, Recorder
-    from fomoe_io.cpu.weights import Weights
-
-NORMALISE, SCALE = True, 1.0
-"""Both architectures make the weights of a token's experts sum 1 (norm_topk_prob), and scale them no further."""
-
 
 def record_attention(
-    p: Recorder, w: Weights, s: Shape, prefix: str, x: Rows, table: Rows, *, norm: str, gated: bool
-) -> None:
+    p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape, prefix: str, x: Rows, table: Rows, *,
+    norm: str, gated: bool,
+) -> None:  # fmt: skip
     """x += W_o (softmax(q k^T / sqrt(d)) v [* sigmoid(gate)]) with normalised, rotated q and k (GQA)."""
-    d, heads, kv_heads = s.head_columns, s.heads, s.kv_heads
-    stride = 2 * d if gated else d
-    w_query, w_key, w_value = _query_key_value(w, s, prefix, heads * stride, kv_heads * d)
-    biases = _biases(w, prefix, heads * stride, kv_heads * d)
-    w_output = w.matrix(f"{prefix}.attn_output.weight", heads * d, s.columns)
+    d, queries, keys = s.head_columns, s.heads * s.head_columns * (2 if gated else 1), s.kv_heads * s.head_columns
+    w_query, w_key, w_value = _query_key_value(w, s, prefix, queries, keys)
+    query_bias, key_bias, value_bias = _biases(w, prefix, queries, keys)
+    w_output = w.matrix(f"{prefix}.attn_output.weight", s.heads * d, s.columns)
     norm_weight = w.vector(f"{prefix}.{norm}.weight", (s.columns,))
-    query_norm = w.vector(f"{prefix}.attn_q_norm.weight", (d,))
-    key_norm = w.vector(f"{prefix}.attn_k_norm.weight", (d,))
-
-    query, key, value = p.rows("query", heads * stride), p.rows("key", kv_heads * d), p.rows("value", kv_heads * d)
-    attended = p.rows("attended", heads * d)
-    key_cache = p.state.take(kv_heads * p.context_tokens * d, zeroed=False)
-    value_cache = p.state.take(kv_heads * p.context_tokens * d, zeroed=False)
-
+    op = Attention(
+        heads=s.heads,
+        gated=gated,
+        rotated=s.rotated,
+        epsilon=s.epsilon,
+        query_norm=w.vector(f"{prefix}.attn_q_norm.weight", (d,)),
+        key_norm=w.vector(f"{prefix}.attn_k_norm.weight", (d,)),
+        query_bias=query_bias,
+        key_bias=key_bias,
+        value_bias=value_bias,
+    )
+    query, key, value = p.rows("query", queries), p.rows("key", keys), p.rows("value", keys)
     h = p.norm(x, norm_weight, s.epsilon, name="normed", feeds=[w_query, w_key, w_value])
     p.mat_mul([(w_query, h, query), (w_key, h, key), (w_value, h, value)])
-    p.program.kv(
-        query, key, value, table, query_norm, key_norm, key_cache, value_cache, p.context_tokens,
-        heads, kv_heads, d, stride, s.rotated, s.epsilon, biases,
-    )  # fmt: skip
-    p.program.attention(query, attended, key_cache, value_cache, p.context_tokens, heads, kv_heads, d, stride, gated)
+    attended = p.attention(query, key, value, table, p.kv_cache(s.kv_heads, d), op)
     p.mat_mul_add(w_output, p.convert(attended, name="attended", feeds=[w_output]), x)
 
 
@@ -54,14 +47,14 @@ def _parts(queries: int, keys: int) -> dict[str, slice]:
     }
 
 
-def _query_key_value(w: Weights, s: Shape, prefix: str, queries: int, keys: int) -> list[Matrix]:
+def _query_key_value(w: WeightSource[Matrix, Vector], s: Shape, prefix: str, queries: int, keys: int) -> list[Matrix]:
     parts, fused = _parts(queries, keys), f"{prefix}.attn_qkv.weight"
     if fused in w:
         return [w.matrix(fused, s.columns, queries + 2 * keys, part) for part in parts.values()]
     return [w.matrix(f"{prefix}.attn_{n}.weight", s.columns, part.stop - part.start) for n, part in parts.items()]
 
 
-def _biases(w: Weights, prefix: str, queries: int, keys: int) -> list[Any]:
+def _biases(w: WeightSource[Matrix, Vector], prefix: str, queries: int, keys: int) -> list[Vector | None]:
     """Of query, key and value; None for those without."""
     parts, fused = _parts(queries, keys), f"{prefix}.attn_qkv.bias"
     if fused in w:
@@ -71,14 +64,14 @@ def _biases(w: Weights, prefix: str, queries: int, keys: int) -> list[Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class _SharedExpert:
+class _SharedExpert(Generic[Matrix]):
     gate: Matrix
     up: Matrix
     down: Matrix
     scalar: Matrix
 
 
-def _shared_expert(w: Weights, s: Shape, prefix: str) -> _SharedExpert | None:
+def _shared_expert(w: WeightSource[Matrix, Vector], s: Shape, prefix: str) -> _SharedExpert[Matrix] | None:
     if not s.shared_hidden:
         return None
     return _SharedExpert(
@@ -90,70 +83,59 @@ def _shared_expert(w: Weights, s: Shape, prefix: str) -> _SharedExpert | None:
 
 
 def record_experts(
-    p: Recorder, w: Weights, s: Shape, layer: int, x: Rows, *, norm: str, expert_inputs: tuple[int, int]
+    p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape, layer: int, x: Rows, *, norm: str
 ) -> None:
     """x += sum_k w_k down_k(silu(gate_k h) * up_k h) [+ sigmoid(g . h) * shared(h)], h = norm(x), k = top of softmax.
 
     Reads of missing experts start right after routing and run while the shared expert is computed.
     """
     prefix = f"blk.{layer}"
-    router = w.matrix(f"{prefix}.ffn_gate_inp.weight", s.columns, s.experts)
+    w_router = w.matrix(f"{prefix}.ffn_gate_inp.weight", s.columns, s.experts)
     shared = _shared_expert(w, s, prefix)
-    feeds = [router]
+    feeds = [w_router]
     if shared:
         feeds += [shared.gate, shared.up, shared.scalar]
-    h = p.norm(
-        x, w.vector(f"{prefix}.{norm}.weight", (s.columns,)), s.epsilon, name="normed", feeds=feeds, types=expert_inputs
-    )
-    logits, ids, weights = p.rows("router_logits", s.experts), p.rows("experts", s.used), p.rows("weights", s.used)
-    products = [(router, h, logits)]
-    if shared:
-        products.append((shared.scalar, h, p.rows("shared_scalar", 1)))
+    norm_weight = w.vector(f"{prefix}.{norm}.weight", (s.columns,))
+    h = p.norm(x, norm_weight, s.epsilon, name="normed", feeds=feeds, experts_of=layer)
+    logits = p.rows("router_logits", s.experts)
+    products = [(w_router, h, logits)]
+    scalar = p.rows("shared_scalar", 1) if shared else None
+    if shared and scalar is not None:
+        products.append((shared.scalar, h, scalar))
     p.mat_mul(products)
-    p.program.route(logits, ids, weights, layer, s.experts, s.used, NORMALISE, SCALE)
-    inputs = h.forms[expert_inputs[0]], h.forms[expert_inputs[1]]
-    if p.experts_pool is not None:
-        p.program.experts_begin(p.experts_pool, ids, *inputs, layer)
+    # both architectures make the weights of a token's experts sum 1 (norm_topk_prob), and scale them no further
+    router = Router(s.experts, s.used, normalise=True, scale=1.0)
+    picks = p.route(layer, logits, router)
+    p.experts_begin(picks, h)
     with p.beside():
-        y, y_gate = _record_shared(p, s, shared, h)
-    if p.experts_pool is not None:
-        p.program.experts(p.experts_pool, ids, *inputs, layer)
-        p.program.combine(p.experts_pool, weights, x, s.used, y, y_gate)
-    if p.lookahead and p.experts_pool is not None and layer + 1 < s.layers:
+        y = _record_shared(p, s, shared, h) if shared else None
+    p.experts_end(picks, h, x, y, scalar)
+    if layer + 1 < s.layers:
         following = f"blk.{layer + 1}"
-        p.program.lookahead(
-            p.experts_pool,
-            x,
-            w.vector(f"{following}.{norm}.weight", (s.columns,)),
-            s.epsilon,
-            w.matrix(f"{following}.ffn_gate_inp.weight", s.columns, s.experts),
-            p.rows("lookahead", s.experts),
-            layer + 1,
-        )
-    p.program.layer_end(x, layer)
+        next_norm = w.vector(f"{following}.{norm}.weight", (s.columns,))
+        next_router = w.matrix(f"{following}.ffn_gate_inp.weight", s.columns, s.experts)
+        p.lookahead(layer + 1, x, next_norm, s.epsilon, next_router, router)
+    p.layer_end(layer, x)
 
 
 def _record_shared(
-    p: Recorder, s: Shape, shared: _SharedExpert | None, h: Activation
-) -> tuple[Rows | None, Rows | None]:
-    if shared is None:
-        return None, None
+    p: Recorder[Matrix, Vector, Rows], s: Shape, shared: _SharedExpert[Matrix], h: Activation[Rows]
+) -> Rows:
     gate, up = p.rows("shared_gate", s.shared_hidden), p.rows("shared_up", s.shared_hidden)
-    scalar, y = p.rows("shared_scalar", 1), p.rows("shared", s.columns)
+    y = p.rows("shared", s.columns)
     p.mat_mul([(shared.gate, h, gate), (shared.up, h, up)])
     p.mat_mul([(shared.down, p.silu_mul(gate, up, name="shared_activation", feeds=[shared.down]), y)])
-    return y, scalar
+    return y
 
 
-def record_embedding(p: Recorder, w: Weights, s: Shape, files: list[int]) -> Rows:
+def record_embedding(p: Recorder[Matrix, Vector, Rows], s: Shape) -> Rows:
     """The residual stream, starting as the tokens' embeddings."""
     x = p.rows("residual", s.columns)
-    matrix, file, offset = w.embedding(s.columns, s.vocabulary)
-    p.embed(matrix, x, file=-1 if file < 0 else files[file], offset=offset)
+    p.embed(x)
     return x
 
 
-def record_logits(p: Recorder, w: Weights, s: Shape, x: Rows) -> None:
+def record_logits(p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape, x: Rows) -> None:
     """logits = W_output norm(x), for the positions that want them."""
     output = w.matrix(EMBEDDING if w.tied else OUTPUT, s.columns, s.vocabulary)
     norm = w.vector(OUTPUT_NORM, (s.columns,))

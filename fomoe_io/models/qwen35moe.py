@@ -11,13 +11,11 @@ from fomoe_io.models.architecture import Architecture
 from fomoe_io.models.blocks import record_attention, record_embedding, record_experts, record_logits
 from fomoe_io.models.keys import Keys
 from fomoe_io.models.reading import common_sizes, shared_hidden
+from fomoe_io.models.recorder import Delta, Matrix, Recorder, Rows, Vector, WeightSource
 from fomoe_io.models.shape import Shape
 from fomoe_io.models.tensors import Tensor, vector
 
 if TYPE_CHECKING:
-    from fomoe_io._cpu import Rows
-    from fomoe_io.cpu.recorder import Recorder
-    from fomoe_io.cpu.weights import Weights
     from fomoe_io.storage.gguf import TensorInfo
 
 
@@ -99,7 +97,9 @@ def tensors_of(s: Shape, names: Iterable[str]) -> Iterator[Tensor]:
         yield from tensors.experts(s, prefix, "post_attention_norm")
 
 
-def _record_delta(p: Recorder, w: Weights, s: Shape, prefix: str, x: Rows) -> None:
+def _record_delta(
+    p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape, prefix: str, x: Rows
+) -> None:
     """x += W_out norm(o) * silu(z): the gated delta rule over a causal convolution of q, k and v."""
     keys, values = s.key_heads * s.state_columns, s.value_heads * s.state_columns
     channels = 2 * keys + values
@@ -108,39 +108,38 @@ def _record_delta(p: Recorder, w: Weights, s: Shape, prefix: str, x: Rows) -> No
     w_beta = w.matrix(f"{prefix}.ssm_beta.weight", s.columns, s.value_heads)
     w_alpha = w.matrix(f"{prefix}.ssm_alpha.weight", s.columns, s.value_heads)
     w_out = w.matrix(f"{prefix}.ssm_out.weight", values, s.columns)
-    qkv, convolved, gate = p.rows("qkv", channels), p.rows("convolved", channels), p.rows("gate", values)
-    beta, alpha, mixed = p.rows("beta", s.value_heads), p.rows("alpha", s.value_heads), p.rows("mixed", values)
-
-    h = p.norm(
-        x, w.vector(f"{prefix}.attn_norm.weight", (s.columns,)), s.epsilon, name="normed",
-        feeds=[w_qkv, w_gate, w_beta, w_alpha],
-    )  # fmt: skip
+    op = Delta(
+        key_heads=s.key_heads,
+        value_heads=s.value_heads,
+        head_columns=s.state_columns,
+        grouped=False,
+        epsilon=s.epsilon,
+        decay_rate=w.vector(f"{prefix}.ssm_a", (s.value_heads,)),
+        decay_bias=w.vector(f"{prefix}.ssm_dt.bias", (s.value_heads,)),
+        norm=w.vector(f"{prefix}.ssm_norm.weight", (s.state_columns,)),
+    )
+    qkv, gate = p.rows("qkv", channels), p.rows("gate", values)
+    beta, alpha = p.rows("beta", s.value_heads), p.rows("alpha", s.value_heads)
+    norm = w.vector(f"{prefix}.attn_norm.weight", (s.columns,))
+    h = p.norm(x, norm, s.epsilon, name="normed", feeds=[w_qkv, w_gate, w_beta, w_alpha])
     p.mat_mul([(w_qkv, h, qkv), (w_gate, h, gate), (w_beta, h, beta), (w_alpha, h, alpha)])
-    conv_state = p.state.take((s.conv_taps - 1) * channels, zeroed=True)
-    conv_weight = w.vector(f"{prefix}.ssm_conv1d.weight", (s.conv_taps, channels))
-    p.program.conv(qkv, convolved, conv_weight, conv_state, s.conv_taps)
-    delta_state = p.state.take(s.value_heads * s.state_columns**2, zeroed=True)
-    p.program.delta(
-        convolved, beta, alpha, gate, mixed,
-        w.vector(f"{prefix}.ssm_a", (s.value_heads,)), w.vector(f"{prefix}.ssm_dt.bias", (s.value_heads,)),
-        w.vector(f"{prefix}.ssm_norm.weight", (s.state_columns,)), delta_state,
-        s.key_heads, s.value_heads, s.state_columns, False, s.epsilon,
-    )  # fmt: skip
+    filters = w.vector(f"{prefix}.ssm_conv1d.weight", (s.conv_taps, channels))
+    convolved = p.conv(qkv, filters, s.conv_taps, name="convolved")
+    mixed = p.delta(convolved, beta, alpha, gate, op, name="mixed")
     p.mat_mul_add(w_out, p.convert(mixed, name="mixed", feeds=[w_out]), x)
 
 
-def build(p: Recorder, w: Weights, s: Shape, expert_inputs: Mapping[int, tuple[int, int]], files: list[int]) -> None:
-    """Record the model; see `qwen3moe.build` for the parameters."""
-    x = record_embedding(p, w, s, files)
-    table = p.rows("rope", s.rotated)
-    p.program.rope_table(table, s.rope)
+def build(p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape) -> None:
+    """Record the model's equations: its weights `w`, for a backend that replays what `p` is told."""
+    x = record_embedding(p, s)
+    table = p.rope_table(s.rope)
     for layer in range(s.layers):
         prefix = f"blk.{layer}"
         if s.full_attention[layer]:
             record_attention(p, w, s, prefix, x, table, norm="attn_norm", gated=True)
         else:
             _record_delta(p, w, s, prefix, x)
-        record_experts(p, w, s, layer, x, norm="post_attention_norm", expert_inputs=expert_inputs[layer])
+        record_experts(p, w, s, layer, x, norm="post_attention_norm")
     record_logits(p, w, s, x)
 
 

@@ -92,13 +92,6 @@ def same_shape(found: Iterable[int], expected: Iterable[int]) -> bool:
     return _stripped(found) == _stripped(expected)
 
 
-def checked(tensor: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
-    """The tensor, when its shape is that; else FormatError."""
-    if not same_shape(tensor.shape, shape):
-        raise FormatError(f"{tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
-    return tensor
-
-
 def _stripped(shape: Iterable[int]) -> tuple[int, ...]:
     extents = list(shape)
     while len(extents) > 1 and extents[-1] == 1:
@@ -152,9 +145,15 @@ def _block_of(name: str) -> int:
     return int(match[1]) if match else -1
 
 
+def checked(tensor: TensorInfo, shape: Iterable[int]) -> TensorInfo:
+    """The tensor, when its shape is that; else FormatError."""
+    if not same_shape(tensor.shape, shape):
+        raise FormatError(f"{tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    return tensor
+
+
 def _check_tensor(tensor: Tensor, info: TensorInfo) -> None:
-    if not same_shape(info.shape, tensor.shape):
-        raise FormatError(f"{tensor.name} has shape {list(info.shape)}, expected {list(tensor.shape)}")
+    checked(info, tensor.shape)
     if info.type in _NO_WEIGHTS or (tensor.is_expanded and not expands(info.type)):
         raise FormatError(f"{tensor.name} has type {info.type.name}, in which no such tensor is stored")
 
