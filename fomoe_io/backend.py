@@ -33,8 +33,8 @@ class Budgets:
         Experts in VRAM, and in host memory.
     batch_tokens : int
         Of a full batch.
-    slots : numpy.ndarray
-        int32 [layers, 2]: experts of each layer in VRAM (on a CPU a simulated one) and in DRAM.
+    slots : tuple of (int, int)
+        Experts of each layer in VRAM (on a CPU a simulated one) and in DRAM.
     """
 
     ram_bytes: int
@@ -43,9 +43,14 @@ class Budgets:
     workspace_bytes: int
     pool_bytes: int
     batch_tokens: int
-    slots: np.ndarray
+    slots: tuple[tuple[int, int], ...]
     vram_bytes: int = 0
     vram_pool_bytes: int = 0
+
+    @property
+    def slot_table(self) -> np.ndarray:
+        """`slots` as int32 [layers, 2]."""
+        return np.array(self.slots, np.int32).reshape(-1, 2)
 
 
 @dataclass(frozen=True, slots=True)

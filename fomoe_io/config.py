@@ -68,6 +68,26 @@ class Tiers:
         return cls(float(match[1]) / 100, float(match[2]) / 100)
 
 
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a device is driven, for measurements: results are the same, but for the last bits with `library_products`.
+
+    Attributes
+    ----------
+    branches : {1, 2} or None
+        Of a token's graph: 2 runs the shared expert beside the routed ones.  None takes 2 on CUDA; HIP submits a graph
+        of one branch in one piece, and one of two command by command, through a queue that it may share with others.
+    chained_launches : bool
+        A token's kernels may be started before the ones they follow have finished, where the device can.
+    library_products : bool
+        The vendor's library makes the dense products of prompts, where it is found.
+    """
+
+    branches: int | None = None
+    chained_launches: bool = True
+    library_products: bool = True
+
+
 MOST_LOOKAHEAD = 16
 """Ranks; a guess further down is wrong more often than right (docs/car.md)."""
 
@@ -181,6 +201,7 @@ class EngineConfig:
         (fomoe_io/learned_profile.py); None: by the store's own, if it has one.  Changes no exact result.
     trace : Path or None
         Write what the router picks here (fomoe_io/trace.py).
+    tuning : Tuning
     """
 
     ram_bytes: int | None = None
@@ -204,6 +225,7 @@ class EngineConfig:
     car: CarRule | None = None
     profile: Path | Literal["learned"] | None = None
     trace: Path | None = None
+    tuning: Tuning = Tuning()
 
     def __post_init__(self) -> None:
         for name, (form, expected) in _FORMS.items():

@@ -27,7 +27,7 @@ from fomoe_io.storage.reader import Reader
 from fomoe_io.storage.store import Store
 from fomoe_io.system.memory import peak_resident_bytes
 from fomoe_io.text.tokenizer import Tokenizer
-from fomoe_io.trace.trace import TraceFile, TraceHeader, slot_pairs
+from fomoe_io.trace.trace import TraceFile, TraceHeader
 
 T = TypeVar("T")
 
@@ -130,7 +130,7 @@ class Engine:
             fingerprint=self.store.fingerprint,
             experts=tuple(s.experts if i in experts else 0 for i in range(s.layers)),
             used=s.used,
-            slots=slot_pairs(self.budgets.slots),
+            slots=self.budgets.slots,
             policy=self.config.policy,
             decay=DECAY,
             car=str(self.config.car or "off"),
@@ -148,7 +148,7 @@ class Engine:
 
     def _warm(self) -> None:
         """Fill free slots with the hottest experts of the profile, or with all when all fit."""
-        for layer, experts, scores in seeds(self.store, self.profile, self.budgets.slots.sum(1)):
+        for layer, experts, scores in seeds(self.store, self.profile, self.budgets.slot_table.sum(1)):
             self.backend.warm(layer, experts, scores)
             if self._trace is not None:
                 self._trace.seeds(layer, experts, scores)
@@ -233,7 +233,7 @@ class Engine:
                 "state_bytes": b.state_bytes,
                 "pool_bytes": b.pool_bytes,
                 "batch_tokens": b.batch_tokens,
-                "slots_per_layer": int(min(b.slots[layer].sum() for layer in self._opened.model.experts)),
+                "slots_per_layer": min(sum(b.slots[layer]) for layer in self._opened.model.experts),
             },
             "threads": self.backend.threads,
             "kernels": self.backend.kernels,

@@ -17,7 +17,7 @@ from fomoe_io.cpu.recorder import CpuRecorder, Embedding, StateLayout
 from fomoe_io.cpu.weights import Weights
 from fomoe_io.errors import FormatError, UsageError
 from fomoe_io.experts.residency import DECAY, policy_number
-from fomoe_io.experts.slots import SlotLayout, native_layers, share_slots, slot_layout, tier_slots
+from fomoe_io.experts.slots import SlotLayout, native_layers, share_slots, slot_layout, slot_pairs, tier_slots
 from fomoe_io.open_model import OpenModel
 from fomoe_io.ram_budget import RamBudget
 from fomoe_io.storage.reader import aligned_memory
@@ -130,7 +130,7 @@ class CpuBackend:
 
     def _slots(self) -> dict[int, int]:
         """Of each layer that has experts."""
-        return {i: int(self.budgets.slots[i].sum()) for i in self._opened.model.experts}
+        return {i: sum(self.budgets.slots[i]) for i in self._opened.model.experts}
 
     def _fill(self, layouts: dict[int, SlotLayout]) -> None:
         """Take the memory, read the weights, record the program."""
@@ -143,7 +143,7 @@ class CpuBackend:
             self._kernels,
             self._experts_shape(b.batch_tokens),
             native,
-            b.slots,
+            b.slot_table,
             policy_number(config.policy),
             DECAY,
             reader.address,
@@ -195,7 +195,8 @@ class CpuBackend:
         del sketch
         least = ram.slots or s.used
         base = ram.fixed_bytes + self._weights.bytes + state
-        row_bytes = sum(layout.slot_bytes for layout in layouts.values())
+        slot_bytes = {i: layout.slot_bytes for i, layout in layouts.items()}
+        row_bytes = sum(slot_bytes.values())
         smallest = base + per_token + least * row_bytes
         limit = ram.limit(smallest)
         most = ram.slots or s.experts
@@ -206,10 +207,10 @@ class CpuBackend:
         room = limit - base - batch * per_token
         if config.tiers is not None:
             most = max(least, round((config.tiers.vram + config.tiers.dram) * s.experts))
-        slots = share_slots(layouts, most, room, least)
+        slots = share_slots(slot_bytes, most, room, least)
         if slots is None:
             raise ram.too_small(limit, smallest)
-        pool = sum(slots[i] * layout.slot_bytes for i, layout in layouts.items())
+        pool = sum(slots[i] * size for i, size in slot_bytes.items())
         vram = None if config.tiers is None else dict.fromkeys(slots, round(config.tiers.vram * s.experts))
         return Budgets(
             ram_bytes=limit,
@@ -218,7 +219,7 @@ class CpuBackend:
             workspace_bytes=batch * per_token,
             pool_bytes=pool,
             batch_tokens=batch,
-            slots=tier_slots(s.layers, slots, vram),
+            slots=slot_pairs(tier_slots(s.layers, slots, vram)),
         )
 
     def record(self, trace: _cpu.Trace) -> None:

@@ -22,10 +22,7 @@ from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, aligned_window
 if TYPE_CHECKING:
     from fomoe_io.storage.gguf import TensorInfo
 
-<<<<<<< HEAD
-=======
 
->>>>>>> ca6dc3d
 class Weights:
     """Resident tensors by name, as matrices and vectors for the recorder.
 
