@@ -106,7 +106,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
 
 
 cdef class DeviceExperts:
-    """The routed experts of all layers.  layers, classes: dicts that fomoe_io/gpu/engine.py makes; keep: what they
+    """The routed experts of all layers.  layers, classes: dicts that fomoe_io/gpu/backend.py makes; keep: what they
     point to."""
     cdef fomoe_device_experts *c
     cdef fomoe_residency *residency
