@@ -120,6 +120,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "batch_tokens": (_integer, "an integer"),
     "ring_depth": (_integer, "an integer"),
     "lookahead": (_integer, "an integer"),
+    "logit_rows": (_integer, "an integer"),
     "direct": (_is_true, "True or False"),
     "tiers": (_tiers, 'Tiers, or a text such as "vram=20%,dram=15%"'),
     "car": (_car, 'a CarRule, or a text such as "on" or "regret:0.03"'),
@@ -127,7 +128,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "profile": (_profile, 'a path or "learned"'),
     "trace": (_path, "a path"),
 }
-_NEEDED = ("batch_tokens", "lookahead", "direct")
+_NEEDED = ("batch_tokens", "lookahead", "logit_rows", "direct")
 """None is no choice."""
 
 
@@ -148,6 +149,8 @@ class EngineConfig:
         Positions of a session; None takes the model's, at most 4096.
     batch_tokens : int
         Most tokens of a prompt computed at once (less under a tight budget; results do not depend on it).
+    logit_rows : int
+        How many positions' logits the caller keeps at once, beside a session's own; `ram_bytes` has room for them.
     reader : {"auto", "uring", "pread"}
     ring_depth : int or None
         Reads in flight at most, for each drive; None takes what the calibration says, or 64.
@@ -185,6 +188,7 @@ class EngineConfig:
     threads: int | None = None
     context_tokens: int | None = None
     batch_tokens: int = 512
+    logit_rows: int = 0
     reader: str = "auto"
     ring_depth: int | None = None
     calibration: str | None = None
@@ -217,6 +221,8 @@ class EngineConfig:
     def _check_values(self) -> None:
         if not 0 <= self.lookahead <= MOST_LOOKAHEAD:
             raise UsageError(f"lookahead is {self.lookahead}, expected 0 to {MOST_LOOKAHEAD}")
+        if self.logit_rows < 0:
+            raise UsageError(f"logit_rows is {self.logit_rows}, expected 0 or more")
         device_name(self.device)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:

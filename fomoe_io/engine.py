@@ -298,7 +298,7 @@ class Engine:
         del sketch
         least = self._wanted_slots() or s.used
         process = self._process_bytes()
-        base = process + self._weights.bytes + state + RESERVE_BYTES
+        base = process + self._weights.bytes + state + RESERVE_BYTES + 4 * s.vocabulary * self.config.logit_rows
         row_bytes = sum(layout.slot_bytes for layout in layouts.values())
         smallest = base + per_token + least * row_bytes
         limit = self._ram_limit(process, smallest)

@@ -241,7 +241,7 @@ class DeviceEngine(Engine):
         s, config = self.shape, self.config
         shared = self._shared_layout(sketch)["end"]
         process = self._process_bytes()
-        base = process + shared + RESERVE_BYTES
+        base = process + shared + RESERVE_BYTES + 4 * s.vocabulary * config.logit_rows
         base += spares * sum(sizes[DRAM] for sizes in size_classes(self._records))
         limit = self._ram_limit(process, base)
         wanted = self._wanted_slots() or s.experts
