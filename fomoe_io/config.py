@@ -141,6 +141,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "batch_tokens": (_integer, "an integer"),
     "ring_depth": (_integer, "an integer"),
     "lookahead": (_integer, "an integer"),
+    "logit_rows": (_integer, "an integer"),
     "direct": (_is_true, "True or False"),
     "tiers": (_tiers, 'Tiers, or a text such as "vram=20%,dram=15%"'),
     "car": (_car, 'a CarRule, or a text such as "on" or "regret:0.03"'),
@@ -148,7 +149,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "profile": (_profile, 'a path or "learned"'),
     "trace": (_path, "a path"),
 }
-_NEEDED = ("sessions", "batch_tokens", "lookahead", "direct")
+_NEEDED = ("sessions", "batch_tokens", "lookahead", "logit_rows", "direct")
 """None is no choice."""
 
 
@@ -171,6 +172,8 @@ class EngineConfig:
         Timelines that may be open at once; memory is set aside for the state of each.
     batch_tokens : int
         Most tokens of a prompt computed at once (less under a tight budget; results do not depend on it).
+    logit_rows : int
+        How many positions' logits the caller keeps at once, beside a session's own; `ram_bytes` has room for them.
     reader : {"auto", "uring", "pread"}
     ring_depth : int or None
         Reads in flight at most, for each drive; None takes what the calibration says, or 64.
@@ -210,6 +213,7 @@ class EngineConfig:
     context_tokens: int | None = None
     sessions: int = 1
     batch_tokens: int = 512
+    logit_rows: int = 0
     reader: str = "auto"
     ring_depth: int | None = None
     calibration: str | None = None
@@ -243,6 +247,8 @@ class EngineConfig:
     def _check_values(self) -> None:
         if not 0 <= self.lookahead <= MOST_LOOKAHEAD:
             raise UsageError(f"lookahead is {self.lookahead}, expected 0 to {MOST_LOOKAHEAD}")
+        if self.logit_rows < 0:
+            raise UsageError(f"logit_rows is {self.logit_rows}, expected 0 or more")
         device_name(self.device)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:

@@ -46,12 +46,13 @@ class RamBudget:
                 f"slots is {self.slots}, and {model_name} uses {shape.used} of {shape.experts} experts a layer",
                 hint=f"--slots {min(max(self.slots, shape.used), shape.experts)}",
             )
+        self._logits_bytes = 4 * shape.vocabulary * config.logit_rows
         self.process_bytes = process_bytes(shape.vocabulary, shape.layers * shape.experts)
 
     @property
     def fixed_bytes(self) -> int:
         """What is spoken for before the engine takes anything."""
-        return self.process_bytes + RESERVE_BYTES
+        return self.process_bytes + RESERVE_BYTES + self._logits_bytes
 
     def limit(self, smallest: int) -> int:
         """The budget: as configured, or a share of what is available, rounded so that it repeats.

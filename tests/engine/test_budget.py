@@ -19,9 +19,9 @@ from fomoe_io.system import memory
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, command: str = "run") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "fomoe_io.cli.run", *arguments],
+        [sys.executable, "-m", f"fomoe_io.cli.{command}", *arguments],
         capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
@@ -59,6 +59,19 @@ def test_peak_stays_below(demo_model: Path, tmp_path: Path, smallest: int, more:
     if more == 0:
         assert values["budgets"]["slots_per_layer"] < 32
         assert values["tiers"]["nvme"]["hits"] > 0
+
+
+@pytest.mark.parametrize("options", [["--car", "on"], []])
+def test_peak_of_a_perplexity_stays_below(demo_model: Path, tmp_path: Path, options: list[str]) -> None:
+    """A chunk's logits in float64, and those of the exact run, are several times what a budget leaves free."""
+    text, statistics = tmp_path / "text", tmp_path / "statistics.json"
+    text.write_text("The river ran through the valley, and the old road beside it. " * 90)
+    command = [str(demo_model), "-f", str(text), "-c", "1024", "--chunks", "1", "--json", str(statistics), *options]
+    least = int(run(*command, "--ram", "1M", command="ppl").stderr.split()[-1].removesuffix("M"))
+    result = run(*command, "--ram", f"{least}M", command="ppl")
+    assert result.returncode == 0, result.stderr
+    values = json.loads(statistics.read_text())
+    assert values["tokens_scored"] == 511 and values["peak_rss_bytes"] <= least << 20
 
 
 def test_one_below_the_smallest_is_refused(demo_model: Path, smallest: int) -> None:
