@@ -254,7 +254,10 @@ class Engine:
         )
         self._trace_file = TraceFile(self.config.trace, header)
         self._trace = _cpu.Trace(self._trace_file.descriptor, self.budgets.batch_tokens, s.used, s.experts)
-        self._recorder.program.trace(self._trace)
+        self._follow(self._trace)
+
+    def _follow(self, trace: _cpu.Trace) -> None:
+        self._recorder.program.trace(trace)
 
     def _discard_trace(self) -> None:
         """An engine that never opened has nothing to say: an older trace of that name stays."""

@@ -37,9 +37,10 @@ class DenseProduct:
 
 @dataclass(frozen=True, slots=True)
 class PostPicks:
-    """The router's picks, int32 [tokens, used], go to the host."""
+    """The router's picks, int32 [tokens, used], and their weights go to the host."""
 
     ids: int
+    weights: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ class BatchRecorder(DeviceRecorder):
             "route", (self.tokens, 1, 1), logits.address, ids.address, weights.address, experts, used, int(normalise),
             scale,
         )  # fmt: skip
-        self.body.append(PostPicks(ids.address))
+        self.body.append(PostPicks(ids.address, weights.address))
 
     def experts_begin(
         self, experts: dict[int, DeviceExpertLayer], ids: DeviceRows, gate_input: DeviceRows, up_input: DeviceRows,

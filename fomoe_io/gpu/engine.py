@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
-from fomoe_io import _gpu, _hip
+from fomoe_io import _cpu, _gpu, _hip
 from fomoe_io.engine import RESERVE_BYTES, Engine
 from fomoe_io.errors import BudgetError, DeviceError, UsageError
 from fomoe_io.experts.residency import DECAY, policy_number
@@ -125,7 +125,6 @@ class DeviceEngine(Engine):
         if self.config.activations != "quantized":
             raise UsageError("float activations are computed on the CPU alone", hint="--device cpu")
         unsupported = {
-            "a trace": self.config.trace is not None,
             "lookahead": self.config.lookahead > 0,
             "back-fill": self.config.car is not None and self.config.car.backfill > 0,
         }
@@ -154,7 +153,11 @@ class DeviceEngine(Engine):
             rule = self.config.car.native()
             self.gpu.stream.copy_in(self._recorded.memory.words("car", CAR_BYTES), ctypes.addressof(rule), CAR_BYTES)
         self.gpu.stream.synchronize()
+        self._open_trace(self.budgets.slots, self._layouts)
         self._warm()
+
+    def _follow(self, trace: _cpu.Trace) -> None:
+        self._experts.trace(trace, self.budgets.batch_tokens)  # type: ignore[attr-defined]
 
     # ---- memory ----
 
@@ -275,9 +278,14 @@ class DeviceEngine(Engine):
         if self._has_products:
             workspace = self._recorded.products_address
             self._products = DenseProducts(gpu, workspace, workspace + WORKSPACE_BYTES, self._scratch_bytes)
-        self._streams = [gpu.new_stream(is_urgent=True) for _ in range(_gpu.LANES)]
-        events = [[gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.LANES)]
+        self._streams = [gpu.new_stream(is_urgent=True) for _ in range(_gpu.STREAMS)]
+        events = [[gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.EVENT_RINGS)]
         self._experts = self._device_experts(vram.pointer, events)  # type: ignore[assignment]
+        shared, offsets = self._shared.address, self._shared_offsets
+        self._experts.bind(  # type: ignore[attr-defined]
+            changed=shared + offsets["changed"], stop=shared, logits_from=self._recorded.token.logits_address,
+            logits_to=shared + offsets["logits"],
+        )  # fmt: skip
         self._prompts = self._prompt_runner() if b.batch_tokens > 1 else None
 
     def _shared_layout(self, sketch: Recordings) -> dict[str, int]:
@@ -414,15 +422,10 @@ class DeviceEngine(Engine):
         numpy.ndarray
             float32 [outputs, vocabulary], valid until the next run.
         """
-        s, offsets, r = self.shape, self._shared_offsets, self._recorded
-        graph = self._graph(outputs)
+        s, graph = self.shape, self._graph(outputs)
         self._fill_header(token, position, substitute)
-        base, logits_bytes = self._shared.address, 4 * s.vocabulary * outputs
-        error = self._experts.run(  # type: ignore[attr-defined]
-            self.gpu.stream, graph, self._run_number, base + offsets["changed"], base + offsets["logits"],
-            r.token.logits_address, logits_bytes, base,
-        )  # fmt: skip
-        self._check(error)
+        logits_bytes = 4 * s.vocabulary * outputs
+        self._check(self._experts.run(self.gpu.stream, graph, self._run_number, logits_bytes))  # type: ignore[attr-defined]
         return self._part("logits", 0, logits_bytes).view(np.float32).reshape(outputs, s.vocabulary)
 
     def posted_picks(self) -> np.ndarray:
@@ -479,7 +482,10 @@ class DeviceEngine(Engine):
         result["tiers"]["dram"]["bytes"] = c["up_bytes"] - c["nvme_bytes"] if c["up_bytes"] > c["nvme_bytes"] else 0
         result["link"] = {"up_bytes": c["up_bytes"], "down_bytes": c["down_bytes"]}
         result["layers_served"] = {"all": c["layers"], "with_misses": c["served_layers"]}
-        result["stall_seconds"]["h2d"] = c["copy_stall_ns"] / 1e9
+        names = {"h2d": "copy_stall_ns", "before_reads": "before_reads_ns", "after_reads": "after_reads_ns",
+                 "device": "post_stall_ns"}  # fmt: skip
+        result["stall_seconds"] |= {name: c[key] / 1e9 for name, key in names.items()}
+        result["host_us_per_miss"] = c["host_ns"] / 1e3 / c["misses"] if c["misses"] else 0.0
         result["device_calls"] = {key: calls[key] - self._calls[key] for key in calls}
         return result
 
