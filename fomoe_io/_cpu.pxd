@@ -63,6 +63,9 @@ cdef extern from "csrc/experts/trace.h" nogil:
     void fomoe_trace_seeds(fomoe_trace *, int layer, int count, const int32_t *experts, const double *scores)
     int fomoe_trace_flush(fomoe_trace *)
 
+cdef class Trace:
+    cdef fomoe_trace *c
+
 cdef extern from "csrc/experts/car.h" nogil:
     ctypedef struct fomoe_car:
         pass

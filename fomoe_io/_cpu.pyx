@@ -255,7 +255,6 @@ cdef class Experts:
 
 cdef class Trace:
     """Appends the records of runs to an open file, which its owner keeps open."""
-    cdef fomoe_trace *c
 
     def __cinit__(self, int file, int batch, int used, int most):
         self.c = fomoe_trace_new(file, batch, used, most)

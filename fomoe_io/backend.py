@@ -66,7 +66,10 @@ class Counters:
     groups : runs of expert products on a CPU
     prefetches, prefetch_useful, prefetch_late, prefetch_bytes : reads ahead
     layers, served_layers : layers run on a device, and those among them in which the host had something to bring
+    misses : experts that the host had to bring to a device
     up_bytes, down_bytes, copy_stall_ns : over the link, and how long the device waited for copies
+    before_reads_ns, after_reads_ns, post_stall_ns, host_ns : between a layer's post and its first read, between its
+        last read and the answer, waiting for posts, and all the host's own work
     """
 
     requests: int = 0
@@ -91,6 +94,11 @@ class Counters:
     up_bytes: int = 0
     down_bytes: int = 0
     copy_stall_ns: int = 0
+    misses: int = 0
+    host_ns: int = 0
+    before_reads_ns: int = 0
+    after_reads_ns: int = 0
+    post_stall_ns: int = 0
 
     def since(self, before: Self) -> Self:
         """What was counted after `before`."""

@@ -100,7 +100,6 @@ class GpuBackend:
         if config.activations != "quantized":
             raise UsageError("float activations are computed on the CPU alone", hint="--device cpu")
         unsupported = {
-            "a trace": config.trace is not None,
             "lookahead": config.lookahead > 0,
             "back-fill": config.car is not None and config.car.backfill > 0,
         }
@@ -154,9 +153,14 @@ class GpuBackend:
         if sharing.scratch_bytes:
             tiles = r.products_address + WORKSPACE_BYTES
             self._products = DenseProducts(gpu, r.products_address, tiles, sharing.scratch_bytes)
-        self._streams = [gpu.new_stream(is_urgent=True) for _ in range(_gpu.LANES)]
-        events = [[gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.LANES)]
+        self._streams = [gpu.new_stream(is_urgent=True) for _ in range(_gpu.STREAMS)]
+        events = [[gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.EVENT_RINGS)]
         self._experts = self._device_experts(vram.pointer, events)
+        words = self._shared
+        self._experts.bind(
+            changed=words.host + words.offset("changed"), stop=words.host, logits_from=r.token.logits_address,
+            logits_to=words.host + words.offset("logits"),
+        )  # fmt: skip
         embedding = EmbeddingReader(opened, r.embedding, r.token.embedding_file, r.token.embedding_offset)
         self.tokens = TokenRunner(gpu, self._experts, r, self._shared, embedding, opened.shape, opened.config)
         self._prompts = PromptRunner(
@@ -195,8 +199,8 @@ class GpuBackend:
         stream.synchronize()
 
     def record(self, trace: Trace) -> None:
-        """Never: `_refuse` has."""
-        raise AssertionError
+        """Write what runs from now on do into a trace."""
+        self._experts.trace(trace, self.budgets.batch_tokens)
 
     def warm(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
         """Bring experts into a layer's free slots."""
@@ -266,7 +270,14 @@ class GpuBackend:
         result["tiers"]["dram"]["bytes"] = max(0, change.up_bytes - change.nvme_bytes)
         result["link"] = {"up_bytes": change.up_bytes, "down_bytes": change.down_bytes}
         result["layers_served"] = {"all": change.layers, "with_misses": change.served_layers}
-        result["stall_seconds"]["h2d"] = change.copy_stall_ns / 1e9
+        stalls = {
+            "h2d": change.copy_stall_ns,
+            "before_reads": change.before_reads_ns,
+            "after_reads": change.after_reads_ns,
+            "device": change.post_stall_ns,
+        }
+        result["stall_seconds"] |= {name: ns / 1e9 for name, ns in stalls.items()}
+        result["host_us_per_miss"] = change.host_ns / 1e3 / change.misses if change.misses else 0.0
         result["device_calls"] = {key: calls[key] - self._calls[key] for key in calls}
 
     def reset_statistics(self) -> None:

@@ -36,9 +36,10 @@ class DenseProduct:
 
 @dataclass(frozen=True, slots=True)
 class PostPicks:
-    """The router's picks, int32 [tokens, used], go to the host."""
+    """The router's picks, int32 [tokens, used], and their weights go to the host."""
 
     ids: int
+    weights: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ class BatchRecorder(DeviceRecorder):
         """The picks, and their way to the host."""
         picks = self._picks(layer, logits, router)
         self._route(picks)
-        self.body.append(PostPicks(picks.ids.address))
+        self.body.append(PostPicks(picks.ids.address, picks.weights.address))
         return picks
 
     def experts_begin(self, picks: Picks[DeviceRows], x: Activation[DeviceRows]) -> None:

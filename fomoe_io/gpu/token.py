@@ -105,15 +105,11 @@ class TokenRunner:
         logits : numpy.ndarray
             float32 [outputs, vocabulary], valid until the next run.
         """
-        s, shared, r = self._shape, self._shared, self._recorded
-        graph = self.graph(outputs)
+        s, graph = self._shape, self.graph(outputs)
         self._fill_header(ids, position, may_substitute)
         logits_bytes = 4 * s.vocabulary * outputs
-        error = self._experts.run(
-            self._gpu.stream, graph, self._run_number, shared.host + shared.offset("changed"),
-            shared.host + shared.offset("logits"), r.token.logits_address, logits_bytes, shared.host,
-        )  # fmt: skip
-        return error, shared.part("logits", 0, logits_bytes).view(np.float32).reshape(outputs, s.vocabulary)
+        error = self._experts.run(self._gpu.stream, graph, self._run_number, logits_bytes)
+        return error, self._shared.part("logits", 0, logits_bytes).view(np.float32).reshape(outputs, s.vocabulary)
 
     def posted_picks(self) -> np.ndarray:
         """int32 [layers, used]: the router's picks in the last token's run."""

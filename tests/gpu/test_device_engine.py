@@ -16,6 +16,8 @@ from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import device
 from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.system import direct_io
+from fomoe_io.trace.simulator import replay
+from fomoe_io.trace.trace import Trace
 from layout_tool.main import main as layout
 from tests.fake_hip.build import Fake, installed_fake
 from tests.gguf_edit import Keys, Tensors, edited
@@ -168,6 +170,22 @@ def test_policies_and_readers_give_the_same_bits(model: Path) -> None:
         np.testing.assert_array_equal(logits, expected)
 
 
+def test_an_expert_may_come_in_pieces(model: Path) -> None:
+    """Each is sent up as it lands, whatever parts of the record it holds; the host's time is told apart."""
+    expected, _ = evaluate(model, settings(batch_tokens=1))
+    for nbytes in (4096, 12288):
+        with Engine.open(model, settings(tiers=Tiers(0.19, 0.2), batch_tokens=1)) as engine:
+            assert isinstance(engine, DeviceEngine)
+            engine._experts.set_piece_bytes(nbytes)  # type: ignore[attr-defined]
+            before = engine.reader.counters["reads"]
+            np.testing.assert_array_equal(engine.session().evaluate(TOKENS), expected)
+            s, reads = engine.statistics(), engine.reader.counters["reads"] - before
+        assert reads > 8 * s["tiers"]["nvme"]["reads"] > 0
+        stalls = s["stall_seconds"]
+        assert all(stalls[name] > 0 for name in ("nvme", "h2d", "before_reads", "after_reads", "device"))
+        assert s["host_us_per_miss"] > 0
+
+
 def test_counters_are_those_of_the_processor(model: Path) -> None:
     """The same residency code serves both, token by token; only the arithmetic differs."""
     counts = []
@@ -181,6 +199,60 @@ def test_counters_are_those_of_the_processor(model: Path) -> None:
     assert counts[0][:2] == counts[1][:2]
     # an expert whose router logits nearly tie may differ
     np.testing.assert_allclose(counts[0][2:], counts[1][2:], atol=4)
+
+
+@pytest.mark.parametrize("policy", ["decayed", "lru"])
+@pytest.mark.parametrize(
+    ("tiers", "sizes"),
+    [
+        (Tiers(0.25, 0.25), [1] * 12),
+        (Tiers(0.5, 0.375), [2, 2, 2, 1, 1]),  # batches whose experts fit
+        (Tiers(0.25, 0.19), [16, 1, 1, 9]),  # batches in waves
+        (Tiers(0.19, 0.0), [16, 1, 8]),  # as few slots as a token needs
+    ],
+    ids=["decode", "fitting", "waves", "fewest"],
+)
+def test_the_simulator_counts_what_the_engine_counts(
+    model: Path, tmp_path: Path, policy: str, tiers: Tiers, sizes: list[int]
+) -> None:
+    """As tests/unit/test_simulator.py: who is where is decided by one plan, whatever computes."""
+    tokens, path = np.random.default_rng(4).integers(0, 300, sum(sizes)), tmp_path / "t"
+    config = settings(policy=policy, tiers=tiers, batch_tokens=16, trace=path)
+    with Engine.open(model, config) as engine:
+        session = engine.session()
+        seen = []
+        for piece in np.split(tokens, np.cumsum(sizes)[:-1]):
+            session.evaluate(piece, record=["experts"])
+            seen.append(session.records["experts"])
+        said = engine.statistics()
+    trace = Trace.load(path)
+    assert trace.batch_tokens.tolist() == sizes
+    played = replay(trace, np.array(trace.header.slots), policy=policy, decay=trace.header.decay, as_chosen=True)
+    c, picks = played.counters, np.concatenate(seen, 1)
+    assert c["requests"] == said["expert_requests"] and c["nvme_hits"] > 20
+    assert [c[name] for name in ("evictions", "promotions", "demotions")] == [
+        said[name] for name in ("evictions", "promotions", "demotions")
+    ]
+    assert [c["vram_hits"], c["dram_hits"], c["nvme_hits"]] == [said["tiers"][t]["hits"] for t in said["tiers"]]
+    for number, layer in trace.layers.items():
+        np.testing.assert_array_equal(layer.picks, picks[number])
+        np.testing.assert_array_equal(played.found[number], layer.found)
+        np.testing.assert_allclose(layer.weights.sum(1), 1, rtol=1e-5)
+
+
+def test_substitutions_are_replayed_from_a_trace(model: Path, tmp_path: Path) -> None:
+    config = settings(tiers=Tiers(0.25, 0.25), car=CarRule.parse("ratio:0.5"), batch_tokens=1, trace=tmp_path / "t")
+    with Engine.open(model, config) as engine:
+        session = engine.session()
+        for token in TOKENS:
+            session.decode(int(token))
+        said = engine.statistics()
+    trace = Trace.load(tmp_path / "t")
+    c = replay(trace, np.array(trace.header.slots), decay=trace.header.decay, as_chosen=True).counters
+    assert c["substitutions"] == said["substitutions"] > 0 and c["requests"] == said["expert_requests"]
+    assert [c["vram_hits"], c["dram_hits"], c["nvme_hits"]] == [said["tiers"][t]["hits"] for t in said["tiers"]]
+    for layer in trace.layers.values():
+        np.testing.assert_allclose(layer.weights.sum(1), 1, rtol=1e-5)  # the router's, not those of the stand-ins
 
 
 @pytest.mark.parametrize("rule", ["ratio:0.5", "regret:0.1,warmup=3"])
@@ -348,7 +420,6 @@ def test_what_the_kernels_cannot_do_is_said_at_load(tmp_path: Path, changes: dic
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"trace": Path("picks.trace")}, "a trace"),
         ({"lookahead": 2}, "lookahead"),
         ({"car": CarRule.parse("ratio:0.5,backfill=1")}, "back-fill"),
     ],
