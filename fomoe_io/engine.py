@@ -245,13 +245,13 @@ class Engine:
         header = TraceHeader(
             model=self.model_name,
             fingerprint=self.store.fingerprint,
-            experts=(s.experts,) * s.layers,
+            experts=tuple(s.experts if i in layouts else 0 for i in range(s.layers)),
             used=s.used,
             slots=slot_pairs(tiers),
             policy=self.config.policy,
             decay=DECAY,
             car=str(self.config.car or "off"),
-            expert_bytes=tuple(layouts[i].slot_bytes for i in range(s.layers)),
+            expert_bytes=tuple(layouts[i].slot_bytes if i in layouts else 0 for i in range(s.layers)),
         )
         self._trace_file = TraceFile(self.config.trace, header)
         self._trace = _cpu.Trace(self._trace_file.descriptor, self.budgets.batch_tokens, s.used, s.experts)
@@ -275,8 +275,6 @@ class Engine:
 
     def _record(self, batch_tokens: int, experts: _cpu.Experts | None) -> CpuRecorder:
         s = self.shape
-        channels = (2 * s.key_heads + s.value_heads) * s.state_columns
-        widest = max(s.columns, s.hidden, s.shared_hidden, s.experts, channels, s.heads * s.head_columns)
         matrix, file, offset = self._weights.embedding(s.columns, s.vocabulary)
         recorder = CpuRecorder(
             self._team,
@@ -286,7 +284,7 @@ class Engine:
             batch_tokens=batch_tokens,
             context_tokens=self.context_tokens,
             # attention scores of a whole context, or the widest row (twice: normalised q and k)
-            scratch_floats=max(2 * widest, self.context_tokens),
+            scratch_floats=max(2 * s.widest_row, self.context_tokens),
             experts=experts,
             lookahead=self.config.lookahead > 0,
         )
@@ -438,7 +436,7 @@ class Engine:
     def expert_counts(self) -> dict[int, np.ndarray]:
         """How often the router has picked each expert since the engine was opened: layer -> int64 [experts]."""
         picks = self._ask(lambda: self._experts.picks())
-        return {layer: picks[layer, : self.shape.experts].copy() for layer in range(self.shape.layers)}
+        return {layer: picks[layer, : self.shape.experts].copy() for layer in self.shape.expert_layers}
 
     def _counters(self) -> dict[str, int]:
         """The experts' counters; while a run is at work in another thread, as they were before it."""
@@ -496,7 +494,7 @@ class Engine:
                 "state_bytes": self.budgets.state_bytes,
                 "pool_bytes": self.budgets.pool_bytes,
                 "batch_tokens": self.budgets.batch_tokens,
-                "slots_per_layer": min(self._slots_of(layer) for layer in range(self.shape.layers)),
+                "slots_per_layer": min(self._slots_of(layer) for layer in self.shape.expert_layers),
             },
             "threads": self.threads,
             "kernels": self.kernels,
