@@ -176,7 +176,7 @@ class Engine:
     def expert_counts(self) -> dict[int, np.ndarray]:
         """How often the router has picked each expert since the engine was opened: layer -> int64 [experts]."""
         picks = self._ask(self.backend.picks)
-        return {layer: picks[layer, : self.shape.experts].copy() for layer in range(self.shape.layers)}
+        return {layer: picks[layer, : self.shape.experts].copy() for layer in self.shape.expert_layers}
 
     def _counters(self) -> Counters:
         """The experts' counters; while a run is at work in another thread, as they were before it."""
@@ -233,7 +233,7 @@ class Engine:
                 "state_bytes": b.state_bytes,
                 "pool_bytes": b.pool_bytes,
                 "batch_tokens": b.batch_tokens,
-                "slots_per_layer": min(sum(b.slots[layer]) for layer in self._opened.model.experts),
+                "slots_per_layer": min(sum(b.slots[layer]) for layer in self.shape.expert_layers),
             },
             "threads": self.backend.threads,
             "kernels": self.backend.kernels,

@@ -186,7 +186,9 @@ class Session:
         if name == "final_norm":
             return np.empty((tokens, s.columns), np.float32)
         width = {"experts": s.used, "weights": s.used, "router_logits": s.experts, "layer_output": s.columns}[name]
-        return np.empty((s.layers, tokens, width), np.int32 if name == "experts" else np.float32)
+        if name == "experts":
+            return np.full((s.layers, tokens, width), -1, np.int32)  # what dense layers keep
+        return np.zeros((s.layers, tokens, width), np.float32)
 
     def close(self) -> None:
         """Give the state's memory back.  Idempotent; before or after the engine's.

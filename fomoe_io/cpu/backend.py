@@ -167,8 +167,6 @@ class CpuBackend:
 
     def _record(self, batch_tokens: int, experts: _cpu.Experts | None) -> CpuRecorder:
         s, opened = self._shape, self._opened
-        channels = (2 * s.key_heads + s.value_heads) * s.state_columns
-        widest = max(s.columns, s.hidden, s.shared_hidden, s.experts, channels, s.heads * s.head_columns)
         matrix, file, offset = self._weights.embedding(s.columns, s.vocabulary)
         recorder = CpuRecorder(
             self._team,
@@ -178,7 +176,7 @@ class CpuBackend:
             batch_tokens=batch_tokens,
             context_tokens=opened.context_tokens,
             # attention scores of a whole context, or the widest row (twice: normalised q and k)
-            scratch_floats=max(2 * widest, opened.context_tokens),
+            scratch_floats=max(2 * s.widest_row, opened.context_tokens),
             experts=experts,
             lookahead=self._config.lookahead > 0,
         )

@@ -15,7 +15,18 @@ import numpy as np
 
 from fomoe_io import _cpu
 from fomoe_io._cpu import Experts, Matrix, Rows
-from fomoe_io.models.recorder import Activation, Attention, Delta, KvCache, Picks, Recorder, Router
+from fomoe_io.errors import UsageError
+from fomoe_io.models.recorder import (
+    Activation,
+    Attention,
+    Delta,
+    KvCache,
+    Picks,
+    Recorder,
+    Router,
+    Score,
+)
+from fomoe_io.models.recorder import Experts as ExpertsOp
 
 if TYPE_CHECKING:
     from fomoe_io.models.rope import Rope
@@ -149,19 +160,25 @@ class CpuRecorder:
         """Products that depend on nothing but earlier steps, as one step: output = matrix @ input."""
         self.program.mat_mul([(m, x.forms[m.activation_type], y, False) for m, x, y in products])
 
-    def mat_mul_add(self, matrix: Matrix, x: Activation[Rows], output: Rows) -> None:
-        """output += matrix @ x"""
+    def mat_mul_add(self, matrix: Matrix, x: Activation[Rows], output: Rows, bias: np.ndarray | None = None) -> None:
+        """output += matrix @ x [+ bias]"""
         self.program.mat_mul([(matrix, x.forms[matrix.activation_type], output, True)])
+        if bias is not None:
+            self.program.add_bias(output, bias)
 
     def logits(self, matrix: Matrix, x: Activation[Rows]) -> None:
         """The last product: into the caller's array, for the positions that want logits."""
         self.program.mat_mul([(matrix, x.forms[matrix.activation_type], None, False)], True, True)
 
+    def ungroup(self, x: Rows, groups: int, first: int, length: int, output: Rows, at: int) -> None:
+        """Parts of rows that come group by group, brought together."""
+        self.program.ungroup(x, output, groups, first, length, at)
+
     # ---- attention ----
 
-    def rope_table(self, rope: Rope) -> Rows:
+    def rope_table(self, rope: Rope, *, name: str = "rope") -> Rows:
         """cos and sin of every pair, for the batch's positions."""
-        table = self.rows("rope", 2 * len(rope.frequencies))
+        table = self.rows(name, 2 * len(rope.frequencies))
         self.program.rope_table(table, rope)
         return table
 
@@ -176,15 +193,20 @@ class CpuRecorder:
     ) -> Rows:
         """A step that fills the cache, and one that reads it."""
         stride = query.columns // op.heads
+        query_norm, key_norm = op.query_norm, op.key_norm
+        if op.norms_whole_rows:
+            for rows, norm in ((query, query_norm), (key, key_norm)):
+                self.program.norm(rows, norm, op.epsilon, [rows], False)
+            query_norm = key_norm = None
         self.program.kv(
-            query, key, value, table, op.query_norm, op.key_norm, cache.keys, cache.values, self.context_tokens,
+            query, key, value, table, query_norm, key_norm, cache.keys, cache.values, self.context_tokens,
             op.heads, cache.heads, cache.columns, stride, op.rotated, op.epsilon,
             (op.query_bias, op.key_bias, op.value_bias),
         )  # fmt: skip
         attended = self.rows("attended", op.heads * cache.columns)
         self.program.attention(
             query, attended, cache.keys, cache.values, self.context_tokens, op.heads, cache.heads, cache.columns,
-            stride, op.gated,
+            stride, op.gated, op.sinks, op.window,
         )  # fmt: skip
         return attended
 
@@ -209,18 +231,23 @@ class CpuRecorder:
 
     # ---- experts ----
 
-    def route(self, layer: int, logits: Rows, router: Router) -> Picks[Rows]:
+    def route(self, layer: int, logits: Rows, router: Router[np.ndarray]) -> Picks[np.ndarray, Rows]:
         """The picks and their weights, and their records."""
         ids, weights = self.rows("experts", router.used), self.rows("weights", router.used)
-        self.program.route(logits, ids, weights, layer, router.experts, router.used, router.normalise, router.scale)
+        self.program.route(logits, ids, weights, layer, router)
         return Picks(layer, router, logits, ids, weights)
 
-    def experts_begin(self, picks: Picks[Rows], x: Activation[Rows]) -> None:
+    def experts_begin(self, picks: Picks[np.ndarray, Rows], x: Activation[Rows], op: ExpertsOp[np.ndarray]) -> None:
         """Begin to read those that are missing; experts of a single token may stand in for others."""
-        if self._experts is not None:
-            self.program.experts_begin(
-                self._experts, picks.logits, picks.ids, picks.weights, picks.layer, picks.router.normalise
+        if self._experts is None:
+            return
+        if self._experts.substitutes and not picks.router.follows_logits:
+            raise UsageError(
+                "cache-aware routing compares logits, and this model chooses its experts by more than those",
+                hint="drop --car",
             )
+        sums_to_one = picks.router.normalise or picks.router.score == Score.LOGITS
+        self.program.experts_begin(self._experts, picks.logits, picks.ids, picks.weights, picks.layer, sums_to_one)
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -228,22 +255,25 @@ class CpuRecorder:
         yield
 
     def experts_end(
-        self, picks: Picks[Rows], x: Activation[Rows], output: Rows, shared: Rows | None, shared_gate: Rows | None
-    ) -> None:
+        self, picks: Picks[np.ndarray, Rows], x: Activation[Rows], op: ExpertsOp[np.ndarray], output: Rows,
+        shared: Rows | None, shared_gate: Rows | None,
+    ) -> None:  # fmt: skip
         """Compute them as they come; then add them, in the router's order, and the shared expert."""
         if self._experts is None:
             return
         gate_type, up_type = self._expert_inputs[picks.layer]
-        self.program.experts(self._experts, picks.ids, x.forms[gate_type], x.forms[up_type], picks.layer)
+        self.program.experts(
+            self._experts, picks.ids, x.forms[gate_type], x.forms[up_type], picks.layer, op.biases, op.is_clamped
+        )
         self.program.combine(self._experts, picks.weights, output, picks.router.used, shared, shared_gate)
 
     def lookahead(
-        self, layer: int, x: Rows, weight: np.ndarray, epsilon: float, matrix: Matrix, router: Router
+        self, layer: int, x: Rows, weight: np.ndarray, epsilon: float, matrix: Matrix, router: Router[np.ndarray]
     ) -> None:
         """Read what the layer would pick, where that is asked for."""
         if self._experts is not None and self._looks_ahead:
             logits = self.rows("lookahead", router.experts)
-            self.program.lookahead(self._experts, x, weight, epsilon, matrix, logits, layer)
+            self.program.lookahead(self._experts, x, weight, epsilon, matrix, logits, layer, router)
 
     def layer_end(self, layer: int, x: Rows) -> None:
         """Record what the layer leaves, when that is asked for."""

@@ -19,7 +19,7 @@ from fomoe_io.gpu.arena import (
 )
 from fomoe_io.gpu.kernels import up
 from fomoe_io.gpu.recorder import DeviceRecorder
-from fomoe_io.models.recorder import Activation, Attention, KvCache, Picks, Router
+from fomoe_io.models.recorder import Activation, Attention, Experts, KvCache, Picks, Router
 
 LOGITS_TOKENS = kernels.TILE_TOKENS
 """Tokens whose logits are computed at once: one reading of the output matrix."""
@@ -156,19 +156,19 @@ class BatchRecorder(DeviceRecorder):
 
     # ---- experts ----
 
-    def route(self, layer: int, logits: DeviceRows, router: Router) -> Picks[DeviceRows]:
+    def route(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
         """The picks, and their way to the host."""
         picks = self._picks(layer, logits, router)
         self._route(picks)
         self.body.append(PostPicks(picks.ids.address, picks.weights.address))
         return picks
 
-    def experts_begin(self, picks: Picks[DeviceRows], x: Activation[DeviceRows]) -> None:
+    def experts_begin(self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int]) -> None:
         """Nothing: the host has not seen the picks yet."""
 
     def experts_end(
-        self, picks: Picks[DeviceRows], x: Activation[DeviceRows], output: DeviceRows, shared: DeviceRows | None,
-        shared_gate: DeviceRows | None,
+        self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int], output: DeviceRows,
+        shared: DeviceRows | None, shared_gate: DeviceRows | None,
     ) -> None:  # fmt: skip
         """Where the host serves the layer; then the sum, which the next norm adds."""
         rows, used = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from fomoe_io.errors import FormatError
 from fomoe_io.experts.car import NativeCar
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import (
@@ -22,7 +23,7 @@ from fomoe_io.gpu.arena import (
     Memory,
 )
 from fomoe_io.gpu.kernels import up
-from fomoe_io.models.recorder import Activation, Attention, Delta, KvCache, Picks, Recorder, Router
+from fomoe_io.models.recorder import Activation, Attention, Delta, Experts, KvCache, Picks, Recorder, Router, Score
 
 if TYPE_CHECKING:
     from fomoe_io.models.rope import Rope
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
 ATTENTION_TOKENS, ATTENTION_BYTES = 8, 256 << 20
 """Tokens of a batch whose attention is computed at once, and room for what each position range has found until it is
 merged: a long context takes fewer tokens at once, down to one."""
+
+
+def refuse(**wanted: bool) -> None:
+    """FormatError for the first op that is wanted and that no kernel computes."""
+    for name, is_wanted in wanted.items():
+        if is_wanted:
+            raise FormatError(f"the GPU kernels do not compute {name.replace('_', ' ')}", hint="--device cpu")
+
 
 CAR_BYTES = ctypes.sizeof(NativeCar)
 """gpu/kernels/car_rule.h, fomoe_car."""
@@ -204,11 +213,22 @@ class DeviceRecorder:
                 part = group[i : i + kernels.MAT_VEC_MANY]
                 self.body.append(self._product(*part[0]) if len(part) == 1 else _many(part))
 
-    def mat_mul_add(self, matrix: DeviceMatrix, x: Activation[DeviceRows], output: DeviceRows) -> None:
-        """output += matrix @ x; the sum is made by the norm that reads it next."""
+    def mat_mul_add(
+        self, matrix: DeviceMatrix, x: Activation[DeviceRows], output: DeviceRows, bias: int | None = None
+    ) -> None:
+        """output += matrix @ x [+ bias]; the sum is made by the norm that reads it next."""
         product = self.rows("added", output.columns)
         self.mat_mul([(matrix, x, product)])
+        self._add_bias(product, bias)
         self._add_later(output, product)
+
+    def _add_bias(self, rows: DeviceRows, bias: int | None) -> None:
+        if bias is not None:
+            self._add("add_bias", (up(rows.columns, 256), self.tokens, 1), rows.address, bias, rows.columns)
+
+    def ungroup(self, x: DeviceRows, groups: int, first: int, length: int, output: DeviceRows, at: int) -> None:
+        """No kernel yet."""
+        refuse(projections_stored_group_by_group=True)
 
     def _add_later(self, output: DeviceRows, added: DeviceRows) -> None:
         if output.address in self._pending:
@@ -223,8 +243,9 @@ class DeviceRecorder:
 
     # ---- attention ----
 
-    def rope_table(self, rope: Rope) -> DeviceRows:
+    def rope_table(self, rope: Rope, *, name: str = "rope") -> DeviceRows:
         """(cos, sin) of every position; the engine fills the table once."""
+        refuse(positions_of_two_kinds=name != "rope")
         return self.rows("rope", 2 * len(rope.frequencies))
 
     def kv_cache(self, heads: int, columns: int) -> KvCache:
@@ -238,10 +259,12 @@ class DeviceRecorder:
         op: Attention[int],
     ) -> DeviceRows:  # fmt: skip
         """What fills the cache, and what reads it."""
-        biases = (op.query_bias, op.key_bias, op.value_bias)
-        for rows, bias in zip((query, key, value), biases, strict=True):
-            if bias is not None:
-                self._add("add_bias", (up(rows.columns, 256), self.tokens, 1), rows.address, bias, rows.columns)
+        refuse(
+            attention_sinks=op.sinks is not None, a_sliding_window=op.window > 0,
+            norms_over_all_heads=op.norms_whole_rows, attention_without_norms=op.query_norm is None,
+        )  # fmt: skip
+        for rows, bias in ((query, op.query_bias), (key, op.key_bias), (value, op.value_bias)):
+            self._add_bias(rows, bias)
         turned = self.rows("rotated_query", op.heads * cache.columns)
         stride = query.columns // op.heads
         self._add(
@@ -305,18 +328,23 @@ class DeviceRecorder:
 
     # ---- experts ----
 
-    def _picks(self, layer: int, logits: DeviceRows, router: Router) -> Picks[DeviceRows]:
+    def _picks(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
+        refuse(
+            routing_by_sigmoid=router.score == Score.SIGMOID, routing_by_logits=router.score == Score.LOGITS,
+            a_bias_of_the_router=router.logit_bias is not None, a_bias_of_the_choice=router.bias is not None,
+            groups_of_experts=router.groups > 1,
+        )  # fmt: skip
         ids, weights = self.rows("experts", router.used), self.rows("weights", router.used)
         return Picks(layer, router, logits, ids, weights)
 
-    def _route(self, picks: Picks[DeviceRows]) -> None:
+    def _route(self, picks: Picks[int, DeviceRows]) -> None:
         r = picks.router
         self._add(
             "route", (self.tokens, 1, 1), picks.logits.address, picks.ids.address, picks.weights.address, r.experts,
             r.used, int(r.normalise), r.scale,
         )  # fmt: skip
 
-    def route(self, layer: int, logits: DeviceRows, router: Router) -> Picks[DeviceRows]:
+    def route(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
         """The picks, their records, and word of them to the host."""
         picks = self._picks(layer, logits, router)
         e, used = self._experts[layer], router.used
@@ -356,14 +384,19 @@ class DeviceRecorder:
         q8 = self.memory.words("hidden_q8", self.memory.batch_tokens * used * kernels.q8_row_bytes(hidden))
         return q8, floats
 
-    def experts_begin(self, picks: Picks[DeviceRows], x: Activation[DeviceRows]) -> None:
+    def experts_begin(self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int]) -> None:
         """Gate and up of the picks that are on the device."""
+        self._check_experts(op)
         rows, used = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used
         self._gate_and_up(picks.layer, self._records(used), rows, used, self.hidden, rows.columns)
 
+    @staticmethod
+    def _check_experts(op: Experts[int]) -> None:
+        refuse(biases_of_experts=any(b is not None for b in op.biases), clamped_activations=op.is_clamped)
+
     def experts_end(
-        self, picks: Picks[DeviceRows], x: Activation[DeviceRows], output: DeviceRows, shared: DeviceRows | None,
-        shared_gate: DeviceRows | None,
+        self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int], output: DeviceRows,
+        shared: DeviceRows | None, shared_gate: DeviceRows | None,
     ) -> None:  # fmt: skip
         """Wait for the others, if there are any; their gate and up; then the sum, which the next norm adds."""
         rows, used, hidden = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used, self.hidden
@@ -384,7 +417,7 @@ class DeviceRecorder:
         self._add_later(output, total)
 
     def lookahead(
-        self, layer: int, x: DeviceRows, weight: int, epsilon: float, matrix: DeviceMatrix, router: Router
+        self, layer: int, x: DeviceRows, weight: int, epsilon: float, matrix: DeviceMatrix, router: Router[int]
     ) -> None:
         """Nothing: the CPU alone guesses."""
 

@@ -39,6 +39,8 @@ class Architecture:
         Records the equations.
     computed : frozenset of str
         Its keys beside those of every architecture.
+    ignored : frozenset of str
+        Keys without a part in its equations, whatever they say.
     fixed : mapping of str to tuple
         Keys that change the equations, with the values that do not: over those of every architecture.
     """
@@ -48,11 +50,14 @@ class Architecture:
     tensors: Callable[[Shape, Iterable[str]], Iterator[tensors.Tensor]]
     build: Build
     computed: frozenset[str] = frozenset()
+    ignored: frozenset[str] = frozenset()
     fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
     def check_keys(self, m: keys.Keys) -> None:
         """FormatError for a key that may change what the model computes and is not computed with."""
-        m.check_known(keys.COMPUTED | rope.KEYS | self.computed, {**keys.FIXED, **rope.FIXED, **self.fixed})
+        m.check_known(
+            keys.COMPUTED | rope.KEYS | self.computed | self.ignored, {**keys.FIXED, **rope.FIXED, **self.fixed}
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ def tensors_of(s: Shape, names: Iterable[str]) -> Iterator[Tensor]:
     """All that is computed with."""
     yield from tensors.ends(s)
     for layer in range(s.layers):
-        yield from tensors.attention(s, f"blk.{layer}", names, gated=False, biased=True)
+        yield from tensors.attention(s, f"blk.{layer}", names, biased=True)
         yield from tensors.experts(s, f"blk.{layer}", "ffn_norm")
 
 
@@ -39,7 +39,7 @@ def build(p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s:
     x = record_embedding(p, s)
     table = p.rope_table(s.rope)
     for layer in range(s.layers):
-        record_attention(p, w, s, f"blk.{layer}", x, table, norm="attn_norm", gated=False)
+        record_attention(p, w, s, f"blk.{layer}", x, table)
         record_experts(p, w, s, layer, x, norm="ffn_norm")
     record_logits(p, w, s, x)
 

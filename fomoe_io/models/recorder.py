@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -62,21 +63,28 @@ class Attention(Generic[Vector]):
     rotated : int
         Leading columns of each head that turn with the position: pair j is columns j and j + rotated / 2.
     epsilon : float
-    query_norm, key_norm : Vector
-        Weights of the norm of each head.
+    query_norm, key_norm : Vector or None
+        Weights of the norm of each head, or of all heads together where it `norms_whole_rows`.
     query_bias, key_bias, value_bias : Vector or None
         Added before the norms; the query's is of its gate too.
+    sinks : Vector or None
+        One more logit of each head's softmax, not scaled, without a value.
+    window : int
+        Positions that a token sees, itself included; 0: all before it.
     """
 
     heads: int
     gated: bool
     rotated: int
     epsilon: float
-    query_norm: Vector
-    key_norm: Vector
-    query_bias: Vector | None
-    key_bias: Vector | None
-    value_bias: Vector | None
+    query_norm: Vector | None = None
+    key_norm: Vector | None = None
+    norms_whole_rows: bool = False
+    query_bias: Vector | None = None
+    key_bias: Vector | None = None
+    value_bias: Vector | None = None
+    sinks: Vector | None = None
+    window: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,32 +114,81 @@ class Delta(Generic[Vector]):
     norm: Vector
 
 
+class Score(IntEnum):
+    """What a router makes of its logits: softmax of all, the sigmoid of each, or nothing (csrc/experts/routing.h)."""
+
+    SOFTMAX = 0
+    SIGMOID = 1
+    LOGITS = 2
+
+
 @dataclass(frozen=True, slots=True)
-class Router:
+class Router(Generic[Vector]):
     """Which experts a token goes to, and with which weights.
 
     Attributes
     ----------
     experts, used : int
         How many there are, and how many are taken.
+    score : Score
+        Weights of `LOGITS` are the softmax of the chosen ones.
     normalise : bool
-        The weights are made to sum 1.
+        The weights are divided by their sum, but by no less than 2^-14.
     scale : float
         Of the weights, at last.
+    groups, groups_used : int
+        Equal runs of experts; those with the greatest sums of their two best are chosen from.
+    logit_bias : Vector or None
+        Added to the logits.
+    bias : Vector or None
+        Added to the scores for the choice alone, not for the weights.
     """
 
     experts: int
     used: int
-    normalise: bool
-    scale: float
+    score: Score = Score.SOFTMAX
+    normalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    groups_used: int = 1
+    logit_bias: Vector | None = None
+    bias: Vector | None = None
+
+    @property
+    def follows_logits(self) -> bool:
+        """Whether the experts are those of the greatest logits: what cache-aware routing takes for granted."""
+        return self.score != Score.SIGMOID and self.bias is None and self.groups == 1
 
 
 @dataclass(frozen=True, slots=True)
-class Picks(Generic[Rows]):
+class Experts(Generic[Vector]):
+    """What a routed expert computes.
+
+    Attributes
+    ----------
+    is_clamped : bool
+        g sigmoid(1.702 g) (u + 1) of g = min(gate, 7) and u = up between -7 and 7, where others have silu(gate) up.
+    gate_bias, up_bias, down_bias : Vector or None
+        A row an expert, added to its products.
+    """
+
+    is_clamped: bool = False
+    gate_bias: Vector | None = None
+    up_bias: Vector | None = None
+    down_bias: Vector | None = None
+
+    @property
+    def biases(self) -> tuple[Vector | None, Vector | None, Vector | None]:
+        """Of gate, up and down."""
+        return self.gate_bias, self.up_bias, self.down_bias
+
+
+@dataclass(frozen=True, slots=True)
+class Picks(Generic[Vector, Rows]):
     """A layer's experts for each token, best first; made by :meth:`Recorder.route`."""
 
     layer: int
-    router: Router
+    router: Router[Vector]
     logits: Rows
     ids: Rows
     weights: Rows
@@ -193,17 +250,23 @@ class Recorder(Protocol[_Matrix_contra, Vector, Rows]):
         """output = matrix x, for each (matrix, x, output); none depends on another."""
         ...
 
-    def mat_mul_add(self, matrix: _Matrix_contra, x: Activation[Rows], output: Rows) -> None:
-        """output += matrix x; a norm of the output comes before it is added to again."""
+    def mat_mul_add(
+        self, matrix: _Matrix_contra, x: Activation[Rows], output: Rows, bias: Vector | None = None
+    ) -> None:
+        """output += matrix x [+ bias]; a norm of the output comes before it is added to again."""
         ...
 
     def logits(self, matrix: _Matrix_contra, x: Activation[Rows]) -> None:
         """logits = matrix x; x is a norm `of_outputs`."""
         ...
 
+    def ungroup(self, x: Rows, groups: int, first: int, length: int, output: Rows, at: int) -> None:
+        """output[at + g length + i] = x[g width + first + i] for i < length, in each of `groups` of equal width."""
+        ...
+
     # ---- attention ----
 
-    def rope_table(self, rope: Rope) -> Rows:
+    def rope_table(self, rope: Rope, *, name: str = "rope") -> Rows:
         """magnitude * (cos, sin)(position * frequency) of each pair."""
         ...
 
@@ -214,8 +277,9 @@ class Recorder(Protocol[_Matrix_contra, Vector, Rows]):
     def attention(
         self, query: Rows, key: Rows, value: Rows, table: Rows, cache: KvCache, op: Attention[Vector]
     ) -> Rows:
-        """softmax(q K^T / sqrt(columns)) V [* sigmoid(gate)] of each head; K and V end with the tokens' own k and v.
+        """softmax(q K^T / sqrt(columns) [, sink]) V [* sigmoid(gate)] of each head.
 
+        K and V end with the tokens' own k and v.
         q = rope(norm(query + query_bias)), k = rope(norm(key + key_bias)), v = value + value_bias; query, key and value
         may be overwritten.
         """
@@ -237,11 +301,11 @@ class Recorder(Protocol[_Matrix_contra, Vector, Rows]):
 
     # ---- experts ----
 
-    def route(self, layer: int, logits: Rows, router: Router) -> Picks[Rows]:
-        """p = softmax(logits); the `used` greatest, of equal ones the first; weights p [/ their sum] * scale."""
+    def route(self, layer: int, logits: Rows, router: Router[Vector]) -> Picks[Vector, Rows]:
+        """p = score(logits + logit_bias); of equal p + bias the first; weights p [/ their sum] * scale."""
         ...
 
-    def experts_begin(self, picks: Picks[Rows], x: Activation[Rows]) -> None:
+    def experts_begin(self, picks: Picks[Vector, Rows], x: Activation[Rows], op: Experts[Vector]) -> None:
         """Bring the picked experts, and compute what is at hand; x is the norm that named the layer in `experts_of`."""
         ...
 
@@ -250,13 +314,14 @@ class Recorder(Protocol[_Matrix_contra, Vector, Rows]):
         ...
 
     def experts_end(
-        self, picks: Picks[Rows], x: Activation[Rows], output: Rows, shared: Rows | None, shared_gate: Rows | None
-    ) -> None:
+        self, picks: Picks[Vector, Rows], x: Activation[Rows], op: Experts[Vector], output: Rows,
+        shared: Rows | None, shared_gate: Rows | None,
+    ) -> None:  # fmt: skip
         """output += sum_e weight_e down_e(silu(gate_e x) * up_e x) [+ [sigmoid(shared_gate)] shared]"""
         ...
 
     def lookahead(
-        self, layer: int, x: Rows, weight: Vector, epsilon: float, matrix: _Matrix_contra, router: Router
+        self, layer: int, x: Rows, weight: Vector, epsilon: float, matrix: _Matrix_contra, router: Router[Vector]
     ) -> None:
         """The experts that `layer` would take if the layers before it left x: a guess, which changes no result."""
         ...
