@@ -6,7 +6,7 @@ import operator
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -104,6 +104,14 @@ def _tiers(value: Any) -> Tiers:
     return value
 
 
+def _pace(value: Any) -> Pace:
+    if isinstance(value, str):
+        return Pace.parse(value)
+    if not isinstance(value, Pace):
+        raise TypeError
+    return value
+
+
 def _car(value: Any) -> CarRule | None:
     if isinstance(value, str):
         return CarRule.parse(value)
@@ -123,6 +131,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "direct": (_is_true, "True or False"),
     "tiers": (_tiers, 'Tiers, or a text such as "vram=20%,dram=15%"'),
     "car": (_car, 'a CarRule, or a text such as "on" or "regret:0.03"'),
+    "pace": (_pace, 'a Pace, or a text such as "14.5G,80us"'),
     "calibration": (os.fspath, "a path"),
     "profile": (_profile, 'a path or "learned"'),
     "trace": (_path, "a path"),
@@ -178,6 +187,8 @@ class EngineConfig:
         (fomoe_io/learned_profile.py); None: by the store's own, if it has one.  Changes no exact result.
     trace : Path or None
         Write what the router picks here (fomoe_io/trace.py).
+    progress : callable or None
+        Called while the model opens, with ("weights", bytes read, bytes in all) and ("experts", layers filled, layers).
     """
 
     ram_bytes: int | None = None
@@ -200,6 +211,7 @@ class EngineConfig:
     car: CarRule | None = None
     profile: Path | Literal["learned"] | None = None
     trace: Path | None = None
+    progress: Callable[[str, int, int], None] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, (form, expected) in _FORMS.items():

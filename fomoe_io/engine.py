@@ -204,7 +204,7 @@ class Engine:
         }
         self._build = build
         self.budgets = self._share_memory(layouts)
-        self._weights.load(self.reader)
+        self._weights.load(self.reader, self.config.progress)
         self._pool = aligned_memory(self.budgets.pool_bytes)
         native, _ = native_layers(s.layers, layers, layouts, self.budgets.slots, self._pool.address)
         self.reader.register_buffers(self._pool.address, self.budgets.pool_bytes)
@@ -373,6 +373,8 @@ class Engine:
             if layer >= self.shape.layers:
                 continue
             slots = self._slots_of(layer)
+            if self.config.progress is not None:
+                self.config.progress("experts", layer, self.shape.layers)
             if layer in frequencies:
                 order = hottest_first(frequencies[layer])[:slots]
                 scores = WARM_START_WEIGHT * frequencies[layer][order]

@@ -7,7 +7,7 @@ second copy of what the process holds anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import gguf
@@ -21,6 +21,8 @@ from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, round_down, round_up
 
 if TYPE_CHECKING:
     from fomoe_io.storage.gguf import TensorInfo
+
+PIECE_BYTES = 128 << 20
 
 PAGE_BYTES = LEAST_BLOCK_BYTES
 """Alignment of direct reads, unless a drive has larger blocks."""
@@ -37,6 +39,18 @@ def checked(tensor: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
     if not same_shape(tensor.shape, shape):
         raise FormatError(f"{tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
     return tensor
+
+
+def _pieces(requests: list[ReadRequest]) -> Iterator[list[ReadRequest]]:
+    """Few enough for a drive never to wait between them, many enough to show how far they are."""
+    piece: list[ReadRequest] = []
+    for request in requests:
+        piece.append(request)
+        if sum(size for *_, size in piece) >= PIECE_BYTES:
+            yield piece
+            piece = []
+    if piece:
+        yield piece
 
 
 class Weights:
@@ -81,9 +95,16 @@ class Weights:
             self._requests.append((tensor.file, start, place, size))
             place += size
 
-    def load(self, reader: Reader) -> None:
+    def load(self, reader: Reader, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Read everything; before that, matrices have addresses and vectors are zeros."""
-        reader.read_into(self._requests)
+        done = 0
+        for piece in _pieces(self._requests):
+            if progress is not None:
+                progress("weights", done, self.bytes)
+            reader.read_into(piece)
+            done += sum(request[3] for request in piece)
+        if progress is not None:
+            progress("weights", self.bytes, self.bytes)
         self._loaded = True
 
     def __contains__(self, name: str) -> bool:

@@ -147,7 +147,7 @@ class DeviceEngine(Engine):
         self._scratch_bytes = self._product_scratch_bytes()
         self.budgets = self._share_memory()
         self._allocate()
-        self._recorded.weights.load(self.reader, self.gpu)
+        self._recorded.weights.load(self.reader, self.gpu, self.config.progress)
         rope = self.shape.rope.table(self.context_tokens)
         self.gpu.stream.copy_in(self._recorded.rope_address, rope.ctypes.data, rope.nbytes)
         if self.config.car is not None:
