@@ -6,7 +6,7 @@ import operator
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -124,6 +124,14 @@ def _tiers(value: Any) -> Tiers:
     return value
 
 
+def _pace(value: Any) -> Pace:
+    if isinstance(value, str):
+        return Pace.parse(value)
+    if not isinstance(value, Pace):
+        raise TypeError
+    return value
+
+
 def _car(value: Any) -> CarRule | None:
     if isinstance(value, str):
         return CarRule.parse(value)
@@ -145,6 +153,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "direct": (_is_true, "True or False"),
     "tiers": (_tiers, 'Tiers, or a text such as "vram=20%,dram=15%"'),
     "car": (_car, 'a CarRule, or a text such as "on" or "regret:0.03"'),
+    "pace": (_pace, 'a Pace, or a text such as "14.5G,80us"'),
     "calibration": (os.fspath, "a path"),
     "profile": (_profile, 'a path or "learned"'),
     "trace": (_path, "a path"),
@@ -205,6 +214,8 @@ class EngineConfig:
     trace : Path or None
         Write what the router picks here (fomoe_io/trace.py).
     tuning : Tuning
+    progress : callable or None
+        Called while the model opens, with ("weights", bytes read, bytes in all) and ("experts", layers filled, layers).
     """
 
     ram_bytes: int | None = None
@@ -230,6 +241,7 @@ class EngineConfig:
     profile: Path | Literal["learned"] | None = None
     trace: Path | None = None
     tuning: Tuning = Tuning()
+    progress: Callable[[str, int, int], None] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, (form, expected) in _FORMS.items():

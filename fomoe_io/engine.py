@@ -149,6 +149,8 @@ class Engine:
     def _warm(self) -> None:
         """Fill free slots with the hottest experts of the profile, or with all when all fit."""
         for layer, experts, scores in seeds(self.store, self.profile, self.budgets.slot_table.sum(1)):
+            if self.config.progress is not None:
+                self.config.progress("experts", layer, self.shape.layers)
             self.backend.warm(layer, experts, scores)
             if self._trace is not None:
                 self._trace.seeds(layer, experts, scores)

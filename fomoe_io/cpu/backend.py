@@ -135,7 +135,7 @@ class CpuBackend:
     def _fill(self, layouts: dict[int, SlotLayout]) -> None:
         """Take the memory, read the weights, record the program."""
         s, config, b, reader = self._shape, self._config, self.budgets, self._opened.reader
-        self._weights.load(reader)
+        self._weights.load(reader, config.progress)
         self._pool = aligned_memory(b.pool_bytes)
         native, _ = native_layers(s.layers, self._opened.model.experts, layouts, self._slots(), self._pool.address)
         reader.register_buffers(self._pool.address, b.pool_bytes)

@@ -7,7 +7,7 @@ second copy of what the process holds anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import gguf
@@ -21,6 +21,21 @@ from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, aligned_window
 
 if TYPE_CHECKING:
     from fomoe_io.storage.gguf import TensorInfo
+
+PIECE_BYTES = 128 << 20
+"""Read at once, at least: then it is told how much is there."""
+
+
+def _pieces(requests: list[ReadRequest]) -> Iterator[list[ReadRequest]]:
+    """Few enough for a drive never to wait between them, many enough to show how far they are."""
+    piece: list[ReadRequest] = []
+    for request in requests:
+        piece.append(request)
+        if sum(size for *_, size in piece) >= PIECE_BYTES:
+            yield piece
+            piece = []
+    if piece:
+        yield piece
 
 
 class Weights:
@@ -65,9 +80,16 @@ class Weights:
             self._requests.append((tensor.file, start, place, size))
             place += size
 
-    def load(self, reader: Reader) -> None:
+    def load(self, reader: Reader, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Read everything; before that, matrices have addresses and vectors are zeros."""
-        reader.read_into(self._requests)
+        done = 0
+        for piece in _pieces(self._requests):
+            if progress is not None:
+                progress("weights", done, self.bytes)
+            reader.read_into(piece)
+            done += sum(request[3] for request in piece)
+        if progress is not None:
+            progress("weights", self.bytes, self.bytes)
         self._loaded = True
 
     def __contains__(self, name: str) -> bool:

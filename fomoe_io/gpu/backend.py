@@ -190,7 +190,7 @@ class GpuBackend:
     def _fill(self) -> None:
         """Weights, the positions' table and the rule of cache-aware routing go to the device."""
         r, stream, opened = self.recorded, self.gpu.stream, self._opened
-        r.weights.load(opened.reader, self.gpu)
+        r.weights.load(opened.reader, self.gpu, opened.config.progress)
         rope = opened.shape.rope.table(opened.context_tokens)
         stream.copy_in(r.rope_address, rope.ctypes.data, rope.nbytes)
         if opened.config.car is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -101,12 +101,16 @@ class DeviceWeights:
             tensor.offset,
         )
 
-    def load(self, reader: Reader, gpu: Gpu) -> None:
+    def load(self, reader: Reader, gpu: Gpu, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Read and copy everything that was asked for."""
+        done, total = 0, sum(planned.tensor.bytes for planned in self._planned.values())
         staging = [aligned_memory(PIECE_BYTES + 2 * reader.block_bytes) for _ in range(2)]
         registrations = [gpu.register(np.frombuffer(memory.view, np.uint8)) for memory in staging]
         try:
             for planned in self._planned.values():
+                if progress is not None:
+                    progress("weights", done, total)
+                done += planned.tensor.bytes
                 if planned.is_expanded:
                     self._load_expanded(planned, reader, gpu)
                 else:

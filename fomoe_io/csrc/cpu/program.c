@@ -79,7 +79,10 @@ static void replay(void *argument, int thread) {
     for (int i = 0; i < program->count; i++) {
         run.step = i;
         program->steps[i].execute(&program->steps[i], &run, thread);
-        if (!thread) fomoe_ask(&run);
+        if (!thread) {
+            if (run.watch) run.watch->done = i + 1, run.watch->steps = program->count;
+            fomoe_ask(&run);
+        }
         fomoe_team_barrier(program->team);
         int64_t failure = atomic_load_explicit(run.failure, memory_order_relaxed);
         if (failure && (failure >> 32) - 1 <= i) break;
