@@ -81,11 +81,15 @@ class Tuning:
         A token's kernels may be started before the ones they follow have finished, where the device can.
     library_products : bool
         The vendor's library makes the dense products of prompts, where it is found.
+    piece_bytes : int or None
+        Reads of experts are cut into pieces of about so many bytes, each sent to the device as it lands; None: csrc/gpu
+        knows.
     """
 
     branches: int | None = None
     chained_launches: bool = True
     library_products: bool = True
+    piece_bytes: int | None = None
 
 
 MOST_LOOKAHEAD = 16

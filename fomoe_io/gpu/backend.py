@@ -161,6 +161,8 @@ class GpuBackend:
             changed=words.host + words.offset("changed"), stop=words.host, logits_from=r.token.logits_address,
             logits_to=words.host + words.offset("logits"),
         )  # fmt: skip
+        if opened.config.tuning.piece_bytes is not None:
+            self._experts.set_piece_bytes(opened.config.tuning.piece_bytes)
         embedding = EmbeddingReader(opened, r.embedding, r.token.embedding_file, r.token.embedding_offset)
         self.tokens = TokenRunner(gpu, self._experts, r, self._shared, embedding, opened.shape, opened.config)
         self._prompts = PromptRunner(

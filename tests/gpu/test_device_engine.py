@@ -174,9 +174,8 @@ def test_an_expert_may_come_in_pieces(model: Path) -> None:
     """Each is sent up as it lands, whatever parts of the record it holds; the host's time is told apart."""
     expected, _ = evaluate(model, settings(batch_tokens=1))
     for nbytes in (4096, 12288):
-        with Engine.open(model, settings(tiers=Tiers(0.19, 0.2), batch_tokens=1)) as engine:
-            assert isinstance(engine, DeviceEngine)
-            engine._experts.set_piece_bytes(nbytes)  # type: ignore[attr-defined]
+        tuning = Tuning(piece_bytes=nbytes)
+        with Engine.open(model, settings(tiers=Tiers(0.19, 0.2), batch_tokens=1, tuning=tuning)) as engine:
             before = engine.reader.counters["reads"]
             np.testing.assert_array_equal(engine.session().evaluate(TOKENS), expected)
             s, reads = engine.statistics(), engine.reader.counters["reads"] - before
