@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fomoe_io import commands
 from fomoe_io.cli.common import (
     add_engine_options,
     add_model,
@@ -375,4 +376,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.ppl())
