@@ -332,6 +332,11 @@ def test_a_failed_read_names_the_expert_and_the_device_goes_on(model: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
+        ({"architecture": "qwen3next"}, "projections stored group by group"),
+        ({"architecture": "minimax-m2"}, "norms over all heads"),
+        ({"architecture": "glm4moe", "dense_layers": 1}, "routing by sigmoid"),
+        ({"architecture": "glm4moe", "normed": False}, "attention without norms"),
+        ({"architecture": "gpt-oss", "rotated": 64}, "attention sinks"),
         ({"head_columns": 32, "rotated": 16}, "head size 32"),
         ({"state_columns": 16}, "delta-rule head size 16"),
         ({"hidden": 48, "shared_hidden": 64}, "expert width 48"),
