@@ -62,7 +62,8 @@ MORE_KEYS = ("general.alignment", "split.count", "split.no", "split.tensors.coun
              "A.expert_gating_func", "A.expert_weights_scale", "A.expert_weights_norm", "A.rope.dimension_sections",
              "A.leading_dense_block_count", "A.attention.recurrent_layers", "A.full_attention_interval",
              "A.nextn_predict_layers", "A.vocab_size", "A.expert_shared_count", "A.attention.sliding_window_pattern",
-             "A.rope.freq_base_swa", "A.feed_forward_length", "general.name", "general.quantization_version")  # fmt: skip
+             "A.rope.freq_base_swa", "A.feed_forward_length", "general.name",
+             "general.quantization_version")  # fmt: skip
 
 
 def bases(folder: Path) -> list[Image]:
