@@ -52,6 +52,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         int (*stream_wait_event)(void *, void *, unsigned int) noexcept nogil
         int (*stream_query)(void *) noexcept nogil
         int (*stream_synchronize)(void *) noexcept nogil
+        int (*write_value)(void *, void *, uint32_t, unsigned int) noexcept nogil
         int not_ready
     ctypedef struct fomoe_lane:
         void *stream
@@ -75,7 +76,8 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         uint8_t *pool[2]
         uint64_t *table
         const uint64_t *post
-        uint32_t *answer
+        uint8_t *answer
+        uint8_t *answer_on_device
     ctypedef struct fomoe_size_class:
         int64_t slot_bytes[2]
         uint8_t *spare[2]
@@ -99,6 +101,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
                                  int32_t *order)
     int fomoe_device_batch_next(fomoe_device_experts *, int layer, fomoe_tile *tiles, int *count)
     int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *, const double *, int count)
+    void fomoe_device_experts_signal_by_stream(fomoe_device_experts *, int)
     int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens)
     void fomoe_device_experts_set_piece_bytes(fomoe_device_experts *, uint32_t)
     void fomoe_device_experts_settle(fomoe_device_experts *)
@@ -173,6 +176,10 @@ cdef class DeviceExperts:
         if fomoe_device_experts_set_trace(self.c, NULL if trace is None else trace.c, tokens):
             raise MemoryError
         self.tracer = trace
+
+    def signal_by_stream(self, bint by_stream):
+        """Whether a copy's stream tells a waiting kernel that it has come (where the device can), or the host."""
+        fomoe_device_experts_signal_by_stream(self.c, by_stream)
 
     def set_piece_bytes(self, uint32_t nbytes):
         """Reads of experts are cut into pieces of about so many bytes, each sent up as it lands."""
@@ -323,7 +330,8 @@ cdef int fill_layer(fomoe_device_layer *layer, dict source) except -1:
         layer.pool[tier] = <uint8_t *><uintptr_t>source["pool"][tier]
     layer.table = <uint64_t *><uintptr_t>source["table"]
     layer.post = <const uint64_t *><uintptr_t>source["post"]
-    layer.answer = <uint32_t *><uintptr_t>source["answer"]
+    layer.answer = <uint8_t *><uintptr_t>source["answer"]
+    layer.answer_on_device = <uint8_t *><uintptr_t>source["answer_on_device"]
     return 0
 
 
@@ -336,6 +344,7 @@ cdef int fill_copies(fomoe_device_copies *copies, list streams, list events) exc
     copies.calls.stream_wait_event = api.hipStreamWaitEvent
     copies.calls.stream_query = api.hipStreamQuery
     copies.calls.stream_synchronize = api.hipStreamSynchronize
+    copies.calls.write_value = api.hipStreamWriteValue32
     copies.patience = &patience
     copies.calls.not_ready = NOT_READY
     for lane in range(FOMOE_LANES):

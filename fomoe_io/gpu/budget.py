@@ -106,7 +106,7 @@ class Mail:
     @property
     def answer_bytes(self) -> int:
         """Of one layer's answer."""
-        return up(4 * kernels.ANSWER_WORDS + 8 * self.pairs, CACHE_LINE_BYTES) * CACHE_LINE_BYTES
+        return up(kernels.ANSWER_BYTES * self.pairs, CACHE_LINE_BYTES) * CACHE_LINE_BYTES
 
     def post(self, layer: int) -> int:
         """Offset of a layer's post."""
@@ -178,10 +178,13 @@ def native_device_layers(
     layers: Mapping[int, ExpertLayer],
     pools: tuple[dict[int, int], dict[int, int]],
     tables: int,
-    mail: int,
+    mail: tuple[int, int],
     posts: Mail,
 ) -> list[dict[str, Any] | None]:
-    """What `_gpu.DeviceExperts` takes; addresses are the host's, but for the VRAM pool's."""
+    """What `_gpu.DeviceExperts` takes; addresses are the host's, but for the VRAM pool's.
+
+    mail: where it begins, for the host and for the device.
+    """
     numbers = size_classes(records)
     most = max(layer.n_experts for layer in layers.values())
     result: list[dict[str, Any] | None] = []
@@ -201,8 +204,9 @@ def native_device_layers(
                 "part_bytes": record.part_bytes,
                 "pool": (pools[0][index], pools[1][index]),
                 "table": tables + 8 * most * index,
-                "post": mail + posts.post(index),
-                "answer": mail + posts.answer(index),
+                "post": mail[0] + posts.post(index),
+                "answer": mail[0] + posts.answer(index),
+                "answer_on_device": mail[1] + posts.answer(index),
             }
         )
     return result

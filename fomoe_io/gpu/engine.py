@@ -88,6 +88,10 @@ class DeviceEngine(Engine):
     chained_launches = True
     """Whether a token's kernels may be started before the ones they follow have finished, where the device can."""
 
+    signals_by_stream: bool | None = None
+    """Whether a copy's stream tells the waiting kernel that it has come, instead of the host; None: on CUDA.  HIP does
+    it by a kernel of its own."""
+
     may_use_library = True
     """Whether the vendor's library makes the dense products of prompts, where it is found."""
 
@@ -281,6 +285,8 @@ class DeviceEngine(Engine):
         self._streams = [gpu.new_stream(is_urgent=True) for _ in range(_gpu.STREAMS)]
         events = [[gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.EVENT_RINGS)]
         self._experts = self._device_experts(vram.pointer, events)  # type: ignore[assignment]
+        by_stream = gpu.info.provider == "cuda" if self.signals_by_stream is None else self.signals_by_stream
+        self._experts.signal_by_stream(by_stream)  # type: ignore[attr-defined]
         shared, offsets = self._shared.address, self._shared_offsets
         self._experts.bind(  # type: ignore[attr-defined]
             changed=shared + offsets["changed"], stop=shared, logits_from=self._recorded.token.logits_address,
@@ -328,7 +334,8 @@ class DeviceEngine(Engine):
         ]
         layers = native_device_layers(
             s.layers, self._records, self._layouts, self._layers, pools,  # type: ignore[arg-type]
-            self._shared.address + self._shared_offsets["tables"], self._shared.address, self._recorded.mail,
+            self._shared.address + self._shared_offsets["tables"],
+            (self._shared.address, self._registrations[0].pointer), self._recorded.mail,
         )  # fmt: skip
         return _gpu.DeviceExperts(
             layers, classes, b.slots, s.used, policy_number(self.config.policy), DECAY, self.reader.address,

@@ -301,7 +301,9 @@ class DeviceRecorder:
     ) -> None:  # fmt: skip
         """The picks, their records, and word of them to the host."""
         e = self.experts_pool[layer]
-        resolved = [e.table, self._records(used), e.post, self._mailbox.run, self.memory.words("misses", 4)]
+        resolved = [
+            e.table, self._records(used), self._late(used), e.post, self._mailbox.run, self.memory.words("misses", 4),
+        ]  # fmt: skip
         if not self._substitutes:
             self._add(
                 "route_and_resolve", (1, 1, 1), logits.address, ids.address, weights.address, *resolved, experts, used,
@@ -323,14 +325,6 @@ class DeviceRecorder:
     def _late(self, used: int) -> int:
         return self.memory.words("late", 8 * used)
 
-    def _gate_and_up(self, layer: int, records: int, x: DeviceRows, used: int, hidden: int, columns: int) -> None:
-        e = self.experts_pool[layer]
-        q8, floats = self._hidden(e, used, hidden)
-        self._add(
-            f"experts_gate_up_{e.gate_kernel}", kernels.gate_up_grid(hidden, used), records,
-            e.device_offset[0], e.device_offset[1], x.address, q8, floats, hidden, columns, used,
-        )  # fmt: skip
-
     def _hidden(self, e: DeviceExpertLayer, used: int, hidden: int) -> tuple[int, int | None]:
         """Where the experts' activations go, a row a pair: as Q8, and as floats where down reads those."""
         floats = self.rows("hidden", used * hidden).address if e.down_kernel in kernels.FLOAT_TYPES else None
@@ -342,20 +336,26 @@ class DeviceRecorder:
         layer: int,
     ) -> None:  # fmt: skip
         """Gate and up of the picks that are on the device."""
-        self._gate_and_up(layer, self._records(ids.columns), gate_input, ids.columns, self.hidden, gate_input.columns)
+        self._gate_and_up("", layer, [self._records(ids.columns)], gate_input, ids.columns)
+
+    def _gate_and_up(self, kind: str, layer: int, where: list[Any], x: DeviceRows, used: int) -> None:
+        e, hidden = self.experts_pool[layer], self.hidden
+        q8, floats = self._hidden(e, used, hidden)
+        self._add(
+            f"experts_gate_up_{kind}{e.gate_kernel}", kernels.gate_up_grid(hidden, used), *where, e.device_offset[0],
+            e.device_offset[1], x.address, q8, floats, hidden, x.columns, used,
+        )  # fmt: skip
 
     def experts(
         self, experts: dict[int, DeviceExpertLayer], ids: DeviceRows, gate_input: DeviceRows, up_input: DeviceRows,
         layer: int,
     ) -> None:  # fmt: skip
-        """Wait for the others, if there are any; their gate and up."""
-        used = ids.columns
-        late = self._late(used)
-        self._add(
-            "wait_for_misses", (1, 1, 1), self.memory.words("misses", 4), experts[layer].answer, self._mailbox.run,
-            self._mailbox.stop, late, used,
-        )  # fmt: skip
-        self._gate_and_up(layer, late, gate_input, used, self.hidden, gate_input.columns)
+        """Gate and up of the others as they come, if there are any; then a wait for the rest of them."""
+        used, mail = ids.columns, self._mailbox
+        records, late, reply = self._records(used), self._late(used), experts[layer].answer
+        self._gate_and_up("late_", layer, [records, late, reply, mail.run, mail.stop], gate_input, used)
+        misses = self.memory.words("misses", 4)
+        self._add("wait_for_misses", (1, 1, 1), misses, records, reply, mail.run, mail.stop, late, used)
         self._layer = layer
 
     def combine(

@@ -705,6 +705,19 @@ static void do_fill(void *p, stream *s) {
     transfer *t = p;
     memset(t->to, t->value, t->bytes);
 }
+typedef struct {
+    char *word;
+    uint32_t value;
+} written_word;
+static void do_write_value(void *p, stream *s) {
+    written_word *w = p;
+    __atomic_store_n((uint32_t *)seen(w->word), w->value, __ATOMIC_RELEASE);
+}
+API int hipStreamWriteValue32(stream *s, void *word, uint32_t value, unsigned flags) {
+    ENTER;
+    if (flags || (uintptr_t)word % 4) return INVALID_VALUE;
+    return enqueue(__func__, s, PACKET, do_write_value, &(written_word){word, value}, sizeof(written_word));
+}
 static int device_of(const void *p) { return ((const header *)((uintptr_t)p / 4096 * 4096 - 4096))->device; }
 API int hipMemcpyHtoDAsync(void *to, const void *from, size_t bytes, stream *s) {
     ENTER;

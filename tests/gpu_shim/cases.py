@@ -374,9 +374,10 @@ def check_resolve(runner: Runner, rng: np.random.Generator, experts: int, picks:
     ids, weights = runner.put(np.full(picks, -1, np.int32)), runner.put(poison(picks))
     row, run = runner.put(table), runner.put(np.array([41, 0], np.uint32))
     records, post = runner.put(np.full(picks, 77, np.uint64)), runner.put(np.zeros(1 + 2 * picks, np.uint64))
-    count = runner.put(np.array([99], np.uint32))
-    runner.launch("route_and_resolve", (1, 1, 1), runner.put(logits), ids, weights, row, records, post, run, count,
-                  experts, picks, 1, 1.0)  # fmt: skip
+    count, late = runner.put(np.array([99], np.uint32)), runner.put(np.full(picks, 88, np.uint64))
+    runner.launch("route_and_resolve", (1, 1, 1), runner.put(logits), ids, weights, row, records, late, post, run,
+                  count, experts, picks, 1, 1.0)  # fmt: skip
+    assert not late.get().any()
     np.testing.assert_array_equal(ids.get(), want[0])
     np.testing.assert_array_equal(records.get(), here)
     posted, words = np.split(post.get(), [1 + picks])
@@ -398,7 +399,7 @@ def check_substitution(runner: Runner, rng: np.random.Generator, experts: int, p
     run, count = runner.put(np.array([3, 1], np.uint32)), runner.put(np.zeros(1, np.uint32))
     native = runner.put(np.frombuffer(bytes(rule.native()), np.uint8))
     runner.launch("substitute_and_resolve", (1, 1, 1), runner.put(logits), ids, weights, runner.put(table), records,
-                  post, run, count, native, experts, picks, 1)  # fmt: skip
+                  runner.put(np.zeros(picks, np.uint64)), post, run, count, native, experts, picks, 1)  # fmt: skip
     np.testing.assert_array_equal(ids.get(), want)
     np.testing.assert_allclose(weights.get(), want_weight, rtol=1e-5)
     posted = (post.get()[1:] & 0xFFFFFFFF).astype(np.uint32)

@@ -29,6 +29,8 @@ typedef struct {
     int (*stream_wait_event)(void *stream, void *event, unsigned flags);
     int (*stream_query)(void *stream);
     int (*stream_synchronize)(void *stream);
+    /* behind all that the stream has been given; NULL: the device has no such call */
+    int (*write_value)(void *stream, void *word, uint32_t value, unsigned flags);
     int not_ready; /* the code of a query whose answer is: not yet */
 } fomoe_device_calls;
 
@@ -74,6 +76,8 @@ uint64_t fomoe_copy(fomoe_device_copies *, int lane, fomoe_buffer *host, fomoe_b
 uint64_t fomoe_lane_mark(fomoe_device_copies *, int lane);
 /* The lane's stream goes on only after another lane's ticket. */
 void fomoe_lane_follow(fomoe_device_copies *, int lane, int other, uint64_t ticket);
+/* Whether a ticket is known to be done. */
+int fomoe_lane_has_done(fomoe_device_copies *, int lane, uint64_t ticket);
 /* Whether nobody touches a buffer, as far as is known. */
 int fomoe_buffer_is_free(fomoe_device_copies *, const fomoe_buffer *);
 /* Wait until nobody does, or an error has occurred: then nobody knows, and 0 is returned. */

@@ -24,7 +24,8 @@ typedef struct {
     uint64_t *table;            /* [experts]: the host's copy of record_of */
     /* host memory that the device writes: misses, experts, weights of the picks; the run in the upper halves */
     const uint64_t *post;
-    uint32_t *answer;           /* host memory that the device reads: sequence, unused, records */
+    uint8_t *answer;            /* host memory that the device reads: kernels/experts.h, struct answer */
+    uint8_t *answer_on_device;  /* the same, as the device sees it */
 } fomoe_device_layer;
 
 /* Layers whose slots have the same sizes share spare buffers. */
@@ -77,6 +78,8 @@ int fomoe_device_batch_next(fomoe_device_experts *, int layer, fomoe_tile *tiles
 int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *experts, const double *scores, int count);
 /* Reads of experts are cut into pieces of about so many bytes, each sent up as it lands. */
 void fomoe_device_experts_set_piece_bytes(fomoe_device_experts *, uint32_t bytes);
+/* Whether a copy's stream tells a waiting kernel that it has come (where the device can), or the host. */
+void fomoe_device_experts_signal_by_stream(fomoe_device_experts *, int by_stream);
 /* Runs from now on write their records to a trace, batches of up to so many tokens.  -1 when memory runs out. */
 int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens);
 /* Wait for all copies to the host. */

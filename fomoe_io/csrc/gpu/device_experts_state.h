@@ -2,6 +2,7 @@
  *
  *     device_experts.c   life, the conversation of a token
  *     device_batch.c     the batches of a prompt
+ *     device_answers.c   what a waiting kernel is told
  *     device_fetch.c     experts brought: placed, read, sent up
  *     device_buffers.c   slots, spares, and the moves between the tiers */
 #ifndef FOMOE_DEVICE_EXPERTS_STATE_H
@@ -38,7 +39,8 @@ enum fomoe_progress {
 typedef struct {
     fomoe_placement at;
     int32_t progress;
-    int32_t reads_left;
+    int32_t reads_left, inputs_left; /* those with bytes of gate or up */
+    int32_t said;                    /* to the waiting kernel: 1 has_inputs, 2 is_whole */
     fomoe_buffer *landing; /* where its reads go */
     fomoe_buffer *record;  /* where it is computed from; NULL: not known yet */
 } fomoe_wanted;
@@ -48,6 +50,12 @@ typedef struct {
     int32_t layer, expert, lane;
     fomoe_buffer *host, *device;
 } fomoe_transfer;
+
+/* A word of an answer that comes true with a copy's ticket. */
+typedef struct {
+    uint32_t *word;
+    uint64_t ticket;
+} fomoe_signal;
 
 /* Bytes of an expert's place on the host that a read brings. */
 typedef struct {
@@ -94,6 +102,11 @@ struct fomoe_device_experts {
     /* a token's layer: what its router picked, what is computed in their place, and the pair's place in the plan */
     int32_t *picked, *posted, *place;
     int misses;
+    /* misses: a kernel waits.  Words that become the run's number: by the stream of the copies, or by the host, in the
+     * order of their tickets. */
+    int is_answering, answers_by_stream, signal_count;
+    uint32_t run;
+    fomoe_signal *signals; /* [2 * used] */
 
     fomoe_trace *trace; /* NULL: none is written */
     int8_t *found;      /* of it: where each (token, rank) found its expert */
@@ -131,6 +144,13 @@ void fomoe_device_start_transfers(fomoe_device_experts *);
 /* Send up bytes [begin, end) of an expert's place on the host. */
 void fomoe_device_send(fomoe_device_experts *, int layer, int expert, fomoe_buffer *host, fomoe_buffer *device,
                        uint64_t begin, uint64_t end);
+
+/* ---- device_answers.c ---- */
+
+/* Tell the kernel that waits for this layer, if one does, what has been sent up since the last time. */
+void fomoe_device_answer(fomoe_device_experts *, int layer);
+/* Write the words whose copies are done. */
+void fomoe_device_pass_on(fomoe_device_experts *);
 
 /* ---- device_fetch.c ---- */
 

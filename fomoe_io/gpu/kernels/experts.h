@@ -15,16 +15,14 @@ template <>
 constexpr int down_batch<q6_k> = DOWN_BATCH_Q6_K;
 
 // hidden[pair] = Q8(silu(gate x) * (up x)).  A block makes 32 of the pair's `rows` values: one Q8 group, so nothing
-// but the quantized result leaves it.  A pair whose record is 0 is left alone: another launch will do it.
+// but the quantized result leaves it.
 // x: [tokens] Q8 or float rows; hidden: [pairs] Q8 rows.  Grid (rows / 32, pairs).
-template <class T>
-DEVICE void gate_up(const u64 *records, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats,
+template <class T, class L>
+DEVICE void gate_up(const u8 *record, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats,
                     int rows, int columns, int picks) {
     const int ROWS = 32 / GATE_UP_WARPS, PAIRS = gate_up_pairs<T>;
     __shared__ float values[32];
     const int pair = block_y(), first = 32 * block_x() + warp_index() * ROWS;
-    const u8 *record = (const u8 *)records[pair];
-    if (!record) return;
     const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
     const u32 token[1] = {0};
     x += (u64)(pair / picks) * activation_row_bytes<T>(columns);
@@ -38,7 +36,7 @@ DEVICE void gate_up(const u64 *records, u64 gate_offset, u64 up_offset, const u8
             row_data[2 * r + 1] = record + up_offset + (u64)(first + row + r) * row_bytes;
             sums[2 * r][0] = sums[2 * r + 1][0] = 0.f;
         }
-        dot_rows<T, 2 * PAIRS, 1>(row_data, x, token, columns, lane_index(), 32, sums);
+        dot_rows<T, 2 * PAIRS, 1, L>(row_data, x, token, columns, lane_index(), 32, sums);
 #pragma unroll
         for (int r = 0; r < PAIRS; ++r) {
             const float gate = warp_sum(sums[2 * r][0]), up = warp_sum(sums[2 * r + 1][0]);
@@ -50,6 +48,49 @@ DEVICE void gate_up(const u64 *records, u64 gate_offset, u64 up_offset, const u8
     const float value = values[lane_index()];
     if (hidden_floats) hidden_floats[(u64)pair * rows + 32 * block_x() + lane_index()] = value;
     store_q8_group(value, hidden + pair * q8_row_bytes(rows), rows, block_x());
+}
+
+// The host's answer about the pairs whose records are not on the device, in memory that both see: where each will be, and
+// the run's number when gate and up have come there, and when all of it has.
+struct answer {
+    const u64 *record;
+    const u32 *has_inputs, *is_whole;
+};
+DEVICE answer answer_at(const void *reply, int pairs) {
+    const u64 *record = (const u64 *)reply;
+    const u32 *words = (const u32 *)(record + pairs);
+    return {record, words, words + pairs};
+}
+
+// Where the pair's record is, once gate and up are there; 0 when the host has told the device to stop.  late: of this
+// layer, 0 until somebody knows.  The first block of a pair asks the host, over the link; the others hear it from that
+// one, and ask now and then themselves, because nobody promises that it runs beside them.  A whole block calls it.
+DEVICE const u8 *await_record(u64 *late, const void *reply, const replayed *run, const void *stop, int pairs) {
+    __shared__ u64 found;
+    if (thread_index() == 0) {
+        const int pair = block_y(), is_first = block_x() == 0;
+        const answer a = answer_at(reply, pairs);
+        const u32 number = now(run);
+        u64 record = system_load8(late + pair);
+        for (u32 looks = 0; !record; ++looks) {
+            if (is_first || looks % 32 == 31) {
+                const bool is_over = system_load4(stop) != 0;
+                if (system_load4(a.has_inputs + pair) == number) {
+                    fence_system();
+                    record = system_load8(a.record + pair);
+                    break;
+                }
+                if (is_over) break;
+            }
+            pause_thread();
+            record = system_load8(late + pair);
+        }
+        if (is_first && record) system_store8(late + pair, record);
+        fence_system();
+        found = record;
+    }
+    sync_block();
+    return (const u8 *)found;
 }
 
 // y[token] = sum over ranks of weight * (down hidden), + sigmoid(shared_gate) * shared where a shared expert is given.
@@ -127,9 +168,22 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
     (const u64 *records, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows,     \
      int columns, int picks) {                                                                                        \
         start_kernel();                                                                                               \
-        gate_up<type>(records, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks);               \
+        const u8 *record = (const u8 *)records[block_y()];                                                            \
+        if (!record) return; /* another launch will do it */                                                          \
+        gate_up<type, settled>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks);       \
     }                                                                                                                 \
     EXPORT_KERNEL(experts_gate_up_##type)                                                                             \
+    /* of one token's pairs that the launch above has left alone, each as soon as it has come */                      \
+    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_late_##type)                                \
+    (const u64 *records, u64 *late, const void *reply, const replayed *run, const void *stop, u64 gate_offset,        \
+     u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows, int columns, int picks) {                \
+        start_kernel();                                                                                               \
+        if (records[block_y()]) return;                                                                               \
+        const u8 *record = await_record(late, reply, run, stop, picks);                                               \
+        if (!record) return;                                                                                          \
+        gate_up<type, arriving>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks);      \
+    }                                                                                                                 \
+    EXPORT_KERNEL(experts_gate_up_late_##type)                                                                        \
     KERNEL(32 * DOWN_WARPS, experts_down_##type)                                                                      \
     (const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,                    \
      const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks) {              \
