@@ -73,6 +73,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         const uint32_t *part_offset
         uint32_t device_offset[3]
         uint32_t part_bytes[3]
+        int32_t is_alike
         uint8_t *pool[2]
         uint64_t *table
         const uint64_t *post
@@ -101,6 +102,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
                                  int32_t *order)
     int fomoe_device_batch_next(fomoe_device_experts *, int layer, fomoe_tile *tiles, int *count)
     int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *, const double *, int count)
+    void fomoe_device_experts_read_in_place(fomoe_device_experts *, int in_place, int64_t distance)
     void fomoe_device_experts_signal_by_stream(fomoe_device_experts *, int)
     int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens)
     void fomoe_device_experts_set_piece_bytes(fomoe_device_experts *, uint32_t)
@@ -176,6 +178,13 @@ cdef class DeviceExperts:
         if fomoe_device_experts_set_trace(self.c, NULL if trace is None else trace.c, tokens):
             raise MemoryError
         self.tracer = trace
+
+    def read_in_place(self, bint in_place, int64_t distance):
+        """A token's kernels read experts of DRAM where they lie; distance: from the host's address of that memory to
+        the device's."""
+        with nogil:
+            api.hipSetDevice(self.device)
+            fomoe_device_experts_read_in_place(self.c, in_place, distance)
 
     def signal_by_stream(self, bint by_stream):
         """Whether a copy's stream tells a waiting kernel that it has come (where the device can), or the host."""
@@ -281,11 +290,11 @@ cdef class DeviceExperts:
                 api.hipSetDevice(self.device)
                 drained = fomoe_stream_wait(copies, stream.handle)
             self.end_of_run(drained)
-        fomoe_device_experts_changed_tables(self.c, self.changed)
         self.stop[0] = 0
         call = "hipGraphLaunch"
         with nogil:
             code = api.hipSetDevice(self.device)
+            fomoe_device_experts_changed_tables(self.c, self.changed)
             if code == 0:
                 code = graph.enqueue(stream.handle)
         if code == 0 and logits_bytes:
@@ -320,6 +329,7 @@ cdef int fill_layer(fomoe_device_layer *layer, dict source) except -1:
     cdef const uint32_t[:, ::1] part_offset = source["part_offset"]
     layer.experts = source["experts"]
     layer.size_class = source["size_class"]
+    layer.is_alike = source["is_alike"]
     layer.extents = <const fomoe_extent *>&extents[0]
     layer.extent_count = &extent_count[0]
     layer.part_offset = &part_offset[0, 0]

@@ -88,6 +88,9 @@ class DeviceEngine(Engine):
     chained_launches = True
     """Whether a token's kernels may be started before the ones they follow have finished, where the device can."""
 
+    reads_in_place = False
+    """Whether a token's kernels read experts of DRAM where they lie, instead of waiting until they have been copied."""
+
     signals_by_stream: bool | None = None
     """Whether a copy's stream tells the waiting kernel that it has come, instead of the host; None: on CUDA.  HIP does
     it by a kernel of its own."""
@@ -287,6 +290,9 @@ class DeviceEngine(Engine):
         self._experts = self._device_experts(vram.pointer, events)  # type: ignore[assignment]
         by_stream = gpu.info.provider == "cuda" if self.signals_by_stream is None else self.signals_by_stream
         self._experts.signal_by_stream(by_stream)  # type: ignore[attr-defined]
+        self._experts.read_in_place(  # type: ignore[attr-defined]
+            self.reads_in_place, self._registrations[1].pointer - self._pool.address
+        )
         shared, offsets = self._shared.address, self._shared_offsets
         self._experts.bind(  # type: ignore[attr-defined]
             changed=shared + offsets["changed"], stop=shared, logits_from=self._recorded.token.logits_address,

@@ -39,14 +39,15 @@ enum fomoe_buffer_use {
     FOMOE_BUFFER_SPARE,   /* in a queue of spares */
     FOMOE_BUFFER_SLOT,    /* the bytes of a slot */
     FOMOE_BUFFER_LANDING, /* reads go into it, on their way to the device */
+    FOMOE_BUFFER_RESTING, /* of the host, spare when the layer at work has been computed: kernels read it in place */
     FOMOE_BUFFER_LENT,    /* on the device, of an expert whose slot is in DRAM, while the layer is computed */
 };
 
 typedef struct {
     uint8_t *address;
     uint64_t touched[FOMOE_LANES]; /* tickets */
-    int32_t claims;                /* copies of it that are listed and not started: its tickets do not speak for those */
-    int32_t use;                   /* enum fomoe_buffer_use */
+    int32_t claims; /* copies of it that are listed and not started: its tickets do not speak for those */
+    int32_t use; /* enum fomoe_buffer_use */
 } fomoe_buffer;
 
 typedef struct {
@@ -59,7 +60,7 @@ typedef struct {
     fomoe_device_calls calls;
     fomoe_lane lane[FOMOE_LANES];
     uint64_t bytes[FOMOE_COPY_LANES];
-    int error;               /* the first error code of a call, or FOMOE_STUCK; 0 = none */
+    int error; /* the first error code of a call, or FOMOE_STUCK; 0 = none */
     const char *failed_call; /* which one */
     fomoe_patience *patience;
 } fomoe_device_copies;

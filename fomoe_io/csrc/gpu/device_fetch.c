@@ -6,7 +6,8 @@
 
 enum {
     REAP_BATCH = 64,
-    SPIN_NS = 1000000, /* who has waited so long for a drive sleeps: a wake-up costs 5 to 20 us, a fast drive's read 500 */
+    SPIN_NS =
+        1000000, /* who has waited so long for a drive sleeps: a wake-up costs 5 to 20 us, a fast drive's read 500 */
     STEP_BYTES = 65536 /* pieces begin at multiples of this: no drive's block is larger */
 };
 
@@ -16,7 +17,8 @@ void fomoe_device_open_layer(fomoe_device_experts *e, int layer) {
     assert(e->open_layer < 0 && !e->in_flight && !e->transfer_count);
     e->open_layer = layer;
     e->placed = e->released = e->unread = 0;
-    e->has_read = 0;
+    e->has_read = e->has_moved = 0;
+    fomoe_device_end_rest(e); /* the device has got here: it has computed the layer before */
     e->opened_ns = fomoe_now_ns();
 }
 
@@ -25,10 +27,12 @@ void fomoe_device_adopt(fomoe_device_experts *e, int layer, const fomoe_placemen
     assert(layer == e->open_layer && p->expert == e->plan.ids[e->placed]);
     *w = (fomoe_wanted){.at = *p};
     e->placed++;
+    e->has_moved |= p->source != FOMOE_TIER_VRAM;
+    w->is_in_place = p->source == FOMOE_TIER_DRAM && fomoe_device_is_in_place(e, layer, p->expert);
     if (p->tier == FOMOE_TIER_VRAM) w->record = *fomoe_device_slot(e, layer, FOMOE_TIER_VRAM, p->slot);
     if (p->source == FOMOE_TIER_NVME)
         w->progress = FOMOE_UNREAD;
-    else if (p->tier == FOMOE_TIER_VRAM)
+    else if (p->tier == FOMOE_TIER_VRAM || w->is_in_place)
         w->progress = FOMOE_SENT; /* it was there, or a transfer brings it */
     else {
         w->progress = FOMOE_LANDED;
@@ -42,7 +46,8 @@ void fomoe_device_place(fomoe_device_experts *e, int layer, int end) {
     if (!count || e->error) return;
     if (fomoe_residency_resolve(e->residency, layer, e->plan.ids + first, e->plan.requests + first, count,
                                 e->placements, e->moves, &moves)) {
-        fomoe_device_fail(e, layer, e->plan.ids[first], -ENOMEM); /* can't be: no more is asked for than there are slots */
+        fomoe_device_fail(e, layer, e->plan.ids[first],
+                          -ENOMEM); /* can't be: no more is asked for than there are slots */
         return;
     }
     fomoe_device_carry_out(e, layer, e->moves, moves);

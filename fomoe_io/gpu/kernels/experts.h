@@ -63,7 +63,7 @@ DEVICE answer answer_at(const void *reply, int pairs) {
 }
 
 // Where the pair's record is, once gate and up are there; 0 when the host has told the device to stop.  late: of this
-// layer, 0 until somebody knows.  The first block of a pair asks the host, over the link; the others hear it from that
+// layer, 0 until somebody knows, odd where the record is read in place, in the host's memory.  The first block of a pair asks the host, over the link; the others hear it from that
 // one, and ask now and then themselves, because nobody promises that it runs beside them.  A whole block calls it.
 DEVICE const u8 *await_record(u64 *late, const void *reply, const replayed *run, const void *stop, int pairs) {
     __shared__ u64 found;
@@ -90,7 +90,49 @@ DEVICE const u8 *await_record(u64 *late, const void *reply, const replayed *run,
         found = record;
     }
     sync_block();
-    return (const u8 *)found;
+    return (const u8 *)(found & ~1ull);
+}
+
+// What a block of `down` knows of its token's picks.
+struct down_picks {
+    u64 record[MOST_PICKS];
+    float weight[MOST_PICKS];  // NaN: there is no record
+};
+
+// total[r] += this lane's share of row r of all picks' products.
+template <class T, class L>
+DEVICE void add_down_rows(const down_picks &p, const u64 (&offset)[DOWN_ROWS], const u8 *hidden, int columns, int picks,
+                          float (&total)[DOWN_ROWS]) {
+    constexpr int BATCH = down_batch<T>;
+    const u32 x_bytes = (u32)activation_row_bytes<T>(columns);
+    const int units = columns / T::unit_elements;
+    int next_rank = lane_index() / units, next_unit = lane_index() % units;
+    while (next_rank < picks) {
+        typename T::raw raw[BATCH][DOWN_ROWS];
+        int rank[BATCH], unit[BATCH];
+        bool is_real[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            is_real[b] = next_rank < picks;
+            rank[b] = is_real[b] ? next_rank : picks - 1, unit[b] = next_unit;
+            for (next_unit += 32; next_unit >= units; next_unit -= units) ++next_rank;
+            const bool is_present = p.weight[rank[b]] == p.weight[rank[b]];
+#pragma unroll
+            for (int r = 0; r < DOWN_ROWS; ++r)
+                raw[b][r] = T::template load<L>((const u8 *)p.record[rank[b]] + (is_present ? offset[r] : 0), unit[b]);
+        }
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            if (!is_real[b]) break;
+            const float weight = p.weight[rank[b]];
+#pragma unroll
+            for (int r = 0; r < DOWN_ROWS; ++r) {
+                typename T::prepared u;
+                T::unpack(raw[b][r], unit[b], u);
+                total[r] = fused(weight, add_unit<T>(u, unit[b], hidden + rank[b] * x_bytes, columns, 0.f), total[r]);
+            }
+        }
+    }
 }
 
 // y[token] = sum over ranks of weight * (down hidden), + sigmoid(shared_gate) * shared where a shared expert is given.
@@ -103,23 +145,23 @@ DEVICE const u8 *await_record(u64 *late, const void *reply, const replayed *run,
 template <class T>
 DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,
                  const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks) {
-    __shared__ u64 record_of[MOST_PICKS];
-    __shared__ float weight_of[MOST_PICKS];
+    __shared__ down_picks p;
+    __shared__ int in_place;
     const int row = (block_x() * DOWN_WARPS + warp_index()) * DOWN_ROWS, token = block_y();
     const u32 row_bytes = (u32)(columns / T::block_elements) * T::block_bytes;
-    const u32 x_bytes = (u32)activation_row_bytes<T>(columns);
-    const int units = columns / T::unit_elements;
-    constexpr int BATCH = down_batch<T>;
+    if (thread_index() == 0) in_place = 0;
+    sync_block();
     for (int i = thread_index(); i < picks; i += 32 * DOWN_WARPS) {
         const int pair = token * picks + i;
         const u64 here = records[pair], record = here ? here : late ? late[pair] : 0;
         // An absent record: some address that can be read, and a weight that shows.
-        record_of[i] = record ? record + down_offset : (u64)hidden;
-        weight_of[i] = record ? weights[pair] : not_a_number();
+        p.record[i] = record ? (record & ~1ull) + down_offset : (u64)hidden;
+        p.weight[i] = record ? weights[pair] : not_a_number();
+        if (record & 1) in_place = 1;
     }
     sync_block();
     if (row >= rows) return;
-    hidden += (u64)token * picks * x_bytes;
+    hidden += (u64)token * picks * (u32)activation_row_bytes<T>(columns);
     float total[DOWN_ROWS];
     u64 offset[DOWN_ROWS];
 #pragma unroll
@@ -127,33 +169,10 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
         total[r] = 0.f;
         offset[r] = (u64)(row + r < rows ? row + r : rows - 1) * row_bytes;
     }
-    int next_rank = lane_index() / units, next_unit = lane_index() % units;
-    while (next_rank < picks) {
-        typename T::raw raw[BATCH][DOWN_ROWS];
-        int rank[BATCH], unit[BATCH];
-        bool is_real[BATCH];
-#pragma unroll
-        for (int b = 0; b < BATCH; ++b) {
-            is_real[b] = next_rank < picks;
-            rank[b] = is_real[b] ? next_rank : picks - 1, unit[b] = next_unit;
-            for (next_unit += 32; next_unit >= units; next_unit -= units) ++next_rank;
-            const bool is_present = weight_of[rank[b]] == weight_of[rank[b]];
-#pragma unroll
-            for (int r = 0; r < DOWN_ROWS; ++r)
-                raw[b][r] = T::load((const u8 *)record_of[rank[b]] + (is_present ? offset[r] : 0), unit[b]);
-        }
-#pragma unroll
-        for (int b = 0; b < BATCH; ++b) {
-            if (!is_real[b]) break;
-            const float weight = weight_of[rank[b]];
-#pragma unroll
-            for (int r = 0; r < DOWN_ROWS; ++r) {
-                typename T::prepared u;
-                T::unpack(raw[b][r], unit[b], u);
-                total[r] = fused(weight, add_unit<T>(u, unit[b], hidden + rank[b] * x_bytes, columns, 0.f), total[r]);
-            }
-        }
-    }
+    if (in_place)
+        add_down_rows<T, arriving>(p, offset, hidden, columns, picks, total);
+    else
+        add_down_rows<T, settled>(p, offset, hidden, columns, picks, total);
 #pragma unroll
     for (int r = 0; r < DOWN_ROWS; ++r) {
         const float sum = warp_sum(total[r]);

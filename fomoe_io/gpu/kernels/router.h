@@ -15,11 +15,12 @@
 // (its policy lives on them) and fetches what is missing.
 DEVICE void post_word(void *place, u32 run, u32 value) { system_store8(place, (u64)run << 32 | value); }
 
-// The values of a layer's table for an expert without a record on the device; addresses are larger.
+// The values of a layer's table: 0 for an expert that must be read; an address on the device; with the lowest bit for an
+// expert in DRAM, alone or, where kernels may read that in place, with the address of its record there.
 #define IN_NVME 0
 #define IN_DRAM 1
 
-// ids -> records[pair] (0: not on the device), late[pair] (0: not known yet), the post, and *misses for the wait.  A whole block calls it.
+// ids -> records[pair] (0: not on the device), late[pair] (0: not known yet, odd: in DRAM), the post, and *misses for the wait.  A whole block calls it.
 // ids: what will be computed; picks: what the router wanted, and with which weight.  All may lie in shared memory.
 // run: the number of this replay of the program, which tells one post from the last.
 DEVICE void resolve(const int *ids, const int *picks, const float *weights, const u64 *record_of, u64 *records, u64 *late,
@@ -28,8 +29,8 @@ DEVICE void resolve(const int *ids, const int *picks, const float *weights, cons
     float absent = 0.f;
     for (int pair = thread_index(); pair < pairs; pair += ROUTER_THREADS) {
         const u64 record = record_of[ids[pair]];
-        records[pair] = record > IN_DRAM ? record : 0;
-        late[pair] = 0;
+        records[pair] = record & IN_DRAM ? 0 : record;
+        late[pair] = record > IN_DRAM && record & IN_DRAM ? record : 0;
         post_word(post + 1 + pair, number, (u32)picks[pair] | (u32)ids[pair] << 16);
         post_word(post + 1 + pairs + pair, number, as_bits(weights[pair]));
         absent += record > IN_DRAM ? 0.f : 1.f;
@@ -163,7 +164,7 @@ DEVICE void substitute(const fomoe_car &c, const float *values, const u64 *recor
         const bool was_picked = !(values[e] < values[last] || (values[e] == values[last] && e > last));
         lowest = -larger(-lowest, -values[e]);
         masked[e] = was_picked || record_of[e] == IN_NVME ? -infinity()
-                                                          : values[e] - (record_of[e] == IN_DRAM ? c.slow_handicap : 0.f);
+                                                          : values[e] - (record_of[e] & IN_DRAM ? c.slow_handicap : 0.f);
     }
     lowest = -warp_max(-lowest);
     if (lane_index() == 0) lowest_of[warp_index()] = lowest;
@@ -265,7 +266,7 @@ KERNEL(256, wait_for_misses)
     const answer a = answer_at(reply, pairs);
     const u32 number = now(run);
     for (int pair = thread_index(); pair < pairs; pair += 256) {
-        if (records[pair]) continue;
+        if (records[pair] || late[pair] & 1) continue;
         bool is_whole = false;
         for (u32 is_over = 0; !is_whole && !is_over;) {
             is_over = system_load4(stop);
