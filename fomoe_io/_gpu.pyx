@@ -52,6 +52,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         int (*stream_wait_event)(void *, void *, unsigned int) noexcept nogil
         int (*stream_query)(void *) noexcept nogil
         int (*stream_synchronize)(void *) noexcept nogil
+        int (*write_value)(void *, void *, uint32_t, unsigned int) noexcept nogil
         int not_ready
     ctypedef struct fomoe_lane:
         void *stream
@@ -72,10 +73,12 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         const uint32_t *part_offset
         uint32_t device_offset[3]
         uint32_t part_bytes[3]
+        int32_t is_alike
         uint8_t *pool[2]
         uint64_t *table
         const uint64_t *post
-        uint32_t *answer
+        uint8_t *answer
+        uint8_t *answer_on_device
     ctypedef struct fomoe_size_class:
         int64_t slot_bytes[2]
         uint8_t *spare[2]
@@ -99,6 +102,8 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
                                  int32_t *order)
     int fomoe_device_batch_next(fomoe_device_experts *, int layer, fomoe_tile *tiles, int *count)
     int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *, const double *, int count)
+    void fomoe_device_experts_read_in_place(fomoe_device_experts *, int in_place, int64_t distance)
+    void fomoe_device_experts_signal_by_stream(fomoe_device_experts *, int)
     int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens)
     void fomoe_device_experts_set_piece_bytes(fomoe_device_experts *, uint32_t)
     void fomoe_device_experts_settle(fomoe_device_experts *)
@@ -173,6 +178,17 @@ cdef class DeviceExperts:
         if fomoe_device_experts_set_trace(self.c, NULL if trace is None else trace.c, tokens):
             raise MemoryError
         self.tracer = trace
+
+    def read_in_place(self, bint in_place, int64_t distance):
+        """A token's kernels read experts of DRAM where they lie; distance: from the host's address of that memory to
+        the device's."""
+        with nogil:
+            api.hipSetDevice(self.device)
+            fomoe_device_experts_read_in_place(self.c, in_place, distance)
+
+    def signal_by_stream(self, bint by_stream):
+        """Whether a copy's stream tells a waiting kernel that it has come (where the device can), or the host."""
+        fomoe_device_experts_signal_by_stream(self.c, by_stream)
 
     def set_piece_bytes(self, uint32_t nbytes):
         """Reads of experts are cut into pieces of about so many bytes, each sent up as it lands."""
@@ -274,11 +290,11 @@ cdef class DeviceExperts:
                 api.hipSetDevice(self.device)
                 drained = fomoe_stream_wait(copies, stream.handle)
             self.end_of_run(drained)
-        fomoe_device_experts_changed_tables(self.c, self.changed)
         self.stop[0] = 0
         call = "hipGraphLaunch"
         with nogil:
             code = api.hipSetDevice(self.device)
+            fomoe_device_experts_changed_tables(self.c, self.changed)
             if code == 0:
                 code = graph.enqueue(stream.handle)
         if code == 0 and logits_bytes:
@@ -313,6 +329,7 @@ cdef int fill_layer(fomoe_device_layer *layer, dict source) except -1:
     cdef const uint32_t[:, ::1] part_offset = source["part_offset"]
     layer.experts = source["experts"]
     layer.size_class = source["size_class"]
+    layer.is_alike = source["is_alike"]
     layer.extents = <const fomoe_extent *>&extents[0]
     layer.extent_count = &extent_count[0]
     layer.part_offset = &part_offset[0, 0]
@@ -323,7 +340,8 @@ cdef int fill_layer(fomoe_device_layer *layer, dict source) except -1:
         layer.pool[tier] = <uint8_t *><uintptr_t>source["pool"][tier]
     layer.table = <uint64_t *><uintptr_t>source["table"]
     layer.post = <const uint64_t *><uintptr_t>source["post"]
-    layer.answer = <uint32_t *><uintptr_t>source["answer"]
+    layer.answer = <uint8_t *><uintptr_t>source["answer"]
+    layer.answer_on_device = <uint8_t *><uintptr_t>source["answer_on_device"]
     return 0
 
 
@@ -336,6 +354,7 @@ cdef int fill_copies(fomoe_device_copies *copies, list streams, list events) exc
     copies.calls.stream_wait_event = api.hipStreamWaitEvent
     copies.calls.stream_query = api.hipStreamQuery
     copies.calls.stream_synchronize = api.hipStreamSynchronize
+    copies.calls.write_value = api.hipStreamWriteValue32
     copies.patience = &patience
     copies.calls.not_ready = NOT_READY
     for lane in range(FOMOE_LANES):

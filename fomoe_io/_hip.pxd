@@ -45,6 +45,7 @@ cdef struct device_api:
     int (*hipStreamSynchronize)(void *) noexcept nogil
     int (*hipStreamQuery)(void *) noexcept nogil
     int (*hipStreamWaitEvent)(void *, void *, unsigned int) noexcept nogil
+    int (*hipStreamWriteValue32)(void *, void *, uint32_t, unsigned int) noexcept nogil
     int (*hipStreamBeginCapture)(void *, int) noexcept nogil
     int (*hipStreamEndCapture)(void *, void **) noexcept nogil
     int (*hipEventCreateWithFlags)(void **, unsigned int) noexcept nogil

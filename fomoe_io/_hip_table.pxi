@@ -183,6 +183,7 @@ cdef int fill_table(bint cuda, Library library, device_api *table, cuda_calls *c
     bind(library, cuda, <void **>&table.hipStreamSynchronize, "hipStreamSynchronize", "cuStreamSynchronize")
     bind(library, cuda, <void **>&table.hipStreamQuery, "hipStreamQuery", "cuStreamQuery")
     bind(library, cuda, <void **>&table.hipStreamWaitEvent, "hipStreamWaitEvent", "cuStreamWaitEvent")
+    bind(library, cuda, <void **>&table.hipStreamWriteValue32, "hipStreamWriteValue32", "cuStreamWriteValue32_v2", True)
     bind(library, cuda, <void **>&table.hipStreamBeginCapture, "hipStreamBeginCapture", "cuStreamBeginCapture_v2")
     bind(library, cuda, <void **>&table.hipStreamEndCapture, "hipStreamEndCapture", "cuStreamEndCapture")
     bind(library, cuda, <void **>&table.hipEventCreateWithFlags, "hipEventCreateWithFlags", "cuEventCreate")

@@ -81,6 +81,11 @@ class Tuning:
         A token's kernels may be started before the ones they follow have finished, where the device can.
     library_products : bool
         The vendor's library makes the dense products of prompts, where it is found.
+    reads_in_place : bool
+        A token's kernels read experts of DRAM where they lie, instead of waiting until they have been copied.
+    signals_by_stream : bool or None
+        A copy's stream tells the waiting kernel that it has come, instead of the host.  None takes that on CUDA; HIP
+        does it by a kernel of its own.
     piece_bytes : int or None
         Reads of experts are cut into pieces of about so many bytes, each sent to the device as it lands; None: csrc/gpu
         knows.
@@ -89,6 +94,8 @@ class Tuning:
     branches: int | None = None
     chained_launches: bool = True
     library_products: bool = True
+    reads_in_place: bool = False
+    signals_by_stream: bool | None = None
     piece_bytes: int | None = None
 
 

@@ -156,13 +156,16 @@ class GpuBackend:
         self._streams = [gpu.new_stream(is_urgent=True) for _ in range(_gpu.STREAMS)]
         events = [[gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.EVENT_RINGS)]
         self._experts = self._device_experts(vram.pointer, events)
-        words = self._shared
+        tuning, words = opened.config.tuning, self._shared
+        by_stream = tuning.signals_by_stream
+        self._experts.signal_by_stream(gpu.info.provider == "cuda" if by_stream is None else by_stream)
+        self._experts.read_in_place(tuning.reads_in_place, self._pool_registration.pointer - self.pool.address)
         self._experts.bind(
             changed=words.host + words.offset("changed"), stop=words.host, logits_from=r.token.logits_address,
             logits_to=words.host + words.offset("logits"),
         )  # fmt: skip
-        if opened.config.tuning.piece_bytes is not None:
-            self._experts.set_piece_bytes(opened.config.tuning.piece_bytes)
+        if tuning.piece_bytes is not None:
+            self._experts.set_piece_bytes(tuning.piece_bytes)
         embedding = EmbeddingReader(opened, r.embedding, r.token.embedding_file, r.token.embedding_offset)
         self.tokens = TokenRunner(gpu, self._experts, r, self._shared, embedding, opened.shape, opened.config)
         self._prompts = PromptRunner(
@@ -182,7 +185,8 @@ class GpuBackend:
         ]
         layers = native_device_layers(
             s.layers, self.records, self.layouts, self._opened.model.experts, (pools[VRAM], pools[DRAM]),
-            self._shared.host + self._shared.offset("tables"), self._shared.host, self.recorded.mail,
+            self._shared.host + self._shared.offset("tables"), (self._shared.host, self._shared.device),
+            self.recorded.mail,
         )  # fmt: skip
         return _gpu.DeviceExperts(
             layers, classes, b.slot_table, s.used, policy_number(config.policy), DECAY, reader.address, self._streams,

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 RECORD_ALIGNMENT_BYTES = 16
 """Of a part in a device record: the widest load of the kernels."""
 
+MOST_GAP_BYTES = 32 << 10
+"""Lost in a device record that is laid out as a record on the host."""
+
 CACHE_LINE_BYTES = 64
 
 
@@ -33,6 +36,7 @@ class RecordLayout:
     ----------
     kernels : formats of gate and up, and of down
     part_bytes, device_offset : of gate, up, down
+    is_alike : the parts of every expert lie in DRAM as they do on the device, so that kernels can read them there
     slot_bytes : in VRAM and in DRAM
     """
 
@@ -40,6 +44,7 @@ class RecordLayout:
     part_bytes: tuple[int, int, int]
     device_offset: tuple[int, int, int]
     slot_bytes: tuple[int, int]
+    is_alike: bool
 
 
 def record_layout(index: int, layer: ExpertLayer, layout: SlotLayout) -> RecordLayout:
@@ -61,11 +66,25 @@ def record_layout(index: int, layer: ExpertLayer, layout: SlotLayout) -> RecordL
         raise FormatError(f"blk.{index} mixes {names[0]} and {names[1]} in gate and up", hint="--device cpu")
     gate, up_, down = (int(size) for size in layer.extents[0, :, 2])
     second = _aligned(gate)
-    third = _aligned(second + up_)
-    slot = up(third + down, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    places = (0, second, _aligned(second + up_))
+    on_host = _common_places(layout, (gate, up_, down))
+    slot = up((on_host or places)[2] + down, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return RecordLayout(
-        (str(names[0]), str(names[2])), (gate, up_, down), (0, second, third), (slot, layout.slot_bytes)
-    )
+        (str(names[0]), str(names[2])), (gate, up_, down), on_host or places, (slot, layout.slot_bytes),
+        on_host is not None,
+    )  # fmt: skip
+
+
+def _common_places(layout: SlotLayout, sizes: tuple[int, int, int]) -> tuple[int, int, int] | None:
+    """Where up and down stand behind gate, if that is the same for all experts, loads can be aligned, and little room
+    is lost between them: then a device record is laid out so too, and a copy of it is one piece."""
+    places = layout.part_offset.astype(np.int64) - layout.part_offset[:, :1]
+    first = tuple(int(place) for place in places[0])
+    is_common = bool((places == places[0]).all()) and not any(place % RECORD_ALIGNMENT_BYTES for place in first)
+    gaps = first[1] - sizes[0], first[2] - first[1] - sizes[1]
+    if not is_common or min(gaps) < 0 or sum(gaps) > MOST_GAP_BYTES:
+        return None
+    return first[0], first[1], first[2]
 
 
 def _aligned(offset: int) -> int:
@@ -106,7 +125,7 @@ class Mail:
     @property
     def answer_bytes(self) -> int:
         """Of one layer's answer."""
-        return up(4 * kernels.ANSWER_WORDS + 8 * self.pairs, CACHE_LINE_BYTES) * CACHE_LINE_BYTES
+        return up(kernels.ANSWER_BYTES * self.pairs, CACHE_LINE_BYTES) * CACHE_LINE_BYTES
 
     def post(self, layer: int) -> int:
         """Offset of a layer's post."""
@@ -178,10 +197,13 @@ def native_device_layers(
     layers: Mapping[int, ExpertLayer],
     pools: tuple[dict[int, int], dict[int, int]],
     tables: int,
-    mail: int,
+    mail: tuple[int, int],
     posts: Mail,
 ) -> list[dict[str, Any] | None]:
-    """What `_gpu.DeviceExperts` takes; addresses are the host's, but for the VRAM pool's."""
+    """What `_gpu.DeviceExperts` takes; addresses are the host's, but for the VRAM pool's.
+
+    mail: where it begins, for the host and for the device.
+    """
     numbers = size_classes(records)
     most = max(layer.n_experts for layer in layers.values())
     result: list[dict[str, Any] | None] = []
@@ -199,10 +221,12 @@ def native_device_layers(
                 "part_offset": layout.part_offset,
                 "device_offset": record.device_offset,
                 "part_bytes": record.part_bytes,
+                "is_alike": record.is_alike,
                 "pool": (pools[0][index], pools[1][index]),
                 "table": tables + 8 * most * index,
-                "post": mail + posts.post(index),
-                "answer": mail + posts.answer(index),
+                "post": mail[0] + posts.post(index),
+                "answer": mail[0] + posts.answer(index),
+                "answer_on_device": mail[1] + posts.answer(index),
             }
         )
     return result

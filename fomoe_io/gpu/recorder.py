@@ -366,7 +366,9 @@ class DeviceRecorder:
         picks = self._picks(layer, logits, router)
         e, used = self._experts[layer], router.used
         rows = (logits.address, picks.ids.address, picks.weights.address)
-        resolved = [e.table, self._records(used), e.post, self._mailbox.run, self.memory.words("misses", 4)]
+        resolved = [
+            e.table, self._records(used), self._late(used), e.post, self._mailbox.run, self.memory.words("misses", 4),
+        ]  # fmt: skip
         if self._substitutes:
             if not router.follows_logits:
                 raise UsageError(CAR_NEEDS_LOGITS, hint="drop --car")
@@ -391,14 +393,6 @@ class DeviceRecorder:
     def _late(self, used: int) -> int:
         return self.memory.words("late", 8 * used)
 
-    def _gate_and_up(self, layer: int, records: int, x: DeviceRows, used: int, hidden: int, columns: int) -> None:
-        e = self._experts[layer]
-        q8, floats = self._hidden(e, used, hidden)
-        self._add(
-            f"experts_gate_up_{e.gate_kernel}", kernels.gate_up_grid(hidden, used), records,
-            e.device_offset[0], e.device_offset[1], x.address, q8, floats, hidden, columns, used,
-        )  # fmt: skip
-
     def _hidden(self, e: DeviceExpertLayer, used: int, hidden: int) -> tuple[int, int | None]:
         """Where the experts' activations go, a row a pair: as Q8, and as floats where down reads those."""
         floats = self.rows("hidden", used * hidden).address if e.down_kernel in kernels.FLOAT_TYPES else None
@@ -409,7 +403,15 @@ class DeviceRecorder:
         """Gate and up of the picks that are on the device."""
         self._check_experts(op)
         rows, used = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used
-        self._gate_and_up(picks.layer, self._records(used), rows, used, self.hidden, rows.columns)
+        self._gate_and_up("", picks.layer, [self._records(used)], rows, used)
+
+    def _gate_and_up(self, kind: str, layer: int, where: list[Any], x: DeviceRows, used: int) -> None:
+        e, hidden = self._experts[layer], self.hidden
+        q8, floats = self._hidden(e, used, hidden)
+        self._add(
+            f"experts_gate_up_{kind}{e.gate_kernel}", kernels.gate_up_grid(hidden, used), *where, e.device_offset[0],
+            e.device_offset[1], x.address, q8, floats, hidden, x.columns, used,
+        )  # fmt: skip
 
     @staticmethod
     def _check_experts(op: Experts[int]) -> None:
@@ -419,14 +421,12 @@ class DeviceRecorder:
         self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int], output: DeviceRows,
         shared: DeviceRows | None, shared_gate: DeviceRows | None,
     ) -> None:  # fmt: skip
-        """Wait for the others, if there are any; their gate and up; then the sum, which the next norm adds."""
+        """Gate and up of the others as they come, if there are any; then the sum, which the next norm adds."""
         rows, used, hidden = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used, self.hidden
-        e, late = self._experts[picks.layer], self._late(used)
-        self._add(
-            "wait_for_misses", (1, 1, 1), self.memory.words("misses", 4), e.answer, self._mailbox.run,
-            self._mailbox.stop, late, used,
-        )  # fmt: skip
-        self._gate_and_up(picks.layer, late, rows, used, hidden, rows.columns)
+        e, mail, late, records = self._experts[picks.layer], self._mailbox, self._late(used), self._records(used)
+        self._gate_and_up("late_", picks.layer, [records, late, e.answer, mail.run, mail.stop], rows, used)
+        misses = self.memory.words("misses", 4)
+        self._add("wait_for_misses", (1, 1, 1), misses, records, e.answer, mail.run, mail.stop, late, used)
         total = self.rows("added", output.columns)
         q8, floats = self._hidden(e, used, hidden)
         down = self._add(

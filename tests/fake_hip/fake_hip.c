@@ -635,6 +635,7 @@ static struct {
     char *address, *alias;
     size_t bytes;
 } registered[256];
+static int most_registered; /* so many of them have ever been in use */
 API int hipHostRegister(void *address, size_t bytes, unsigned flags) {
     ENTER;
     if (current_device < 0) return INVALID_CONTEXT;
@@ -642,6 +643,7 @@ API int hipHostRegister(void *address, size_t bytes, unsigned flags) {
         if (!registered[i].address) {
             registered[i].alias = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
             registered[i].bytes = bytes;
+            if (i >= most_registered) most_registered = i + 1;
             registered[i].address = address;
             born(REGISTRATIONS);
             return OK;
@@ -670,7 +672,7 @@ API int hipHostGetDevicePointer(void **out, void *address, unsigned flags) {
 }
 /* What a kernel's system_* and fresh_* calls reach at an address. */
 static char *seen(const void *p) {
-    for (int i = 0; i < 256; i++)
+    for (int i = 0; i < most_registered; i++)
         if (registered[i].address && (size_t)((char *)p - registered[i].alias) < registered[i].bytes)
             return registered[i].address + ((char *)p - registered[i].alias);
     if (!__atomic_load_n(&stale_count, __ATOMIC_RELAXED)) return (char *)p;
@@ -704,6 +706,19 @@ static void do_copy_in(void *p, stream *s) {
 static void do_fill(void *p, stream *s) {
     transfer *t = p;
     memset(t->to, t->value, t->bytes);
+}
+typedef struct {
+    char *word;
+    uint32_t value;
+} written_word;
+static void do_write_value(void *p, stream *s) {
+    written_word *w = p;
+    __atomic_store_n((uint32_t *)seen(w->word), w->value, __ATOMIC_RELEASE);
+}
+API int hipStreamWriteValue32(stream *s, void *word, uint32_t value, unsigned flags) {
+    ENTER;
+    if (flags || (uintptr_t)word % 4) return INVALID_VALUE;
+    return enqueue(__func__, s, PACKET, do_write_value, &(written_word){word, value}, sizeof(written_word));
 }
 static int device_of(const void *p) { return ((const header *)((uintptr_t)p / 4096 * 4096 - 4096))->device; }
 API int hipMemcpyHtoDAsync(void *to, const void *from, size_t bytes, stream *s) {

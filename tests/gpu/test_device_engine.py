@@ -210,6 +210,34 @@ def test_an_expert_may_come_in_pieces(model: Path) -> None:
         assert s["host_us_per_miss"] > 0
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_experts_of_dram_may_be_read_where_they_lie(model: Path, tmp_path: Path, is_packed: bool) -> None:
+    """The same bits, the same counters, and layers whose experts are in memory never wait for the host."""
+    path = tmp_path / "store"
+    if is_packed:
+        assert layout(["pack", str(model), "--to", str(path)]) == 0
+    else:  # experts whose sizes are whole pages
+        path = write_tiny(tmp_path / "model.gguf", tiny(weights=Type.Q4_K), seed=3)
+    tokens, found = np.random.default_rng(3).integers(0, 300, 24), []
+    for in_place in (False, True):
+        for tiers in (Tiers(0.3, 0.7), Tiers(0.25, 0.4)):  # everything in memory; some on the drive
+            with Engine.open(
+                path, settings(tiers=tiers, batch_tokens=1, tuning=Tuning(reads_in_place=in_place))
+            ) as engine:
+                assert isinstance(engine.backend, GpuBackend)
+                assert all(record.is_alike for record in engine.backend.records.values())
+                logits = engine.session().evaluate(tokens)
+                s = engine.statistics()
+            hits = [tier["hits"] for tier in s["tiers"].values()]
+            assert hits[1] > 20
+            found.append((logits.tobytes(), hits, s["promotions"], s["layers_served"]["with_misses"]))
+    copied, in_place = found[:2], found[2:]
+    assert len({logits for logits, *_ in found}) == 1
+    assert [row[1:3] for row in in_place] == [row[1:3] for row in copied]
+    # a victim's bytes may still be on their way down when it is wanted again: then it is copied
+    assert in_place[0][3] < copied[0][3] / 2 and in_place[1][3] < copied[1][3]
+
+
 def test_counters_are_those_of_the_processor(tmp_path: Path) -> None:
     """The same residency code serves both, token by token, and float weights give the same picks."""
     model = write_tiny(tmp_path / "float.gguf", BASE, seed=3)

@@ -111,10 +111,11 @@ def test_branches_of_a_graph_run_beside_each_other(fake: Fake) -> None:
     words = np.frombuffer(bytearray(4096 * 2), np.uint32)
     registration = gpu.register(words)
     misses, run, late = gpu.upload(np.ones(1, np.uint32)), gpu.upload(np.full(1, 7, np.uint32)), gpu.allocate(8)
-    table, changed = gpu.upload(np.array([7, 0, 0, 0], np.uint32)), gpu.allocate(64)
+    reply, changed = gpu.upload(np.array([500, 0, 7, 7], np.uint32)), gpu.allocate(64)
+    here = gpu.upload(np.zeros(1, np.uint64))
     pointer = registration.pointer
     first = gpu.prepare("quantize_q8", (1, 1, 1), changed, gpu.allocate(64), 16)
-    wait = gpu.prepare("wait_for_misses", (1, 1, 1), misses, table, run, pointer, late, 1)
+    wait = gpu.prepare("wait_for_misses", (1, 1, 1), misses, here, reply, run, pointer, late, 1)
     graph = gpu.capture_steps([Step(first, forks=True), Step(wait, beside=True), Step(first), Step(first, joins=True)])
     graph.launch(gpu.stream)
     gpu.stream.synchronize()
@@ -173,6 +174,31 @@ def test_copies_pass_a_graph_that_waits_for_them(
     monkeypatch.setenv("FAKE_HIP_QUEUES", str(queues))
     with opened(model, tuning=Tuning(branches=branches)) as engine:
         np.testing.assert_array_equal(decoded(engine.session()), expected)
+
+
+@pytest.mark.parametrize("queues", [1, 4])
+def test_the_stream_of_the_copies_may_tell_the_kernel_that_waits(
+    model: Path, fake: Fake, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch, queues: int
+) -> None:
+    """Then the host waits for no copy; what fails or hangs on the way ends as any other call does."""
+    monkeypatch.setenv("FAKE_HIP_QUEUES", str(queues))
+    tuning = Tuning(signals_by_stream=True)
+    with opened(model, tuning=tuning) as engine:
+        session = engine.session()
+        np.testing.assert_array_equal(decoded(session), expected)
+        s = engine.statistics()
+        assert s["layers_served"]["with_misses"] > 0 and s["stall_seconds"]["h2d"] < s["stall_seconds"]["device"]
+        fake.fail("hipStreamWriteValue32", 719, 3)
+        with pytest.raises(DeviceError, match="hipStreamWriteValue32"):
+            decoded(session)
+    engine = opened(model, tuning=tuning)
+    session = engine.session()
+    _hip.set_patience(0.4)
+    fake.hang("hipStreamWriteValue32", 2)
+    with pytest.raises(DeviceError, match=r"has not answered for 0\.4 s"):
+        decoded(session)
+    engine.close()
+    fake.release()
 
 
 def test_on_ordinary_streams_they_would_not(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

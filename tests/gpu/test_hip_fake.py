@@ -173,7 +173,8 @@ def test_timed_events(gpu: Gpu) -> None:
 def prepare_wait(gpu: Gpu, words: int, late: Buffer) -> Launch:
     """A wait of run 3 for one missing record; words: the answer, and far behind it the word that stops the wait."""
     misses, run = (gpu.upload(np.array([value], np.uint32)) for value in (1, 3))
-    return gpu.prepare("wait_for_misses", (1, 1, 1), misses, words, run, words + 2048, late, 1)
+    here = gpu.upload(np.zeros(1, np.uint64))
+    return gpu.prepare("wait_for_misses", (1, 1, 1), misses, here, words, run, words + 2048, late, 1)
 
 
 def test_registered_memory_is_shared(gpu: Gpu) -> None:
@@ -186,8 +187,8 @@ def test_registered_memory_is_shared(gpu: Gpu) -> None:
     wait.run(gpu.stream)
     gpu.stream.record(done)
     assert not done.is_done()
-    words[1] = 1234
-    words[0] = 3
+    words[0] = 1234
+    words[1] = 3 << 32
     done.synchronize()
     assert gpu.download(late, (1,), np.uint64)[0] == 1234
     registration.close()
@@ -258,12 +259,12 @@ def test_waiting_does_not_hold_the_gil(gpu: Gpu) -> None:
     wait.run(gpu.stream)
 
     def serve() -> None:
-        words[0] = 3
+        words[3] = 3  # all of the record is there
 
     timer = threading.Timer(0.02, serve)  # this thread runs only if synchronize() lets it
     timer.start()
     gpu.stream.synchronize()
-    assert words[0] == 3
+    assert words[3] == 3
     timer.join()
 
 

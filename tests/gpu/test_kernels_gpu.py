@@ -218,9 +218,9 @@ def test_a_miss_is_served_without_a_synchronisation(gpu: Gpu, rng: np.random.Gen
     ids, weights, late = gpu.allocate(4 * picks), gpu.allocate(4 * picks), gpu.allocate(8 * picks)
     logits = gpu.upload(cases.normal(rng, experts))
     steps = [
-        gpu.prepare("route_and_resolve", (1, 1, 1), logits, ids, weights, table, records, post, run, misses,
+        gpu.prepare("route_and_resolve", (1, 1, 1), logits, ids, weights, table, records, late, post, run, misses,
                     experts, picks, 1, 1.0),
-        gpu.prepare("wait_for_misses", (1, 1, 1), misses, reply, run, stop, late, picks),
+        gpu.prepare("wait_for_misses", (1, 1, 1), misses, records, reply, run, stop, late, picks),
     ]  # fmt: skip
     graph, done = gpu.capture(steps), gpu.event()
     syncs = device.counts()["host_syncs"]
@@ -232,8 +232,8 @@ def test_a_miss_is_served_without_a_synchronisation(gpu: Gpu, rng: np.random.Gen
     assert not done.is_done()
     assert posted[0] & 0xFFFFFFFF == picks
     seen = (posted[1 : 1 + picks] & 0xFFFF).tolist()
-    words[256 + 2 : 256 + 2 + 2 * picks : 2] = np.arange(100, 100 + picks)
-    words[256] = 9
+    words[256 : 256 + 2 * picks : 2] = np.arange(100, 100 + picks)
+    words[256 + 3 * picks : 256 + 4 * picks] = 9  # all of each is there
     while not done.is_done():
         pass
     assert device.counts()["host_syncs"] == syncs

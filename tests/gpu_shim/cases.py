@@ -133,7 +133,7 @@ def check_experts(
     picks: int,
     tokens: int,
 ) -> None:
-    """All resident, then some late: right, and the same bits."""
+    """All resident, then some late, then (of one token) some read in place: right, and the same bits."""
     experts = picks + 2
     records, offsets, weights = make_records(runner, rng, experts, gate_type, down_type, ff, columns)
     ids = np.stack([rng.permutation(experts)[:picks] for _ in range(tokens)])
@@ -144,16 +144,27 @@ def check_experts(
     is_late = rng.random(addresses.size) < 0.4
     is_late[0], is_late[-1] = True, False
     pairs, results = addresses.size, []
-    for late_mask in (np.zeros(pairs, bool), is_late):
+    run, stop, reply = (
+        runner.put(np.ones(1, np.uint32)),
+        runner.put(np.zeros(1, np.uint32)),
+        runner.put(np.zeros(pairs)),
+    )
+    ways = [(np.zeros(pairs, bool), 0), (is_late, 0), (is_late, 1)]
+    for late_mask, in_place in ways if tokens == 1 else ways[:2]:
         here = runner.put(np.where(late_mask, np.uint64(0), addresses))
-        late = runner.put(np.where(late_mask, addresses, np.uint64(0)))
+        late = runner.put(np.where(late_mask, addresses | np.uint64(in_place), np.uint64(0)))
         hidden = runner.put(np.full((pairs, kernels.q8_row_bytes(ff)), 0xAA, np.uint8))
         floats = runner.put(poison(pairs, ff))
         y = runner.put(poison(tokens, columns))
-        for table in (here, late) if late_mask.any() else (here,):
+        for table in (here, late) if late_mask.any() and not in_place else (here,):
             runner.launch(
                 f"experts_gate_up_{gate_type}", kernels.gate_up_grid(ff, pairs),
                 table, 0, offsets["up"], x, hidden, floats, ff, columns, picks,
+            )  # fmt: skip
+        if in_place:
+            runner.launch(
+                f"experts_gate_up_late_{gate_type}", kernels.gate_up_grid(ff, pairs), here, late, reply, run, stop,
+                0, offsets["up"], x, hidden, floats, ff, columns, picks,
             )  # fmt: skip
         runner.launch(
             f"experts_down_{down_type}", kernels.down_grid(columns, tokens),
@@ -161,8 +172,9 @@ def check_experts(
             runner.put(share), runner.put(shared), runner.put(gate), y, columns, ff, picks,
         )  # fmt: skip
         results.append((floats.get(), hidden.get(), y.get()))
-    for first, second in zip(*results, strict=True):
-        np.testing.assert_array_equal(first, second)
+    for result in results[1:]:
+        for first, second in zip(results[0], result, strict=True):
+            np.testing.assert_array_equal(first, second)
     floats_got, hidden_got, y_got = results[0]
     want_hidden = np.empty((pairs, ff))
     want = shared * ref.sigmoid(gate.astype(np.float64))[:, None]
@@ -394,22 +406,26 @@ def check_ungroup(runner: Runner, rng: np.random.Generator, groups: int, length:
 
 
 def check_resolve(runner: Runner, rng: np.random.Generator, experts: int, picks: int) -> None:
-    """Hits resolved, all picks posted, misses counted; experts that lie in DRAM (table value 1) are misses."""
-    table = rng.integers(2, 1 << 60, experts).astype(np.uint64)
+    """Hits resolved, all picks posted, misses counted; experts that lie in DRAM are misses (table value 1), or are read
+    there (an odd address)."""
+    table = 16 * rng.integers(1, 1 << 56, experts).astype(np.uint64)
     absent = rng.random(experts)
     table[absent < 0.5] = 0
     table[absent < 0.2] = 1
+    table[absent > 0.8] |= np.uint64(1)
     logits = 3 * normal(rng, 1, experts)
     want, weight = route_reference(logits.astype(np.float64), picks, True, 1.0)
-    here = np.where(table[want[0]] > 1, table[want[0]], np.uint64(0))
-    misses = int((here == 0).sum())
+    is_odd, found = table[want[0]] % 2 == 1, table[want[0]]
+    here, there = (np.where(where, found, np.uint64(0)) for where in (~is_odd, is_odd & (found > 1)))
+    misses = int(((here == 0) & (there == 0)).sum())
     assert 0 < misses < picks
     ids, weights = runner.put(np.full(picks, -1, np.int32)), runner.put(poison(picks))
     row, run = runner.put(table), runner.put(np.array([41, 0], np.uint32))
     records, post = runner.put(np.full(picks, 77, np.uint64)), runner.put(np.zeros(1 + 2 * picks, np.uint64))
-    count = runner.put(np.array([99], np.uint32))
-    runner.launch("route_and_resolve", (1, 1, 1), runner.put(logits), ids, weights, row, records, post, run, count,
-                  experts, picks, 1, 1.0)  # fmt: skip
+    count, late = runner.put(np.array([99], np.uint32)), runner.put(np.full(picks, 88, np.uint64))
+    runner.launch("route_and_resolve", (1, 1, 1), runner.put(logits), ids, weights, row, records, late, post, run,
+                  count, experts, picks, 1, 1.0)  # fmt: skip
+    np.testing.assert_array_equal(late.get(), there)
     np.testing.assert_array_equal(ids.get(), want[0])
     np.testing.assert_array_equal(records.get(), here)
     posted, words = np.split(post.get(), [1 + picks])
@@ -423,7 +439,7 @@ def check_substitution(runner: Runner, rng: np.random.Generator, experts: int, p
     """The device's stand-ins are those of csrc/experts/car.h; returns how many there were."""
     logits = (2 * normal(rng, 1, experts)).astype(np.float32)
     where = rng.integers(0, 3, experts).astype(np.int8)  # VRAM, DRAM, NVMe
-    table = np.select([where == 0, where == 1], [rng.integers(2, 1 << 60, experts), 1], 0).astype(np.uint64)
+    table = np.select([where == 0, where == 1], [16 * rng.integers(1, 1 << 56, experts), 1], 0).astype(np.uint64)
     true, weight = route_reference(logits.astype(np.float64), picks, True, 1.0)
     want, want_weight, replaced = choose(rule, logits[0], where, true[0].astype(np.int32), weight[0].astype(np.float32))
     ids, weights = runner.put(true[0].astype(np.int32)), runner.put(weight[0].astype(np.float32))
@@ -431,7 +447,7 @@ def check_substitution(runner: Runner, rng: np.random.Generator, experts: int, p
     run, count = runner.put(np.array([3, 1], np.uint32)), runner.put(np.zeros(1, np.uint32))
     native = runner.put(np.frombuffer(bytes(rule.native()), np.uint8))
     runner.launch("substitute_and_resolve", (1, 1, 1), runner.put(logits), ids, weights, runner.put(table), records,
-                  post, run, count, native, experts, picks, 1)  # fmt: skip
+                  runner.put(np.zeros(picks, np.uint64)), post, run, count, native, experts, picks, 1)  # fmt: skip
     np.testing.assert_array_equal(ids.get(), want)
     np.testing.assert_allclose(weights.get(), want_weight, rtol=1e-5)
     posted = (post.get()[1:] & 0xFFFFFFFF).astype(np.uint32)

@@ -217,6 +217,8 @@ template <class T> DEVICE T system_load(const void *p) {
     fibers::check_alignment(p, sizeof(T));
     return *(const volatile T *)fibers::reach(p);
 }
+DEVICE u8 system_load1(const void *p) { return system_load<u8>(p); }
+DEVICE u16 system_load2(const void *p) { return system_load<u16>(p); }
 DEVICE u32 system_load4(const void *p) { return system_load<u32>(p); }
 DEVICE u64 system_load8(const void *p) { return system_load<u64>(p); }
 DEVICE u32x4 system_load16(const void *p) {

@@ -38,7 +38,7 @@ static int slots_of(const fomoe_device_experts *e, int layer) {
 
 static int end_batch(fomoe_device_experts *e, int layer) {
     fomoe_device_close_layer(e);
-    if (e->misses || e->error) fomoe_device_rewrite_table(e, layer);
+    if (e->has_moved || e->error) fomoe_device_rewrite_table(e, layer);
     return fomoe_device_has_failed(e, layer);
 }
 
@@ -57,11 +57,9 @@ int fomoe_device_batch_layer(fomoe_device_experts *e, int layer, const int32_t *
     int slots = slots_of(e, layer);
     fomoe_device_place(e, layer, e->plan.hits);
     fomoe_device_place(e, layer, e->plan.count < slots ? e->plan.count : slots);
-    e->misses = 0;
-    for (int i = 0; i < e->plan.hits; i++) e->misses |= e->wanted[i].at.source != FOMOE_TIER_VRAM;
-    e->misses |= e->plan.hits < e->plan.count;
+    e->has_moved |= e->plan.hits < e->plan.count;
     e->counters.layers++;
-    e->counters.served_layers += e->misses;
+    e->counters.served_layers += e->has_moved;
     e->handed = e->wave_count = 0;
     return e->error ? end_batch(e, layer) : 0;
 }

@@ -57,8 +57,7 @@ static int64_t count_buffers(const fomoe_device_experts *e, int64_t *spares) {
     int64_t slots = 0;
     *spares = 0;
     for (int l = 0; l < e->layers; l++)
-        for (int t = 0; t < FOMOE_TIERS && e->layer[l].experts; t++)
-            slots += fomoe_residency_slots(e->residency, l, t);
+        for (int t = 0; t < FOMOE_TIERS && e->layer[l].experts; t++) slots += fomoe_residency_slots(e->residency, l, t);
     for (int c = 0; c < e->classes; c++) *spares += e->class[c].spares[0] + e->class[c].spares[1];
     return slots;
 }
@@ -170,7 +169,27 @@ static void promote(fomoe_device_experts *e, int layer, const fomoe_move *m, int
         *below = spare;
     }
     list_transfer(e, layer, m->expert, FOMOE_LANE_UP, from, *fomoe_device_slot(e, layer, FOMOE_TIER_VRAM, m->to_slot));
-    if (is_exchange) push(spares_of(e, layer, FOMOE_TIER_DRAM), from);
+    if (!is_exchange) return; /* the slot keeps it, and no one reads into it while the layer is at work */
+    if (!fomoe_device_is_in_place(e, layer, m->expert)) {
+        push(spares_of(e, layer, FOMOE_TIER_DRAM), from);
+        return;
+    }
+    assert(e->resting_count < e->used);
+    from->use = FOMOE_BUFFER_RESTING;
+    e->resting_layer[e->resting_count] = layer;
+    e->resting[e->resting_count++] = from;
+}
+
+void fomoe_device_end_rest(fomoe_device_experts *e) {
+    while (e->resting_count) {
+        e->resting_count--;
+        fomoe_device_give_spare(e, e->resting_layer[e->resting_count], FOMOE_TIER_DRAM, e->resting[e->resting_count]);
+    }
+}
+
+int fomoe_device_is_in_place(const fomoe_device_experts *e, int layer, int expert) {
+    uint64_t entry = e->layer[layer].table[expert];
+    return !e->is_batch && !e->is_warming && entry > 1 && entry & 1;
 }
 
 void fomoe_device_carry_out(fomoe_device_experts *e, int layer, const fomoe_move *moves, int count) {

@@ -13,7 +13,7 @@ int fomoe_device_check(fomoe_device_copies *d, int code, const char *call) {
 static void **event_of(fomoe_lane *lane, uint64_t ticket) { return &lane->events[ticket % FOMOE_LANE_EVENTS]; }
 
 /* Move `done` up to what the device says; events of one stream come in order.  A query that fails says nothing. */
-static int is_done(fomoe_device_copies *d, int which, uint64_t ticket) {
+int fomoe_lane_has_done(fomoe_device_copies *d, int which, uint64_t ticket) {
     fomoe_lane *lane = &d->lane[which];
     assert(ticket <= lane->issued && lane->done <= lane->issued);
     while (lane->done < ticket) {
@@ -30,7 +30,7 @@ static const char *const WAITED_FOR[FOMOE_LANES] = {"a copy to the device", "a c
 static int wait_for(fomoe_device_copies *d, int which, uint64_t ticket) {
     uint64_t done = d->lane[which].done;
     fomoe_wait wait = {0};
-    while (!is_done(d, which, ticket)) {
+    while (!fomoe_lane_has_done(d, which, ticket)) {
         if (d->error) return 0;
         if (done != d->lane[which].done) {
             done = d->lane[which].done;
@@ -42,7 +42,7 @@ static int wait_for(fomoe_device_copies *d, int which, uint64_t ticket) {
 }
 
 void fomoe_lane_follow(fomoe_device_copies *d, int which, int other, uint64_t ticket) {
-    if (which == other || is_done(d, other, ticket) || d->error) return;
+    if (which == other || fomoe_lane_has_done(d, other, ticket) || d->error) return;
     fomoe_device_check(d, d->calls.stream_wait_event(d->lane[which].stream, *event_of(&d->lane[other], ticket), 0),
                        "hipStreamWaitEvent");
 }
@@ -86,7 +86,7 @@ uint64_t fomoe_copy(fomoe_device_copies *d, int which, fomoe_buffer *host, fomoe
 int fomoe_buffer_is_free(fomoe_device_copies *d, const fomoe_buffer *b) {
     if (b->claims) return 0;
     for (int lane = 0; lane < FOMOE_LANES; lane++)
-        if (!is_done(d, lane, b->touched[lane])) return 0;
+        if (!fomoe_lane_has_done(d, lane, b->touched[lane])) return 0;
     return 1;
 }
 

@@ -29,6 +29,8 @@ typedef struct {
     int (*stream_wait_event)(void *stream, void *event, unsigned flags);
     int (*stream_query)(void *stream);
     int (*stream_synchronize)(void *stream);
+    /* behind all that the stream has been given; NULL: the device has no such call */
+    int (*write_value)(void *stream, void *word, uint32_t value, unsigned flags);
     int not_ready; /* the code of a query whose answer is: not yet */
 } fomoe_device_calls;
 
@@ -37,14 +39,15 @@ enum fomoe_buffer_use {
     FOMOE_BUFFER_SPARE,   /* in a queue of spares */
     FOMOE_BUFFER_SLOT,    /* the bytes of a slot */
     FOMOE_BUFFER_LANDING, /* reads go into it, on their way to the device */
+    FOMOE_BUFFER_RESTING, /* of the host, spare when the layer at work has been computed: kernels read it in place */
     FOMOE_BUFFER_LENT,    /* on the device, of an expert whose slot is in DRAM, while the layer is computed */
 };
 
 typedef struct {
     uint8_t *address;
     uint64_t touched[FOMOE_LANES]; /* tickets */
-    int32_t claims;                /* copies of it that are listed and not started: its tickets do not speak for those */
-    int32_t use;                   /* enum fomoe_buffer_use */
+    int32_t claims; /* copies of it that are listed and not started: its tickets do not speak for those */
+    int32_t use; /* enum fomoe_buffer_use */
 } fomoe_buffer;
 
 typedef struct {
@@ -57,7 +60,7 @@ typedef struct {
     fomoe_device_calls calls;
     fomoe_lane lane[FOMOE_LANES];
     uint64_t bytes[FOMOE_COPY_LANES];
-    int error;               /* the first error code of a call, or FOMOE_STUCK; 0 = none */
+    int error; /* the first error code of a call, or FOMOE_STUCK; 0 = none */
     const char *failed_call; /* which one */
     fomoe_patience *patience;
 } fomoe_device_copies;
@@ -74,6 +77,8 @@ uint64_t fomoe_copy(fomoe_device_copies *, int lane, fomoe_buffer *host, fomoe_b
 uint64_t fomoe_lane_mark(fomoe_device_copies *, int lane);
 /* The lane's stream goes on only after another lane's ticket. */
 void fomoe_lane_follow(fomoe_device_copies *, int lane, int other, uint64_t ticket);
+/* Whether a ticket is known to be done. */
+int fomoe_lane_has_done(fomoe_device_copies *, int lane, uint64_t ticket);
 /* Whether nobody touches a buffer, as far as is known. */
 int fomoe_buffer_is_free(fomoe_device_copies *, const fomoe_buffer *);
 /* Wait until nobody does, or an error has occurred: then nobody knows, and 0 is returned. */

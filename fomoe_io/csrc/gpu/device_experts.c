@@ -8,7 +8,8 @@
 
 enum {
     SPINS_BETWEEN_QUERIES = 4096,
-    PIECE_BYTES = 2 << 20, /* an expert of 7 MB comes in four pieces: the last one's way up is a fourth of the whole's */
+    PIECE_BYTES = 2
+        << 20, /* an expert of 7 MB comes in four pieces: the last one's way up is a fourth of the whole's */
     IN_DRAM = 1            /* kernels/router.h */
 };
 
@@ -21,9 +22,13 @@ static int allocate(fomoe_device_experts *e) {
     e->version = fomoe_own(o, e->layers, sizeof *e->version);
     e->brought = fomoe_own(o, e->layers, sizeof *e->brought);
     e->arrived = fomoe_own(o, e->layers, sizeof *e->arrived);
+    e->is_unsettled = fomoe_own(o, e->layers, sizeof *e->is_unsettled);
+    e->resting = fomoe_own(o, e->used, sizeof *e->resting);
+    e->resting_layer = fomoe_own(o, e->used, sizeof *e->resting_layer);
     e->picked = fomoe_own(o, e->used, sizeof *e->picked);
     e->posted = fomoe_own(o, e->used, sizeof *e->posted);
     e->place = fomoe_own(o, e->used, sizeof *e->place);
+    e->signals = fomoe_own(o, 2 * (size_t)e->used, sizeof *e->signals);
     e->pick_weights = fomoe_own(o, e->used, sizeof *e->pick_weights);
     e->wanted = fomoe_own(o, most, sizeof *e->wanted);
     e->ranges = fomoe_own(o, (size_t)most * FOMOE_MOST_PIECES, sizeof *e->ranges);
@@ -36,8 +41,8 @@ static int allocate(fomoe_device_experts *e) {
     return !o->is_incomplete && !fomoe_plan_new(&e->plan, most) && fomoe_device_share_buffers(e);
 }
 
-fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe_device_layer *layer,
-                                               int classes, const fomoe_size_class *class, fomoe_residency *residency,
+fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe_device_layer *layer, int classes,
+                                               const fomoe_size_class *class, fomoe_residency *residency,
                                                fomoe_reader *reader, const fomoe_device_copies *copies) {
     fomoe_device_experts *e = calloc(1, sizeof *e);
     if (!e) return NULL;
@@ -69,6 +74,17 @@ void fomoe_device_experts_free(fomoe_device_experts *e) {
 
 void fomoe_device_experts_set_piece_bytes(fomoe_device_experts *e, uint32_t bytes) { e->piece_bytes = bytes; }
 
+void fomoe_device_experts_signal_by_stream(fomoe_device_experts *e, int by_stream) {
+    e->answers_by_stream = by_stream && e->copies.calls.write_value;
+}
+
+void fomoe_device_experts_read_in_place(fomoe_device_experts *e, int in_place, int64_t distance) {
+    e->reads_in_place = in_place;
+    e->distance = distance;
+    for (int l = 0; l < e->layers; l++)
+        if (e->layer[l].experts) fomoe_device_rewrite_table(e, l);
+}
+
 int fomoe_device_experts_set_trace(fomoe_device_experts *e, fomoe_trace *trace, int tokens) {
     e->trace = trace;
     if (trace) e->found = fomoe_own(&e->owned, (size_t)tokens * e->used, sizeof *e->found);
@@ -85,8 +101,9 @@ void fomoe_device_experts_settle(fomoe_device_experts *e) {
 }
 
 void fomoe_device_begin(fomoe_device_experts *e) {
+    fomoe_device_end_rest(e);
     fomoe_device_close_layer(e); /* a batch's caller may have left in the middle of one */
-    e->is_batch = e->is_warming = 0;
+    e->is_batch = e->is_warming = e->is_answering = e->signal_count = 0;
     e->error = e->copies.error ? 1 : 0;
 }
 
@@ -112,21 +129,37 @@ void fomoe_device_experts_failure(const fomoe_device_experts *e, int *layer, int
 
 /* ---- tables ---- */
 
+/* An expert in DRAM: with an address where kernels may read it, once its bytes have come. */
+static uint64_t dram_entry(fomoe_device_experts *e, int layer, int id, const fomoe_buffer *b) {
+    const fomoe_device_layer *l = &e->layer[layer];
+    uint32_t begin = l->part_offset[id * FOMOE_PARTS];
+    if (!e->reads_in_place || !l->is_alike || begin % 16) return IN_DRAM;
+    if (b->claims || !fomoe_lane_has_done(&e->copies, FOMOE_LANE_DOWN, b->touched[FOMOE_LANE_DOWN])) {
+        e->is_unsettled[layer] = 1;
+        return IN_DRAM;
+    }
+    return ((uint64_t)(uintptr_t)b->address + e->distance + begin - l->device_offset[0]) | IN_DRAM;
+}
+
 void fomoe_device_rewrite_table(fomoe_device_experts *e, int layer) {
     const fomoe_device_layer *l = &e->layer[layer];
+    e->is_unsettled[layer] = 0;
     for (int id = 0; id < l->experts; id++) {
         int32_t slot;
         int tier = fomoe_residency_find(e->residency, layer, id, &slot);
-        l->table[id] = tier == FOMOE_TIER_VRAM
-                           ? (uint64_t)(uintptr_t)(*fomoe_device_slot(e, layer, tier, slot))->address
-                       : tier == FOMOE_TIER_DRAM ? IN_DRAM
-                                                 : 0;
+        if (tier == FOMOE_TIER_NVME) {
+            l->table[id] = 0;
+            continue;
+        }
+        const fomoe_buffer *b = *fomoe_device_slot(e, layer, tier, slot);
+        l->table[id] = tier == FOMOE_TIER_VRAM ? (uint64_t)(uintptr_t)b->address : dram_entry(e, layer, id, b);
     }
     e->version[layer]++;
 }
 
 void fomoe_device_experts_changed_tables(fomoe_device_experts *e, uint32_t *changed) {
     for (int l = 0; l < e->layers; l++) {
+        if (e->is_unsettled[l]) fomoe_device_rewrite_table(e, l);
         e->brought[l] = e->version[l];
         changed[l] = e->version[l] != e->arrived[l];
     }
@@ -155,20 +188,6 @@ static void plan(fomoe_device_experts *e, int layer) {
     for (int k = 0; k < e->used; k++) e->place[k] = e->plan.index[e->posted[k]];
 }
 
-/* Everything is there: say where. */
-static void answer(fomoe_device_experts *e, int layer, uint32_t run) {
-    const fomoe_device_layer *l = &e->layer[layer];
-    uint64_t *records = (uint64_t *)(l->answer + 2);
-    for (int k = 0; k < e->used; k++) {
-        const fomoe_wanted *w = &e->wanted[e->place[k]];
-        int was_there = w->at.source == FOMOE_TIER_VRAM;
-        assert(w->progress == FOMOE_SENT);
-        records[k] = was_there ? 0 : (uint64_t)(uintptr_t)w->record->address;
-    }
-    __atomic_store_n(l->answer, run, __ATOMIC_RELEASE);
-    e->counters.served_layers++;
-}
-
 static void trace(fomoe_device_experts *e, int layer) {
     fomoe_trace_picks(e->trace, 0, e->picked, e->pick_weights);
     for (int k = 0; k < e->used; k++) e->found[k] = (int8_t)e->wanted[e->place[k]].at.source;
@@ -185,7 +204,8 @@ static int is_in_range(const fomoe_device_experts *e, int layer) {
 static void count_time(fomoe_device_experts *e, uint64_t read_stall_ns) {
     fomoe_device_expert_counters *c = &e->counters;
     uint64_t start = fomoe_now_ns();
-    fomoe_lane_wait(&e->copies, FOMOE_LANE_UP);
+    if (e->signal_count) fomoe_lane_wait(&e->copies, FOMOE_LANE_UP);
+    fomoe_device_pass_on(e);
     uint64_t now = fomoe_now_ns();
     c->copy_stall_ns += now - start;
     c->host_ns += start - e->opened_ns - (c->nvme_stall_ns - read_stall_ns);
@@ -193,13 +213,14 @@ static void count_time(fomoe_device_experts *e, uint64_t read_stall_ns) {
     if (e->has_read) c->after_reads_ns += now - e->landed_ns;
 }
 
-static void serve(fomoe_device_experts *e, int layer, uint32_t run) {
+static void serve(fomoe_device_experts *e, int layer) {
     if (!is_in_range(e, layer)) {
         fomoe_device_fail(e, layer, e->posted[0], -ERANGE);
         return;
     }
     uint64_t read_stall_ns = e->counters.nvme_stall_ns;
     fomoe_device_open_layer(e, layer);
+    e->is_answering = e->misses > 0;
     plan(e, layer);
     fomoe_device_place(e, layer, e->plan.hits);
     fomoe_device_place(e, layer, e->plan.count);
@@ -207,11 +228,12 @@ static void serve(fomoe_device_experts *e, int layer, uint32_t run) {
     e->counters.layers++;
     if (e->trace && !e->error) trace(e, layer);
     if (e->misses) {
+        e->counters.served_layers++;
         count_time(e, read_stall_ns);
-        if (!fomoe_device_has_failed(e, layer)) answer(e, layer, run);
+        fomoe_device_has_failed(e, layer);
     }
     fomoe_device_close_layer(e);
-    if (e->misses || e->error) fomoe_device_rewrite_table(e, layer);
+    if (e->has_moved || e->error) fomoe_device_rewrite_table(e, layer);
 }
 
 /* Spin until a word of a post is this run's; notice a device that will never write it, and an interrupt. */
@@ -248,13 +270,14 @@ static void wait_for_post(fomoe_device_experts *e, int layer, uint32_t run, void
 
 int fomoe_device_experts_serve(fomoe_device_experts *e, uint32_t run, void *compute, volatile uint32_t *stop) {
     fomoe_device_begin(e);
+    e->run = run;
     fomoe_residency_tick(e->residency, 1);
     for (int layer = 0; layer < e->layers && !e->error; layer++) {
         if (!e->layer[layer].experts) continue;
         uint64_t start = fomoe_now_ns();
         wait_for_post(e, layer, run, compute);
         e->counters.post_stall_ns += fomoe_now_ns() - start;
-        if (!e->error) serve(e, layer, run);
+        if (!e->error) serve(e, layer);
     }
     if (e->error) *stop = 1;
     return e->error;
@@ -262,7 +285,8 @@ int fomoe_device_experts_serve(fomoe_device_experts *e, uint32_t run, void *comp
 
 /* ---- warm start ---- */
 
-int fomoe_device_experts_warm(fomoe_device_experts *e, int layer, const int32_t *experts, const double *scores, int count) {
+int fomoe_device_experts_warm(fomoe_device_experts *e, int layer, const int32_t *experts, const double *scores,
+                              int count) {
     fomoe_device_begin(e);
     fomoe_device_open_layer(e, layer);
     e->is_warming = 1;

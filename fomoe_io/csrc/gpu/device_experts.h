@@ -1,8 +1,8 @@
-/* The routed experts of a model on a GPU: the host's side of the conversation with kernels/router.h.
+/* The routed experts of a model on a GPU: the host's side of the conversation with kernels/router.h and experts.h.
  *
  * Every layer's router posts its picks.  The host counts them, and when some are not in VRAM it moves experts between
- * the tiers as csrc/experts/residency.c says, reads from NVMe what is nowhere, and answers with the addresses.  Slots are
- * exchanged, never waited for: a victim's bytes go down from the buffer it had, while the newcomer gets a spare one. */
+ * the tiers as csrc/experts/residency.c says, reads from NVMe what is nowhere, and answers with the addresses.  Slots
+ * are exchanged, never waited for: a victim's bytes go down from the buffer it had, while the newcomer gets a spare. */
 #ifndef FOMOE_DEVICE_EXPERTS_H
 #define FOMOE_DEVICE_EXPERTS_H
 
@@ -20,11 +20,13 @@ typedef struct {
     const int32_t *extent_count;
     const uint32_t *part_offset; /* [experts][FOMOE_PARTS]: in a host slot */
     uint32_t device_offset[FOMOE_PARTS], part_bytes[FOMOE_PARTS];
+    int32_t is_alike; /* the parts of every expert lie on the host as they do on the device, but for where they begin */
     uint8_t *pool[FOMOE_TIERS]; /* slots of VRAM and of DRAM */
-    uint64_t *table;            /* [experts]: the host's copy of record_of */
+    uint64_t *table; /* [experts]: the host's copy of record_of */
     /* host memory that the device writes: misses, experts, weights of the picks; the run in the upper halves */
     const uint64_t *post;
-    uint32_t *answer;           /* host memory that the device reads: sequence, unused, records */
+    uint8_t *answer; /* host memory that the device reads: kernels/experts.h, struct answer */
+    uint8_t *answer_on_device; /* the same, as the device sees it */
 } fomoe_device_layer;
 
 /* Layers whose slots have the same sizes share spare buffers. */
@@ -36,7 +38,7 @@ typedef struct {
 
 typedef struct {
     uint64_t nvme_reads, nvme_bytes;
-    uint64_t nvme_stall_ns;         /* waiting for reads */
+    uint64_t nvme_stall_ns; /* waiting for reads */
     uint64_t layers, served_layers; /* served: with experts that were not in VRAM */
     /* of a token: such experts, what the host itself did for them, and what it waited for copies to the device; in
      * layers with reads, from the post to the first read, and from the end of the last one to the answer */
@@ -47,9 +49,9 @@ typedef struct {
 typedef struct fomoe_device_experts fomoe_device_experts;
 
 /* Everything is copied but what the layers point to.  used: picks of a token.  NULL: out of memory. */
-fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe_device_layer *layer,
-                                               int classes, const fomoe_size_class *, fomoe_residency *,
-                                               fomoe_reader *, const fomoe_device_copies *);
+fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe_device_layer *layer, int classes,
+                                               const fomoe_size_class *, fomoe_residency *, fomoe_reader *,
+                                               const fomoe_device_copies *);
 void fomoe_device_experts_free(fomoe_device_experts *);
 
 /* Serve all layers of one token, run number `run`, whose kernels have been enqueued on `compute`.  0, a negative errno
@@ -74,9 +76,15 @@ int fomoe_device_batch_layer(fomoe_device_experts *, int layer, const int32_t *p
  * when all have been handed out.  The caller enqueues their kernels before he asks again.  Returns as serve. */
 int fomoe_device_batch_next(fomoe_device_experts *, int layer, fomoe_tile *tiles, int *count);
 /* Read these experts into free slots, hottest first.  Returns as above. */
-int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *experts, const double *scores, int count);
+int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *experts, const double *scores,
+                              int count);
 /* Reads of experts are cut into pieces of about so many bytes, each sent up as it lands. */
 void fomoe_device_experts_set_piece_bytes(fomoe_device_experts *, uint32_t bytes);
+/* Whether a copy's stream tells a waiting kernel that it has come (where the device can), or the host. */
+void fomoe_device_experts_signal_by_stream(fomoe_device_experts *, int by_stream);
+/* A token's kernels read experts of DRAM where they lie, as far as those lie there as on the device; distance: from
+ * the host's address of that memory to the device's.  On promotion they are copied all the same, and nobody waits. */
+void fomoe_device_experts_read_in_place(fomoe_device_experts *, int in_place, int64_t distance);
 /* Runs from now on write their records to a trace, batches of up to so many tokens.  -1 when memory runs out. */
 int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens);
 /* Wait for all copies to the host. */

@@ -2,6 +2,7 @@
  *
  *     device_experts.c   life, the conversation of a token
  *     device_batch.c     the batches of a prompt
+ *     device_answers.c   what a waiting kernel is told
  *     device_fetch.c     experts brought: placed, read, sent up
  *     device_buffers.c   slots, spares, and the moves between the tiers */
 #ifndef FOMOE_DEVICE_EXPERTS_STATE_H
@@ -38,7 +39,9 @@ enum fomoe_progress {
 typedef struct {
     fomoe_placement at;
     int32_t progress;
-    int32_t reads_left;
+    int32_t reads_left, inputs_left; /* those with bytes of gate or up */
+    int32_t is_in_place;             /* kernels read it in DRAM, and wait for nothing */
+    int32_t said;                    /* to the waiting kernel: 1 has_inputs, 2 is_whole */
     fomoe_buffer *landing; /* where its reads go */
     fomoe_buffer *record;  /* where it is computed from; NULL: not known yet */
 } fomoe_wanted;
@@ -48,6 +51,12 @@ typedef struct {
     int32_t layer, expert, lane;
     fomoe_buffer *host, *device;
 } fomoe_transfer;
+
+/* A word of an answer that comes true with a copy's ticket. */
+typedef struct {
+    uint32_t *word;
+    uint64_t ticket;
+} fomoe_signal;
 
 /* Bytes of an expert's place on the host that a read brings. */
 typedef struct {
@@ -73,9 +82,15 @@ struct fomoe_device_experts {
     fomoe_device_expert_counters counters;
     int64_t *picks;
     int error, failed_layer, failed_expert;
-    /* [layers], of a table: how often it has been rewritten, what the run at work brings to the device, and what is known
-     * to be there */
+    /* [layers], of a table: how often it has been rewritten, what the run at work brings to the device, and what is
+     * known to be there */
     uint32_t *version, *brought, *arrived;
+    uint8_t *is_unsettled; /* [layers]: copies to DRAM are under way, behind which it will name more places */
+    int reads_in_place;
+    int64_t distance; /* from the host's address of DRAM to the device's */
+    fomoe_buffer **resting; /* and the layers whose spares they will be */
+    int32_t *resting_layer;
+    int resting_count;
 
     /* The layer at work, -1: none.  0 <= released <= placed <= plan.count, and unread <= placed: experts whose slots
      * others may have, that have slots, and before which no one is UNREAD. */
@@ -89,17 +104,23 @@ struct fomoe_device_experts {
     fomoe_placement *placements; /* scratch of a resolve */
     fomoe_move *moves;
     uint64_t opened_ns, landed_ns; /* when the layer began, and when its last read had landed */
-    int has_read;
+    int has_read, has_moved; /* has_moved: some were not in VRAM */
 
     /* a token's layer: what its router picked, what is computed in their place, and the pair's place in the plan */
     int32_t *picked, *posted, *place;
     int misses;
+    /* misses: a kernel waits.  Words that become the run's number: by the stream of the copies, or by the host, in the
+     * order of their tickets. */
+    int is_answering, answers_by_stream, signal_count;
+    uint32_t run;
+    fomoe_signal *signals; /* [2 * used] */
 
     fomoe_trace *trace; /* NULL: none is written */
-    int8_t *found;      /* of it: where each (token, rank) found its expert */
+    int8_t *found; /* of it: where each (token, rank) found its expert */
     float *pick_weights; /* [used]: of a token */
 
-    /* a batch's layer: its picks, its pairs by expert, where each expert's pairs begin in the order, who is in the last wave */
+    /* a batch's layer: its picks, its pairs by expert, where each expert's pairs begin in the order, who is in the last
+     * wave */
     const int32_t *batch_picks, *order;
     int32_t *first, *wave;
     int tokens, handed, wave_count;
@@ -124,6 +145,10 @@ void fomoe_device_give_spare(fomoe_device_experts *, int layer, int tier, fomoe_
 fomoe_buffer *fomoe_device_take_host_spare(fomoe_device_experts *, int layer, int or_none);
 /* Room on the device for an expert that stays in DRAM; NULL: none is left. */
 fomoe_buffer *fomoe_device_borrow(fomoe_device_experts *, int layer);
+/* The layer that the kernels read in place has been computed. */
+void fomoe_device_end_rest(fomoe_device_experts *);
+/* Whether the kernels of the token at work read this expert where it lies. */
+int fomoe_device_is_in_place(const fomoe_device_experts *, int layer, int expert);
 /* Change who is whose as the moves say, and list the copies that follow from it. */
 void fomoe_device_carry_out(fomoe_device_experts *, int layer, const fomoe_move *, int count);
 /* Start the copies that are listed, in order. */
@@ -131,6 +156,13 @@ void fomoe_device_start_transfers(fomoe_device_experts *);
 /* Send up bytes [begin, end) of an expert's place on the host. */
 void fomoe_device_send(fomoe_device_experts *, int layer, int expert, fomoe_buffer *host, fomoe_buffer *device,
                        uint64_t begin, uint64_t end);
+
+/* ---- device_answers.c ---- */
+
+/* Tell the kernel that waits for this layer, if one does, what has been sent up since the last time. */
+void fomoe_device_answer(fomoe_device_experts *, int layer);
+/* Write the words whose copies are done. */
+void fomoe_device_pass_on(fomoe_device_experts *);
 
 /* ---- device_fetch.c ---- */
 

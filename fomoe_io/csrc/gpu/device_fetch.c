@@ -6,7 +6,8 @@
 
 enum {
     REAP_BATCH = 64,
-    SPIN_NS = 1000000, /* who has waited so long for a drive sleeps: a wake-up costs 5 to 20 us, a fast drive's read 500 */
+    SPIN_NS =
+        1000000, /* who has waited so long for a drive sleeps: a wake-up costs 5 to 20 us, a fast drive's read 500 */
     STEP_BYTES = 65536 /* pieces begin at multiples of this: no drive's block is larger */
 };
 
@@ -16,7 +17,8 @@ void fomoe_device_open_layer(fomoe_device_experts *e, int layer) {
     assert(e->open_layer < 0 && !e->in_flight && !e->transfer_count);
     e->open_layer = layer;
     e->placed = e->released = e->unread = 0;
-    e->has_read = 0;
+    e->has_read = e->has_moved = 0;
+    fomoe_device_end_rest(e); /* the device has got here: it has computed the layer before */
     e->opened_ns = fomoe_now_ns();
 }
 
@@ -25,10 +27,12 @@ void fomoe_device_adopt(fomoe_device_experts *e, int layer, const fomoe_placemen
     assert(layer == e->open_layer && p->expert == e->plan.ids[e->placed]);
     *w = (fomoe_wanted){.at = *p};
     e->placed++;
+    e->has_moved |= p->source != FOMOE_TIER_VRAM;
+    w->is_in_place = p->source == FOMOE_TIER_DRAM && fomoe_device_is_in_place(e, layer, p->expert);
     if (p->tier == FOMOE_TIER_VRAM) w->record = *fomoe_device_slot(e, layer, FOMOE_TIER_VRAM, p->slot);
     if (p->source == FOMOE_TIER_NVME)
         w->progress = FOMOE_UNREAD;
-    else if (p->tier == FOMOE_TIER_VRAM)
+    else if (p->tier == FOMOE_TIER_VRAM || w->is_in_place)
         w->progress = FOMOE_SENT; /* it was there, or a transfer brings it */
     else {
         w->progress = FOMOE_LANDED;
@@ -42,7 +46,8 @@ void fomoe_device_place(fomoe_device_experts *e, int layer, int end) {
     if (!count || e->error) return;
     if (fomoe_residency_resolve(e->residency, layer, e->plan.ids + first, e->plan.requests + first, count,
                                 e->placements, e->moves, &moves)) {
-        fomoe_device_fail(e, layer, e->plan.ids[first], -ENOMEM); /* can't be: no more is asked for than there are slots */
+        fomoe_device_fail(e, layer, e->plan.ids[first],
+                          -ENOMEM); /* can't be: no more is asked for than there are slots */
         return;
     }
     fomoe_device_carry_out(e, layer, e->moves, moves);
@@ -88,8 +93,18 @@ static uint32_t piece_bytes_of(const fomoe_device_experts *e, uint64_t expert_by
     return e->piece_bytes > least ? e->piece_bytes : (uint32_t)least;
 }
 
+static int overlap(const fomoe_device_layer *l, int expert, int part, const fomoe_range *r) {
+    uint64_t begin = l->part_offset[expert * FOMOE_PARTS + part];
+    return r->begin < begin + l->part_bytes[part] && begin < (uint64_t)r->begin + r->bytes;
+}
+
+/* Whether a read brings what the first products of an expert need. */
+static int holds_inputs(const fomoe_device_layer *l, int expert, const fomoe_range *r) {
+    return overlap(l, expert, FOMOE_GATE, r) || overlap(l, expert, FOMOE_UP, r);
+}
+
 /* An expert's reads, cut so that the first bytes are on their way up while the last are still read. */
-static int list_reads(fomoe_device_experts *e, int layer, int i, uint8_t *target, fomoe_read *reads) {
+static void list_reads(fomoe_device_experts *e, int layer, int i, uint8_t *target, fomoe_read *reads) {
     const fomoe_device_layer *l = &e->layer[layer];
     fomoe_read whole[FOMOE_PARTS];
     uint64_t bytes = 0;
@@ -109,11 +124,14 @@ static int list_reads(fomoe_device_experts *e, int layer, int i, uint8_t *target
         }
     }
     assert(count <= FOMOE_MOST_PIECES);
-    for (int r = 0; r < count; r++)
-        e->ranges[tag_of(i, r)] = (fomoe_range){(uint32_t)(reads[r].target - target), reads[r].bytes};
+    e->wanted[i].reads_left = count;
+    for (int r = 0; r < count; r++) {
+        fomoe_range *range = &e->ranges[tag_of(i, r)];
+        *range = (fomoe_range){(uint32_t)(reads[r].target - target), reads[r].bytes};
+        e->wanted[i].inputs_left += holds_inputs(l, e->plan.ids[i], range);
+    }
     e->counters.nvme_reads++;
     e->counters.nvme_bytes += bytes;
-    return count;
 }
 
 /* Where the reads of an expert go: its own slot in DRAM, or a spare on the way to VRAM.  NULL: there is no room yet. */
@@ -144,7 +162,7 @@ static int start_read(fomoe_device_experts *e, int layer, int i, int or_none) {
     /* in a batch what lies in DRAM gets room on the device when it is whole: there is little of that */
     if (w->at.tier == FOMOE_TIER_DRAM && !e->is_warming && !e->is_batch) w->record = fomoe_device_borrow(e, layer);
     w->progress = FOMOE_READING;
-    w->reads_left = list_reads(e, layer, i, w->landing->address, reads);
+    list_reads(e, layer, i, w->landing->address, reads);
     if (!e->has_read) e->counters.before_reads_ns += fomoe_now_ns() - e->opened_ns;
     e->has_read = 1;
     int error = e->reader->submit(e->reader->self, reads, w->reads_left);
@@ -187,8 +205,10 @@ void fomoe_device_lift(fomoe_device_experts *e, int layer) {
 static int wait_for_reads(fomoe_device_experts *e, fomoe_completion *done) {
     uint64_t start = fomoe_now_ns(), now = start;
     int count = e->reader->reap(e->reader->self, done, REAP_BATCH, 0);
-    while (!count && now - start < SPIN_NS) {
+    /* who must tell a kernel that a copy has come does not sleep before it has */
+    while (!count && !e->copies.error && (now - start < SPIN_NS || e->signal_count)) {
         sched_yield();
+        fomoe_device_pass_on(e);
         count = e->reader->reap(e->reader->self, done, REAP_BATCH, 0);
         now = fomoe_now_ns();
     }
@@ -211,6 +231,7 @@ void fomoe_device_reap(fomoe_device_experts *e, int layer) {
         const fomoe_range *range = &e->ranges[done[c].tag];
         assert(i < e->placed && w->progress == FOMOE_READING && w->reads_left > 0);
         e->in_flight--;
+        w->inputs_left -= holds_inputs(&e->layer[layer], w->at.expert, range);
         if (done[c].error) fomoe_device_fail(e, layer, w->at.expert, done[c].error);
         if (!e->error && w->record)
             fomoe_device_send(e, layer, w->at.expert, w->landing, w->record, range->begin,
@@ -224,6 +245,7 @@ void fomoe_device_fetch(fomoe_device_experts *e, int layer) {
     for (;;) {
         fomoe_device_read_on(e, layer);
         fomoe_device_lift(e, layer);
+        fomoe_device_answer(e, layer);
         if (!e->in_flight) break;
         fomoe_device_reap(e, layer);
     }

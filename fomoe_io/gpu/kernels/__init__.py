@@ -20,7 +20,7 @@ UNIT_ELEMENTS = {"q4_k": 64, "q5_k": 64, "q6_k": 32, "q8_0": 32, "f16": 8, "bf16
 MAIN_SOURCE = "fomoe.hip"
 MOST_EXPERTS = 1024  # router.h: of a layer
 MOST_PICKS = 64  # experts.h: of a token
-ANSWER_WORDS = 2  # router.h: 32-bit words before the entries of struct answer
+ANSWER_BYTES = 16  # experts.h: of a pair in struct answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +66,10 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "route": Kernel(512, "pppiiif"),
         "route_by": Kernel(512, "pppppiiiif"),
         "begin_run": Kernel(512, "pppppii"),
-        "resolve_picks": Kernel(512, "pppppppi"),
-        "route_and_resolve": Kernel(512, "ppppppppiiif"),
-        "substitute_and_resolve": Kernel(512, "pppppppppiii"),
-        "wait_for_misses": Kernel(256, "pppppi"),
+        "resolve_picks": Kernel(512, "ppppppppi"),
+        "route_and_resolve": Kernel(512, "pppppppppiiif"),
+        "substitute_and_resolve": Kernel(512, "ppppppppppiii"),
+        "wait_for_misses": Kernel(256, "ppppppi"),
         "combine_picks": Kernel(256, "pppppii"),
         "read_memory": Kernel(256, "pqpi"),
         "to_halves": Kernel(256, "ppq"),
@@ -87,6 +87,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         table[f"mat_vec_many_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "ppppppppiiiipiii")
         table[f"expand_{name}"] = Kernel(32, "pppi")
         table[f"experts_gate_up_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pqqpppiii")
+        table[f"experts_gate_up_late_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pppppqqpppiii")
         table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiii")
     for cache in ("f32", "f16"):
         table[f"attention_prepare_{cache}"] = Kernel(256, "ppppppppppiiiiif")

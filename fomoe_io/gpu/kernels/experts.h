@@ -15,16 +15,14 @@ template <>
 constexpr int down_batch<q6_k> = DOWN_BATCH_Q6_K;
 
 // hidden[pair] = Q8(silu(gate x) * (up x)).  A block makes 32 of the pair's `rows` values: one Q8 group, so nothing
-// but the quantized result leaves it.  A pair whose record is 0 is left alone: another launch will do it.
+// but the quantized result leaves it.
 // x: [tokens] Q8 or float rows; hidden: [pairs] Q8 rows.  Grid (rows / 32, pairs).
-template <class T>
-DEVICE void gate_up(const u64 *records, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats,
+template <class T, class L>
+DEVICE void gate_up(const u8 *record, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats,
                     int rows, int columns, int picks) {
     const int ROWS = 32 / GATE_UP_WARPS, PAIRS = gate_up_pairs<T>;
     __shared__ float values[32];
     const int pair = block_y(), first = 32 * block_x() + warp_index() * ROWS;
-    const u8 *record = (const u8 *)records[pair];
-    if (!record) return;
     const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
     const u32 token[1] = {0};
     x += (u64)(pair / picks) * activation_row_bytes<T>(columns);
@@ -38,7 +36,7 @@ DEVICE void gate_up(const u64 *records, u64 gate_offset, u64 up_offset, const u8
             row_data[2 * r + 1] = record + up_offset + (u64)(first + row + r) * row_bytes;
             sums[2 * r][0] = sums[2 * r + 1][0] = 0.f;
         }
-        dot_rows<T, 2 * PAIRS, 1>(row_data, x, token, columns, lane_index(), 32, sums);
+        dot_rows<T, 2 * PAIRS, 1, L>(row_data, x, token, columns, lane_index(), 32, sums);
 #pragma unroll
         for (int r = 0; r < PAIRS; ++r) {
             const float gate = warp_sum(sums[2 * r][0]), up = warp_sum(sums[2 * r + 1][0]);
@@ -52,40 +50,62 @@ DEVICE void gate_up(const u64 *records, u64 gate_offset, u64 up_offset, const u8
     store_q8_group(value, hidden + pair * q8_row_bytes(rows), rows, block_x());
 }
 
-// y[token] = sum over ranks of weight * (down hidden), + sigmoid(shared_gate) * shared where a shared expert is given.
-// The record of a pair is records[pair], or late[pair] where that is 0: what is summed, and in which order, does not
-// depend on which came late.  A record found in neither gives NaN, never silence.
-// A warp takes the picks' rows one after another in the router's order as if they were one long row, so that short rows
-// leave no lane idle, and reduces once at the end.
-// hidden: [pairs] Q8 rows (float rows for float weights); y, shared: [tokens][rows].
-// Grid (rows / (DOWN_WARPS * DOWN_ROWS) up, tokens).
-template <class T>
-DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,
-                 const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks) {
-    __shared__ u64 record_of[MOST_PICKS];
-    __shared__ float weight_of[MOST_PICKS];
-    const int row = (block_x() * DOWN_WARPS + warp_index()) * DOWN_ROWS, token = block_y();
-    const u32 row_bytes = (u32)(columns / T::block_elements) * T::block_bytes;
-    const u32 x_bytes = (u32)activation_row_bytes<T>(columns);
-    const int units = columns / T::unit_elements;
-    constexpr int BATCH = down_batch<T>;
-    for (int i = thread_index(); i < picks; i += 32 * DOWN_WARPS) {
-        const int pair = token * picks + i;
-        const u64 here = records[pair], record = here ? here : late ? late[pair] : 0;
-        // An absent record: some address that can be read, and a weight that shows.
-        record_of[i] = record ? record + down_offset : (u64)hidden;
-        weight_of[i] = record ? weights[pair] : not_a_number();
+// The host's answer about the pairs whose records are not on the device, in memory that both see: where each will be, and
+// the run's number when gate and up have come there, and when all of it has.
+struct answer {
+    const u64 *record;
+    const u32 *has_inputs, *is_whole;
+};
+DEVICE answer answer_at(const void *reply, int pairs) {
+    const u64 *record = (const u64 *)reply;
+    const u32 *words = (const u32 *)(record + pairs);
+    return {record, words, words + pairs};
+}
+
+// Where the pair's record is, once gate and up are there; 0 when the host has told the device to stop.  late: of this
+// layer, 0 until somebody knows, odd where the record is read in place, in the host's memory.  The first block of a pair asks the host, over the link; the others hear it from that
+// one, and ask now and then themselves, because nobody promises that it runs beside them.  A whole block calls it.
+DEVICE const u8 *await_record(u64 *late, const void *reply, const replayed *run, const void *stop, int pairs) {
+    __shared__ u64 found;
+    if (thread_index() == 0) {
+        const int pair = block_y(), is_first = block_x() == 0;
+        const answer a = answer_at(reply, pairs);
+        const u32 number = now(run);
+        u64 record = system_load8(late + pair);
+        for (u32 looks = 0; !record; ++looks) {
+            if (is_first || looks % 32 == 31) {
+                const bool is_over = system_load4(stop) != 0;
+                if (system_load4(a.has_inputs + pair) == number) {
+                    fence_system();
+                    record = system_load8(a.record + pair);
+                    break;
+                }
+                if (is_over) break;
+            }
+            pause_thread();
+            record = system_load8(late + pair);
+        }
+        if (is_first && record) system_store8(late + pair, record);
+        fence_system();
+        found = record;
     }
     sync_block();
-    if (row >= rows) return;
-    hidden += (u64)token * picks * x_bytes;
-    float total[DOWN_ROWS];
-    u64 offset[DOWN_ROWS];
-#pragma unroll
-    for (int r = 0; r < DOWN_ROWS; ++r) {
-        total[r] = 0.f;
-        offset[r] = (u64)(row + r < rows ? row + r : rows - 1) * row_bytes;
-    }
+    return (const u8 *)(found & ~1ull);
+}
+
+// What a block of `down` knows of its token's picks.
+struct down_picks {
+    u64 record[MOST_PICKS];
+    float weight[MOST_PICKS];  // NaN: there is no record
+};
+
+// total[r] += this lane's share of row r of all picks' products.
+template <class T, class L>
+DEVICE void add_down_rows(const down_picks &p, const u64 (&offset)[DOWN_ROWS], const u8 *hidden, int columns, int picks,
+                          float (&total)[DOWN_ROWS]) {
+    constexpr int BATCH = down_batch<T>;
+    const u32 x_bytes = (u32)activation_row_bytes<T>(columns);
+    const int units = columns / T::unit_elements;
     int next_rank = lane_index() / units, next_unit = lane_index() % units;
     while (next_rank < picks) {
         typename T::raw raw[BATCH][DOWN_ROWS];
@@ -96,15 +116,15 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
             is_real[b] = next_rank < picks;
             rank[b] = is_real[b] ? next_rank : picks - 1, unit[b] = next_unit;
             for (next_unit += 32; next_unit >= units; next_unit -= units) ++next_rank;
-            const bool is_present = weight_of[rank[b]] == weight_of[rank[b]];
+            const bool is_present = p.weight[rank[b]] == p.weight[rank[b]];
 #pragma unroll
             for (int r = 0; r < DOWN_ROWS; ++r)
-                raw[b][r] = T::load((const u8 *)record_of[rank[b]] + (is_present ? offset[r] : 0), unit[b]);
+                raw[b][r] = T::template load<L>((const u8 *)p.record[rank[b]] + (is_present ? offset[r] : 0), unit[b]);
         }
 #pragma unroll
         for (int b = 0; b < BATCH; ++b) {
             if (!is_real[b]) break;
-            const float weight = weight_of[rank[b]];
+            const float weight = p.weight[rank[b]];
 #pragma unroll
             for (int r = 0; r < DOWN_ROWS; ++r) {
                 typename T::prepared u;
@@ -113,6 +133,46 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
             }
         }
     }
+}
+
+// y[token] = sum over ranks of weight * (down hidden), + sigmoid(shared_gate) * shared where a shared expert is given.
+// The record of a pair is records[pair], or late[pair] where that is 0: what is summed, and in which order, does not
+// depend on which came late.  A record found in neither gives NaN, never silence.
+// A warp takes the picks' rows one after another in the router's order as if they were one long row, so that short rows
+// leave no lane idle, and reduces once at the end.
+// hidden: [pairs] Q8 rows (float rows for float weights); y, shared: [tokens][rows].
+// Grid (rows / (DOWN_WARPS * DOWN_ROWS) up, tokens).
+template <class T>
+DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,
+                 const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks) {
+    __shared__ down_picks p;
+    __shared__ int in_place;
+    const int row = (block_x() * DOWN_WARPS + warp_index()) * DOWN_ROWS, token = block_y();
+    const u32 row_bytes = (u32)(columns / T::block_elements) * T::block_bytes;
+    if (thread_index() == 0) in_place = 0;
+    sync_block();
+    for (int i = thread_index(); i < picks; i += 32 * DOWN_WARPS) {
+        const int pair = token * picks + i;
+        const u64 here = records[pair], record = here ? here : late ? late[pair] : 0;
+        // An absent record: some address that can be read, and a weight that shows.
+        p.record[i] = record ? (record & ~1ull) + down_offset : (u64)hidden;
+        p.weight[i] = record ? weights[pair] : not_a_number();
+        if (record & 1) in_place = 1;
+    }
+    sync_block();
+    if (row >= rows) return;
+    hidden += (u64)token * picks * (u32)activation_row_bytes<T>(columns);
+    float total[DOWN_ROWS];
+    u64 offset[DOWN_ROWS];
+#pragma unroll
+    for (int r = 0; r < DOWN_ROWS; ++r) {
+        total[r] = 0.f;
+        offset[r] = (u64)(row + r < rows ? row + r : rows - 1) * row_bytes;
+    }
+    if (in_place)
+        add_down_rows<T, arriving>(p, offset, hidden, columns, picks, total);
+    else
+        add_down_rows<T, settled>(p, offset, hidden, columns, picks, total);
 #pragma unroll
     for (int r = 0; r < DOWN_ROWS; ++r) {
         const float sum = warp_sum(total[r]);
@@ -127,9 +187,22 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
     (const u64 *records, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows,     \
      int columns, int picks) {                                                                                        \
         start_kernel();                                                                                               \
-        gate_up<type>(records, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks);               \
+        const u8 *record = (const u8 *)records[block_y()];                                                            \
+        if (!record) return; /* another launch will do it */                                                          \
+        gate_up<type, settled>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks);       \
     }                                                                                                                 \
     EXPORT_KERNEL(experts_gate_up_##type)                                                                             \
+    /* of one token's pairs that the launch above has left alone, each as soon as it has come */                      \
+    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_late_##type)                                \
+    (const u64 *records, u64 *late, const void *reply, const replayed *run, const void *stop, u64 gate_offset,        \
+     u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows, int columns, int picks) {                \
+        start_kernel();                                                                                               \
+        if (records[block_y()]) return;                                                                               \
+        const u8 *record = await_record(late, reply, run, stop, picks);                                               \
+        if (!record) return;                                                                                          \
+        gate_up<type, arriving>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks);      \
+    }                                                                                                                 \
+    EXPORT_KERNEL(experts_gate_up_late_##type)                                                                        \
     KERNEL(32 * DOWN_WARPS, experts_down_##type)                                                                      \
     (const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,                    \
      const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks) {              \

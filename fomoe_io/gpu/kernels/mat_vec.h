@@ -12,7 +12,7 @@ DEVICE u64 activation_row_bytes(int columns) {
 // sums[r][t] += this lane's share of row r . token t, units first, first + step, ...
 // rows[r]: where each row begins; x + token[t]: each token.  (Offsets, not pointers: eight pointers are more than the
 // scalar registers of an AMD wave hold.)
-template <class T, int ROWS, int TOKENS>
+template <class T, int ROWS, int TOKENS, class L = settled>
 DEVICE void dot_rows(const u8 *const (&rows)[ROWS], const u8 *x, const u32 (&token)[TOKENS], int columns, int first,
                      int step, float (&sums)[ROWS][TOKENS]) {
     const int units = columns / T::unit_elements;
@@ -20,7 +20,7 @@ DEVICE void dot_rows(const u8 *const (&rows)[ROWS], const u8 *x, const u32 (&tok
     for (int unit = first; unit < units; unit += step) {
         typename T::raw raw[ROWS];
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) raw[r] = T::load(rows[r], unit);
+        for (int r = 0; r < ROWS; ++r) raw[r] = T::template load<L>(rows[r], unit);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
             typename T::prepared u;

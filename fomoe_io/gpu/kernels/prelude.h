@@ -68,6 +68,8 @@ DEVICE u32 load4(const void *p) { return *(const GLOBAL_MEMORY u32 *)p; }
 DEVICE u16 load2(const void *p) { return *(const GLOBAL_MEMORY u16 *)p; }
 DEVICE u8 load1(const void *p) { return *(const GLOBAL_MEMORY u8 *)p; }
 // Past every cache, so that the host's stores are seen, and it sees these.
+DEVICE u8 system_load1(const void *p) { return *(const volatile GLOBAL_MEMORY u8 *)p; }
+DEVICE u16 system_load2(const void *p) { return *(const volatile GLOBAL_MEMORY u16 *)p; }
 DEVICE u32 system_load4(const void *p) { return *(const volatile GLOBAL_MEMORY u32 *)p; }
 DEVICE u64 system_load8(const void *p) { return *(const volatile GLOBAL_MEMORY u64 *)p; }
 DEVICE u32x4 system_load16(const void *p) {
@@ -157,6 +159,8 @@ DEVICE u32 fresh4(const void *p) {
     return v;
 }
 // Past the caches of a multiprocessor, so that the host's stores are seen, and it sees these.
+DEVICE u8 system_load1(const void *p) { return *(const volatile u8 *)p; }
+DEVICE u16 system_load2(const void *p) { return *(const volatile u16 *)p; }
 DEVICE u32 system_load4(const void *p) { return *(const volatile u32 *)p; }
 DEVICE u64 system_load8(const void *p) { return *(const volatile u64 *)p; }
 DEVICE u32x4 system_load16(const void *p) {
@@ -184,6 +188,22 @@ DEVICE int dot4(int a, int b, int c) { return __dp4a(a, b, c); }
 DEVICE u32x4 fresh16(const void *p) { return load16(p); }
 DEVICE u32 fresh4(const void *p) { return load4(p); }
 #endif
+
+// How weights are read: what was there when the kernel began, or what others write while it runs.
+struct settled {
+    static DEVICE_MEMBER u32x4 word16(const void *p) { return load16(p); }
+    static DEVICE_MEMBER u32x4 word16_once(const void *p) { return load16_once(p); }
+    static DEVICE_MEMBER u32 word4(const void *p) { return load4(p); }
+    static DEVICE_MEMBER u16 word2(const void *p) { return load2(p); }
+    static DEVICE_MEMBER u8 word1(const void *p) { return load1(p); }
+};
+struct arriving {
+    static DEVICE_MEMBER u32x4 word16(const void *p) { return system_load16(p); }
+    static DEVICE_MEMBER u32x4 word16_once(const void *p) { return system_load16(p); }
+    static DEVICE_MEMBER u32 word4(const void *p) { return system_load4(p); }
+    static DEVICE_MEMBER u16 word2(const void *p) { return system_load2(p); }
+    static DEVICE_MEMBER u8 word1(const void *p) { return system_load1(p); }
+};
 
 // The first statement of every kernel.  A chained launch (NVIDIA from sm_90 on: programmatic dependent launch) may be
 // started while the kernel before it still runs: wait until that one has finished and its writes are seen, then let the

@@ -15,25 +15,22 @@
 // (its policy lives on them) and fetches what is missing.
 DEVICE void post_word(void *place, u32 run, u32 value) { system_store8(place, (u64)run << 32 | value); }
 
-// The host's answer: where the missing records have been put, 0 for the others.  `sequence` is written last.
-struct answer {
-    u32 sequence, unused;  // then u64 records[pairs]
-};
-
-// The values of a layer's table for an expert without a record on the device; addresses are larger.
+// The values of a layer's table: 0 for an expert that must be read; an address on the device; with the lowest bit for an
+// expert in DRAM, alone or, where kernels may read that in place, with the address of its record there.
 #define IN_NVME 0
 #define IN_DRAM 1
 
-// ids -> records[pair] (0: not on the device), the post, and *misses for the wait.  A whole block calls it.
+// ids -> records[pair] (0: not on the device), late[pair] (0: not known yet, odd: in DRAM), the post, and *misses for the wait.  A whole block calls it.
 // ids: what will be computed; picks: what the router wanted, and with which weight.  All may lie in shared memory.
 // run: the number of this replay of the program, which tells one post from the last.
-DEVICE void resolve(const int *ids, const int *picks, const float *weights, const u64 *record_of, u64 *records, u64 *post,
-                    const replayed *run, replayed *misses, int pairs) {
+DEVICE void resolve(const int *ids, const int *picks, const float *weights, const u64 *record_of, u64 *records, u64 *late,
+                    u64 *post, const replayed *run, replayed *misses, int pairs) {
     const u32 number = now(run);
     float absent = 0.f;
     for (int pair = thread_index(); pair < pairs; pair += ROUTER_THREADS) {
         const u64 record = record_of[ids[pair]];
-        records[pair] = record > IN_DRAM ? record : 0;
+        records[pair] = record & IN_DRAM ? 0 : record;
+        late[pair] = record > IN_DRAM && record & IN_DRAM ? record : 0;
         post_word(post + 1 + pair, number, (u32)picks[pair] | (u32)ids[pair] << 16);
         post_word(post + 1 + pairs + pair, number, as_bits(weights[pair]));
         absent += record > IN_DRAM ? 0.f : 1.f;
@@ -167,7 +164,7 @@ DEVICE void substitute(const fomoe_car &c, const float *values, const u64 *recor
         const bool was_picked = !(values[e] < values[last] || (values[e] == values[last] && e > last));
         lowest = -larger(-lowest, -values[e]);
         masked[e] = was_picked || record_of[e] == IN_NVME ? -infinity()
-                                                          : values[e] - (record_of[e] == IN_DRAM ? c.slow_handicap : 0.f);
+                                                          : values[e] - (record_of[e] & IN_DRAM ? c.slow_handicap : 0.f);
     }
     lowest = -warp_max(-lowest);
     if (lane_index() == 0) lowest_of[warp_index()] = lowest;
@@ -245,10 +242,10 @@ EXPORT_KERNEL(route_by)
 
 // The picks of a router of another kind, after route_by.  Grid (1).
 KERNEL(ROUTER_THREADS, resolve_picks)
-(const int *ids, const float *weights, const u64 *record_of, u64 *records, void *post, const replayed *run,
+(const int *ids, const float *weights, const u64 *record_of, u64 *records, u64 *late, void *post, const replayed *run,
  replayed *misses, int pairs) {
     start_kernel();
-    resolve(ids, ids, weights, record_of, records, (u64 *)post, run, misses, pairs);
+    resolve(ids, ids, weights, record_of, records, late, (u64 *)post, run, misses, pairs);
 }
 EXPORT_KERNEL(resolve_picks)
 
@@ -286,7 +283,7 @@ EXPORT_KERNEL(begin_run)
 
 // Both for one token, in one launch.  Grid (1).
 KERNEL(ROUTER_THREADS, route_and_resolve)
-(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *post, const replayed *run,
+(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, u64 *late, void *post, const replayed *run,
  replayed *misses, int experts, int picks, int normalise, float scale) {
     start_kernel();
     __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS];
@@ -296,14 +293,14 @@ KERNEL(ROUTER_THREADS, route_and_resolve)
     for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e];
     pick(logits, values, block_ids, block_weights, experts, picks, normalise, scale);
     if (i < picks) ids[i] = block_ids[i], weights[i] = block_weights[i];
-    resolve(block_ids, block_ids, block_weights, table, records, (u64 *)post, run, misses, picks);
+    resolve(block_ids, block_ids, block_weights, table, records, late, (u64 *)post, run, misses, picks);
 }
 EXPORT_KERNEL(route_and_resolve)
 
 // For one token after route, where the engine was asked for cache-aware routing: stand-ins by `rule` where run[1] allows
 // them, then records and post.  Grid (1).
 KERNEL(ROUTER_THREADS, substitute_and_resolve)
-(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *post, const replayed *run,
+(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, u64 *late, void *post, const replayed *run,
  replayed *misses, const void *rule, int experts, int picks, int normalise) {
     start_kernel();
     __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS], wanted_weights[MOST_PICKS];
@@ -315,26 +312,29 @@ KERNEL(ROUTER_THREADS, substitute_and_resolve)
     sync_block();
     if (now(run + 1)) substitute(*(const fomoe_car *)rule, values, table, block_ids, block_weights, experts, picks, normalise);
     if (i < picks) ids[i] = block_ids[i], weights[i] = block_weights[i];
-    resolve(block_ids, wanted, wanted_weights, table, records, (u64 *)post, run, misses, picks);
+    resolve(block_ids, wanted, wanted_weights, table, records, late, (u64 *)post, run, misses, picks);
 }
 EXPORT_KERNEL(substitute_and_resolve)
 
 // late[pair]: the records that the host has put in place, 0 for those that were there before.  Holds the stream until
-// the host has answered this run (not at all when nothing was missing), or tells it to stop (then late stays 0, and
-// what is computed from it is NaN).  reply, stop: in host memory.  Grid (1).
+// all of them are whole (not at all when nothing was missing), or the host says stop: then what has not come is 0, and
+// what is computed from it is NaN.  reply, stop: in host memory.  Grid (1).
 KERNEL(256, wait_for_misses)
-(const replayed *misses, const void *reply, const replayed *run, const void *stop, u64 *late, int pairs) {
+(const replayed *misses, const u64 *records, const void *reply, const replayed *run, const void *stop, u64 *late, int pairs) {
     start_kernel();
-    const answer *words = (const answer *)reply;
-    const u64 *records = (const u64 *)(words + 1);
-    const bool is_waiting = now(misses) > 0;
+    if (!now(misses)) return;
+    const answer a = answer_at(reply, pairs);
     const u32 number = now(run);
-    if (is_waiting && thread_index() == 0) {
-        while (system_load4(&words->sequence) != number && !system_load4(stop)) pause_thread();
+    for (int pair = thread_index(); pair < pairs; pair += 256) {
+        if (records[pair] || late[pair] & 1) continue;
+        bool is_whole = false;
+        for (u32 is_over = 0; !is_whole && !is_over;) {
+            is_over = system_load4(stop);
+            is_whole = system_load4(a.is_whole + pair) == number;
+            if (!is_whole && !is_over) pause_thread();
+        }
         fence_system();
+        late[pair] = is_whole ? system_load8(a.record + pair) : 0;
     }
-    sync_block();
-    const bool is_answered = is_waiting && system_load4(&words->sequence) == number;
-    for (int pair = thread_index(); pair < pairs; pair += 256) late[pair] = is_answered ? system_load8(records + pair) : 0;
 }
 EXPORT_KERNEL(wait_for_misses)

@@ -15,11 +15,12 @@ struct unpacked {
 struct shifted16 {
     u32 word[5];
 };
+template <class L>
 DEVICE shifted16 load_shifted16(const u8 *p) {
     const u8 *aligned = p - ((u64)p & 2);
     shifted16 s;
 #pragma unroll
-    for (int i = 0; i < 5; ++i) s.word[i] = load4(aligned + 4 * i);
+    for (int i = 0; i < 5; ++i) s.word[i] = L::word4(aligned + 4 * i);
     return s;
 }
 DEVICE u32 shifted_word(const shifted16 &s, int i, int bits) { return funnel_right(s.word[i], s.word[i + 1], bits); }
@@ -47,9 +48,10 @@ struct q4_k {
     struct raw {
         u32x4 head, nibbles[2];
     };
+    template <class L = settled>
     static DEVICE_MEMBER raw load(const u8 *row, int unit) {
         const u8 *block = row + (unit >> 2) * block_bytes, *nibbles = block + 16 + 32 * (unit & 3);
-        return {load16(block), {load16(nibbles), load16(nibbles + 16)}};
+        return {L::word16(block), {L::word16(nibbles), L::word16(nibbles + 16)}};
     }
     static DEVICE_MEMBER int element(int unit, int group) { return unit * 64 + 32 * group; }
     static DEVICE_MEMBER void unpack(const raw &r, int unit, prepared &u) {
@@ -75,9 +77,10 @@ struct q5_k {
     struct raw {
         u32x4 head, high[2], nibbles[2];
     };
+    template <class L = settled>
     static DEVICE_MEMBER raw load(const u8 *row, int unit) {
         const u8 *block = row + (unit >> 2) * block_bytes, *nibbles = block + 48 + 32 * (unit & 3);
-        return {load16(block), {load16(block + 16), load16(block + 32)}, {load16(nibbles), load16(nibbles + 16)}};
+        return {L::word16(block), {L::word16(block + 16), L::word16(block + 32)}, {L::word16(nibbles), L::word16(nibbles + 16)}};
     }
     static DEVICE_MEMBER int element(int unit, int group) { return unit * 64 + 32 * group; }
     static DEVICE_MEMBER void unpack(const raw &r, int unit, prepared &u) {
@@ -111,14 +114,15 @@ struct q6_k {
         u16 d;
         int bits;  // how far the block begins off a word: 0 or 16
     };
+    template <class L = settled>
     static DEVICE_MEMBER raw load(const u8 *row, int unit) {
         const int i = unit & 7, half = i & 1, wide = i >> 2;
         const u8 *block = row + (unit >> 3) * block_bytes, *scales = block + 192 + 8 * wide + (i & 2) + half;
         raw r;
-        r.low = load_shifted16(block + 16 * i);
-        r.high = load_shifted16(block + 128 + 32 * wide + 16 * half);
-        r.scale[0] = (i8)load1(scales), r.scale[1] = (i8)load1(scales + 4);
-        r.d = load2(block + 208);
+        r.low = load_shifted16<L>(block + 16 * i);
+        r.high = load_shifted16<L>(block + 128 + 32 * wide + 16 * half);
+        r.scale[0] = (i8)L::word1(scales), r.scale[1] = (i8)L::word1(scales + 4);
+        r.d = L::word2(block + 208);
         r.bits = (int)((u64)block & 2) * 8;
         return r;
     }
@@ -153,14 +157,15 @@ struct q8_0 {
         u16 last, d;
         int bits;
     };
+    template <class L = settled>
     static DEVICE_MEMBER raw load(const u8 *row, int unit) {
         const u8 *block = row + unit * block_bytes, *quants = block + 2;
         const u8 *aligned = quants - ((u64)quants & 2);
         raw r;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) r.word[i] = load4(aligned + 4 * i);
-        r.last = load2(quants + 30);  // not a ninth word, which could lie past the tensor's end
-        r.d = load2(block);
+        for (int i = 0; i < 8; ++i) r.word[i] = L::word4(aligned + 4 * i);
+        r.last = L::word2(quants + 30);  // not a ninth word, which could lie past the tensor's end
+        r.d = L::word2(block);
         r.bits = (int)((u64)quants & 2) * 8;
         return r;
     }
@@ -182,7 +187,8 @@ struct f32 {
     struct prepared {
         float value[unit_elements];
     };
-    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return load16_once(row + 16 * unit); }
+    template <class L = settled>
+    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return L::word16_once(row + 16 * unit); }
     static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
         u.value[0] = as_float(r.x), u.value[1] = as_float(r.y);
         u.value[2] = as_float(r.z), u.value[3] = as_float(r.w);
@@ -195,7 +201,8 @@ struct f16 {
     struct prepared {
         float value[unit_elements];
     };
-    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return load16_once(row + 16 * unit); }
+    template <class L = settled>
+    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return L::word16_once(row + 16 * unit); }
     static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
         const u32 words[4] = {r.x, r.y, r.z, r.w};
 #pragma unroll
@@ -212,7 +219,8 @@ struct bf16 {
     struct prepared {
         float value[unit_elements];
     };
-    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return load16_once(row + 16 * unit); }
+    template <class L = settled>
+    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return L::word16_once(row + 16 * unit); }
     static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
         const u32 words[4] = {r.x, r.y, r.z, r.w};
 #pragma unroll

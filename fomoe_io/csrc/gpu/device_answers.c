@@ -1,0 +1,50 @@
+#include <string.h>
+
+#include "device_experts_state.h"
+
+enum { HAS_INPUTS, IS_WHOLE }; /* kernels/experts.h, struct answer: words of all pairs, one kind after the other */
+
+/* Pair k's word comes true when all copies up are done that have been started. */
+static void signal(fomoe_device_experts *e, int layer, int k, int kind) {
+    const fomoe_device_layer *l = &e->layer[layer];
+    size_t offset = e->used * sizeof(uint64_t) + ((size_t)kind * e->used + k) * sizeof(uint32_t);
+    fomoe_lane *up = &e->copies.lane[FOMOE_LANE_UP];
+    if (e->answers_by_stream) {
+        fomoe_device_check(&e->copies, e->copies.calls.write_value(up->stream, l->answer_on_device + offset, e->run, 0),
+                           "hipStreamWriteValue32");
+        return;
+    }
+    assert(e->signal_count < 2 * e->used);
+    e->signals[e->signal_count++] = (fomoe_signal){(uint32_t *)(l->answer + offset), up->issued};
+}
+
+static void say(fomoe_device_experts *e, int layer, int i, int kind) {
+    uint64_t *record = (uint64_t *)e->layer[layer].answer, where = (uint64_t)(uintptr_t)e->wanted[i].record->address;
+    for (int k = 0; k < e->used; k++) {
+        if (e->place[k] != i) continue;
+        if (kind == HAS_INPUTS) __atomic_store_n(&record[k], where, __ATOMIC_RELEASE);
+        signal(e, layer, k, kind);
+    }
+    e->wanted[i].said++;
+}
+
+void fomoe_device_answer(fomoe_device_experts *e, int layer) {
+    assert(!e->transfer_count && layer == e->open_layer);
+    for (int i = 0; i < e->placed && e->is_answering && !e->error && !e->copies.error; i++) {
+        const fomoe_wanted *w = &e->wanted[i];
+        int is_sent = w->progress == FOMOE_SENT;
+        int has_inputs = w->progress == FOMOE_READING && w->record && !w->inputs_left;
+        if (w->at.source == FOMOE_TIER_VRAM || w->is_in_place) continue;
+        if (w->said == HAS_INPUTS && (is_sent || has_inputs)) say(e, layer, i, HAS_INPUTS);
+        if (w->said == IS_WHOLE && is_sent) say(e, layer, i, IS_WHOLE);
+    }
+    fomoe_device_pass_on(e);
+}
+
+void fomoe_device_pass_on(fomoe_device_experts *e) {
+    int done = 0;
+    while (done < e->signal_count && fomoe_lane_has_done(&e->copies, FOMOE_LANE_UP, e->signals[done].ticket))
+        __atomic_store_n(e->signals[done++].word, e->run, __ATOMIC_RELEASE);
+    e->signal_count -= done;
+    memmove(e->signals, e->signals + done, e->signal_count * sizeof *e->signals);
+}
