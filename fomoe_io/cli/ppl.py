@@ -294,20 +294,18 @@ def evaluate(engine: Engine, options: argparse.Namespace, exact: ExactLogits | N
         chunk.hits = {name: now[name] - before[name] for name in now}
         before = now
         total.chunks.append(chunk)
+        if i == first:
+            _tell_pace(time.monotonic() - started, text.chunks - first - 1)
         print(f"[{i + 1}]{total.perplexity:.4f},", end="", flush=True)
-        _tell_pace(i + 1 - first, text.chunks - first, time.monotonic() - started)
         if options.resume:
             write_json(options.resume, {"fingerprint": fingerprint, "chunks": [asdict(c) for c in total.chunks]})
     print()
     return total
 
 
-def _tell_pace(done: int, chunks: int, seconds: float) -> None:
-    """After the first chunk, as llama-perplexity does, and after each tenth: how long the rest takes."""
-    each = seconds / done
-    if done < chunks and (done == 1 or done * 10 // chunks > (done - 1) * 10 // chunks) and each * chunks > 10:
-        left = format_seconds(each * (chunks - done))
-        print(f"{format_seconds(each)} a chunk, {done} of {chunks}: eta {left}", file=sys.stderr, flush=True)
+def _tell_pace(seconds: float, chunks: int) -> None:
+    """After the first chunk, as llama-perplexity does: what each takes, and all."""
+    print(f"{format_seconds(seconds)} a chunk: eta {format_seconds(seconds * chunks)}", file=sys.stderr, flush=True)
 
 
 def _report(engine: Engine, total: Total, options: argparse.Namespace) -> dict[str, Any]:
