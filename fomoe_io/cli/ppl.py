@@ -239,14 +239,20 @@ def _chunk(fields: Any) -> Chunk:
 def _load(path: Path | None, fingerprint: str) -> list[Chunk]:
     if path is None or not path.exists():
         return []
+    found, chunks = _saved(path)
+    if found != fingerprint:
+        raise UsageError(
+            f"{path} is of another model, text or chunk size, or of other settings or memory",
+            hint=f"the same --ram, or rm {path}",
+        )
+    return chunks
+
+
+def _saved(path: Path) -> tuple[str, list[Chunk]]:
+    """(fingerprint, chunks) of a resume file; a UsageError when it is none."""
     try:
         saved = json.loads(path.read_text())
-        if saved["fingerprint"] != fingerprint:
-            raise UsageError(
-                f"{path} is of another model, text or chunk size, or of other settings or memory",
-                hint=f"the same --ram, or rm {path}",
-            )
-        return [_chunk(fields) for fields in saved["chunks"]]
+        return str(saved["fingerprint"]), [_chunk(fields) for fields in saved["chunks"]]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UsageError(f"{path} is no resume file of fomoe-ppl", hint=f"rm {path}") from None
 
@@ -343,6 +349,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     path = model_path(options)
     loading = Loading(path.name)
     config = replace(engine_config(options, path), progress=loading)
+    if options.resume is not None and options.resume.exists():
+        _saved(options.resume)
     exact = None if options.car is None else write_exact(config, options)
     try:
         with explained(path), loading:
