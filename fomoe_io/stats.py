@@ -22,7 +22,7 @@ def format_banner(engine: Engine) -> list[str]:
     lines = [
         f"{engine.model_name}  {_exactness(engine)}",
         f"{s.layers} layers x {s.experts} experts, top-{s.used}; {engine.store.kind} store; {how}; "
-        f"{engine.computed_by}",
+        f"{engine.backend.computed_by}",
         *engine.memory_lines(),
     ]
     lines[-1] += f"; loaded in {format_seconds(engine.load_seconds)}"

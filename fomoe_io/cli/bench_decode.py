@@ -121,8 +121,8 @@ def _row(engine: Engine, options: argparse.Namespace, kind: str, count: int) -> 
     return Row(
         model=engine.model_name,
         size_bytes=sum(engine.store.file_bytes),
-        backend=engine.device_name,
-        threads=engine.threads,
+        backend=engine.backend.device_name,
+        threads=engine.backend.threads,
         ram_bytes=engine.budgets.ram_bytes,
         slots=s["budgets"]["slots_per_layer"],
         experts=engine.shape.experts,

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -62,25 +62,27 @@ def parser() -> Parser:
 # ---- arithmetic ----
 
 
+# One row at a time: a chunk's rows in float64 would be more than small budgets leave free.
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 [n, vocabulary] from float32 logits."""
+    """float64 [vocabulary] from float32 logits."""
     shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    shifted -= shifted.max()
+    shifted -= np.log(np.exp(shifted).sum())
     return shifted
 
 
-def score(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-ln p of each target: float64 [n] from logits float32 [n, vocabulary]."""
-    most = logits.max(axis=1, keepdims=True)
-    log_sum = np.log(np.exp((logits - most).astype(np.float64)).sum(axis=1)) + most[:, 0]
-    return np.asarray(log_sum - logits[np.arange(len(targets)), targets])
+def score(logits: np.ndarray, target: int) -> float:
+    """-ln p of the target from logits float32 [vocabulary]."""
+    most = logits.max()
+    return float(np.log(np.exp((logits - most).astype(np.float64)).sum()) + most - logits[target])
 
 
-def divergence(exact: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """KL(exact || other) of each row, in nats over the whole vocabulary: float64 [n]."""
+def divergence(exact: np.ndarray, other: np.ndarray) -> float:
+    """KL(exact || other) of two rows of logits, in nats over the whole vocabulary."""
     p, q = log_softmax(exact), log_softmax(other)
-    return np.asarray((np.exp(p) * (p - q)).sum(axis=1))
+    return float((np.exp(p) * (p - q)).sum())
 
 
 @dataclass(slots=True)
@@ -152,16 +154,26 @@ class Total:
 # ---- running ----
 
 
-def scored_logits(session: Session, tokens: np.ndarray, stepwise: bool) -> np.ndarray:
-    """Logits of the second half of a chunk: positions n/2 .. n-2, which score the tokens after them."""
+def scored_logits(session: Session, tokens: np.ndarray, stepwise: bool) -> Iterator[np.ndarray]:
+    """Logits of the second half of a chunk: positions n/2 .. n-2, which score the tokens after them.
+
+    Each row is valid until the next.
+    """
     session.reset()
     first = len(tokens) // 2
     if stepwise:
         for token in tokens[:first]:
             session.decode(int(token))
-        return np.stack([session.decode(int(token)).copy() for token in tokens[first:-1]])
-    session.prefill(tokens[:first])
-    return session.evaluate(tokens[first:-1])
+        for token in tokens[first:-1]:
+            yield session.decode(int(token))
+    else:
+        session.prefill(tokens[:first])
+        yield from session.evaluate(tokens[first:-1])
+
+
+def scored_positions(chunk: int) -> int:
+    """Of a chunk of so many tokens."""
+    return chunk - chunk // 2 - 1
 
 
 def _hits(engine: Engine) -> dict[str, int]:
@@ -195,7 +207,7 @@ class Text:
                 f"the text has {len(self.tokens)} tokens, not one chunk of {self.chunk}",
                 hint=f"-c {len(self.tokens) // 2}" if len(self.tokens) >= 2 * LEAST_CHUNK else "a longer text",
             )
-        self.scored = self.chunk - self.chunk // 2 - 1
+        self.scored = scored_positions(self.chunk)
         self._bos = tokenizer.bos_id if tokenizer.add_bos else None
 
     def part(self, i: int) -> np.ndarray:
@@ -205,11 +217,12 @@ class Text:
             part[0] = self._bos
         return part
 
-    def scored_logits(self, session: Session, i: int, stepwise: bool) -> np.ndarray:
-        """Logits of the scored positions of chunk i; ComputeError when one is no number."""
-        logits = scored_logits(session, self.part(i), stepwise)
-        check_finite(logits, i * self.chunk + self.chunk // 2)
-        return logits
+    def scored_logits(self, session: Session, i: int, stepwise: bool) -> Iterator[np.ndarray]:
+        """Logits of the scored positions of chunk i, row by row; ComputeError when one is no number."""
+        first = i * self.chunk + self.chunk // 2
+        for place, logits in enumerate(scored_logits(session, self.part(i), stepwise)):
+            check_finite(logits, first + place)
+            yield logits
 
     def targets(self, i: int) -> np.ndarray:
         """Tokens that the scored positions of chunk i predict."""
@@ -262,7 +275,8 @@ def write_exact(config: EngineConfig, options: argparse.Namespace) -> ExactLogit
 
     By an engine of its own, so that the measured one starts cold and its counters see nothing of this.
     """
-    with Engine.open(model_path(options), replace(config, car=None, tiers=None, trace=None)) as engine:
+    config = replace(config, car=None, tiers=None, trace=None, logit_rows=scored_positions(options.ctx_size))
+    with Engine.open(model_path(options), config) as engine:
         text = Text(engine, options)
         exact = ExactLogits(options.exact_logits, text.fingerprint(engine), text.scored, engine.shape.vocabulary)
         session = engine.session()
@@ -271,6 +285,22 @@ def write_exact(config: EngineConfig, options: argparse.Namespace) -> ExactLogit
             print(f"\rexact logits: {i + 1}/{text.chunks} chunks", end="", file=sys.stderr)
         print(file=sys.stderr)
     return exact
+
+
+def _score_chunk(rows: Iterator[np.ndarray], targets: np.ndarray, exact: Iterator[np.ndarray] | None) -> Chunk:
+    """The sums of a chunk from its scored logits and, where they are kept, those of the exact run."""
+    nll, exact_nll, kl = (np.zeros(len(targets)) for _ in range(3))
+    for place, (logits, target) in enumerate(zip(rows, targets, strict=True)):
+        nll[place] = score(logits, target)
+        if exact is not None:
+            reference = next(exact)
+            exact_nll[place] = score(reference, target)
+            kl[place] = divergence(reference, logits)
+    chunk = Chunk(len(nll), float(nll.sum()), float((nll * nll).sum()))
+    if exact is not None:
+        chunk.exact_nll, chunk.kl = float(exact_nll.sum()), float(kl.sum())
+        chunk.change_squared = float(((nll - exact_nll) ** 2).sum())
+    return chunk
 
 
 def evaluate(engine: Engine, options: argparse.Namespace, exact: ExactLogits | None) -> Total:
@@ -287,15 +317,9 @@ def evaluate(engine: Engine, options: argparse.Namespace, exact: ExactLogits | N
     print(f"perplexity over {text.chunks} chunks of {text.chunk} tokens", file=sys.stderr)
     before, started = _hits(engine), time.monotonic()
     for i in range(first := len(total.chunks), text.chunks):
-        logits, targets = text.scored_logits(session, i, stepwise), text.targets(i)
-        nll = score(logits, targets)
-        chunk = Chunk(len(nll), float(nll.sum()), float((nll * nll).sum()), cold=i == first)
-        if exact is not None:
-            reference = exact.read(i)
-            exact_nll = score(reference, targets)
-            chunk.exact_nll = float(exact_nll.sum())
-            chunk.change_squared = float(((nll - exact_nll) ** 2).sum())
-            chunk.kl = float(divergence(reference, logits).sum())
+        rows, reference = text.scored_logits(session, i, stepwise), None if exact is None else exact.rows(i)
+        chunk = _score_chunk(rows, text.targets(i), reference)
+        chunk.cold = i == first
         now = _hits(engine)
         chunk.hits = {name: now[name] - before[name] for name in now}
         before = now
@@ -351,6 +375,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     config = replace(engine_config(options, path), progress=loading)
     if options.resume is not None and options.resume.exists():
         _saved(options.resume)
+    if not options.stepwise and options.car is None:
+        config = replace(config, logit_rows=scored_positions(options.ctx_size))
     exact = None if options.car is None else write_exact(config, options)
     try:
         with explained(path), loading:

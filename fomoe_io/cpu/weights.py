@@ -15,30 +15,15 @@ import numpy as np
 
 from fomoe_io._cpu import Kernels, Matrix
 from fomoe_io.errors import FormatError
-from fomoe_io.models.tensors import EMBEDDING, OUTPUT, same_shape
+from fomoe_io.models.tensors import EMBEDDING, OUTPUT, checked
 from fomoe_io.storage.reader import Memory, Reader, ReadRequest, aligned_memory
-from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, round_down, round_up
+from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, aligned_window
 
 if TYPE_CHECKING:
     from fomoe_io.storage.gguf import TensorInfo
 
 PIECE_BYTES = 128 << 20
-
-PAGE_BYTES = LEAST_BLOCK_BYTES
-"""Alignment of direct reads, unless a drive has larger blocks."""
-
-
-def aligned_window(offset: int, size: int, block_bytes: int = PAGE_BYTES) -> tuple[int, int]:
-    """The (offset, bytes) of the whole blocks that cover a range of a file."""
-    start = round_down(offset, block_bytes)
-    return start, round_up(offset + size, block_bytes) - start
-
-
-def checked(tensor: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
-    """The tensor, when its shape is that; else FormatError."""
-    if not same_shape(tensor.shape, shape):
-        raise FormatError(f"{tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
-    return tensor
+"""Read at once, at least: then it is told how much is there."""
 
 
 def _pieces(requests: list[ReadRequest]) -> Iterator[list[ReadRequest]]:
@@ -74,7 +59,7 @@ class Weights:
         kernels: Kernels,
         *,
         float_activations: bool,
-        block_bytes: int = PAGE_BYTES,
+        block_bytes: int = LEAST_BLOCK_BYTES,
     ) -> None:
         self._tensors = tensors
         self._kernels = kernels
@@ -88,7 +73,7 @@ class Weights:
         windows = [(t, *aligned_window(t.offset, t.bytes, block_bytes)) for t in loaded]
         self.bytes = sum(size for _, _, size in windows)
         # address space alone: memory is taken when load() fills it
-        self._memory: Memory = aligned_memory(max(self.bytes, PAGE_BYTES))
+        self._memory: Memory = aligned_memory(max(self.bytes, LEAST_BLOCK_BYTES))
         place = self._memory.address
         for tensor, start, size in windows:
             self._addresses[tensor.name] = place + tensor.offset - start

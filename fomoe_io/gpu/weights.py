@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import gguf
 import numpy as np
 
-from fomoe_io.cpu.weights import aligned_window, checked
 from fomoe_io.errors import FormatError
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import Arena, DeviceMatrix, EmbeddingTable
-from fomoe_io.models.tensors import EMBEDDING, OUTPUT
+from fomoe_io.models.tensors import EMBEDDING, OUTPUT, checked
 from fomoe_io.storage.reader import Memory, Reader, aligned_memory
+from fomoe_io.system.direct_io import aligned_window
 
 if TYPE_CHECKING:
     from fomoe_io.gpu.device import Gpu
@@ -38,7 +38,7 @@ class _Planned:
 
 
 class DeviceWeights:
-    """Resident tensors by name, for the recorder; the interface is that of :class:`fomoe_io.cpu.weights.Weights`.
+    """Resident tensors by name, for the recorder; the interface is that of a :class:`WeightSource`.
 
     Parameters
     ----------
