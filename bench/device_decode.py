@@ -6,8 +6,9 @@
 
 Prints one JSON object.  The byte roofline is what a token reads (its experts, the dense weights, the recurrent state
 twice) over the bandwidth of plain 16-byte loads.  The limited run is compared with the largest of three times, each
-measured here: its NVMe bytes at the reader's own rate for the same records, its bytes over the link at the rate of
-the same copies with nothing beside them, and the time of a token that misses nothing.
+measured here: its NVMe bytes at the rate of a reader like the engine's for the same records (its depth, extents and
+pieces, nothing waited for between them), its bytes over the link at the rate of such copies, and the time of a token
+that misses nothing.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from box import drive_rate, link_rates
 
 from fomoe_io import Engine, EngineConfig
 from fomoe_io.backend import Batch, Span
 from fomoe_io.config import Tiers, Tuning
 from fomoe_io.experts.car import CarRule
+from fomoe_io.experts.slots import slot_layout
 from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.gpu.device import Gpu
 from fomoe_io.units import parse_bytes
@@ -58,54 +61,6 @@ def gpu_of(engine: Engine) -> GpuBackend:
     if not isinstance(engine.backend, GpuBackend):
         raise SystemExit("there is no GPU in use")
     return engine.backend
-
-
-def link_bandwidth(engine: Engine) -> tuple[float, float]:
-    """Bytes a second of record-sized copies from the pinned slots up and, beside them, down."""
-    backend = gpu_of(engine)
-    gpu, record = backend.gpu, next(iter(backend.records.values())).slot_bytes[0]
-    target = gpu.allocate(record * 16)
-    count = min(16, engine.budgets.pool_bytes // record)
-    up, down = gpu.new_stream(), gpu.new_stream()
-    rates = []
-    for both in (False, True):
-        best = 0.0
-        for _ in range(5):
-            started = time.perf_counter()
-            for i in range(64):
-                place = backend.pool.address + i % count * record
-                up.copy_in(target.pointer + i % 8 * record, place, record)
-                if both:
-                    down.copy_out(place, target.pointer + (8 + i % 8) * record, record)
-            up.synchronize()
-            best = max(best, 64 * record / (time.perf_counter() - started))
-            down.synchronize()
-        rates.append(best)
-    return rates[0], rates[1]
-
-
-def drive_bandwidth(engine: Engine, seconds: float) -> float:
-    """Bytes a second of random experts read as the engine reads them: a layer's misses at a time, and at full depth."""
-    random, backend = np.random.default_rng(5), gpu_of(engine)
-    rates = []
-    started, total = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        requests = []
-        place = backend.pool.address
-        for _ in range(2 * engine.shape.used):
-            layer, expert = int(random.integers(engine.shape.layers)), int(random.integers(engine.shape.experts))
-            layout = backend.layouts[layer]
-            for extent in layout.extents[expert][: layout.extent_count[expert]]:
-                size = int(extent["bytes"])
-                target = place + int(extent["slot_offset"])
-                requests.append((int(extent["file"]), int(extent["offset"]), target, size))
-                total += size
-            place += layout.slot_bytes
-            if place + layout.slot_bytes > backend.pool.address + engine.budgets.pool_bytes:
-                place = backend.pool.address
-        engine.reader.read_into(requests)
-    rates.append(total / (time.perf_counter() - started))
-    return max(rates)
 
 
 def token_bytes(engine: Engine) -> dict[str, int]:
@@ -248,8 +203,9 @@ def measure(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
 
 def limits(engine: Engine, options: argparse.Namespace, s: dict[str, Any], token_s: float) -> dict[str, Any]:
     """The resources of a limited run, and the token's time over the slowest."""
-    up, up_beside_down = link_bandwidth(engine)
-    drive = drive_bandwidth(engine, 2.0)
+    record = max(slot_layout(layer).slot_bytes for layer in engine.store.experts.values())
+    up, up_beside_down = link_rates(engine.backend.device_name.split()[0], record)
+    drive = drive_rate(engine, engine.config.pace)
     count = options.tokens
     parts = {
         "nvme": s["tiers"]["nvme"]["bytes"] / count / drive,

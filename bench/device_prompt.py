@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from device_decode import decode, drive_bandwidth, gpu_of
+from box import drive_rate
+from device_decode import decode, gpu_of
 
 from fomoe_io import Engine, EngineConfig
 from fomoe_io.config import Tiers, Tuning
@@ -36,7 +37,7 @@ def prefill(engine: Engine, tokens: np.ndarray) -> tuple[float, dict[str, Any]]:
 def measure(engine: Engine, tokens: np.ndarray, *, decodes: int) -> dict[str, Any]:
     """One width of a batch."""
     prefill(engine, tokens)
-    drive = drive_bandwidth(engine, 1.5)
+    drive = drive_rate(engine, engine.config.pace)
     seconds, s = prefill(engine, tokens)
     nvme = s["tiers"]["nvme"]
     result = {

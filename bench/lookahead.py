@@ -18,9 +18,18 @@ from typing import Any
 import numpy as np
 
 from fomoe_io import Engine, EngineConfig, Tiers
+from fomoe_io.storage.store import Store
 from fomoe_io.system.system_card import system_card
 
 RANKS, ROUNDS = (0, 2, 4, 8), 3
+
+
+def floats(store: Store, name: str) -> np.ndarray:
+    """A resident tensor of type F32."""
+    info = store.resident[name]
+    with store.paths[info.file].open("rb") as stream:
+        stream.seek(info.offset)
+        return np.frombuffer(stream.read(info.bytes), np.float32)
 
 
 def recall(model: Path, tokens: list[int]) -> list[dict[str, float]]:
@@ -32,11 +41,8 @@ def recall(model: Path, tokens: list[int]) -> list[dict[str, float]]:
         table = []
         for layer in range(1, s.layers):
             names = (f"blk.{layer}.post_attention_norm.weight", f"blk.{layer}.ffn_norm.weight")
-            norm = next(engine._weights.vector(name, (s.columns,)) for name in names if name in engine._weights)
-            with engine.store.paths[0].open("rb") as stream:
-                info = engine.store.resident[f"blk.{layer}.ffn_gate_inp.weight"]
-                stream.seek(info.offset)
-                router = np.frombuffer(stream.read(info.bytes), np.float32).reshape(s.experts, s.columns)
+            norm = next(floats(engine.store, name) for name in names if name in engine.store.resident)
+            router = floats(engine.store, f"blk.{layer}.ffn_gate_inp.weight").reshape(s.experts, s.columns)
             x = outputs[layer - 1].astype(np.float64)
             x = x / np.sqrt((x * x).mean(1, keepdims=True) + s.epsilon) * norm
             guess = np.argsort(-(x @ router.T), axis=1)[:, : s.used]

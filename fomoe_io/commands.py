@@ -24,9 +24,16 @@ def _leave(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
+def leave_while_loading() -> None:
+    """Where `python -m` is finding a command's module, Ctrl-C ends it as it ends the command."""
+    if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+
+
 def _start(module: str) -> int:
     open_streams()
-    heeds = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a shell's background jobs do not
+    # a shell's background jobs do not
+    heeds = signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _leave)
     if heeds:
         signal.signal(signal.SIGINT, _leave)
     main = import_module(module).main

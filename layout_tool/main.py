@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fomoe_io import commands
 from fomoe_io.cli.common import run_command
 from fomoe_io.cli.parser import Parser, checked, new_parser
 from fomoe_io.units import parse_bytes
@@ -173,4 +174,4 @@ def _add_ignore_free_space(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.layout())

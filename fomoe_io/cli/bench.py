@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from fomoe_io import commands
 from fomoe_io.cli.parser import Parser, new_parser
 
 PROGRAM = "fomoe-bench"
@@ -47,4 +48,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.bench())

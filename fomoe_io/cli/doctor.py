@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fomoe_io import commands
 from fomoe_io._uring import LIBURING_VERSION
 from fomoe_io.cli.common import run_command
 from fomoe_io.cli.parser import Parser, checked, new_parser, package_version
@@ -332,4 +333,4 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.doctor())

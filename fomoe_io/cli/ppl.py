@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fomoe_io import commands
 from fomoe_io.cli.common import decoded, note, run_command
 from fomoe_io.cli.llama_options import ENGINE
 from fomoe_io.cli.model_help import explained
@@ -398,4 +399,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.ppl())

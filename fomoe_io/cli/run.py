@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from fomoe_io import commands
 from fomoe_io.cli.chat import Chat
 from fomoe_io.cli.common import decoded, note, run_command
 from fomoe_io.cli.kept_profile import keep_profile
@@ -341,4 +342,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.run())

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fomoe_io import commands
 from fomoe_io.cli.common import note, run_command
 from fomoe_io.cli.kept_profile import keep_profile
 from fomoe_io.cli.llama_options import SERVE
@@ -192,4 +193,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.serve())

@@ -103,17 +103,17 @@ def test_a_conversation(terminal: Terminal, tmp_path: Path) -> None:
 def test_nobody_waits_in_the_dark(demo_model: Path, tmp_path: Path) -> None:
     """A drive that is slow: loading and the prompt show how far they are, and what is typed meanwhile stays unseen."""
     terminal = Terminal(
-        "-m", "fomoe_io", "run", str(demo_model), "--pace", "8M,9000us", "--slots", "6", "-c", "512", "-n", "8",
+        "-m", "fomoe_io", "run", str(demo_model), "--pace", "16M,4000us", "--slots", "6", "-c", "512", "-n", "3",
         "-s", "3", "--no-profile", "--ignore-eos", "--watch",
         PYTHONPATH=str(ROOT), XDG_STATE_HOME=str(tmp_path), COLUMNS="80",
     )  # fmt: skip
-    terminal.wait_for("loading")
-    terminal.wait_for(">")
+    terminal.wait_for("loading", 60)
+    terminal.wait_for(">", 60)
     terminal.type("The old house " + "and " * 60 + "\r")
     terminal.wait_for("prompt:")
     terminal.wait_for("tok/s")
     terminal.type("unseen")
-    seen = terminal.wait_for("context")
+    seen = terminal.wait_for("context", 60)
     assert "unseen" not in seen
     terminal.type("\x03")
     terminal.type("\x04")

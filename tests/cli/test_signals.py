@@ -82,6 +82,18 @@ def test_signals_raise_once() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["fomoe_io.cli.run", "fomoe_io.cli.ppl", "fomoe_io.cli.bench_decode", "fomoe_io.cli.doctor", "layout_tool.main"],
+)
+def test_an_interrupt_while_modules_load_is_silent(tmp_path: Path, module: str) -> None:
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemError\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", module, "--help"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "")
+
+
 def test_every_command_ends_by_sigterm() -> None:
     def work(argv: object) -> int:
         os.kill(os.getpid(), signal.SIGTERM)

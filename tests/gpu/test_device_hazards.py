@@ -206,7 +206,10 @@ def test_hip_gets_one_branch(model: Path) -> None:
 def test_what_a_failed_run_has_not_brought_is_brought_again(
     model: Path, fake: Fake, expected: np.ndarray, call: str, after: int
 ) -> None:
-    """Tables count as sent when the run that fetches them succeeds, and no run begins before the last has ended."""
+    """Tables count as sent when the run that fetches them succeeds, and no run begins before the last has ended.
+
+    hipGraphLaunch fails where they count as sent before, hipMemcpyDtoHAsync where an error leaves a graph behind.
+    """
     with opened(model, tiers=Tiers(0.5, 0.0)) as engine:
         session = engine.session()
         fake.fail(call, 719, after)

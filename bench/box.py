@@ -1,0 +1,272 @@
+"""The emulated box: decode beside the three floors of the machine that this is for, on any CUDA machine, in one run.
+
+    python bench/make_model.py --preset 397b-a17b --layers 8 --recall 0.85 -o /dev/shm/model.gguf
+    python bench/box.py /dev/shm/model.gguf                        8 multiprocessors, a drive of 14.5 GB/s and 80 us
+    python bench/box.py MODEL --percentage 100 --pace none         the whole card, the reader as fast as it is
+    python bench/box.py MODEL --baseline ../before                 another checkout, built, in turns with this one
+
+A model in tmpfs and a reader held back to a pace are the drive; CUDA's MPS leaves a part of the card
+(`--percentage`, where nvidia-cuda-mps-control exists).  Prints one JSON object: for exact decoding and with cache-aware
+routing milliseconds a token, the floors (drive: its NVMe bytes at the engine's reader's rate for the same records,
+depth and pieces; link: its copies at the rate of record-sized copies from pinned memory; card: a token that misses
+nothing), the ratio to the largest, stalls, and what a miss costs beyond the largest floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fomoe_io import Engine, EngineConfig
+from fomoe_io.config import Tiers
+from fomoe_io.errors import FomoeError
+from fomoe_io.experts.car import CarRule
+from fomoe_io.experts.slots import SlotLayout, slot_layout
+from fomoe_io.storage.pace import Pace
+from fomoe_io.storage.reader import aligned_memory, open_reader
+
+DRIVE_SECONDS, READS_AT_ONCE, COPIES = 2.0, 512, 64
+POOL_BYTES = 1 << 30
+
+
+def decode(engine: Engine, tokens: np.ndarray, warmup: int) -> tuple[list[float], dict[str, Any]]:
+    """Seconds of each token after the warm-up, and the statistics of those."""
+    times = []
+    session = engine.session()
+    for place, token in enumerate(tokens.tolist()):
+        if place == warmup:
+            engine.reset_statistics()
+        started = time.perf_counter()
+        session.decode(token)
+        times.append(time.perf_counter() - started)
+    session.close()
+    return times[warmup:], engine.statistics()
+
+
+def drive_rate(engine: Engine, pace: Pace | None) -> float:
+    """Bytes a second of random experts, by a reader like the engine's: extents, depth, pieces, pace; no barriers."""
+    reads, random = engine.statistics()["reader"], np.random.default_rng(5)
+    how = {"engine": reads["engine"], "depth": reads["depth"], "sub_read_bytes": reads["sub_read_bytes"]}
+    with open_reader(engine.store.paths, direct=reads["direct"], pace=pace, **how) as reader:
+        layouts = [slot_layout(engine.store.experts[i], reader.block_bytes) for i in range(engine.shape.layers)]
+        slot = max(layout.slot_bytes for layout in layouts)
+        count = max(1, min(READS_AT_ONCE, POOL_BYTES // slot))
+        memory = aligned_memory(count * slot)
+        reader.register_buffers(memory.address, count * slot)
+        total, started = 0, time.perf_counter()
+        while time.perf_counter() - started < DRIVE_SECONDS:
+            requests = []
+            for place in range(count):
+                layout = layouts[int(random.integers(len(layouts)))]
+                requests += expert_reads(
+                    layout, int(random.integers(engine.shape.experts)), memory.address + place * slot
+                )
+            reader.read_into(requests)
+            total += sum(size for *_, size in requests)
+        seconds = time.perf_counter() - started
+    memory.close()
+    return total / seconds
+
+
+def expert_reads(layout: SlotLayout, expert: int, address: int) -> list[tuple[int, int, int, int]]:
+    """(file, offset, address, bytes) of an expert into a slot."""
+    extents = layout.extents[expert][: layout.extent_count[expert]]
+    return [(int(x["file"]), int(x["offset"]), address + int(x["slot_offset"]), int(x["bytes"])) for x in extents]
+
+
+def link_rates(device: str, record: int) -> tuple[float, float]:
+    """Bytes a second of record-sized copies up from pinned memory: alone, and beside as many down."""
+    from fomoe_io.gpu.device import open_gpu
+
+    gpu = open_gpu(device)
+    memory = aligned_memory(16 * record)
+    registration, target = gpu.register(np.frombuffer(memory.view, np.uint8)), gpu.allocate(16 * record)
+    up, down, rates = gpu.new_stream(), gpu.new_stream(), []
+    for both in (False, True):
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            for i in range(COPIES):
+                up.copy_in(target.pointer + i % 8 * record, memory.address + i % 8 * record, record)
+                if both:
+                    down.copy_out(memory.address + (8 + i % 8) * record, target.pointer + (8 + i % 8) * record, record)
+            up.synchronize()
+            seconds.append(time.perf_counter() - started)
+            down.synchronize()
+        rates.append(COPIES * record / min(seconds))
+    registration.close()
+    return rates[0], rates[1]
+
+
+def settings(options: argparse.Namespace, **more: Any) -> EngineConfig:
+    """Of an engine in the box."""
+    pace = None if options.pace == "none" else Pace.parse(options.pace)
+    return EngineConfig(
+        device=options.device,
+        context_tokens=2048,
+        reader=options.reader,
+        calibration=options.calibration,
+        pace=pace,
+        **more,
+    )
+
+
+def limited(options: argparse.Namespace, tokens: np.ndarray, car: CarRule | None) -> tuple[dict[str, Any], float]:
+    """A run whose experts are mostly on the drive, and the drive's rate beside it."""
+    config = settings(options, tiers=Tiers.parse(options.tiers), car=car)
+    with Engine.open(options.model, config) as engine:
+        times, s = decode(engine, tokens, options.warmup)
+        drive = drive_rate(engine, config.pace)
+    count = len(times)
+    result = {
+        "token_ms": 1e3 * sum(times) / count, "median_ms": 1e3 * statistics.median(times),
+        "misses_a_token": s["tiers"]["nvme"]["hits"] / count, "nvme_bytes_a_token": s["tiers"]["nvme"]["bytes"] / count,
+        "up_bytes_a_token": s.get("link", {}).get("up_bytes", 0) / count,
+        "down_bytes_a_token": s.get("link", {}).get("down_bytes", 0) / count,
+        "shares": {name: tier["hits"] / s["expert_requests"] for name, tier in s["tiers"].items()},
+        "substituted": s["substitutions"] / s["expert_requests"],
+        "stall_ms_a_token": {name: 1e3 * seconds / count for name, seconds in s["stall_seconds"].items()},
+        "device": s["device"], "reader": s["reader"],
+    }  # fmt: skip
+    return result, drive
+
+
+def add_floors(run: dict[str, Any], drive: float, link: tuple[float, float] | None, card_ms: float | None) -> None:
+    """What no overlap could go below, and what is lost against the largest."""
+    floors = {"drive": 1e3 * run["nvme_bytes_a_token"] / drive}
+    if link is not None:
+        floors["link"] = 1e3 * run["up_bytes_a_token"] / link[1 if run["down_bytes_a_token"] else 0]
+    if card_ms is not None:
+        floors["card"] = card_ms
+    largest = max(floors.values())
+    run |= {"drive_gb_s": drive / 1e9, "floors_ms": floors, "over_largest": run["token_ms"] / largest}
+    if run["misses_a_token"]:
+        run["us_a_miss_over_largest"] = 1e3 * (run["token_ms"] - largest) / run["misses_a_token"]
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Exact and with cache-aware routing, with the floors of this run."""
+    with Engine.open(options.model, settings(options)) as engine:
+        tokens = np.random.default_rng(1).integers(0, engine.shape.vocabulary, options.warmup + options.tokens)
+        times, s = decode(engine, tokens, options.warmup)
+        record = max(slot_layout(layer).slot_bytes for layer in engine.store.experts.values())
+        result: dict[str, Any] = {"model": engine.model_name, "device": s["device"], "runs": {}}
+    # a token that misses nothing; where memory is too small for all experts there is no such token
+    card_ms = options.card_ms if s["tiers"]["nvme"]["hits"] else 1e3 * statistics.median(times)
+    link = link_rates(options.device, record) if "link" in s else None
+    if link:
+        result["link_gb_s"] = {"up": link[0] / 1e9, "up_beside_down": link[1] / 1e9}
+    for name in ("exact", options.car):
+        run, drive = limited(options, tokens, None if name == "exact" else CarRule.parse(name))
+        add_floors(run, drive, link, card_ms)
+        result["runs"]["exact" if name == "exact" else f"car {name}"] = run
+    return result
+
+
+# ---- a part of the card, and another checkout ----
+
+
+class SlowCard:
+    """CUDA's MPS with a share of the multiprocessors, for the processes that are started with `environment`."""
+
+    def __init__(self, percentage: int) -> None:
+        self.environment: dict[str, str] = {}
+        control = shutil.which("nvidia-cuda-mps-control")
+        self.note = "the whole card" if percentage == 100 else "no nvidia-cuda-mps-control: the whole card"
+        if percentage == 100 or control is None:
+            return
+        self._folder = tempfile.mkdtemp(prefix="fomoe-mps-")
+        self.environment = {"CUDA_MPS_PIPE_DIRECTORY": self._folder, "CUDA_MPS_LOG_DIRECTORY": self._folder}
+        subprocess.run([control, "-d"], env=os.environ | self.environment, check=True)
+        self._control = control
+        self.environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(percentage)
+        self.note = f"{percentage} % of the multiprocessors (MPS)"
+
+    def close(self) -> None:
+        """End the daemon."""
+        if self.environment:
+            subprocess.run([self._control], input="quit\n", text=True, env=os.environ | self.environment, check=False)
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def in_checkout(folder: Path, environment: dict[str, str], arguments: list[str]) -> dict[str, Any]:
+    """This script in a process of its own, with the package of that checkout."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--worker"]
+    paths = os.environ | environment | {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+    ended = subprocess.run(command, env=paths, cwd=folder, stdout=subprocess.PIPE, text=True, check=False)
+    if ended.returncode:
+        raise SystemExit(f"box: the run in {folder} failed")
+    result: dict[str, Any] = json.loads(ended.stdout)
+    return result
+
+
+def in_turns(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    """Every checkout `--rounds` times; of each the round with the fastest exact token counts, all are kept."""
+    here = Path(__file__).resolve().parent.parent
+    checkouts = {"this": here} | ({"baseline": options.baseline.resolve()} if options.baseline else {})
+    card = SlowCard(options.percentage)
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in checkouts}
+    try:
+        for _ in range(options.rounds):
+            for name, folder in checkouts.items():
+                rounds[name].append(in_checkout(folder, card.environment, arguments))
+    finally:
+        card.close()
+    result: dict[str, Any] = {"card": card.note, "pace": options.pace, "tiers": options.tiers}
+    for name, found in rounds.items():
+        result[name] = min(found, key=lambda one: one["runs"]["exact"]["token_ms"])
+        result[name]["rounds_ms"] = {run: [one["runs"][run]["token_ms"] for one in found] for run in found[0]["runs"]}
+    if options.baseline:
+        runs = result["this"]["runs"]
+        result["speedup"] = {run: result["baseline"]["runs"][run]["token_ms"] / runs[run]["token_ms"] for run in runs}
+    return result
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=lambda text: str(Path(text).resolve()))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--tiers", default="vram=10%,dram=7%")
+    parser.add_argument("--car", default="on", help="the rule of the second run (default: %(default)s)")
+    parser.add_argument("--pace", default="14.5G,80us", help="of the drive, or none (default: %(default)s)")
+    parser.add_argument("--reader", default="pread", help="pread overlaps on tmpfs, io_uring does not")
+    parser.add_argument(
+        "--calibration",
+        type=lambda text: str(Path(text).resolve()),
+        help="of `fomoe-bench io --calibrate`: the sizes of sub-reads, the depth",
+    )
+    parser.add_argument("--percentage", type=int, default=5, help="of the multiprocessors (default: %(default)s)")
+    parser.add_argument(
+        "--card-ms", type=float, help="a token that misses nothing, where memory can't hold all experts"
+    )
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--warmup", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--baseline", type=Path, help="another checkout of the project, built")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", type=lambda text: Path(text).resolve())
+    options = parser.parse_args()
+    try:
+        result = measure(options) if options.worker else in_turns(options, sys.argv[1:])
+    except FomoeError as error:
+        raise SystemExit(f"box: {error}") from None
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.output and not options.worker:
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
