@@ -6,7 +6,7 @@ MODEL := models/fomoe-demo-32x8.Q4_K_M.gguf
 STORE := demo-store
 BUILD := $(BIN)/python setup.py -q build_ext --inplace
 
-.PHONY: demo test native debug lint format bench sanitize sanitize-address sanitize-thread stress dist
+.PHONY: demo test native debug lint format bench sanitize sanitize-address sanitize-thread stress dist site
 .PHONY: clean clean-native
 
 # Less memory than all experts need, so that they are streamed from the drive while the text appears.
@@ -57,6 +57,11 @@ N ?= 20
 TESTS ?= tests/engine/test_interrupts.py tests/engine/test_lookahead.py tests/io/test_reader.py
 stress: $(VENV)/.installed-dev native
 	$(BIN)/python tools/stress.py -n $(N) $(TESTS)
+
+# The pages of docs/, as a site in build/site; a link that leads nowhere fails.
+site: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	$(BIN)/mkdocs build -q --strict
 
 # sdist and wheel, liburing inside.
 dist: $(VENV)/.installed-dev

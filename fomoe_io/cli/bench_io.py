@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fomoe_io.cli.common import note, run_command
-from fomoe_io.cli.parser import Parser, checked, new_parser, package_version
+from fomoe_io.cli.parser import Foreign, Parser, checked, new_parser, package_version
+from fomoe_io.cli.progress import Progress
 from fomoe_io.errors import UsageError, printable
 from fomoe_io.io_bench.calibrate import DEPTHS, POINT_SECONDS, calibrate, sizes_within
 from fomoe_io.io_bench.job import DIRECTIONS, ENGINES, IOJob, IOResult
@@ -23,6 +24,12 @@ from fomoe_io.system.system_card import format_card, system_card
 from fomoe_io.units import format_rate, parse_bytes
 
 PROGRAM = "fomoe-bench io"
+FIO = [
+    Foreign(("--group_reporting", "--thread"), "0", "each job is reported once, and its jobs are threads"),
+    Foreign(("--offset",), "1", "the whole file is read", "--size SIZE", ("0",)),
+    Foreign(("--verify", "--rwmixread", "--fsync", "--rate"), "1", "this is not measured", "fio"),
+]
+"""fio's options that a job here does not have."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,8 +47,8 @@ def parser() -> Parser:
     what.add_argument(
         "--trace", type=Path, metavar="TRACE", help="the order of the records: file of fomoe-run --trace, or CSV"
     )
-    what.add_argument("--rw", choices=DIRECTIONS, default="randread")
-    what.add_argument("--bs", type=checked(parse_bytes), default=4096, metavar="SIZE", help="block size")
+    what.add_argument("--rw", "--readwrite", choices=DIRECTIONS, default="randread")
+    what.add_argument("--bs", "--blocksize", type=checked(parse_bytes), default=4096, metavar="SIZE", help="block size")
     what.add_argument("--size", type=checked(parse_bytes), metavar="SIZE", help="bytes to use; lays out a file")
     what.add_argument("--overwrite", action="store_true", help="let a job write to a file that exists")
     how = p.add_argument_group("how")
@@ -63,6 +70,7 @@ def parser() -> Parser:
     out.add_argument("--output", type=Path, metavar="FILE", help="write the results there instead of to stdout")
     out.add_argument("--eta", choices=("always", "never", "auto"), default="auto", help="the live line on stderr")
     out.add_argument("--calibrate", type=Path, metavar="FILE", help="measure all sizes and depths into FILE")
+    p.add_foreign(FIO)
     return p
 
 
@@ -112,6 +120,8 @@ class _LiveLine:
 
 def _main(argv: Sequence[str] | None) -> int:
     options = parser().parse_args(argv)
+    for text in options.notes:
+        note(f"note: {text}")
     if options.job_file and (options.filename or options.store or options.calibrate):
         raise UsageError("a job file names its own files", hint="leave out --filename, --store and --calibrate")
     check_targets([options.output, options.calibrate])
@@ -149,9 +159,10 @@ def _calibrate(options: argparse.Namespace) -> int:
         raise UsageError("--calibrate needs one --filename or a --store")
     paths = options.filename or Store.open(options.store).paths
     path = max(paths, key=file_bytes)
-    seconds = len(sizes_within(path, direct=options.direct)) * len(DEPTHS) * POINT_SECONDS
-    note(f"measuring {path}: about {seconds:.0f} s")
-    result = calibrate(path, engine=options.engine, direct=options.direct)
+    points = len(sizes_within(path, direct=options.direct)) * len(DEPTHS)
+    note(f"measuring {path}: about {points * POINT_SECONDS:.0f} s")
+    with Progress("calibrate", points, unit="points") as bar:
+        result = calibrate(path, engine=options.engine, direct=options.direct, progress=bar.to)
     if options.direct and not result.direct:
         note(f"note: direct reads of {path} do not work: this is the page cache, not the drive")
     result.save(options.calibrate)

@@ -127,6 +127,13 @@ class Parser(argparse.ArgumentParser):
         """Of argparse, after the words were told apart."""
         return super().parse_known_args(self._plain(list(sys.argv[1:] if args is None else args)), namespace)
 
+    def format_help(self) -> str:
+        """Without a list of all options above the list of all options."""
+        if self.usage is None and self._subparsers is None:
+            places = [a.metavar or a.dest for a in self._actions if not a.option_strings]
+            self.usage = " ".join(["%(prog)s", "[options]", *map(str, places)])
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
         """A mistake on the command line: one line, exit code 2."""
         self.refuse(re.sub(r"^argument ([^:]*?)(?:, [^:]*)?: ", r"\1: ", message))

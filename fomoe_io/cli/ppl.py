@@ -253,14 +253,20 @@ def _chunk(fields: Any) -> Chunk:
 def _load(path: Path | None, fingerprint: str) -> list[Chunk]:
     if path is None or not path.exists():
         return []
+    found, chunks = _saved(path)
+    if found != fingerprint:
+        raise UsageError(
+            f"{path} is of another model, text or chunk size, or of other settings or memory",
+            hint=f"the same --ram, or rm {path}",
+        )
+    return chunks
+
+
+def _saved(path: Path) -> tuple[str, list[Chunk]]:
+    """(fingerprint, chunks) of a resume file; a UsageError when it is none."""
     try:
         saved = json.loads(path.read_text())
-        if saved["fingerprint"] != fingerprint:
-            raise UsageError(
-                f"{path} is of another model, text or chunk size, or of other settings or memory",
-                hint=f"the same --ram, or rm {path}",
-            )
-        return [_chunk(fields) for fields in saved["chunks"]]
+        return str(saved["fingerprint"]), [_chunk(fields) for fields in saved["chunks"]]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UsageError(f"{path} is no resume file of fomoe-ppl", hint=f"rm {path}") from None
 
@@ -319,20 +325,18 @@ def evaluate(engine: Engine, options: argparse.Namespace, exact: ExactLogits | N
         chunk.hits = {name: now[name] - before[name] for name in now}
         before = now
         total.chunks.append(chunk)
+        if i == first:
+            _tell_pace(time.monotonic() - started, text.chunks - first - 1)
         print(f"[{i + 1}]{total.perplexity:.4f},", end="", flush=True)
-        _tell_pace(i + 1 - first, text.chunks - first, time.monotonic() - started)
         if options.resume:
             write_json(options.resume, {"fingerprint": fingerprint, "chunks": [asdict(c) for c in total.chunks]})
     print()
     return total
 
 
-def _tell_pace(done: int, chunks: int, seconds: float) -> None:
-    """After the first chunk, as llama-perplexity does, and after each tenth: how long the rest takes."""
-    each = seconds / done
-    if done < chunks and (done == 1 or done * 10 // chunks > (done - 1) * 10 // chunks) and each * chunks > 10:
-        left = format_seconds(each * (chunks - done))
-        print(f"{format_seconds(each)} a chunk, {done} of {chunks}: eta {left}", file=sys.stderr, flush=True)
+def _tell_pace(seconds: float, chunks: int) -> None:
+    """After the first chunk, as llama-perplexity does: what each takes, and all."""
+    print(f"{format_seconds(seconds)} a chunk: eta {format_seconds(seconds * chunks)}", file=sys.stderr, flush=True)
 
 
 def _report(engine: Engine, total: Total, options: argparse.Namespace) -> dict[str, Any]:
@@ -370,6 +374,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     path = model_path(options)
     loading = Loading(path.name)
     config = replace(engine_config(options, path), progress=loading)
+    if options.resume is not None and options.resume.exists():
+        _saved(options.resume)
     if not options.stepwise and options.car is None:
         config = replace(config, logit_rows=scored_positions(options.ctx_size))
     exact = None if options.car is None else write_exact(config, options)

@@ -56,9 +56,10 @@ class Progress:
         self._bar = None
         self._quiet = quiet
         if not quiet and sys.stderr.isatty():
+            size = shutil.get_terminal_size()  # tqdm shows nothing where a terminal does not know its own
             self._bar = tqdm(
                 desc=label, total=total, initial=done, unit=unit, unit_scale=True, leave=False, file=sys.stderr,
-                delay=delay_seconds, dynamic_ncols=True, mininterval=0.05,
+                delay=delay_seconds, mininterval=0.05, ncols=size.columns, nrows=size.lines,
             )  # fmt: skip
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -47,6 +47,7 @@ def calibrate(
     sizes: Sequence[int] = SIZES_BYTES,
     depths: Sequence[int] = DEPTHS,
     seconds: float = POINT_SECONDS,
+    progress: Callable[[int], None] | None = None,
 ) -> Calibration:
     """Measure random reads of a file at every size and depth.
 
@@ -60,6 +61,8 @@ def calibrate(
         Sizes larger than the file are left out.
     seconds : float
         For each point.
+    progress : callable, optional
+        Called with the number of points that are done, after each.
 
     Raises
     ------
@@ -82,4 +85,6 @@ def calibrate(
             used, is_direct = result.engine, result.direct
             p50, p99 = (result.percentile_ns(p) / 1e3 for p in (50, 99))
             points.append(Point(size, depth, result.bytes_per_second, p50, p99, result.cpu_us_per_read))
+            if progress is not None:
+                progress(len(points))
     return Calibration(tuple(points), used, is_direct, system_card([path]))

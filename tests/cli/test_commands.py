@@ -268,3 +268,65 @@ def test_a_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyt
     size = 1 << 60
     with pytest.raises(UsageError, match="do not fit"):
         hub.fetched("a/b", None, None, offline=False)
+
+
+# ---- mistakes that should not cost the loading, and fio's habits ----
+
+
+def test_fio_spellings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "data"
+    file.write_bytes(bytes(1 << 20))
+    words = [
+        "--filename",
+        str(file),
+        "--readwrite=read",
+        "--blocksize=64k",
+        "--group_reporting",
+        "--thread",
+        "--offset=0",
+    ]
+    assert bench.main(["io", *words, "--size", "512K", "--output-format", "json"]) == 0
+    found = capsys.readouterr()
+    assert found.err.count("note: --") == 3 and "64" in found.out
+    with pytest.raises(SystemExit):
+        bench.main(["io", *words, "--rwmixread", "50"])
+    assert "  fix: fio" in capsys.readouterr().err
+
+
+def test_calibration_tells_how_far_it_is(tmp_path: Path) -> None:
+    from fomoe_io.io_bench.calibrate import calibrate
+
+    file, told = tmp_path / "data", []
+    file.write_bytes(bytes(1 << 20))
+    calibrate(file, sizes=(65536,), depths=(1, 2), seconds=0.05, progress=told.append)
+    assert told == [1, 2]
+
+
+def test_a_wrong_resume_or_text_costs_no_loading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told of before the model is looked for."""
+    from fomoe_io.cli import ppl, run
+
+    text, resume = tmp_path / "text", tmp_path / "resume"
+    text.write_text("x")
+    resume.write_text("{}")
+    assert ppl.main(["/nonexistent.gguf", "-f", str(text), "--resume", str(resume)]) == 1
+    assert "is no resume file" in capsys.readouterr().err
+    assert ppl.main(["/nonexistent.gguf", "-f", "/nonexistent.txt"]) == 1
+    assert "/nonexistent.txt" in capsys.readouterr().err
+    assert run.main(["/nonexistent.gguf", "-p", "x", "--profile", "/nonexistent/profile.json"]) == 1
+    assert "/nonexistent/profile.json" in capsys.readouterr().err
+
+
+def test_a_large_context_is_named(demo_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fomoe_io.cli import run
+
+    assert run.main([str(demo_model), "-p", "x", "--ram", "120M", "-c", "262144", "--device", "cpu"]) == 1
+    assert "or a smaller -c" in capsys.readouterr().err
+
+
+def test_context_0_and_threads_of_llama_cpp(demo_model: Path) -> None:
+    from fomoe_io.cli import run
+    from fomoe_io.cli.options import engine_config
+
+    trained = engine_config(run.parser().parse_args(["-c", "0", "-t", "-1"]), demo_model)
+    assert trained.threads is None and trained.context_tokens is not None and trained.context_tokens > 256

@@ -20,6 +20,7 @@ class Terminal:
     """A program on a pseudo-terminal."""
 
     def __init__(self, *command: str, **environment: str) -> None:
+        self._rest = b""
         self.process, self._descriptor = pty.fork()
         if self.process == 0:
             # a shell starts background jobs with SIGINT ignored, and children inherit that
@@ -30,8 +31,8 @@ class Terminal:
         os.write(self._descriptor, text.encode())
 
     def wait_for(self, text: str, seconds: float = 30) -> str:
-        """What was printed up to and with `text`."""
-        seen = b""
+        """What was printed up to and with `text`; what came after it is there for the next call."""
+        seen, self._rest = self._rest, b""
         end = time.monotonic() + seconds
         while text.encode() not in seen:
             assert time.monotonic() < end, f"{text!r} did not come; got {seen[-500:]!r}"
@@ -40,10 +41,14 @@ class Terminal:
                     seen += os.read(self._descriptor, 65536)
                 except OSError:
                     raise AssertionError(f"the program ended; it printed {seen[-800:]!r}") from None
+        place = seen.index(text.encode()) + len(text.encode())
+        seen, self._rest = seen[:place], seen[place:]
         return seen.decode(errors="replace")
 
     def skip(self, count: int) -> None:
         """Let so many bytes go by."""
+        count -= len(self._rest)
+        self._rest = b""
         while count > 0:
             count -= len(os.read(self._descriptor, 65536))
 
@@ -92,3 +97,24 @@ def test_a_conversation(terminal: Terminal, tmp_path: Path) -> None:
     terminal.type("/exit\r")
     assert terminal.close() == 0
     assert "The old house" in (tmp_path / "fomoe_io" / "history").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
+def test_nobody_waits_in_the_dark(demo_model: Path, tmp_path: Path) -> None:
+    """A drive that is slow: loading and the prompt show how far they are, and what is typed meanwhile stays unseen."""
+    terminal = Terminal(
+        "-m", "fomoe_io", "run", str(demo_model), "--pace", "16M,4000us", "--slots", "6", "-c", "512", "-n", "3",
+        "-s", "3", "--no-profile", "--ignore-eos", "--watch",
+        PYTHONPATH=str(ROOT), XDG_STATE_HOME=str(tmp_path), COLUMNS="80",
+    )  # fmt: skip
+    terminal.wait_for("loading", 60)
+    terminal.wait_for(">", 60)
+    terminal.type("The old house " + "and " * 60 + "\r")
+    terminal.wait_for("prompt:")
+    terminal.wait_for("tok/s")
+    terminal.type("unseen")
+    seen = terminal.wait_for("context", 60)
+    assert "unseen" not in seen
+    terminal.type("\x03")
+    terminal.type("\x04")
+    assert terminal.close() == 0

@@ -83,7 +83,8 @@ def test_signals_raise_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["fomoe_io.cli.run", "fomoe_io.cli.ppl", "fomoe_io.cli.bench", "fomoe_io.cli.doctor", "layout_tool.main"]
+    "module",
+    ["fomoe_io.cli.run", "fomoe_io.cli.ppl", "fomoe_io.cli.bench_decode", "fomoe_io.cli.doctor", "layout_tool.main"],
 )
 def test_an_interrupt_while_modules_load_is_silent(tmp_path: Path, module: str) -> None:
     (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemError\n")
