@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 
 from fomoe_io import Engine, EngineConfig
-from fomoe_io.config import Tiers
+from fomoe_io.backend import Batch, Span
+from fomoe_io.config import Tiers, Tuning
 from fomoe_io.experts.car import CarRule
+from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.gpu.device import Gpu
-from fomoe_io.gpu.engine import DeviceEngine
 from fomoe_io.storage.pace import Pace
 from fomoe_io.units import parse_bytes
 
@@ -53,9 +54,17 @@ def read_bandwidth(gpu: Gpu) -> float:
     return best
 
 
-def link_bandwidth(engine: DeviceEngine) -> tuple[float, float]:
+def gpu_of(engine: Engine) -> GpuBackend:
+    """What the engine computes with."""
+    if not isinstance(engine.backend, GpuBackend):
+        raise SystemExit("there is no GPU in use")
+    return engine.backend
+
+
+def link_bandwidth(engine: Engine) -> tuple[float, float]:
     """Bytes a second of record-sized copies from the pinned slots up and, beside them, down."""
-    gpu, record = engine.gpu, next(iter(engine._records.values())).slot_bytes[0]
+    backend = gpu_of(engine)
+    gpu, record = backend.gpu, next(iter(backend.records.values())).slot_bytes[0]
     target = gpu.allocate(record * 16)
     count = min(16, engine.budgets.pool_bytes // record)
     up, down = gpu.new_stream(), gpu.new_stream()
@@ -65,7 +74,7 @@ def link_bandwidth(engine: DeviceEngine) -> tuple[float, float]:
         for _ in range(5):
             started = time.perf_counter()
             for i in range(64):
-                place = engine._pool.address + i % count * record
+                place = backend.pool.address + i % count * record
                 up.copy_in(target.pointer + i % 8 * record, place, record)
                 if both:
                     down.copy_out(place, target.pointer + (8 + i % 8) * record, record)
@@ -76,55 +85,57 @@ def link_bandwidth(engine: DeviceEngine) -> tuple[float, float]:
     return rates[0], rates[1]
 
 
-def drive_bandwidth(engine: DeviceEngine, seconds: float) -> float:
+def drive_bandwidth(engine: Engine, seconds: float) -> float:
     """Bytes a second of random experts read as the engine reads them: a layer's misses at a time, and at full depth."""
-    random = np.random.default_rng(5)
+    random, backend = np.random.default_rng(5), gpu_of(engine)
     rates = []
     started, total = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
         requests = []
-        place = engine._pool.address
+        place = backend.pool.address
         for _ in range(2 * engine.shape.used):
             layer, expert = int(random.integers(engine.shape.layers)), int(random.integers(engine.shape.experts))
-            layout = engine._layouts[layer]
+            layout = backend.layouts[layer]
             for extent in layout.extents[expert][: layout.extent_count[expert]]:
                 size = int(extent["bytes"])
                 target = place + int(extent["slot_offset"])
                 requests.append((int(extent["file"]), int(extent["offset"]), target, size))
                 total += size
             place += layout.slot_bytes
-            if place + layout.slot_bytes > engine._pool.address + engine.budgets.pool_bytes:
-                place = engine._pool.address
+            if place + layout.slot_bytes > backend.pool.address + engine.budgets.pool_bytes:
+                place = backend.pool.address
         engine.reader.read_into(requests)
     rates.append(total / (time.perf_counter() - started))
     return max(rates)
 
 
-def token_bytes(engine: DeviceEngine) -> dict[str, int]:
+def token_bytes(engine: Engine) -> dict[str, int]:
     """What a token reads: dense weights without the output matrix, experts, state (read and written), output matrix."""
-    planned = engine._recorded.weights._planned
-    output = "token_embd.weight" if engine._recorded.weights.tied else "output.weight"
+    recorded = gpu_of(engine).recorded
+    planned = recorded.weights._planned
+    output = "token_embd.weight" if recorded.weights.tied else "output.weight"
     dense = sum(p.tensor.bytes for name, p in planned.items() if name != output)
-    experts = sum(engine.shape.used * sum(r.part_bytes) for r in engine._records.values())
-    state = 2 * sum(size for _, size in engine._recorded.token.state.zeroed)
+    experts = sum(engine.shape.used * sum(r.part_bytes) for r in gpu_of(engine).records.values())
+    state = 2 * sum(size for _, size in recorded.token.state.zeroed)
     return {"dense": dense, "experts": experts, "state": state, "output": planned[output].tensor.bytes}
 
 
-def decode(engine: DeviceEngine, tokens: np.ndarray, outputs: int) -> list[float]:
+def decode(engine: Engine, tokens: np.ndarray, outputs: int) -> list[float]:
     """Seconds of each token."""
-    times = []
-    session = engine.session()
-    for i, token in enumerate(tokens):
+    times, state = [], engine.backend.new_state()
+    logits = np.empty((outputs, engine.shape.vocabulary), np.float32)
+    for i in range(len(tokens)):
         started = time.perf_counter()
-        engine.run_token(int(token), i, outputs, substitute=True)
+        span = Span(state, tokens[i : i + 1].astype(np.int32), i, outputs)
+        engine.backend.run(Batch([span], may_substitute=True), logits)
         times.append(time.perf_counter() - started)
-    session.close()
+    state.close()
     return times
 
 
-def replay_ms(engine: DeviceEngine, outputs: int) -> float:
+def replay_ms(engine: Engine, outputs: int) -> float:
     """Milliseconds of a token's graph on the device alone (nothing may be missing: nobody would answer)."""
-    gpu, graph = engine.gpu, engine._graph(outputs)
+    gpu, graph = gpu_of(engine).gpu, gpu_of(engine).tokens.graph(outputs)
     begin, end = gpu.event(is_timed=True), gpu.event(is_timed=True)
     samples = []
     for _ in range(REPLAYS):
@@ -136,10 +147,10 @@ def replay_ms(engine: DeviceEngine, outputs: int) -> float:
     return statistics.median(samples)
 
 
-def profile(engine: DeviceEngine) -> dict[str, dict[str, float]]:
+def profile(engine: Engine) -> dict[str, dict[str, float]]:
     """Microseconds of each kernel of a token, each launch timed alone (so without its overlap with neighbours)."""
-    gpu = engine.gpu
-    launches = [(s, gpu.prepare(s.kernel, s.grid, *s.arguments)) for s in engine._recorded.token.launches(1)]
+    gpu = gpu_of(engine).gpu
+    launches = [(s, gpu.prepare(s.kernel, s.grid, *s.arguments)) for s in gpu_of(engine).recorded.token.launches(1)]
     skipped = ("wait_for_misses", "experts_gate_up_late_")
     begin, end = gpu.event(is_timed=True), gpu.event(is_timed=True)
     total: dict[str, list[float]] = defaultdict(list)
@@ -194,17 +205,15 @@ def main() -> None:
         calibration=options.calibration,
         context_tokens=2048,
         pace=options.pace,
+        tuning=Tuning(
+            branches=options.branches,
+            chained_launches=not options.unchained,
+            piece_bytes=options.piece,
+            signals=options.signals,
+            reads_in_place=options.in_place,
+        ),
     )
-    DeviceEngine.chained_launches = not options.unchained
-    DeviceEngine.two_branches = None if options.branches is None else options.branches == 2
-    DeviceEngine.reads_in_place = options.in_place
-    DeviceEngine.signals_by_stream = None if options.signals is None else options.signals == "stream"
-    engine = Engine.open(options.model, config)
-    if not isinstance(engine, DeviceEngine):
-        raise SystemExit("device_decode: there is no GPU in use")
-    if options.piece:
-        engine._experts.set_piece_bytes(options.piece)  # type: ignore[attr-defined]
-    with engine:
+    with Engine.open(options.model, config) as engine:
         result = measure(engine, options)
     text = json.dumps(result, indent=1)
     print(text)
@@ -212,9 +221,10 @@ def main() -> None:
         options.output.write_text(text + "\n")
 
 
-def measure(engine: DeviceEngine, options: argparse.Namespace) -> dict[str, Any]:
+def measure(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one configuration."""
-    s, gpu = engine.shape, engine.gpu
+    s, backend = engine.shape, gpu_of(engine)
+    gpu = backend.gpu
     tokens = np.random.default_rng(1).integers(0, s.vocabulary, options.warmup + options.tokens)
     decode(engine, tokens[: options.warmup], 1)
     decode(engine, tokens[:4], 0)
@@ -236,7 +246,7 @@ def measure(engine: DeviceEngine, options: argparse.Namespace) -> dict[str, Any]
         "layer_us": layer_us, "layer_roofline_us": layer_bytes / bandwidth * 1e6,
         "layer_over_roofline": layer_us / (layer_bytes / bandwidth * 1e6),
         "token_over_roofline": statistics.median(times) / (sum(nbytes.values()) / bandwidth),
-        "launches_per_layer": len(engine._recorded.token.body) / s.layers,
+        "launches_per_layer": len(backend.recorded.token.body) / s.layers,
         "statistics": statistics_,
     }  # fmt: skip
     if options.tiers or options.vram:
@@ -248,7 +258,7 @@ def measure(engine: DeviceEngine, options: argparse.Namespace) -> dict[str, Any]
     return result
 
 
-def limits(engine: DeviceEngine, options: argparse.Namespace, s: dict[str, Any], token_s: float) -> dict[str, Any]:
+def limits(engine: Engine, options: argparse.Namespace, s: dict[str, Any], token_s: float) -> dict[str, Any]:
     """The resources of a limited run, and the token's time over the slowest."""
     up, up_beside_down = link_bandwidth(engine)
     drive = drive_bandwidth(engine, 2.0)

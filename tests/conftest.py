@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+MOST_WORKERS = 8
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Whole folders are tested by a process for each processor; what is named, and what needs a device, by one."""
+    named = any(Path(argument.partition("::")[0]).suffix == ".py" for argument in config.args)
+    alone = any(mark in config.option.markexpr.replace(f"not {mark}", "") for mark in ("gpu", "bench", "slow"))
+    processors = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
+    return 0 if named or alone or processors == 1 else processors
 
 
 @pytest.fixture(autouse=True)

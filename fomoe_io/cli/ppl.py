@@ -7,22 +7,20 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fomoe_io.cli.common import (
-    add_engine_options,
-    add_model,
-    decoded,
-    engine_config,
-    model_path,
-    new_parser,
-    run_command,
-)
+from fomoe_io.cli.common import decoded, note, run_command
+from fomoe_io.cli.llama_options import ENGINE
+from fomoe_io.cli.model_help import explained
+from fomoe_io.cli.options import add_engine_options, add_model, engine_config, model_path
+from fomoe_io.cli.parser import Parser, new_parser, whole
+from fomoe_io.cli.progress import Loading
 from fomoe_io.config import EngineConfig
 from fomoe_io.engine import Engine
 from fomoe_io.errors import UsageError
@@ -31,6 +29,7 @@ from fomoe_io.stats import format_banner, format_footer, write_json
 from fomoe_io.system.files import check_targets
 from fomoe_io.text.sampler import check_finite
 from fomoe_io.trace.exact_logits import ExactLogits
+from fomoe_io.units import format_seconds
 
 TIERS = ("vram", "dram", "nvme")
 LEAST_CHUNK = 4
@@ -39,12 +38,12 @@ MOST_NATS = 700
 """Of a token's negative log likelihood: the exp of more is no float."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
     p = new_parser("fomoe-ppl", "Perplexity of a text, as llama-perplexity computes and prints it.")
     add_model(p)
     p.add_argument("-f", "--file", type=Path, required=True, metavar="TEXT", help="the text")
-    p.add_argument("--chunks", type=int, default=-1, metavar="N", help="chunks at most (-1: all)")
+    p.add_argument("--chunks", type=whole, default=-1, metavar="N", help="chunks at most (-1: all)")
     p.add_argument("--resume", type=Path, metavar="FILE", help="keep finished chunks here and go on from there")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the result and the statistics")
     p.add_argument(
@@ -55,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         help="with --car: keep the exact run's logits here for the next time (default: a temporary file)",
     )  # fmt: skip
     add_engine_options(p)
+    p.add_foreign(ENGINE)
     p.set_defaults(ctx_size=512)
     return p
 
@@ -62,25 +62,27 @@ def parser() -> argparse.ArgumentParser:
 # ---- arithmetic ----
 
 
+# One row at a time: a chunk's rows in float64 would be more than small budgets leave free.
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 [n, vocabulary] from float32 logits."""
+    """float64 [vocabulary] from float32 logits."""
     shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    shifted -= shifted.max()
+    shifted -= np.log(np.exp(shifted).sum())
     return shifted
 
 
-def score(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-ln p of each target: float64 [n] from logits float32 [n, vocabulary]."""
-    most = logits.max(axis=1, keepdims=True)
-    log_sum = np.log(np.exp((logits - most).astype(np.float64)).sum(axis=1)) + most[:, 0]
-    return np.asarray(log_sum - logits[np.arange(len(targets)), targets])
+def score(logits: np.ndarray, target: int) -> float:
+    """-ln p of the target from logits float32 [vocabulary]."""
+    most = logits.max()
+    return float(np.log(np.exp((logits - most).astype(np.float64)).sum()) + most - logits[target])
 
 
-def divergence(exact: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """KL(exact || other) of each row, in nats over the whole vocabulary: float64 [n]."""
+def divergence(exact: np.ndarray, other: np.ndarray) -> float:
+    """KL(exact || other) of two rows of logits, in nats over the whole vocabulary."""
     p, q = log_softmax(exact), log_softmax(other)
-    return np.asarray((np.exp(p) * (p - q)).sum(axis=1))
+    return float((np.exp(p) * (p - q)).sum())
 
 
 @dataclass(slots=True)
@@ -152,16 +154,26 @@ class Total:
 # ---- running ----
 
 
-def scored_logits(session: Session, tokens: np.ndarray, stepwise: bool) -> np.ndarray:
-    """Logits of the second half of a chunk: positions n/2 .. n-2, which score the tokens after them."""
+def scored_logits(session: Session, tokens: np.ndarray, stepwise: bool) -> Iterator[np.ndarray]:
+    """Logits of the second half of a chunk: positions n/2 .. n-2, which score the tokens after them.
+
+    Each row is valid until the next.
+    """
     session.reset()
     first = len(tokens) // 2
     if stepwise:
         for token in tokens[:first]:
             session.decode(int(token))
-        return np.stack([session.decode(int(token)).copy() for token in tokens[first:-1]])
-    session.prefill(tokens[:first])
-    return session.evaluate(tokens[first:-1])
+        for token in tokens[first:-1]:
+            yield session.decode(int(token))
+    else:
+        session.prefill(tokens[:first])
+        yield from session.evaluate(tokens[first:-1])
+
+
+def scored_positions(chunk: int) -> int:
+    """Of a chunk of so many tokens."""
+    return chunk - chunk // 2 - 1
 
 
 def _hits(engine: Engine) -> dict[str, int]:
@@ -195,7 +207,7 @@ class Text:
                 f"the text has {len(self.tokens)} tokens, not one chunk of {self.chunk}",
                 hint=f"-c {len(self.tokens) // 2}" if len(self.tokens) >= 2 * LEAST_CHUNK else "a longer text",
             )
-        self.scored = self.chunk - self.chunk // 2 - 1
+        self.scored = scored_positions(self.chunk)
         self._bos = tokenizer.bos_id if tokenizer.add_bos else None
 
     def part(self, i: int) -> np.ndarray:
@@ -205,11 +217,12 @@ class Text:
             part[0] = self._bos
         return part
 
-    def scored_logits(self, session: Session, i: int, stepwise: bool) -> np.ndarray:
-        """Logits of the scored positions of chunk i; ComputeError when one is no number."""
-        logits = scored_logits(session, self.part(i), stepwise)
-        check_finite(logits, i * self.chunk + self.chunk // 2)
-        return logits
+    def scored_logits(self, session: Session, i: int, stepwise: bool) -> Iterator[np.ndarray]:
+        """Logits of the scored positions of chunk i, row by row; ComputeError when one is no number."""
+        first = i * self.chunk + self.chunk // 2
+        for place, logits in enumerate(scored_logits(session, self.part(i), stepwise)):
+            check_finite(logits, first + place)
+            yield logits
 
     def targets(self, i: int) -> np.ndarray:
         """Tokens that the scored positions of chunk i predict."""
@@ -256,7 +269,8 @@ def write_exact(config: EngineConfig, options: argparse.Namespace) -> ExactLogit
 
     By an engine of its own, so that the measured one starts cold and its counters see nothing of this.
     """
-    with Engine.open(model_path(options), replace(config, car=None, tiers=None, trace=None)) as engine:
+    config = replace(config, car=None, tiers=None, trace=None, logit_rows=scored_positions(options.ctx_size))
+    with Engine.open(model_path(options), config) as engine:
         text = Text(engine, options)
         exact = ExactLogits(options.exact_logits, text.fingerprint(engine), text.scored, engine.shape.vocabulary)
         session = engine.session()
@@ -265,6 +279,22 @@ def write_exact(config: EngineConfig, options: argparse.Namespace) -> ExactLogit
             print(f"\rexact logits: {i + 1}/{text.chunks} chunks", end="", file=sys.stderr)
         print(file=sys.stderr)
     return exact
+
+
+def _score_chunk(rows: Iterator[np.ndarray], targets: np.ndarray, exact: Iterator[np.ndarray] | None) -> Chunk:
+    """The sums of a chunk from its scored logits and, where they are kept, those of the exact run."""
+    nll, exact_nll, kl = (np.zeros(len(targets)) for _ in range(3))
+    for place, (logits, target) in enumerate(zip(rows, targets, strict=True)):
+        nll[place] = score(logits, target)
+        if exact is not None:
+            reference = next(exact)
+            exact_nll[place] = score(reference, target)
+            kl[place] = divergence(reference, logits)
+    chunk = Chunk(len(nll), float(nll.sum()), float((nll * nll).sum()))
+    if exact is not None:
+        chunk.exact_nll, chunk.kl = float(exact_nll.sum()), float(kl.sum())
+        chunk.change_squared = float(((nll - exact_nll) ** 2).sum())
+    return chunk
 
 
 def evaluate(engine: Engine, options: argparse.Namespace, exact: ExactLogits | None) -> Total:
@@ -279,26 +309,29 @@ def evaluate(engine: Engine, options: argparse.Namespace, exact: ExactLogits | N
     total = Total(_load(options.resume, fingerprint)[: text.chunks])
     session = engine.session()
     print(f"perplexity over {text.chunks} chunks of {text.chunk} tokens", file=sys.stderr)
-    before = _hits(engine)
+    before, started = _hits(engine), time.monotonic()
     for i in range(first := len(total.chunks), text.chunks):
-        logits, targets = text.scored_logits(session, i, stepwise), text.targets(i)
-        nll = score(logits, targets)
-        chunk = Chunk(len(nll), float(nll.sum()), float((nll * nll).sum()), cold=i == first)
-        if exact is not None:
-            reference = exact.read(i)
-            exact_nll = score(reference, targets)
-            chunk.exact_nll = float(exact_nll.sum())
-            chunk.change_squared = float(((nll - exact_nll) ** 2).sum())
-            chunk.kl = float(divergence(reference, logits).sum())
+        rows, reference = text.scored_logits(session, i, stepwise), None if exact is None else exact.rows(i)
+        chunk = _score_chunk(rows, text.targets(i), reference)
+        chunk.cold = i == first
         now = _hits(engine)
         chunk.hits = {name: now[name] - before[name] for name in now}
         before = now
         total.chunks.append(chunk)
         print(f"[{i + 1}]{total.perplexity:.4f},", end="", flush=True)
+        _tell_pace(i + 1 - first, text.chunks - first, time.monotonic() - started)
         if options.resume:
             write_json(options.resume, {"fingerprint": fingerprint, "chunks": [asdict(c) for c in total.chunks]})
     print()
     return total
+
+
+def _tell_pace(done: int, chunks: int, seconds: float) -> None:
+    """After the first chunk, as llama-perplexity does, and after each tenth: how long the rest takes."""
+    each = seconds / done
+    if done < chunks and (done == 1 or done * 10 // chunks > (done - 1) * 10 // chunks) and each * chunks > 10:
+        left = format_seconds(each * (chunks - done))
+        print(f"{format_seconds(each)} a chunk, {done} of {chunks}: eta {left}", file=sys.stderr, flush=True)
 
 
 def _report(engine: Engine, total: Total, options: argparse.Namespace) -> dict[str, Any]:
@@ -322,6 +355,10 @@ def _report(engine: Engine, total: Total, options: argparse.Namespace) -> dict[s
 def run(argv: Sequence[str] | None = None) -> int:
     """The command without its error handling."""
     options = parser().parse_args(argv)
+    for text in options.notes:
+        note(f"note: {text}")
+    if not options.file.is_file():
+        raise UsageError(f"{options.file}: no such file")
     if options.ctx_size < LEAST_CHUNK:
         raise UsageError(f"chunks of {options.ctx_size} tokens are too short", hint="-c 512")
     if options.chunks == 0:
@@ -329,10 +366,16 @@ def run(argv: Sequence[str] | None = None) -> int:
     if options.exact_logits is not None and options.car is None:
         raise UsageError("--exact-logits compares a run that is not exact", hint="--car on")
     check_targets([options.json, options.resume, options.exact_logits])
-    config = engine_config(options)
+    path = model_path(options)
+    loading = Loading(path.name)
+    config = replace(engine_config(options, path), progress=loading)
+    if not options.stepwise and options.car is None:
+        config = replace(config, logit_rows=scored_positions(options.ctx_size))
     exact = None if options.car is None else write_exact(config, options)
     try:
-        with Engine.open(model_path(options), config) as engine:
+        with explained(path), loading:
+            engine = Engine.open(path, config)
+        with engine:
             print("\n".join(format_banner(engine)), file=sys.stderr)
             result = _report(engine, evaluate(engine, options, exact), options)
     finally:

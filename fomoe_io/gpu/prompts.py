@@ -187,7 +187,6 @@ class PromptRunner:
 
     def _fill_inputs(self, recorder: BatchRecorder, ids: np.ndarray, position: int) -> None:
         at, table = self._inputs, recorder.embedding
-        assert table is not None
         self._words(at.positions, len(ids), np.int32)[:] = np.arange(position, position + len(ids))
         nbytes = len(ids) * table.row_bytes
         self._embed(ids, self._words(at.embedding, nbytes, np.uint8).reshape(len(ids), table.row_bytes))

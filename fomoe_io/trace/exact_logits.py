@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -54,16 +55,19 @@ class ExactLogits:
         """How many are whole."""
         return (self._stream.seek(0, 2) - _HEAD_BYTES) // self._record_bytes
 
-    def append(self, logits: np.ndarray) -> None:
+    def append(self, rows: Iterable[np.ndarray]) -> None:
         """The next chunk; takes the place of one that an interrupted run left half written."""
         self._stream.seek(_HEAD_BYTES + self.chunks * self._record_bytes)
-        self._stream.write(np.ascontiguousarray(logits, np.float32).tobytes())
+        for logits in rows:
+            self._stream.write(np.ascontiguousarray(logits, np.float32).data)
         self._stream.flush()
 
-    def read(self, chunk: int) -> np.ndarray:
-        """float32 [positions, vocabulary]"""
+    def rows(self, chunk: int) -> Iterator[np.ndarray]:
+        """float32 [vocabulary] of each position of a chunk; nothing else may use the file meanwhile."""
+        positions, vocabulary = self._shape
         self._stream.seek(_HEAD_BYTES + chunk * self._record_bytes)
-        return np.frombuffer(self._stream.read(self._record_bytes), np.float32).reshape(self._shape)
+        for _ in range(positions):
+            yield np.frombuffer(self._stream.read(4 * vocabulary), np.float32)
 
     def close(self) -> None:
         """Close the file."""

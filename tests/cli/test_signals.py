@@ -129,9 +129,11 @@ def test_entry_points_are_those_of_the_package() -> None:
     from fomoe_io import commands
 
     names = [
-        line.split('"')[1] for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("fomoe-")
+        line.split('"')[1]
+        for line in (ROOT / "pyproject.toml").read_text().splitlines()
+        if line.startswith(("fomoe-", "fomoe = "))
     ]
-    assert len(names) == 6
+    assert len(names) == 8
     for name in names:
         module, function = name.split(":")
         assert module == "fomoe_io.commands" and callable(getattr(commands, function))

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from fomoe_io.backend import Budgets
 from fomoe_io.config import EngineConfig, Tiers
-from fomoe_io.engine import Budgets, Engine
+from fomoe_io.engine import Engine
 from fomoe_io.errors import BudgetError, UsageError
 from fomoe_io.system import memory
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, command: str = "run") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "fomoe_io.cli.run", *arguments],
+        [sys.executable, "-m", f"fomoe_io.cli.{command}", *arguments],
         capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
@@ -60,6 +61,19 @@ def test_peak_stays_below(demo_model: Path, tmp_path: Path, smallest: int, more:
         assert values["tiers"]["nvme"]["hits"] > 0
 
 
+@pytest.mark.parametrize("options", [["--car", "on"], []])
+def test_peak_of_a_perplexity_stays_below(demo_model: Path, tmp_path: Path, options: list[str]) -> None:
+    """A chunk's logits in float64, and those of the exact run, are several times what a budget leaves free."""
+    text, statistics = tmp_path / "text", tmp_path / "statistics.json"
+    text.write_text("The river ran through the valley, and the old road beside it. " * 90)
+    command = [str(demo_model), "-f", str(text), "-c", "1024", "--chunks", "1", "--json", str(statistics), *options]
+    least = int(run(*command, "--ram", "1M", command="ppl").stderr.split()[-1].removesuffix("M"))
+    result = run(*command, "--ram", f"{least}M", command="ppl")
+    assert result.returncode == 0, result.stderr
+    values = json.loads(statistics.read_text())
+    assert values["tokens_scored"] == 511 and values["peak_rss_bytes"] <= least << 20
+
+
 def test_one_below_the_smallest_is_refused(demo_model: Path, smallest: int) -> None:
     result = run(str(demo_model), "-p", "x", "-c", "512", "--ram", f"{smallest - 4}M")
     assert result.returncode == 1
@@ -77,7 +91,7 @@ def shared(model: Path, **options: object) -> Budgets:
 
 def test_pages_more_or_less_change_nothing(demo_model: Path, smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the process happens to hold when it opens varies from run to run; slots and batches do not."""
-    monkeypatch.setattr("fomoe_io.engine.peak_resident_bytes", lambda: 0)  # pytest's
+    monkeypatch.setattr("fomoe_io.ram_budget.peak_resident_bytes", lambda: 0)  # pytest's
     found = []
     for held in (52 << 20, (52 << 20) + 4096, (53 << 20) + 12288, 57 << 20):
         monkeypatch.setattr(memory, "resident_bytes", lambda *_, held=held: held)
@@ -89,7 +103,7 @@ def test_an_automatic_budget_repeats(demo_model: Path, monkeypatch: pytest.Monke
     """Rounded, and the banner says how to ask for it again."""
     found = []
     for available in (20_200_000_000, 20_500_000_000):
-        monkeypatch.setattr("fomoe_io.engine.available_bytes", lambda available=available: available)
+        monkeypatch.setattr("fomoe_io.ram_budget.available_bytes", lambda available=available: available)
         monkeypatch.setattr(memory, "resident_bytes", lambda *_: 52 << 20)
         with Engine.open(demo_model, EngineConfig(context_tokens=512, threads=1)) as engine:
             found.append(engine.budgets)
@@ -99,7 +113,7 @@ def test_an_automatic_budget_repeats(demo_model: Path, monkeypatch: pytest.Monke
 
 def test_slots_are_chosen(demo_model: Path, smallest: int) -> None:
     for slots in (4, 7, 32):
-        assert set(shared(demo_model, slots=slots).slots.values()) == {slots}
+        assert {sum(pair) for pair in shared(demo_model, slots=slots).slots} == {slots}
     for slots in (3, 33):
         with pytest.raises(UsageError, match=f"slots is {slots}, and S uses 4 of 32 experts a layer"):
             shared(demo_model, slots=slots)

@@ -219,7 +219,8 @@ def perplexity(engine: Engine, text: str, chunks: int) -> Total:
     session, total = engine.session(), Total()
     for i in range(chunks):
         part = tokens[512 * i : 512 * (i + 1)]
-        nll = score(scored_logits(session, part, stepwise=False), part[257:])
+        rows = scored_logits(session, part, stepwise=False)
+        nll = np.array([score(row, target) for row, target in zip(rows, part[257:], strict=True)])
         total.chunks.append(Chunk(len(nll), float(nll.sum()), float((nll * nll).sum())))
     return total
 

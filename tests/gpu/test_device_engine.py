@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine, EngineConfig
-from fomoe_io.config import Tiers
+from fomoe_io.config import Tiers, Tuning
 from fomoe_io.errors import BudgetError, DeviceError, FomoeError, FormatError, ReadError, UsageError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import device
-from fomoe_io.gpu.engine import DeviceEngine
+from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.system import direct_io
 from fomoe_io.trace.simulator import replay
 from fomoe_io.trace.trace import Trace
@@ -145,21 +145,21 @@ def test_bits_do_not_depend_on_memory(model: Path) -> None:
         assert (hits["dram"] > 0) == (dram > 0)
 
 
-def test_long_prompts_use_the_vendors_library(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_use_the_vendors_library(model: Path) -> None:
     """Their bits depend neither on memory nor on the batch; another arithmetic, the same model."""
     tokens = np.random.default_rng(8).integers(0, 300, 40)
 
     def logits(**changes: Any) -> np.ndarray:
         with Engine.open(model, settings(**changes)) as engine:
-            assert isinstance(engine, DeviceEngine)
-            assert engine.uses_products(40) == engine.may_use_library and not engine.uses_products(31)
+            backend = engine.backend
+            assert isinstance(backend, GpuBackend)
+            assert backend.uses_products(40) == engine.config.tuning.library_products and not backend.uses_products(31)
             return engine.session().evaluate(tokens)
 
     expected = logits(batch_tokens=64)
     for changes in ({"batch_tokens": 7}, {"batch_tokens": 33, "tiers": Tiers(0.19, 0.2)}):
         np.testing.assert_array_equal(logits(**changes), expected)
-    monkeypatch.setattr(DeviceEngine, "may_use_library", False)
-    ours = logits(batch_tokens=64)
+    ours = logits(batch_tokens=64, tuning=Tuning(library_products=False))
     assert 0 < nmse(ours, expected) < 2e-3
 
 
@@ -174,9 +174,8 @@ def test_an_expert_may_come_in_pieces(model: Path) -> None:
     """Each is sent up as it lands, whatever parts of the record it holds; the host's time is told apart."""
     expected, _ = evaluate(model, settings(batch_tokens=1))
     for nbytes in (4096, 12288):
-        with Engine.open(model, settings(tiers=Tiers(0.19, 0.2), batch_tokens=1)) as engine:
-            assert isinstance(engine, DeviceEngine)
-            engine._experts.set_piece_bytes(nbytes)  # type: ignore[attr-defined]
+        tuning = Tuning(piece_bytes=nbytes)
+        with Engine.open(model, settings(tiers=Tiers(0.19, 0.2), batch_tokens=1, tuning=tuning)) as engine:
             before = engine.reader.counters["reads"]
             np.testing.assert_array_equal(engine.session().evaluate(TOKENS), expected)
             s, reads = engine.statistics(), engine.reader.counters["reads"] - before
@@ -187,9 +186,7 @@ def test_an_expert_may_come_in_pieces(model: Path) -> None:
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_experts_of_dram_may_be_read_where_they_lie(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_packed: bool
-) -> None:
+def test_experts_of_dram_may_be_read_where_they_lie(model: Path, tmp_path: Path, is_packed: bool) -> None:
     """The same bits, the same counters, and layers whose experts are in memory never wait for the host."""
     path = tmp_path / "store"
     if is_packed:
@@ -198,11 +195,11 @@ def test_experts_of_dram_may_be_read_where_they_lie(
         path = write_tiny(tmp_path / "model.gguf", tiny(weights=Type.Q4_K), seed=3)
     tokens, found = np.random.default_rng(3).integers(0, 300, 24), []
     for in_place in (False, True):
-        monkeypatch.setattr(DeviceEngine, "reads_in_place", in_place)
+        tuning = Tuning(reads_in_place=in_place)
         for tiers in (Tiers(0.3, 0.7), Tiers(0.25, 0.4)):  # everything in memory; some on the drive
-            with Engine.open(path, settings(tiers=tiers, batch_tokens=1)) as engine:
-                assert isinstance(engine, DeviceEngine)
-                assert all(record.is_alike for record in engine._records.values())
+            with Engine.open(path, settings(tiers=tiers, batch_tokens=1, tuning=tuning)) as engine:
+                assert isinstance(engine.backend, GpuBackend)
+                assert all(record.is_alike for record in engine.backend.records.values())
                 logits = engine.session().evaluate(tokens)
                 s = engine.statistics()
             hits = [tier["hits"] for tier in s["tiers"].values()]
@@ -319,7 +316,7 @@ def test_sessions_follow_one_another(model: Path) -> None:
     with Engine.open(model, settings()) as engine:
         session = engine.session()
         first = session.prefill(TOKENS).copy()
-        with pytest.raises(UsageError, match="one session at a time"):
+        with pytest.raises(BudgetError, match="memory for 1 session"):
             engine.session()
         session.reset()
         steps = [session.decode(int(token)).copy() for token in TOKENS]
@@ -343,7 +340,7 @@ def test_device_budget(model: Path) -> None:
     smallest = int((caught.value.hint or "").removeprefix("--vram ").removesuffix("M")) << 20
     expected, _ = evaluate(model, settings())
     with Engine.open(model, settings(vram_bytes=smallest)) as engine:
-        held = sum(buffer.nbytes for buffer in engine._buffers)  # type: ignore[attr-defined]
+        held = sum(buffer.nbytes for buffer in engine.backend.buffers)  # type: ignore[attr-defined]
         assert held <= smallest
         np.testing.assert_array_equal(engine.session().evaluate(TOKENS), expected)
     with pytest.raises(BudgetError, match="more than the"):
@@ -353,7 +350,7 @@ def test_device_budget(model: Path) -> None:
 def test_slots_are_chosen(model: Path) -> None:
     """In VRAM as many as it has room for, the rest in DRAM; what is free, more or less, changes nothing."""
     with Engine.open(model, settings(slots=9)) as engine:
-        assert (engine.budgets.slots.sum(1) == 9).all()  # type: ignore[attr-defined]
+        assert {sum(pair) for pair in engine.budgets.slots} == {9}
     with pytest.raises(UsageError, match="uses 3 of 16 experts a layer"):
         Engine.open(model, settings(slots=17))
 
@@ -363,7 +360,7 @@ def test_what_is_free_is_rounded(model: Path, monkeypatch: pytest.MonkeyPatch) -
     for free in ((700 << 20) + 4096, (701 << 20) + 12288):
         monkeypatch.setattr(device.Gpu, "free_bytes", lambda _, free=free: free)
         with Engine.open(model, settings()) as engine:
-            found.append(engine.budgets.vram_bytes)  # type: ignore[attr-defined]
+            found.append(engine.budgets.vram_bytes)
     assert found[0] == found[1] and found[0] % (64 << 20) == 0
 
 
@@ -466,7 +463,7 @@ def test_auto_without_a_device_computes_on_the_processor(
         pytest.skip("there is a CUDA device here")
     monkeypatch.setenv("FAKE_HIP_DEVICES", "0")
     with Engine.open(model, settings(device="auto")) as engine:
-        assert engine.device_name == "cpu"
+        assert engine.backend.device_name == "cpu"
     with pytest.raises(FomoeError, match="no GPU can be used"):
         Engine.open(model, settings(device="hip"))
     with pytest.raises(UsageError, match="there is no GPU in use"):

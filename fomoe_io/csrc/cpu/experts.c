@@ -363,7 +363,10 @@ void fomoe_step_lookahead(const fomoe_step *step, fomoe_run *run, int thread) {
     /* the drive idles: the layer's own reads have all been waited for */
     if (thread || fomoe_failed(run) || fomoe_offers_under_way(&e->offers) >= e->lookahead) return;
     uint64_t bytes = e->counters.nvme_bytes;
-    fomoe_route(router->rows, e->lookahead, logits, 0, 1, run->scratch[0], e->guesses, e->guess_weights);
+    fomoe_router how = step->as.lookahead.how;
+    how.used = e->lookahead;
+    if (step->as.lookahead.logit_bias) fomoe_add(how.experts, step->as.lookahead.logit_bias, logits);
+    fomoe_route_by(&how, logits, run->scratch[0], e->guesses, e->guess_weights);
     for (int k = 0; k < e->lookahead; k++)
         e->counters.prefetches += read_ahead(e, step->as.lookahead.layer, e->guesses[k]);
     e->counters.prefetch_bytes += e->counters.nvme_bytes - bytes;
