@@ -221,9 +221,8 @@ def test_experts_of_dram_may_be_read_where_they_lie(model: Path, tmp_path: Path,
     tokens, found = np.random.default_rng(3).integers(0, 300, 24), []
     for in_place in (False, True):
         for tiers in (Tiers(0.3, 0.7), Tiers(0.25, 0.4)):  # everything in memory; some on the drive
-            with Engine.open(
-                path, settings(tiers=tiers, batch_tokens=1, tuning=Tuning(reads_in_place=in_place))
-            ) as engine:
+            tuning = Tuning(reads_in_place=in_place)
+            with Engine.open(path, settings(tiers=tiers, batch_tokens=1, tuning=tuning)) as engine:
                 assert isinstance(engine.backend, GpuBackend)
                 assert all(record.is_alike for record in engine.backend.records.values())
                 logits = engine.session().evaluate(tokens)

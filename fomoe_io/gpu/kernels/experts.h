@@ -63,8 +63,9 @@ DEVICE answer answer_at(const void *reply, int pairs) {
 }
 
 // Where the pair's record is, once gate and up are there; 0 when the host has told the device to stop.  late: of this
-// layer, 0 until somebody knows, odd where the record is read in place, in the host's memory.  The first block of a pair asks the host, over the link; the others hear it from that
-// one, and ask now and then themselves, because nobody promises that it runs beside them.  A whole block calls it.
+// layer, 0 until somebody knows, odd where the record is read in place, in the host's memory.  The first block of a pair
+// asks the host, over the link; the others hear it from that one, and ask now and then themselves, because nobody
+// promises that it runs beside them.  A whole block calls it.
 DEVICE const u8 *await_record(u64 *late, const void *reply, const replayed *run, const void *stop, int pairs) {
     __shared__ u64 found;
     if (thread_index() == 0) {

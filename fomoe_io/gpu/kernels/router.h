@@ -10,9 +10,9 @@
 #define ROUTER_GROUPS (ROUTER_THREADS / 8)  // at least MOST_PICKS
 
 // What a layer's router tells the host, in memory that both see: a 64-bit word with the number of misses, then one for
-// each pair with the router's pick and the expert that will be computed, then one for each with the pick's weight.  Every word carries the run's number in its
-// upper half, so their order does not matter and nobody waits for a fence.  The host counts the picks of every layer
-// (its policy lives on them) and fetches what is missing.
+// each pair with the router's pick and the expert that will be computed, then one for each with the pick's
+// weight.  Every word carries the run's number in its upper half, so their order does not matter and nobody waits for
+// a fence.  The host counts the picks of every layer (its policy lives on them) and fetches what is missing.
 DEVICE void post_word(void *place, u32 run, u32 value) { system_store8(place, (u64)run << 32 | value); }
 
 // The values of a layer's table: 0 for an expert that must be read; an address on the device; with the lowest bit for an
@@ -20,7 +20,8 @@ DEVICE void post_word(void *place, u32 run, u32 value) { system_store8(place, (u
 #define IN_NVME 0
 #define IN_DRAM 1
 
-// ids -> records[pair] (0: not on the device), late[pair] (0: not known yet, odd: in DRAM), the post, and *misses for the wait.  A whole block calls it.
+// ids -> records[pair] (0: not on the device), late[pair] (0: not known yet, odd: in DRAM), the post, and *misses for the
+// wait.  A whole block calls it.
 // ids: what will be computed; picks: what the router wanted, and with which weight.  All may lie in shared memory.
 // run: the number of this replay of the program, which tells one post from the last.
 DEVICE void resolve(const int *ids, const int *picks, const float *weights, const u64 *record_of, u64 *records, u64 *late,
