@@ -119,7 +119,7 @@ def _metadata(writer: gguf.GGUFWriter, s: Tiny) -> None:
         keys |= {"feed_forward_length": s.hidden, "expert_gating_func": 2}
     if s.architecture == "glm4moe":
         keys |= {
-            "feed_forward_length": s.hidden + 32, "leading_dense_block_count": s.dense_layers, "expert_gating_func": 2,
+            "feed_forward_length": 2 * s.hidden, "leading_dense_block_count": s.dense_layers, "expert_gating_func": 2,
             "expert_weights_norm": True, "expert_weights_scale": 2.5,
             "expert_shared_count": s.shared_hidden // s.hidden,
         }  # fmt: skip
@@ -207,7 +207,7 @@ def _layer(w: _Writer, s: Tiny, layer: int, unit: float) -> None:
         w.vector(b + "ssm_norm.weight", random.uniform(0.5, 1.5, s.state_columns))
         w.add(b + "ssm_out.weight", (values, d), kind, values**-0.5)
     if layer < s.dense_layers:
-        _network(w, b, "", d, s.hidden + 32, kind)
+        _network(w, b, "", d, 2 * s.hidden, kind)
         return
     if s.architecture in ("minimax-m2", "glm4moe"):
         w.vector(b + "exp_probs_b.bias", random.standard_normal(s.experts) / 4)

@@ -170,6 +170,31 @@ def test_bits_do_not_depend_on_memory(model: Path) -> None:
         assert (hits["dram"] > 0) == (dram > 0)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "qwen3next", "layers": 4},
+        {"architecture": "minimax-m2", "layers": 2, "rotated": 32},
+        {"architecture": "glm4moe", "layers": 3, "dense_layers": 1, "biased": True},
+    ],
+    ids=["qwen3next", "minimax-m2", "glm4moe"],
+)
+def test_bits_of_other_architectures(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Neither few slots nor misses change them; the router's picks are known, -1 where a layer has no experts."""
+    path = write_tiny(tmp_path / "model.gguf", tiny(weights=Type.Q4_K, down=Type.Q6_K, **changes), seed=2)
+    for batch in (1, 4):
+        found = []
+        for tiers in (None, Tiers(0.19, 0.2)):
+            with Engine.open(path, settings(batch_tokens=batch, tiers=tiers)) as engine:
+                session = engine.session()
+                logits = session.evaluate(TOKENS, record=("experts",))
+                picks, dense = session.records["experts"], engine.shape.dense_layers
+                assert (engine.statistics()["tiers"]["nvme"]["hits"] > 0) == (tiers is not None)
+            assert (picks[:dense] == -1).all() and (picks[dense:] >= 0).all()
+            found.append((logits.tobytes(), picks.tobytes()))
+        assert found[0] == found[1]
+
+
 def test_long_prompts_use_the_vendors_library(model: Path) -> None:
     """Their bits depend neither on memory nor on the batch; another arithmetic, the same model."""
     tokens = np.random.default_rng(8).integers(0, 300, 40)
