@@ -25,11 +25,12 @@ import numpy as np
 from box import drive_rate, link_rates
 
 from fomoe_io import Engine, EngineConfig
-from fomoe_io.config import Tiers
+from fomoe_io.backend import Batch, Span
+from fomoe_io.config import Tiers, Tuning
 from fomoe_io.experts.car import CarRule
 from fomoe_io.experts.slots import slot_layout
+from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.gpu.device import Gpu
-from fomoe_io.gpu.engine import DeviceEngine
 from fomoe_io.units import parse_bytes
 
 REPLAYS = 15
@@ -55,31 +56,40 @@ def read_bandwidth(gpu: Gpu) -> float:
     return best
 
 
-def token_bytes(engine: DeviceEngine) -> dict[str, int]:
+def gpu_of(engine: Engine) -> GpuBackend:
+    """What the engine computes with."""
+    if not isinstance(engine.backend, GpuBackend):
+        raise SystemExit("there is no GPU in use")
+    return engine.backend
+
+
+def token_bytes(engine: Engine) -> dict[str, int]:
     """What a token reads: dense weights without the output matrix, experts, state (read and written), output matrix."""
-    planned = engine._recorded.weights._planned
-    output = "token_embd.weight" if engine._recorded.weights.tied else "output.weight"
+    recorded = gpu_of(engine).recorded
+    planned = recorded.weights._planned
+    output = "token_embd.weight" if recorded.weights.tied else "output.weight"
     dense = sum(p.tensor.bytes for name, p in planned.items() if name != output)
-    experts = sum(engine.shape.used * sum(r.part_bytes) for r in engine._records.values())
-    state = 2 * sum(size for _, size in engine._recorded.token.state.zeroed)
+    experts = sum(engine.shape.used * sum(r.part_bytes) for r in gpu_of(engine).records.values())
+    state = 2 * sum(size for _, size in recorded.token.state.zeroed)
     return {"dense": dense, "experts": experts, "state": state, "output": planned[output].tensor.bytes}
 
 
-def decode(engine: DeviceEngine, tokens: np.ndarray, outputs: int) -> list[float]:
+def decode(engine: Engine, tokens: np.ndarray, outputs: int) -> list[float]:
     """Seconds of each token."""
-    times = []
-    session = engine.session()
-    for i, token in enumerate(tokens):
+    times, state = [], engine.backend.new_state()
+    logits = np.empty((outputs, engine.shape.vocabulary), np.float32)
+    for i in range(len(tokens)):
         started = time.perf_counter()
-        engine.run_token(int(token), i, outputs, substitute=True)
+        span = Span(state, tokens[i : i + 1].astype(np.int32), i, outputs)
+        engine.backend.run(Batch([span], may_substitute=True), logits)
         times.append(time.perf_counter() - started)
-    session.close()
+    state.close()
     return times
 
 
-def replay_ms(engine: DeviceEngine, outputs: int) -> float:
+def replay_ms(engine: Engine, outputs: int) -> float:
     """Milliseconds of a token's graph on the device alone (nothing may be missing: nobody would answer)."""
-    gpu, graph = engine.gpu, engine._graph(outputs)
+    gpu, graph = gpu_of(engine).gpu, gpu_of(engine).tokens.graph(outputs)
     begin, end = gpu.event(is_timed=True), gpu.event(is_timed=True)
     samples = []
     for _ in range(REPLAYS):
@@ -91,10 +101,10 @@ def replay_ms(engine: DeviceEngine, outputs: int) -> float:
     return statistics.median(samples)
 
 
-def profile(engine: DeviceEngine) -> dict[str, dict[str, float]]:
+def profile(engine: Engine) -> dict[str, dict[str, float]]:
     """Microseconds of each kernel of a token, each launch timed alone (so without its overlap with neighbours)."""
-    gpu = engine.gpu
-    launches = [(s, gpu.prepare(s.kernel, s.grid, *s.arguments)) for s in engine._recorded.token.launches(1)]
+    gpu = gpu_of(engine).gpu
+    launches = [(s, gpu.prepare(s.kernel, s.grid, *s.arguments)) for s in gpu_of(engine).recorded.token.launches(1)]
     skipped = ("wait_for_misses",)
     begin, end = gpu.event(is_timed=True), gpu.event(is_timed=True)
     total: dict[str, list[float]] = defaultdict(list)
@@ -144,13 +154,9 @@ def main() -> None:
         car=options.car,
         calibration=options.calibration,
         context_tokens=2048,
+        tuning=Tuning(branches=options.branches, chained_launches=not options.unchained),
     )
-    DeviceEngine.chained_launches = not options.unchained
-    DeviceEngine.two_branches = None if options.branches is None else options.branches == 2
-    engine = Engine.open(options.model, config)
-    if not isinstance(engine, DeviceEngine):
-        raise SystemExit("device_decode: there is no GPU in use")
-    with engine:
+    with Engine.open(options.model, config) as engine:
         result = measure(engine, options)
     text = json.dumps(result, indent=1)
     print(text)
@@ -158,9 +164,10 @@ def main() -> None:
         options.output.write_text(text + "\n")
 
 
-def measure(engine: DeviceEngine, options: argparse.Namespace) -> dict[str, Any]:
+def measure(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one configuration."""
-    s, gpu = engine.shape, engine.gpu
+    s, backend = engine.shape, gpu_of(engine)
+    gpu = backend.gpu
     tokens = np.random.default_rng(1).integers(0, s.vocabulary, options.warmup + options.tokens)
     decode(engine, tokens[: options.warmup], 1)
     decode(engine, tokens[:4], 0)
@@ -182,7 +189,7 @@ def measure(engine: DeviceEngine, options: argparse.Namespace) -> dict[str, Any]
         "layer_us": layer_us, "layer_roofline_us": layer_bytes / bandwidth * 1e6,
         "layer_over_roofline": layer_us / (layer_bytes / bandwidth * 1e6),
         "token_over_roofline": statistics.median(times) / (sum(nbytes.values()) / bandwidth),
-        "launches_per_layer": len(engine._recorded.token.body) / s.layers,
+        "launches_per_layer": len(backend.recorded.token.body) / s.layers,
         "statistics": statistics_,
     }  # fmt: skip
     if options.tiers or options.vram:
@@ -194,10 +201,10 @@ def measure(engine: DeviceEngine, options: argparse.Namespace) -> dict[str, Any]
     return result
 
 
-def limits(engine: DeviceEngine, options: argparse.Namespace, s: dict[str, Any], token_s: float) -> dict[str, Any]:
+def limits(engine: Engine, options: argparse.Namespace, s: dict[str, Any], token_s: float) -> dict[str, Any]:
     """The resources of a limited run, and the token's time over the slowest."""
     record = max(slot_layout(layer).slot_bytes for layer in engine.store.experts.values())
-    up, up_beside_down = link_rates(engine.device_name.split()[0], record)
+    up, up_beside_down = link_rates(engine.backend.device_name.split()[0], record)
     drive = drive_rate(engine, engine.config.pace)
     count = options.tokens
     parts = {

@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 from box import drive_rate
-from device_decode import decode
+from device_decode import decode, gpu_of
 
 from fomoe_io import Engine, EngineConfig
-from fomoe_io.config import Tiers
-from fomoe_io.gpu.engine import DeviceEngine
+from fomoe_io.config import Tiers, Tuning
 
 
-def prefill(engine: DeviceEngine, tokens: np.ndarray) -> tuple[float, dict[str, Any]]:
+def prefill(engine: Engine, tokens: np.ndarray) -> tuple[float, dict[str, Any]]:
     """Seconds and statistics of one prompt."""
     engine.reset_statistics()
     session = engine.session()
@@ -35,17 +34,17 @@ def prefill(engine: DeviceEngine, tokens: np.ndarray) -> tuple[float, dict[str, 
     return seconds, engine.statistics()
 
 
-def measure(engine: DeviceEngine, tokens: np.ndarray, *, decodes: int) -> dict[str, Any]:
+def measure(engine: Engine, tokens: np.ndarray, *, decodes: int) -> dict[str, Any]:
     """One width of a batch."""
     prefill(engine, tokens)
     drive = drive_rate(engine, engine.config.pace)
     seconds, s = prefill(engine, tokens)
     nvme = s["tiers"]["nvme"]
     result = {
-        "batch_tokens": engine.batch_tokens, "seconds": seconds, "tokens_per_second": len(tokens) / seconds,
+        "batch_tokens": engine.budgets.batch_tokens, "seconds": seconds, "tokens_per_second": len(tokens) / seconds,
         "experts_read": nvme["reads"], "nvme_bytes": nvme["bytes"], "drive_gb_s": drive / 1e9,
         "over_drive": seconds / (nvme["bytes"] / drive) if nvme["bytes"] else None,
-        "uses_vendor_library": engine.uses_products(len(tokens)), "device_calls": s["device_calls"],
+        "uses_vendor_library": gpu_of(engine).uses_products(len(tokens)), "device_calls": s["device_calls"],
     }  # fmt: skip
     if decodes:
         decode(engine, tokens[:decodes], 0)
@@ -67,17 +66,16 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     tokens, runs = None, []
-    DeviceEngine.may_use_library = not options.without_library
     for batch in map(int, options.batches.split(",")):
-        config = EngineConfig(device=options.device, tiers=options.tiers, batch_tokens=batch, context_tokens=4096)
-        engine = Engine.open(options.model, config)
-        if not isinstance(engine, DeviceEngine):
-            raise SystemExit("device_prompt: there is no GPU in use")
-        with engine:
+        config = EngineConfig(device=options.device, tiers=options.tiers, batch_tokens=batch, context_tokens=4096,
+            tuning=Tuning(library_products=not options.without_library),
+        )  # fmt: skip
+        with Engine.open(options.model, config) as engine:
             if tokens is None:
                 tokens = np.random.default_rng(1).integers(0, engine.shape.vocabulary, options.tokens)
             runs.append(measure(engine, tokens, decodes=options.decodes))
-            head = {"device": str(engine.gpu), "driver": engine.gpu.driver(), "model": engine.model_name}
+            gpu = gpu_of(engine).gpu
+            head = {"device": str(gpu), "driver": gpu.driver(), "model": engine.model_name}
             slots = {"vram": int(engine.budgets.slots[0][0]), "dram": int(engine.budgets.slots[0][1])}
     result = head | {"slots": slots, "tokens": options.tokens, "runs": runs}
     text = json.dumps(result, indent=1)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fomoe_io.config import EngineConfig, Tiers
 from fomoe_io.errors import (
     BudgetError,
+    ComputeError,
     DeviceError,
     FomoeError,
     FormatError,
@@ -22,6 +23,7 @@ from fomoe_io.experts.car import CarRule
 
 if TYPE_CHECKING:
     from fomoe_io.engine import Engine
+    from fomoe_io.llm import LLM, Completion
     from fomoe_io.session import Session
     from fomoe_io.storage.store import Store
     from fomoe_io.text.sampler import Sampler, SamplingConfig
@@ -29,8 +31,11 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "LLM",
     "BudgetError",
     "CarRule",
+    "Completion",
+    "ComputeError",
     "DeviceError",
     "Engine",
     "EngineConfig",
@@ -48,6 +53,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "LLM": "fomoe_io.llm",
+    "Completion": "fomoe_io.llm",
     "Engine": "fomoe_io.engine",
     "Sampler": "fomoe_io.text.sampler",
     "SamplingConfig": "fomoe_io.text.sampler",

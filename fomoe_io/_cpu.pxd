@@ -63,6 +63,9 @@ cdef extern from "csrc/experts/trace.h" nogil:
     void fomoe_trace_seeds(fomoe_trace *, int layer, int count, const int32_t *experts, const double *scores)
     int fomoe_trace_flush(fomoe_trace *)
 
+cdef class Trace:
+    cdef fomoe_trace *c
+
 cdef extern from "csrc/experts/car.h" nogil:
     ctypedef struct fomoe_car:
         pass
@@ -114,6 +117,17 @@ cdef extern from "csrc/cpu/experts.h" nogil:
     int fomoe_experts_warm(fomoe_experts *, int layer, const int32_t *experts, const double *scores, int count,
                            fomoe_watch *)
     void fomoe_experts_failure(const fomoe_experts *, int *layer, int *expert)
+
+cdef extern from "csrc/experts/routing.h" nogil:
+    ctypedef struct fomoe_router:
+        int32_t experts
+        int32_t used
+        int32_t score
+        const float *bias
+        int32_t groups
+        int32_t groups_used
+        int32_t normalise
+        float scale
 
 cdef extern from "csrc/cpu/program.h" nogil:
     int FOMOE_MAT_MUL_PARTS
@@ -224,9 +238,11 @@ cdef extern from "csrc/cpu/program.h" nogil:
     ctypedef struct attention_step:
         fomoe_rows query
         fomoe_rows output
+        const float *sinks
         int64_t key_offset
         int64_t value_offset
         int64_t context
+        int64_t window
         int32_t heads
         int32_t kv_heads
         int32_t head_columns
@@ -236,19 +252,29 @@ cdef extern from "csrc/cpu/program.h" nogil:
         fomoe_rows logits
         fomoe_rows weights
         fomoe_rows ids
+        fomoe_router router
+        const float *logit_bias
         int32_t layer
-        int32_t count
-        int32_t used
-        int32_t normalise
-        float scale
+    ctypedef struct ungroup_step:
+        fomoe_rows input
+        fomoe_rows output
+        int32_t groups
+        int32_t first
+        int32_t length
+        int32_t at
+    ctypedef struct add_bias_step:
+        fomoe_rows rows
+        const float *bias
     ctypedef struct experts_step:
         fomoe_rows logits
         fomoe_rows weights
         fomoe_rows ids
         fomoe_rows input[2]
         fomoe_experts *experts
+        const float *bias[3]
         int32_t layer
         int32_t normalise
+        int32_t is_clamped
     ctypedef struct combine_step:
         fomoe_rows weights
         fomoe_rows output
@@ -261,6 +287,8 @@ cdef extern from "csrc/cpu/program.h" nogil:
         const float *weight
         float epsilon
         fomoe_matrix router
+        fomoe_router how
+        const float *logit_bias
         fomoe_rows logits
         fomoe_experts *experts
         int32_t layer
@@ -283,6 +311,8 @@ cdef extern from "csrc/cpu/program.h" nogil:
         combine_step combine
         lookahead_step lookahead
         layer_end_step layer_end
+        ungroup_step ungroup
+        add_bias_step add_bias
     ctypedef void (*fomoe_execute)(const fomoe_step *, fomoe_run *, int) noexcept nogil
     ctypedef struct fomoe_step:
         fomoe_execute execute
@@ -297,4 +327,4 @@ cdef extern from "csrc/cpu/program.h" nogil:
     fomoe_execute fomoe_step_embed, fomoe_step_norm, fomoe_step_quantize, fomoe_step_mat_mul, fomoe_step_silu_mul
     fomoe_execute fomoe_step_conv, fomoe_step_delta, fomoe_step_rope_table, fomoe_step_kv, fomoe_step_attention
     fomoe_execute fomoe_step_route, fomoe_step_experts_begin, fomoe_step_experts, fomoe_step_combine
-    fomoe_execute fomoe_step_lookahead, fomoe_step_layer_end
+    fomoe_execute fomoe_step_lookahead, fomoe_step_layer_end, fomoe_step_ungroup, fomoe_step_add_bias

@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 
 from fomoe_io._gate import Gate
+from fomoe_io.models.recorder import Router
 from fomoe_io.models.rope import Rope
 
 FloatVector = np.ndarray | None
@@ -53,6 +54,7 @@ class Experts:
     kernels: Kernels
     most: int
     counts: tuple[int, ...]
+    substitutes: bool
     def __init__(
         self,
         kernels: Kernels,
@@ -145,20 +147,23 @@ class Program:
         head_columns: int,
         query_stride: int,
         gated: bool,
+        sinks: FloatVector = None,
+        window: int = 0,
     ) -> None: ...
-    def route(
+    def route(self, logits: Rows, ids: Rows, weights: Rows, layer: int, router: Router[np.ndarray]) -> None: ...
+    def experts_begin(
+        self, experts: Experts, logits: Rows, ids: Rows, weights: Rows, layer: int, normalise: bool
+    ) -> None: ...
+    def experts(
         self,
-        logits: Rows,
+        experts: Experts,
         ids: Rows,
-        weights: Rows,
+        gate_input: Rows,
+        up_input: Rows,
         layer: int,
-        count: int,
-        used: int,
-        normalise: bool,
-        scale: float,
+        biases: Sequence[FloatVector] = ...,
+        is_clamped: bool = False,
     ) -> None: ...
-    def experts_begin(self, experts: Experts, ids: Rows, gate_input: Rows, up_input: Rows, layer: int) -> None: ...
-    def experts(self, experts: Experts, ids: Rows, gate_input: Rows, up_input: Rows, layer: int) -> None: ...
     def combine(
         self,
         experts: Experts,
@@ -177,7 +182,10 @@ class Program:
         router: Matrix,
         logits: Rows,
         layer: int,
+        how: Router[np.ndarray],
     ) -> None: ...
+    def ungroup(self, input: Rows, output: Rows, groups: int, first: int, length: int, at: int) -> None: ...
+    def add_bias(self, rows: Rows, bias: FloatVector) -> None: ...
     def layer_end(self, input: Rows, layer: int) -> None: ...
     def run(
         self,

@@ -136,6 +136,16 @@ cdef const float *vector(array):
     return &view[0]
 
 
+cdef fomoe_router native_router(r):
+    """Of a models.recorder.Router, which the program keeps alive."""
+    cdef fomoe_router native
+    native.experts, native.used, native.score = r.experts, r.used, int(r.score)
+    native.bias = vector(r.bias)
+    native.groups, native.groups_used = r.groups, r.groups_used
+    native.normalise, native.scale = r.normalise, r.scale
+    return native
+
+
 cdef class Experts:
     """The routed experts: slots, residency and reads.  layers: one dict a layer (None for a dense layer)."""
     cdef fomoe_experts *c
@@ -145,6 +155,7 @@ cdef class Experts:
     cdef readonly Kernels kernels
     cdef readonly int most
     cdef readonly tuple counts
+    cdef readonly bint substitutes
     cdef object keep
 
     def __cinit__(
@@ -225,6 +236,7 @@ cdef class Experts:
     def set_car(self, uintptr_t car):
         """The address of a fomoe_car, which is copied."""
         fomoe_experts_set_car(self.c, <const fomoe_car *>car)
+        self.substitutes = True
 
     def counters(self):
         cdef const fomoe_residency_counters *r = fomoe_residency_count(self.residency)
@@ -255,7 +267,6 @@ cdef class Experts:
 
 cdef class Trace:
     """Appends the records of runs to an open file, which its owner keeps open."""
-    cdef fomoe_trace *c
 
     def __cinit__(self, int file, int batch, int used, int most):
         self.c = fomoe_trace_new(file, batch, used, most)
@@ -285,7 +296,6 @@ cdef class Program:
     cdef Team team
     cdef readonly Kernels kernels
     cdef list keep
-    cdef tuple routed
     cdef Trace tracer
 
     def __cinit__(self, Team team not None, Kernels kernels not None, int64_t scratch_floats):
@@ -457,7 +467,7 @@ cdef class Program:
         self._add(&s, (query, key, value, table, query_norm, key_norm, biases))
 
     def attention(self, Rows query, Rows output, int64_t key_offset, int64_t value_offset, int64_t context, int heads,
-                  int kv_heads, int head_columns, int query_stride, bint gated):
+                  int kv_heads, int head_columns, int query_stride, bint gated, sinks=None, int64_t window=0):
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
         s.execute = fomoe_step_attention
@@ -471,9 +481,12 @@ cdef class Program:
         s.arguments.attention.head_columns = head_columns
         s.arguments.attention.query_stride = query_stride
         s.arguments.attention.gated = gated
-        self._add(&s, (query, output))
+        s.arguments.attention.sinks = vector(sinks)
+        s.arguments.attention.window = window
+        self._add(&s, (query, output, sinks))
 
-    def route(self, Rows logits, Rows ids, Rows weights, int layer, int count, int used, bint normalise, float scale):
+    def route(self, Rows logits, Rows ids, Rows weights, int layer, router):
+        """By a models.recorder.Router."""
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
         s.execute = fomoe_step_route
@@ -481,18 +494,13 @@ cdef class Program:
         s.arguments.route.ids = ids.c
         s.arguments.route.weights = weights.c
         s.arguments.route.layer = layer
-        s.arguments.route.count = count
-        s.arguments.route.used = used
-        s.arguments.route.normalise = normalise
-        s.arguments.route.scale = scale
-        self.routed = logits, weights, normalise
-        self._add(&s, (logits, ids, weights))
+        s.arguments.route.router = native_router(router)
+        s.arguments.route.logit_bias = vector(router.logit_bias)
+        self._add(&s, (logits, ids, weights, router))
 
-    def experts_begin(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer):
-        """After the layer's route, whose logits and weights it may change."""
+    def experts_begin(self, Experts experts, Rows logits, Rows ids, Rows weights, int layer, bint normalise):
+        """What the layer's route left, which it may change."""
         cdef fomoe_step s
-        cdef Rows logits, weights
-        logits, weights, normalise = self.routed
         memset(&s, 0, sizeof(s))
         s.execute = fomoe_step_experts_begin
         s.arguments.experts.experts = experts.c
@@ -501,9 +509,10 @@ cdef class Program:
         s.arguments.experts.weights = weights.c
         s.arguments.experts.layer = layer
         s.arguments.experts.normalise = normalise
-        self._add(&s, (experts, logits, ids, weights, gate_input, up_input))
+        self._add(&s, (experts, logits, ids, weights))
 
-    def experts(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer):
+    def experts(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer, biases=(None, None, None),
+                bint is_clamped=False):
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
         s.execute = fomoe_step_experts
@@ -512,7 +521,10 @@ cdef class Program:
         s.arguments.experts.input[0] = gate_input.c
         s.arguments.experts.input[1] = up_input.c
         s.arguments.experts.layer = layer
-        self._add(&s, (experts, ids, gate_input, up_input))
+        s.arguments.experts.is_clamped = is_clamped
+        for i, bias in enumerate(biases):
+            s.arguments.experts.bias[i] = vector(bias)
+        self._add(&s, (experts, ids, gate_input, up_input, biases))
 
     def combine(self, Experts experts, Rows weights, Rows output, int used, Rows shared, Rows shared_gate):
         cdef fomoe_step s
@@ -528,7 +540,7 @@ cdef class Program:
             s.arguments.combine.shared_gate = shared_gate.c
         self._add(&s, (experts, weights, output, shared, shared_gate))
 
-    def lookahead(self, Experts experts, Rows input, weight, float epsilon, Matrix router, Rows logits, int layer):
+    def lookahead(self, Experts experts, Rows input, weight, float epsilon, Matrix router, Rows logits, int layer, how):
         """At the end of the layer before `layer`, with that one's norm and router."""
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
@@ -540,7 +552,31 @@ cdef class Program:
         s.arguments.lookahead.logits = logits.c
         s.arguments.lookahead.experts = experts.c
         s.arguments.lookahead.layer = layer
-        self._add(&s, (experts, input, weight, router, logits))
+        s.arguments.lookahead.how = native_router(how)
+        s.arguments.lookahead.logit_bias = vector(how.logit_bias)
+        self._add(&s, (experts, input, weight, router, logits, how))
+
+    def ungroup(self, Rows input, Rows output, int groups, int first, int length, int at):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        if groups * length + at > output.c.columns or first + length > input.c.columns // groups:
+            raise ValueError("parts beyond the rows")
+        s.execute = fomoe_step_ungroup
+        s.arguments.ungroup.input = input.c
+        s.arguments.ungroup.output = output.c
+        s.arguments.ungroup.groups = groups
+        s.arguments.ungroup.first = first
+        s.arguments.ungroup.length = length
+        s.arguments.ungroup.at = at
+        self._add(&s, (input, output))
+
+    def add_bias(self, Rows rows, bias):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_add_bias
+        s.arguments.add_bias.rows = rows.c
+        s.arguments.add_bias.bias = vector(bias)
+        self._add(&s, (rows, bias))
 
     def layer_end(self, Rows input, int layer):
         cdef fomoe_step s

@@ -7,10 +7,12 @@ cdef extern from "csrc/read/watch.h" nogil:
         int (*poll)(void *) noexcept nogil
         void *argument
         int64_t polled_ms
+        int32_t done, steps
 
 cdef class Gate:
     cdef fomoe_watch watch
     cdef object raised
+    cdef public object on_progress
     cdef int busy
     cdef long owner
     cdef int process

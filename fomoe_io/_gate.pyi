@@ -1,5 +1,8 @@
+from collections.abc import Callable
+
 class Gate:
     is_shut: bool
+    on_progress: Callable[[float], None] | None
     @property
     def is_foreign(self) -> bool: ...
     @property

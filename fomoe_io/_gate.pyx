@@ -30,6 +30,7 @@ cdef class Gate:
 
     ``with gate:`` takes the turn or raises UsageError at once.  A run inside is watched: shut() from another thread
     ends it, and so does a signal handler that raises (Ctrl-C), when the main thread runs it; raise_end() says which.
+    `on_progress` is called meanwhile, every 50 ms at most, with how much of the run is done (0..1).
     """
 
     def __cinit__(self):
@@ -66,6 +67,7 @@ cdef class Gate:
             raise UsageError("the engine is busy in another thread; one at a time, or an engine for each")
         self.owner = me
         self.raised = None
+        self.watch.done = self.watch.steps = 0
         self.watch.poll = NULL
         if is_main:
             self.watch.poll = ask_python
@@ -81,6 +83,8 @@ cdef class Gate:
     cdef int ask(self) noexcept:
         try:
             PyErr_CheckSignals()
+            if self.on_progress is not None and self.watch.steps:
+                self.on_progress(self.watch.done / <double>self.watch.steps)
         except BaseException as error:
             self.raised = error
             return 1

@@ -4,16 +4,19 @@ from typing import Any
 
 import numpy as np
 
+from fomoe_io._cpu import Trace
 from fomoe_io._hip import Event, Graph, Stream
 
 TILE_PAIRS: int
 """Pairs of a tile at most."""
 TILE_BYTES: int
 """Size of csrc/gpu/device_experts.h, fomoe_tile."""
-LANES: int
+STREAMS: int
 """Streams of copies: up, down."""
+EVENT_RINGS: int
+"""Lanes: those of copies, and a batch's kernels."""
 LANE_EVENTS: int
-"""Events that each of them needs."""
+"""Events that each lane needs."""
 
 class DeviceExperts:
     def __init__(
@@ -34,22 +37,10 @@ class DeviceExperts:
     def failure(self) -> tuple[int, int]: ...
     def counters(self) -> dict[str, int]: ...
     def picks(self) -> np.ndarray: ...
-    def begin_batch(self, tokens: int) -> None: ...
-    def batch_layer(self, layer: int, picks: np.ndarray, order: np.ndarray) -> int: ...
-    def next_wave(self, layer: int, computed: Event | None, tiles: np.ndarray) -> tuple[int, int]: ...
-    def run(
-        self,
-        stream: Stream,
-        graph: Graph,
-        number: int,
-        header_to: int,
-        header_from: int,
-        header_bytes: int,
-        tables_to: int,
-        tables_from: int,
-        tables_bytes: int,
-        logits_to: int,
-        logits_from: int,
-        logits_bytes: int,
-        stop: int,
-    ) -> int: ...
+    def begin_batch(self, tokens: int, stream: Stream) -> None: ...
+    def batch_layer(self, layer: int, picks: np.ndarray, weights: np.ndarray, order: np.ndarray) -> int: ...
+    def next_wave(self, layer: int, tiles: np.ndarray) -> tuple[int, int]: ...
+    def bind(self, *, changed: int, stop: int, logits_from: int, logits_to: int) -> None: ...
+    def trace(self, trace: Trace | None, tokens: int) -> None: ...
+    def set_piece_bytes(self, nbytes: int) -> None: ...
+    def run(self, stream: Stream, graph: Graph, number: int, logits_bytes: int) -> int: ...

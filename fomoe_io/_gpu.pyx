@@ -7,6 +7,7 @@ from libc.string cimport memset
 
 import numpy as np
 
+from fomoe_io._cpu cimport Trace, fomoe_trace
 from fomoe_io._hip cimport (
     FOMOE_STUCK, NOT_READY, Event, Graph, Stream, api, check, count_host_sync, fomoe_patience, patience,
     raise_interruption, stuck,
@@ -40,7 +41,7 @@ cdef extern from "csrc/experts/residency.h" nogil:
 
 cdef extern from "csrc/gpu/device_experts.h" nogil:
     enum:
-        FOMOE_PARTS, FOMOE_LANES, FOMOE_LANE_EVENTS, FOMOE_LANE_UP, FOMOE_LANE_DOWN
+        FOMOE_PARTS, FOMOE_LANES, FOMOE_COPY_LANES, FOMOE_LANE_EVENTS, FOMOE_LANE_UP, FOMOE_LANE_DOWN
     ctypedef struct fomoe_extent:
         pass
     ctypedef struct fomoe_device_calls:
@@ -57,7 +58,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         void *events[64]
     ctypedef struct fomoe_device_copies:
         fomoe_device_calls calls
-        fomoe_lane lane[2]
+        fomoe_lane lane[3]
         uint64_t bytes[2]
         int error
         const char *failed_call
@@ -80,7 +81,8 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         uint8_t *spare[2]
         int32_t spares[2]
     ctypedef struct fomoe_device_expert_counters:
-        uint64_t nvme_reads, nvme_bytes, nvme_stall_ns, copy_stall_ns, served_layers, layers
+        uint64_t nvme_reads, nvme_bytes, nvme_stall_ns, layers, served_layers
+        uint64_t misses, host_ns, copy_stall_ns, before_reads_ns, after_reads_ns, post_stall_ns
     ctypedef struct fomoe_device_experts:
         pass
     fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe_device_layer *,
@@ -92,10 +94,13 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         FOMOE_TILE_PAIRS
     ctypedef struct fomoe_tile:
         pass
-    void fomoe_device_batch_begin(fomoe_device_experts *, int tokens)
-    int fomoe_device_batch_layer(fomoe_device_experts *, int layer, const int32_t *picks, int tokens, int32_t *order)
-    int fomoe_device_batch_next(fomoe_device_experts *, int layer, void *computed, fomoe_tile *tiles, int *count)
+    void fomoe_device_batch_begin(fomoe_device_experts *, int tokens, void *compute)
+    int fomoe_device_batch_layer(fomoe_device_experts *, int layer, const int32_t *picks, const float *weights, int tokens,
+                                 int32_t *order)
+    int fomoe_device_batch_next(fomoe_device_experts *, int layer, fomoe_tile *tiles, int *count)
     int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *, const double *, int count)
+    int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens)
+    void fomoe_device_experts_set_piece_bytes(fomoe_device_experts *, uint32_t)
     void fomoe_device_experts_settle(fomoe_device_experts *)
     void fomoe_device_experts_changed_tables(fomoe_device_experts *, uint32_t *)
     void fomoe_device_experts_tables_arrived(fomoe_device_experts *)
@@ -106,13 +111,18 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
 
 
 cdef class DeviceExperts:
-    """The routed experts of all layers.  layers, classes: dicts that fomoe_io/gpu/engine.py makes; keep: what they
+    """The routed experts of all layers.  layers, classes: dicts that fomoe_io/gpu/backend.py makes; keep: what they
     point to."""
     cdef fomoe_device_experts *c
     cdef fomoe_residency *residency
     cdef object keep
+    cdef Trace tracer
     cdef readonly int most, count
     cdef int device
+    cdef uint32_t *changed
+    cdef volatile uint32_t *stop
+    cdef void *logits_from
+    cdef void *logits_to
     cdef bint is_lost  # a run could not be ended: the device may still use what the next one would overwrite
 
     def __cinit__(self, list layers, list classes, slots, int used, int policy, decay,
@@ -149,6 +159,24 @@ cdef class DeviceExperts:
         finally:
             free(layer)
             free(size_class)
+
+    def bind(self, *, uintptr_t changed, uintptr_t stop, uintptr_t logits_from, uintptr_t logits_to):
+        """Where runs find their words: changed, uint32 [layers], for the graph's begin_run, and stop, which ends its
+        waits, in memory that the device sees too; the logits on the device and on the host."""
+        self.changed = <uint32_t *>changed
+        self.stop = <volatile uint32_t *>stop
+        self.logits_from = <void *>logits_from
+        self.logits_to = <void *>logits_to
+
+    def trace(self, Trace trace, int tokens):
+        """Write what runs from now on do, batches of up to so many tokens; None: nothing."""
+        if fomoe_device_experts_set_trace(self.c, NULL if trace is None else trace.c, tokens):
+            raise MemoryError
+        self.tracer = trace
+
+    def set_piece_bytes(self, uint32_t nbytes):
+        """Reads of experts are cut into pieces of about so many bytes, each sent up as it lands."""
+        fomoe_device_experts_set_piece_bytes(self.c, nbytes)
 
     def __dealloc__(self):
         fomoe_device_experts_free(self.c)
@@ -199,7 +227,9 @@ cdef class DeviceExperts:
             "evictions": r.evictions, "promotions": r.promotions, "demotions": r.demotions,
             "substitutions": r.substitutions, "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes,
             "stall_ns": e.nvme_stall_ns, "copy_stall_ns": e.copy_stall_ns, "layers": e.layers,
-            "served_layers": e.served_layers, "up_bytes": copies.bytes[FOMOE_LANE_UP],
+            "served_layers": e.served_layers, "misses": e.misses, "host_ns": e.host_ns,
+            "before_reads_ns": e.before_reads_ns, "after_reads_ns": e.after_reads_ns,
+            "post_stall_ns": e.post_stall_ns, "up_bytes": copies.bytes[FOMOE_LANE_UP],
             "down_bytes": copies.bytes[FOMOE_LANE_DOWN],
         }
 
@@ -208,45 +238,44 @@ cdef class DeviceExperts:
         cdef const int64_t *c = fomoe_device_experts_picks(self.c)
         return np.array(<const int64_t[:self.count, :self.most]>c)
 
-    def begin_batch(self, int tokens):
-        fomoe_device_batch_begin(self.c, tokens)
+    def begin_batch(self, int tokens, Stream stream not None):
+        """A batch whose kernels go to this stream."""
+        with nogil:
+            api.hipSetDevice(self.device)
+            fomoe_device_batch_begin(self.c, tokens, stream.handle)
 
-    # picks: [tokens, used]; order: [tokens * used], out.  0 or a negative errno of a read.
-    def batch_layer(self, int layer, const int32_t[:, ::1] picks, int32_t[::1] order):
+    # picks, weights: [tokens, used]; order: [tokens * used], out.  All three stay as they are until the layer is done.
+    # 0 or a negative errno of a read.
+    def batch_layer(self, int layer, const int32_t[:, ::1] picks, const float[:, ::1] weights, int32_t[::1] order):
         cdef int error, tokens = picks.shape[0]
         with nogil:
             api.hipSetDevice(self.device)
-            error = fomoe_device_batch_layer(self.c, layer, &picks[0, 0], tokens, &order[0])
+            error = fomoe_device_batch_layer(self.c, layer, &picks[0, 0], &weights[0, 0], tokens, &order[0])
         return self.checked(error)
 
     # tiles: room for those of all experts that are left.  (error as above, number of tiles)
-    def next_wave(self, int layer, Event computed, uint8_t[::1] tiles):
+    def next_wave(self, int layer, uint8_t[::1] tiles):
         cdef int error, count = 0
-        cdef void *event = computed.handle if computed is not None else NULL
-        cdef fomoe_tile *out = <fomoe_tile *>&tiles[0]
+        cdef fomoe_tile *out = <fomoe_tile *>&tiles[0] if tiles.shape[0] else NULL
         with nogil:
             api.hipSetDevice(self.device)
-            error = fomoe_device_batch_next(self.c, layer, event, out, &count)
+            error = fomoe_device_batch_next(self.c, layer, out, &count)
         return self.checked(error), count
 
-    def run(self, Stream stream, Graph graph, unsigned int number, uintptr_t changed, uintptr_t logits_to,
-            uintptr_t logits_from, size_t logits_bytes, uintptr_t stop):
-        """One replay: the graph, which begins by fetching header and changed tables, and the logits out.
+    def run(self, Stream stream, Graph graph, unsigned int number, size_t logits_bytes):
+        """One replay: the graph, which begins by fetching header and changed tables, and so much of the logits out.
 
-        changed: uint32 [layers] in memory that the device sees, for the graph's begin_run; stop: the word that
-        ends its waits.
         0 or a negative errno of a read.  However it ends, the graph has ended too: what it reads may be written again.
         """
         cdef int code, drained = 0, served = 0
         cdef fomoe_device_copies *copies = fomoe_device_experts_copies(self.c)
-        cdef volatile uint32_t *stop_word = <volatile uint32_t *>stop
         if self.is_lost:
             with nogil:
                 api.hipSetDevice(self.device)
                 drained = fomoe_stream_wait(copies, stream.handle)
             self.end_of_run(drained)
-        fomoe_device_experts_changed_tables(self.c, <uint32_t *>changed)
-        stop_word[0] = 0
+        fomoe_device_experts_changed_tables(self.c, self.changed)
+        self.stop[0] = 0
         call = "hipGraphLaunch"
         with nogil:
             code = api.hipSetDevice(self.device)
@@ -255,12 +284,12 @@ cdef class DeviceExperts:
         if code == 0 and logits_bytes:
             call = "hipMemcpyDtoHAsync"
             with nogil:
-                code = api.hipMemcpyDtoHAsync(<void *>logits_to, <void *>logits_from, logits_bytes, stream.handle)
+                code = api.hipMemcpyDtoHAsync(self.logits_to, self.logits_from, logits_bytes, stream.handle)
         with nogil:
             if code == 0:
-                served = fomoe_device_experts_serve(self.c, number, stream.handle, stop_word)
+                served = fomoe_device_experts_serve(self.c, number, stream.handle, self.stop)
             else:
-                stop_word[0] = 1
+                self.stop[0] = 1
             drained = fomoe_stream_wait(copies, stream.handle)
         count_host_sync()
         self.is_lost = drained != 0  # also when another error is raised
@@ -310,7 +339,8 @@ cdef int fill_copies(fomoe_device_copies *copies, list streams, list events) exc
     copies.patience = &patience
     copies.calls.not_ready = NOT_READY
     for lane in range(FOMOE_LANES):
-        copies.lane[lane].stream = (<Stream>streams[lane]).handle
+        if lane < FOMOE_COPY_LANES:
+            copies.lane[lane].stream = (<Stream>streams[lane]).handle
         for i in range(FOMOE_LANE_EVENTS):
             copies.lane[lane].events[i] = (<Event>events[lane][i]).handle
     return 0
@@ -318,5 +348,6 @@ cdef int fill_copies(fomoe_device_copies *copies, list streams, list events) exc
 
 TILE_PAIRS = FOMOE_TILE_PAIRS
 TILE_BYTES = sizeof(fomoe_tile)
-LANES = FOMOE_LANES
+STREAMS = FOMOE_COPY_LANES
+EVENT_RINGS = FOMOE_LANES
 LANE_EVENTS = FOMOE_LANE_EVENTS

@@ -30,6 +30,12 @@ def leave_while_loading() -> None:
         signal.signal(signal.SIGINT, _leave)
 
 
+def heed_interrupts() -> None:
+    """Everything is loaded: Ctrl-C is Python's again."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _start(module: str) -> int:
     open_streams()
     # a shell's background jobs do not
@@ -76,3 +82,41 @@ def doctor() -> int:
 def layout() -> int:
     """fomoe-layout"""
     return _start("layout_tool.main")
+
+
+def top() -> int:
+    """fomoe-top"""
+    return _start("fomoe_io.cli.top")
+
+
+VERBS = {
+    "run": ("fomoe_io.cli.run", "answer a prompt, or talk"),
+    "serve": ("fomoe_io.cli.serve", "answer over HTTP, as llama-server does"),
+    "layout": ("layout_tool.main", "write a model so that each expert is read in one request"),
+    "plan": ("layout_tool.main", "what that would write, and whether it fits: fomoe layout plan"),
+    "ppl": ("fomoe_io.cli.ppl", "perplexity of a text"),
+    "bench": ("fomoe_io.cli.bench", "speed of a model, of drives, of caching policies"),
+    "doctor": ("fomoe_io.cli.doctor", "what of this machine helps or hinders"),
+    "top": ("fomoe_io.cli.top", "watch a server at work"),
+    "shell": ("fomoe_io.cli.shell", "completion scripts and man pages"),
+}
+"""Of `fomoe VERB`: the module, and what it does."""
+
+
+def fomoe() -> int:
+    """fomoe: one command over all; `fomoe run` is fomoe-run."""
+    open_streams()
+    verb, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if verb in VERBS:
+        sys.argv = [f"fomoe-{verb}", *(["plan"] if verb == "plan" else []), *rest]
+        return _start(VERBS[verb][0])
+    if verb == "--version":
+        sys.argv = ["fomoe-run", "--version"]
+        return _start("fomoe_io.cli.run")
+    lines = ["usage: fomoe VERB ...   (fomoe VERB --help says more)", ""]
+    lines += [f"  {name:8}{about}" for name, (_, about) in VERBS.items()]
+    if verb in ("-h", "--help", "help"):
+        print("\n".join(lines))
+        return 0
+    print("\n".join([f"fomoe: {verb!r} is no verb" if verb else "fomoe: no verb", *lines]), file=sys.stderr)
+    return 2

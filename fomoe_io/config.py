@@ -6,7 +6,7 @@ import operator
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -68,6 +68,30 @@ class Tiers:
         return cls(float(match[1]) / 100, float(match[2]) / 100)
 
 
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a device is driven, for measurements: results are the same, but for the last bits with `library_products`.
+
+    Attributes
+    ----------
+    branches : {1, 2} or None
+        Of a token's graph: 2 runs the shared expert beside the routed ones.  None takes 2 on CUDA; HIP submits a graph
+        of one branch in one piece, and one of two command by command, through a queue that it may share with others.
+    chained_launches : bool
+        A token's kernels may be started before the ones they follow have finished, where the device can.
+    library_products : bool
+        The vendor's library makes the dense products of prompts, where it is found.
+    piece_bytes : int or None
+        Reads of experts are cut into pieces of about so many bytes, each sent to the device as it lands; None: csrc/gpu
+        knows.
+    """
+
+    branches: int | None = None
+    chained_launches: bool = True
+    library_products: bool = True
+    piece_bytes: int | None = None
+
+
 MOST_LOOKAHEAD = 16
 """Ranks; a guess further down is wrong more often than right (docs/car.md)."""
 
@@ -104,6 +128,14 @@ def _tiers(value: Any) -> Tiers:
     return value
 
 
+def _pace(value: Any) -> Pace:
+    if isinstance(value, str):
+        return Pace.parse(value)
+    if not isinstance(value, Pace):
+        raise TypeError
+    return value
+
+
 def _car(value: Any) -> CarRule | None:
     if isinstance(value, str):
         return CarRule.parse(value)
@@ -117,6 +149,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "vram_bytes": (_size, 'a number of bytes, or a size such as "16G"'),
     "threads": (_integer, "an integer"),
     "context_tokens": (_integer, "an integer"),
+    "sessions": (_integer, "an integer"),
     "batch_tokens": (_integer, "an integer"),
     "ring_depth": (_integer, "an integer"),
     "lookahead": (_integer, "an integer"),
@@ -124,11 +157,12 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "direct": (_is_true, "True or False"),
     "tiers": (_tiers, 'Tiers, or a text such as "vram=20%,dram=15%"'),
     "car": (_car, 'a CarRule, or a text such as "on" or "regret:0.03"'),
+    "pace": (_pace, 'a Pace, or a text such as "14.5G,80us"'),
     "calibration": (os.fspath, "a path"),
     "profile": (_profile, 'a path or "learned"'),
     "trace": (_path, "a path"),
 }
-_NEEDED = ("batch_tokens", "lookahead", "logit_rows", "direct")
+_NEEDED = ("sessions", "batch_tokens", "lookahead", "logit_rows", "direct")
 """None is no choice."""
 
 
@@ -147,6 +181,8 @@ class EngineConfig:
         None takes the processors this process may run on.
     context_tokens : int or None
         Positions of a session; None takes the model's, at most 4096.
+    sessions : int
+        Timelines that may be open at once; memory is set aside for the state of each.
     batch_tokens : int
         Most tokens of a prompt computed at once (less under a tight budget; results do not depend on it).
     logit_rows : int
@@ -181,12 +217,16 @@ class EngineConfig:
         (fomoe_io/learned_profile.py); None: by the store's own, if it has one.  Changes no exact result.
     trace : Path or None
         Write what the router picks here (fomoe_io/trace.py).
+    tuning : Tuning
+    progress : callable or None
+        Called while the model opens, with ("weights", bytes read, bytes in all) and ("experts", layers filled, layers).
     """
 
     ram_bytes: int | None = None
     slots: int | None = None
     threads: int | None = None
     context_tokens: int | None = None
+    sessions: int = 1
     batch_tokens: int = 512
     logit_rows: int = 0
     reader: str = "auto"
@@ -204,6 +244,8 @@ class EngineConfig:
     car: CarRule | None = None
     profile: Path | Literal["learned"] | None = None
     trace: Path | None = None
+    tuning: Tuning = Tuning()
+    progress: Callable[[str, int, int], None] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, (form, expected) in _FORMS.items():
@@ -230,6 +272,7 @@ class EngineConfig:
         limits = {
             "threads": 256,
             "context_tokens": 1 << 22,
+            "sessions": 256,
             "batch_tokens": 1 << 14,
             "ring_depth": 4096,
             "slots": 1 << 16,

@@ -4,17 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fomoe_io.backend import RECORDS, Batch, Span
 from fomoe_io.errors import UsageError
-from fomoe_io.storage.reader import aligned_memory
 
 if TYPE_CHECKING:
-    from fomoe_io.engine import Engine
+    from fomoe_io._gate import Gate
+    from fomoe_io.backend import Backend
+    from fomoe_io.models.shape import Shape
 
-RECORDS = ("experts", "weights", "router_logits", "layer_output", "final_norm")
+
+@dataclass(slots=True)
+class Usage:
+    """What an engine's sessions have read, and how long it took."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.prompt_tokens = self.generated_tokens = 0
+        self.prompt_seconds = self.decode_seconds = 0.0
 
 
 class Session:
@@ -30,31 +46,14 @@ class Session:
         What the last :meth:`evaluate` was asked to record.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._take_memory()
-        self._decode_logits = np.empty((1, engine.shape.vocabulary), np.float32)
+    def __init__(self, backend: Backend, gate: Gate, shape: Shape, context_tokens: int, usage: Usage) -> None:
+        self._backend, self._gate, self._shape, self._usage = backend, gate, shape, usage
+        self._state = backend.new_state()
+        self._decode_logits = np.empty((1, shape.vocabulary), np.float32)
         self._broken = self._is_closed = False
-        self._prompt_tokens = 0  # of the prompt at work
         self.position = 0
-        self.context_tokens = engine.context_tokens
+        self.context_tokens = context_tokens
         self.records: dict[str, np.ndarray] = {}
-
-    def _take_memory(self) -> None:
-        self._state = self._engine._recorder.state
-        self._memory = aligned_memory(max(self._state.bytes, 4096))
-
-    def _give_memory(self) -> None:
-        self._memory.close()
-
-    def _clear(self) -> None:
-        """Zero what the next token would see of earlier ones."""
-        for offset, size in self._state.zeroed:
-            np.frombuffer(self._memory.view, np.uint8, size, offset)[:] = 0
-
-    @property
-    def _batch_tokens(self) -> int:
-        return self._engine.budgets.batch_tokens
 
     @property
     def is_broken(self) -> bool:
@@ -62,44 +61,39 @@ class Session:
         return self._broken
 
     def _check_open(self) -> None:
-        self._engine.gate.check()
+        self._gate.check()
         if self._is_closed:
             raise UsageError("the session is closed")
 
     def reset(self) -> None:
         """Forget everything: the next token is the first."""
         self._check_open()
-        with self._engine.gate:
-            self._clear()
+        with self._gate:
+            self._state.clear()
             self.position = 0
             self._broken = False
 
     def checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """The tokens as int32; UsageError when this session can't read them now."""
         self._check_open()
-        ids = token_ids(tokens, self._engine.shape.vocabulary)
+        ids = token_ids(tokens, self._shape.vocabulary)
         if self.position + len(ids) > self.context_tokens:
             raise UsageError(
                 f"{self.position} + {len(ids)} tokens exceed the context of {self.context_tokens}",
-                hint=f"-c {self.position + len(ids)} (the model was trained on {self._engine.shape.context_tokens})",
+                hint=f"-c {self.position + len(ids)} (the model was trained on {self._shape.context_tokens})",
             )
         if self._broken:
             raise UsageError("the session stopped in the middle of a token after an error; reset() it first")
         return ids
 
-    def _run(
-        self,
-        ids: np.ndarray,
-        logits: np.ndarray,
-        outputs: int,
-        records: dict[str, np.ndarray],
-        substitute: bool = False,
-    ) -> None:
+    def _run(self, batch: Batch, logits: np.ndarray) -> None:
         self._broken = True
-        how = {"position": self.position, "state": self._memory.address, "substitute": substitute}
-        self._engine._run(ids, logits, outputs, **how, **records)
+        self._backend.run(batch, logits)
         self._broken = False
-        self.position += len(ids)
+        self.position += sum(len(span.ids) for span in batch.spans)
+
+    def _span(self, ids: np.ndarray, outputs: int, prompt_tokens: int = 1) -> Span:
+        return Span(self._state, ids, self.position, outputs, prompt_tokens)
 
     def prefill(
         self, tokens: Sequence[int] | np.ndarray, progress: Callable[[int, int], None] | None = None
@@ -118,19 +112,20 @@ class Session:
             float32 [vocabulary]: logits after the last token.
         """
         self._check_open()
-        with self._engine.gate:
+        with self._gate:
             ids = self.checked(tokens)
             started = time.monotonic()
-            logits = np.empty((1, self._engine.shape.vocabulary), np.float32)
-            batch, self._prompt_tokens = self._batch_tokens, len(ids)
+            logits = np.empty((1, self._shape.vocabulary), np.float32)
+            batch = self._backend.budgets.batch_tokens
             for first in range(0, len(ids), batch):
                 part = ids[first : first + batch]
-                self._engine.gate.check_run()
-                self._run(part, logits, 1 if first + batch >= len(ids) else 0, {})
+                outputs = 1 if first + batch >= len(ids) else 0
+                self._gate.check_run()
+                self._run(Batch([self._span(part, outputs, len(ids))]), logits[:outputs])
                 if progress:
                     progress(first + len(part), len(ids))
-            self._engine.prompt_tokens += len(ids)
-            self._engine.prompt_seconds += time.monotonic() - started
+            self._usage.prompt_tokens += len(ids)
+            self._usage.prompt_seconds += time.monotonic() - started
         return logits[0]
 
     def decode(self, token: int) -> np.ndarray:
@@ -139,12 +134,12 @@ class Session:
         The only step in which cache-aware routing (`EngineConfig.car`) may act: batches are exact.
         """
         self._check_open()
-        with self._engine.gate:
+        with self._gate:
             ids = self.checked([token])
             started = time.monotonic()
-            self._run(ids, self._decode_logits, 1, {}, substitute=True)
-            self._engine.generated_tokens += 1
-            self._engine.decode_seconds += time.monotonic() - started
+            self._run(Batch([self._span(ids, 1)], may_substitute=True), self._decode_logits)
+            self._usage.generated_tokens += 1
+            self._usage.decode_seconds += time.monotonic() - started
         return self._decode_logits[0]
 
     def evaluate(self, tokens: Sequence[int] | np.ndarray, *, record: Sequence[str] = ()) -> np.ndarray:
@@ -164,33 +159,36 @@ class Session:
             float32 [n, vocabulary]
         """
         self._check_open()
-        with self._engine.gate:
+        with self._gate:
             ids = self.checked(tokens)
             started = time.monotonic()
-            logits = np.empty((len(ids), self._engine.shape.vocabulary), np.float32)
-            batch, self._prompt_tokens = self._batch_tokens, len(ids)
+            logits = np.empty((len(ids), self._shape.vocabulary), np.float32)
+            batch = self._backend.budgets.batch_tokens
             pieces: dict[str, list[np.ndarray]] = {name: [] for name in record}
             for first in range(0, len(ids), batch):
                 part = ids[first : first + batch]
-                self._engine.gate.check_run()
+                self._gate.check_run()
                 records = {name: self._record_array(name, len(part)) for name in record}
-                self._run(part, logits[first : first + batch], len(part), records)
+                span = self._span(part, len(part), len(ids))
+                self._run(Batch([span], records=records), logits[first : first + batch])
                 for name, array in records.items():
                     pieces[name].append(array)
             axis = {name: 0 if name == "final_norm" else 1 for name in record}
             self.records = {name: np.concatenate(parts, axis[name]) for name, parts in pieces.items()}
-            self._engine.prompt_tokens += len(ids)
-            self._engine.prompt_seconds += time.monotonic() - started
+            self._usage.prompt_tokens += len(ids)
+            self._usage.prompt_seconds += time.monotonic() - started
         return logits
 
     def _record_array(self, name: str, tokens: int) -> np.ndarray:
-        s = self._engine.shape
+        s = self._shape
         if name not in RECORDS:
             raise UsageError(f"can't record {name!r}; known: {', '.join(RECORDS)}")
         if name == "final_norm":
             return np.empty((tokens, s.columns), np.float32)
         width = {"experts": s.used, "weights": s.used, "router_logits": s.experts, "layer_output": s.columns}[name]
-        return np.empty((s.layers, tokens, width), np.int32 if name == "experts" else np.float32)
+        if name == "experts":
+            return np.full((s.layers, tokens, width), -1, np.int32)  # what dense layers keep
+        return np.zeros((s.layers, tokens, width), np.float32)
 
     def close(self) -> None:
         """Give the state's memory back.  Idempotent; before or after the engine's.
@@ -200,16 +198,15 @@ class Session:
         UsageError
             A run is at work.
         """
-        gate = self._engine.gate
         if self._is_closed:
             return
-        if gate.is_shut or gate.is_foreign:
+        if self._gate.is_shut or self._gate.is_foreign:
             self._is_closed = True
-            self._give_memory()
+            self._state.close()
             return
-        with gate:
+        with self._gate:
             self._is_closed = True
-            self._give_memory()
+            self._state.close()
 
 
 def token_ids(tokens: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndarray:

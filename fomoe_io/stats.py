@@ -22,7 +22,7 @@ def format_banner(engine: Engine) -> list[str]:
     lines = [
         f"{engine.model_name}  {_exactness(engine)}",
         f"{s.layers} layers x {s.experts} experts, top-{s.used}; {engine.store.kind} store; {how}; "
-        f"{engine.computed_by}",
+        f"{engine.backend.computed_by}",
         *engine.memory_lines(),
     ]
     lines[-1] += f"; loaded in {format_seconds(engine.load_seconds)}"
@@ -50,11 +50,14 @@ def format_footer(statistics: Mapping[str, Any]) -> str:
     )
     exact = "" if s["exact"] else f"not exact: {100 * s['substitutions'] / requests:.1f} % substituted   "
     stall = s["stall_seconds"]["nvme"] / max(s["prompt_seconds"] + s["decode_seconds"], 1e-9)
+    # the last token of an answer is chosen, and never read
+    generated = s.get("answered_tokens", s["generated_tokens"])
+    seed = "" if s.get("seed") is None else f"   seed {s['seed']}"
     return (
         f"prompt {s['prompt_tokens']} tok {s['prompt_tokens_per_second']:.1f} tok/s   "
-        f"gen {s['generated_tokens']} tok {s['tokens_per_second']:.1f} tok/s   experts {tiers}   {exact}"
+        f"gen {generated} tok {s['tokens_per_second']:.1f} tok/s   experts {tiers}   {exact}"
         f"read {format_bytes(s['nvme_bytes_per_token'])}/tok   stall {100 * stall:.0f} %   "
-        f"peak RAM {format_bytes(s['peak_rss_bytes'])}"
+        f"peak RAM {format_bytes(s['peak_rss_bytes'])}{seed}"
     )
 
 

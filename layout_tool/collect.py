@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from fomoe_io.cli.common import decoded, note
+from fomoe_io.cli.progress import Progress
 from fomoe_io.errors import UsageError
 from fomoe_io.experts.profile import Profile
 from fomoe_io.storage.store import Store
 from fomoe_io.system.files import check_targets
 from layout_tool.direct import write_error
-from layout_tool.progress import Progress
 
 CONTEXT_TOKENS = 512
 """The text is read in pieces of this length, each on its own: as llama-imatrix does."""

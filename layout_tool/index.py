@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fomoe_io.cli.common import note
+from fomoe_io.cli.progress import Progress
 from fomoe_io.errors import StoreError
 from fomoe_io.storage.gguf import TensorInfo
 from fomoe_io.storage.manifest import JOURNAL, MANIFEST, METADATA, page_up, seal
@@ -19,7 +20,6 @@ from layout_tool.direct import write_error
 from layout_tool.journal import check_idle
 from layout_tool.pack import open_model
 from layout_tool.placement import CHUNK_BYTES, Run
-from layout_tool.progress import Progress
 from layout_tool.records import buffer_bytes, opened, read_records, read_tensor
 from layout_tool.workers import Buffers, run_tasks
 

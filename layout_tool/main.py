@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fomoe_io import commands
-from fomoe_io.cli.common import checked, new_parser, run_command
+from fomoe_io.cli.common import run_command
+from fomoe_io.cli.parser import Parser, checked, new_parser
 from fomoe_io.units import parse_bytes
 from layout_tool import collect
 from layout_tool.index import index
@@ -29,13 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     return int(options.run(options))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser(PROGRAM, "Write the experts of a GGUF so that each is read from a drive in one request.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> Parser:
+    """The command line."""
+    p = new_parser(PROGRAM, "Write the experts of a GGUF so that each is read from a drive in one request.")
+    commands = p.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, help_: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.")
@@ -99,12 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     source = sub.add_mutually_exclusive_group(required=True)
     source.add_argument("-f", "--file", type=Path, metavar="TEXT", help="text to run through the model")
     source.add_argument("--from", dest="source", type=Path, metavar="COUNTS", help="convert a .freq or imatrix GGUF")
-    sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
-    sub.add_argument("-c", "--ctx-size", type=_positive, default=collect.CONTEXT_TOKENS, metavar="N")
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the counts go")
+    sub.add_argument(
+        "-c", "--ctx-size", type=_positive, default=collect.CONTEXT_TOKENS, metavar="N", help="tokens of a piece"
+    )
     sub.add_argument("--chunks", type=_positive, default=0, metavar="N", help="pieces of -c tokens at most")
     sub.add_argument("--ram", type=checked(parse_bytes), metavar="SIZE", help="memory budget, such as 16G")
     sub.set_defaults(run=_profile)
-    return parser
+    return p
 
 
 def _profile(options: argparse.Namespace) -> int:

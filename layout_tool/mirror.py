@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fomoe_io.cli.common import note
+from fomoe_io.cli.progress import Progress
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.storage.manifest import MANIFEST, Fields, page_up, seal, unseal
 from fomoe_io.storage.store import Store, manifest_path
@@ -16,7 +17,6 @@ from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
 from layout_tool.direct import DirectFile, buffered_notes, write_error
 from layout_tool.placement import CHUNK_BYTES
-from layout_tool.progress import Progress
 from layout_tool.records import opened
 from layout_tool.workers import Buffers, run_tasks
 

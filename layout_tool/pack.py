@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fomoe_io.cli.common import note
+from fomoe_io.cli.progress import Progress
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.experts.profile import Profile
 from fomoe_io.storage.calibration import Calibration
@@ -28,7 +29,6 @@ from layout_tool.describe import describe_packed
 from layout_tool.direct import DirectFile, buffered_notes, write_error
 from layout_tool.journal import Journal, check_idle, journal_header
 from layout_tool.placement import RESIDENT_FILE, Placement, Run, place, runs
-from layout_tool.progress import Progress
 from layout_tool.records import buffer_bytes, opened, read_records, read_tensor
 from layout_tool.workers import Buffers, run_tasks
 

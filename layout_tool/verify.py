@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fomoe_io.cli.common import note
+from fomoe_io.cli.progress import Progress
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.storage.gguf import GGUFFile, TensorInfo
 from fomoe_io.storage.manifest import PACK_AGAIN, page_up
@@ -18,7 +19,6 @@ from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool.direct import DirectFile
 from layout_tool.index import id_runs
 from layout_tool.placement import Run, runs
-from layout_tool.progress import Progress
 from layout_tool.records import buffer_bytes, opened, read_records, read_tensor
 from layout_tool.workers import Buffers, run_tasks
 

@@ -1,20 +1,33 @@
-"""fomoe-bench: measure storage and caching."""
+"""fomoe-bench: measure decoding, storage and caching."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from fomoe_io import commands
-from fomoe_io.cli.common import package_version
+from fomoe_io.cli.parser import Parser, new_parser
 
 PROGRAM = "fomoe-bench"
 VERBS = {
+    "decode": "prompts and answers of a model, in llama-bench's form",
     "io": "drives: fio-style jobs on files or on the records of a store",
     "cache": "policies and memory sizes, on a routing trace",
 }
-"""Verb -> what it measures; each is a module `bench_VERB` of this package with a `main(argv)`."""
+"""Verb -> what it measures; each is a module `bench_VERB` of this package with a `parser()` and a `main(argv)`."""
+
+
+def parser() -> Parser:
+    """The command line, with those of all verbs (for completion and man pages)."""
+    p = new_parser(PROGRAM, "Measure decoding, storage and caching.")
+    verbs = p.add_subparsers(metavar="VERB", help=argparse.SUPPRESS)
+    for name, about in VERBS.items():
+        found = import_module(f"fomoe_io.cli.bench_{name}").parser()
+        found.description = f"{about[0].upper()}{about[1:]}."
+        verbs.choices[name] = found
+    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb in VERBS:
         return int(import_module(f"fomoe_io.cli.bench_{verb}").main(arguments[1:]))
     if verb == "--version":
-        print(f"{PROGRAM} {package_version()}")
-        return 0
+        new_parser(PROGRAM, "").parse_args(arguments)
     usage = [f"usage: {PROGRAM} VERB ...   ({PROGRAM} VERB --help says more)", ""]
     usage += [f"  {name:8}{about}" for name, about in VERBS.items()]
     if verb in ("-h", "--help"):

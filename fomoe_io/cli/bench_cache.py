@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from fomoe_io.cli.common import checked, new_parser, run_command
+from fomoe_io.cli.common import run_command
+from fomoe_io.cli.parser import Parser, checked, new_parser
 from fomoe_io.config import Tiers
 from fomoe_io.errors import UsageError, printable
 from fomoe_io.experts.residency import DECAY, Decay
@@ -62,7 +63,7 @@ def parse_decay(text: str) -> Decay:
         raise UsageError(f"{text!r} is no decay", hint="--decay " + ",".join(str(value) for value in DECAY)) from None
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
     p = new_parser(PROGRAM, "Replay routing traces with any policy and size, through the engine's own bookkeeping.")
     p.add_argument(

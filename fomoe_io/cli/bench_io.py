@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fomoe_io.cli.common import checked, new_parser, note, package_version, run_command
+from fomoe_io.cli.common import note, run_command
+from fomoe_io.cli.parser import Parser, checked, new_parser, package_version
 from fomoe_io.errors import UsageError, printable
 from fomoe_io.io_bench.calibrate import DEPTHS, POINT_SECONDS, calibrate, sizes_within
 from fomoe_io.io_bench.job import DIRECTIONS, ENGINES, IOJob, IOResult
@@ -29,10 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(PROGRAM, _main, argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser(PROGRAM, "Measure a drive in fio's terms. --name value and --name=value both work.")
-    parser.add_argument("job_file", nargs="?", type=Path, metavar="JOBFILE", help="an fio job file (its common keys)")
-    what = parser.add_argument_group("what to read")
+def parser() -> Parser:
+    """The command line."""
+    p = new_parser(PROGRAM, "Measure a drive in fio's terms. --name value and --name=value both work.")
+    p.add_argument("job_file", nargs="?", type=Path, metavar="JOBFILE", help="an fio job file (its common keys)")
+    what = p.add_argument_group("what to read")
     what.add_argument("--filename", action="append", type=Path, metavar="FILE", help="file or device, repeatable")
     what.add_argument("--store", type=Path, metavar="STORE", help="the expert records of a store or GGUF")
     what.add_argument(
@@ -42,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--bs", type=checked(parse_bytes), default=4096, metavar="SIZE", help="block size")
     what.add_argument("--size", type=checked(parse_bytes), metavar="SIZE", help="bytes to use; lays out a file")
     what.add_argument("--overwrite", action="store_true", help="let a job write to a file that exists")
-    how = parser.add_argument_group("how")
+    how = p.add_argument_group("how")
     how.add_argument("--iodepth", type=int, default=1, metavar="N", help="reads in flight")
     how.add_argument("--numjobs", type=int, default=1, metavar="N", help="threads, each with a reader of its own")
     how.add_argument("--runtime", type=checked(parse_seconds), default=0.0, metavar="TIME", help="stop after so long")
@@ -56,12 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--fixedbufs", type=checked(parse_flag), default=True, metavar="0|1", help="register buffers")
     how.add_argument("--randseed", type=int, default=1, metavar="N")
     how.add_argument("--name", default="job", help="name of the job in the output")
-    out = parser.add_argument_group("output")
+    out = p.add_argument_group("output")
     out.add_argument("--output-format", choices=("normal", "json"), default="normal")
     out.add_argument("--output", type=Path, metavar="FILE", help="write the results there instead of to stdout")
     out.add_argument("--eta", choices=("always", "never", "auto"), default="auto", help="the live line on stderr")
     out.add_argument("--calibrate", type=Path, metavar="FILE", help="measure all sizes and depths into FILE")
-    return parser
+    return p
 
 
 def _job(options: argparse.Namespace) -> IOJob:
@@ -109,7 +111,7 @@ class _LiveLine:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     if options.job_file and (options.filename or options.store or options.calibrate):
         raise UsageError("a job file names its own files", hint="leave out --filename, --store and --calibrate")
     check_targets([options.output, options.calibrate])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
 import os
@@ -20,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from fomoe_io import commands
 from fomoe_io._uring import LIBURING_VERSION
-from fomoe_io.cli.common import checked, new_parser, package_version, run_command
+from fomoe_io.cli.common import run_command
+from fomoe_io.cli.parser import Parser, checked, new_parser, package_version
 from fomoe_io.config import device_name
 from fomoe_io.cpu import dot_library
 from fomoe_io.errors import DeviceError, FomoeError, UsageError, printable
@@ -303,19 +303,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(PROGRAM, _main, argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = new_parser(PROGRAM, "Look at this machine: what helps, what hinders, and the command that mends it.")
-    parser.add_argument("place", nargs="?", type=Path, default=Path(), metavar="PATH", help="store, GGUF or directory")
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--gpu", action="store_true", help="try out a GPU and its driver instead: a minute at most")
-    parser.add_argument(
-        "--device", type=checked(device_name), metavar="NAME", help="which GPU (with --gpu), such as hip:1"
-    )
-    return parser
+def parser() -> Parser:
+    """The command line."""
+    p = new_parser(PROGRAM, "Look at this machine: what helps, what hinders, and the command that mends it.")
+    p.add_argument("place", nargs="?", type=Path, default=Path(), metavar="PATH", help="store, GGUF or directory")
+    p.add_argument("--json", action="store_true", help="for programs")
+    p.add_argument("--gpu", action="store_true", help="try out a GPU and its driver instead: a minute at most")
+    p.add_argument("--device", type=checked(device_name), metavar="NAME", help="which GPU (with --gpu), such as hip:1")
+    return p
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     if options.device is not None and not options.gpu:
         raise UsageError("--device names the GPU to try out", hint="--gpu --device NAME")
     if options.device == "cpu":

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,15 +16,12 @@ from typing import Any
 import numpy as np
 
 from fomoe_io import commands
-from fomoe_io.cli.common import (
-    add_engine_options,
-    add_model,
-    decoded,
-    engine_config,
-    model_path,
-    new_parser,
-    run_command,
-)
+from fomoe_io.cli.common import decoded, note, run_command
+from fomoe_io.cli.llama_options import ENGINE
+from fomoe_io.cli.model_help import explained
+from fomoe_io.cli.options import add_engine_options, add_model, engine_config, model_path
+from fomoe_io.cli.parser import Parser, new_parser, whole
+from fomoe_io.cli.progress import Loading
 from fomoe_io.config import EngineConfig
 from fomoe_io.engine import Engine
 from fomoe_io.errors import UsageError
@@ -32,6 +30,7 @@ from fomoe_io.stats import format_banner, format_footer, write_json
 from fomoe_io.system.files import check_targets
 from fomoe_io.text.sampler import check_finite
 from fomoe_io.trace.exact_logits import ExactLogits
+from fomoe_io.units import format_seconds
 
 TIERS = ("vram", "dram", "nvme")
 LEAST_CHUNK = 4
@@ -40,12 +39,12 @@ MOST_NATS = 700
 """Of a token's negative log likelihood: the exp of more is no float."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
     p = new_parser("fomoe-ppl", "Perplexity of a text, as llama-perplexity computes and prints it.")
     add_model(p)
     p.add_argument("-f", "--file", type=Path, required=True, metavar="TEXT", help="the text")
-    p.add_argument("--chunks", type=int, default=-1, metavar="N", help="chunks at most (-1: all)")
+    p.add_argument("--chunks", type=whole, default=-1, metavar="N", help="chunks at most (-1: all)")
     p.add_argument("--resume", type=Path, metavar="FILE", help="keep finished chunks here and go on from there")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the result and the statistics")
     p.add_argument(
@@ -56,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
         help="with --car: keep the exact run's logits here for the next time (default: a temporary file)",
     )  # fmt: skip
     add_engine_options(p)
+    p.add_foreign(ENGINE)
     p.set_defaults(ctx_size=512)
     return p
 
@@ -310,7 +310,7 @@ def evaluate(engine: Engine, options: argparse.Namespace, exact: ExactLogits | N
     total = Total(_load(options.resume, fingerprint)[: text.chunks])
     session = engine.session()
     print(f"perplexity over {text.chunks} chunks of {text.chunk} tokens", file=sys.stderr)
-    before = _hits(engine)
+    before, started = _hits(engine), time.monotonic()
     for i in range(first := len(total.chunks), text.chunks):
         rows, reference = text.scored_logits(session, i, stepwise), None if exact is None else exact.rows(i)
         chunk = _score_chunk(rows, text.targets(i), reference)
@@ -320,10 +320,19 @@ def evaluate(engine: Engine, options: argparse.Namespace, exact: ExactLogits | N
         before = now
         total.chunks.append(chunk)
         print(f"[{i + 1}]{total.perplexity:.4f},", end="", flush=True)
+        _tell_pace(i + 1 - first, text.chunks - first, time.monotonic() - started)
         if options.resume:
             write_json(options.resume, {"fingerprint": fingerprint, "chunks": [asdict(c) for c in total.chunks]})
     print()
     return total
+
+
+def _tell_pace(done: int, chunks: int, seconds: float) -> None:
+    """After the first chunk, as llama-perplexity does, and after each tenth: how long the rest takes."""
+    each = seconds / done
+    if done < chunks and (done == 1 or done * 10 // chunks > (done - 1) * 10 // chunks) and each * chunks > 10:
+        left = format_seconds(each * (chunks - done))
+        print(f"{format_seconds(each)} a chunk, {done} of {chunks}: eta {left}", file=sys.stderr, flush=True)
 
 
 def _report(engine: Engine, total: Total, options: argparse.Namespace) -> dict[str, Any]:
@@ -347,6 +356,10 @@ def _report(engine: Engine, total: Total, options: argparse.Namespace) -> dict[s
 def run(argv: Sequence[str] | None = None) -> int:
     """The command without its error handling."""
     options = parser().parse_args(argv)
+    for text in options.notes:
+        note(f"note: {text}")
+    if not options.file.is_file():
+        raise UsageError(f"{options.file}: no such file")
     if options.ctx_size < LEAST_CHUNK:
         raise UsageError(f"chunks of {options.ctx_size} tokens are too short", hint="-c 512")
     if options.chunks == 0:
@@ -354,12 +367,16 @@ def run(argv: Sequence[str] | None = None) -> int:
     if options.exact_logits is not None and options.car is None:
         raise UsageError("--exact-logits compares a run that is not exact", hint="--car on")
     check_targets([options.json, options.resume, options.exact_logits])
-    config = engine_config(options)
+    path = model_path(options)
+    loading = Loading(path.name)
+    config = replace(engine_config(options, path), progress=loading)
     if not options.stepwise and options.car is None:
         config = replace(config, logit_rows=scored_positions(options.ctx_size))
     exact = None if options.car is None else write_exact(config, options)
     try:
-        with Engine.open(model_path(options), config) as engine:
+        with explained(path), loading:
+            engine = Engine.open(path, config)
+        with engine:
             print("\n".join(format_banner(engine)), file=sys.stderr)
             result = _report(engine, evaluate(engine, options, exact), options)
     finally:

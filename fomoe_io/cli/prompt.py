@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fomoe_io.cli.common import Terminated, valid_text
+from fomoe_io.cli.common import Terminated
+from fomoe_io.cli.parser import valid_text
 
 
 def _history() -> Any:
@@ -27,6 +29,7 @@ def _history() -> Any:
 def _session() -> Any:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.output import create_output
 
     keys = KeyBindings()
 
@@ -34,11 +37,23 @@ def _session() -> Any:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
-    return PromptSession(history=_history(), key_bindings=keys)
+    @keys.add("c-c")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.text:
+            buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt())
+
+    # the answer's stdout may be a file
+    return PromptSession(history=_history(), key_bindings=keys, output=create_output(stdout=sys.stderr))
 
 
 def read_line() -> str | None:
-    """What the user typed (Alt-Enter starts a new line); None at the end of input or at Ctrl-C on an empty line."""
+    """What the user typed (Alt-Enter starts a new line); None at the end of input or at Ctrl-C on an empty line.
+
+    Ctrl-C clears a line that was begun.
+    """
     try:
         text: str = _session().prompt("> ")
     except Terminated:

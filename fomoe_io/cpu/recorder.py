@@ -1,34 +1,46 @@
-"""What a model file composes: weights, activation rows and steps, recorded into a native program.
+"""What a model is recorded with on the CPU: weights, activation rows and steps of a native program.
 
-A model calls the methods of :class:`Recorder` once, in the order of its equations; the result is replayed
+A model calls the methods of :class:`CpuRecorder` once, in the order of its equations; the result is replayed
 for every batch of tokens without touching a Python object.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fomoe_io import _cpu
 from fomoe_io._cpu import Experts, Matrix, Rows
+from fomoe_io.errors import UsageError
+from fomoe_io.models.recorder import (
+    Activation,
+    Attention,
+    Delta,
+    KvCache,
+    Picks,
+    Recorder,
+    Router,
+    Score,
+)
+from fomoe_io.models.recorder import Experts as ExpertsOp
+
+if TYPE_CHECKING:
+    from fomoe_io.models.rope import Rope
 
 F32 = 0
 
 
-@dataclass(slots=True)
-class Activation:
-    """One value a token, in every type that its consumers want (float32 is type 0)."""
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The embedding, in memory, or read a row at a time from the `offset` of a `file` (a descriptor, else -1)."""
 
-    forms: dict[int, Any] = field(default_factory=dict)
-
-    def form(self, matrix: Matrix) -> Rows:
-        """The rows a product with `matrix` reads."""
-        rows: Rows = self.forms[matrix.activation_type]
-        return rows
+    matrix: Matrix
+    file: int = -1
+    offset: int = 0
 
 
 class StateLayout:
@@ -48,7 +60,7 @@ class StateLayout:
         return offset
 
 
-class Recorder:
+class CpuRecorder:
     """Collects the steps of a model for batches of up to `batch_tokens` tokens.
 
     Parameters
@@ -57,6 +69,9 @@ class Recorder:
         The threads that will replay the program.
     kernels : _cpu.Kernels
         What they multiply with; the weights' are the same.
+    embedding : Embedding
+    expert_inputs : mapping of int to (int, int)
+        Per layer the activation types that the routed experts' gate and up matrices read.
     batch_tokens : int
         Rows of every activation.
     context_tokens : int
@@ -75,6 +90,8 @@ class Recorder:
         team: _cpu.Team,
         kernels: _cpu.Kernels,
         *,
+        embedding: Embedding,
+        expert_inputs: Mapping[int, tuple[int, int]],
         batch_tokens: int,
         context_tokens: int,
         scratch_floats: int,
@@ -85,8 +102,10 @@ class Recorder:
         self._kernels = kernels
         self.batch_tokens = batch_tokens
         self.context_tokens = context_tokens
-        self.experts_pool = experts
-        self.lookahead = lookahead
+        self._embedding = embedding
+        self._expert_inputs = expert_inputs
+        self._experts = experts
+        self._looks_ahead = lookahead
         self.state = StateLayout()
         self.activation_bytes = 0
         self._rows: dict[tuple[str, int, int], Rows] = {}
@@ -99,31 +118,29 @@ class Recorder:
             self.activation_bytes += self._rows[key].stride_bytes * self.batch_tokens
         return self._rows[key]
 
-    def _forms(self, name: str, columns: int, types: Sequence[int]) -> Activation:
+    def _forms(self, name: str, columns: int, types: Sequence[int]) -> Activation[Rows]:
         return Activation({t: self.rows(name, columns, t) for t in dict.fromkeys(types)})
 
-    def embed(self, matrix: Matrix, output: Rows, *, file: int = -1, offset: int = 0) -> None:
-        """output = rows of the token embedding, read from `file` (a descriptor) when it is not in memory."""
-        self.program.embed(matrix, output, file, offset)
+    # ---- dense ----
+
+    def embed(self, output: Rows) -> None:
+        """output = the tokens' rows of the embedding"""
+        e = self._embedding
+        self.program.embed(e.matrix, output, e.file, e.offset)
 
     def norm(
-        self,
-        x: Rows,
-        weight: np.ndarray,
-        epsilon: float,
-        *,
-        name: str,
-        feeds: Sequence[Matrix] = (),
-        types: Sequence[int] = (),
-        of_outputs: bool = False,
-    ) -> Activation:
-        """RMS norm of `x`, converted once to each activation type that `feeds` (and `types`) read."""
-        wanted = [m.activation_type for m in feeds] + list(types)
+        self, x: Rows, weight: np.ndarray, epsilon: float, *, name: str, feeds: Sequence[Matrix],
+        experts_of: int | None = None, of_outputs: bool = False,
+    ) -> Activation[Rows]:  # fmt: skip
+        """RMS norm of `x`, converted once to each activation type that its consumers read."""
+        wanted = [m.activation_type for m in feeds]
+        if experts_of is not None:
+            wanted += self._expert_inputs[experts_of]
         result = self._forms(name, x.columns, wanted)
         self.program.norm(x, weight, epsilon, list(result.forms.values()), of_outputs)
         return result
 
-    def convert(self, x: Rows, *, name: str, feeds: Sequence[Matrix]) -> Activation:
+    def convert(self, x: Rows, *, name: str, feeds: Sequence[Matrix]) -> Activation[Rows]:
         """`x` in the activation types that `feeds` read."""
         result = Activation({F32: x})
         for kind in dict.fromkeys(m.activation_type for m in feeds):
@@ -132,26 +149,136 @@ class Recorder:
                 self.program.quantize(x, result.forms[kind])
         return result
 
-    def silu_mul(self, gate: Rows, up: Rows, *, name: str, feeds: Sequence[Matrix]) -> Activation:
+    def silu_mul(self, gate: Rows, up: Rows, *, name: str, feeds: Sequence[Matrix]) -> Activation[Rows]:
         """silu(gate) * up, in the activation types that `feeds` read."""
         result = self._forms(name, gate.columns, [m.activation_type for m in feeds])
         for rows in result.forms.values():
             self.program.silu_mul(gate, up, rows)
         return result
 
+    def mat_mul(self, products: Sequence[tuple[Matrix, Activation[Rows], Rows]]) -> None:
+        """Products that depend on nothing but earlier steps, as one step: output = matrix @ input."""
+        self.program.mat_mul([(m, x.forms[m.activation_type], y, False) for m, x, y in products])
+
+    def mat_mul_add(self, matrix: Matrix, x: Activation[Rows], output: Rows, bias: np.ndarray | None = None) -> None:
+        """output += matrix @ x [+ bias]"""
+        self.program.mat_mul([(matrix, x.forms[matrix.activation_type], output, True)])
+        if bias is not None:
+            self.program.add_bias(output, bias)
+
+    def logits(self, matrix: Matrix, x: Activation[Rows]) -> None:
+        """The last product: into the caller's array, for the positions that want logits."""
+        self.program.mat_mul([(matrix, x.forms[matrix.activation_type], None, False)], True, True)
+
+    def ungroup(self, x: Rows, groups: int, first: int, length: int, output: Rows, at: int) -> None:
+        """Parts of rows that come group by group, brought together."""
+        self.program.ungroup(x, output, groups, first, length, at)
+
+    # ---- attention ----
+
+    def rope_table(self, rope: Rope, *, name: str = "rope") -> Rows:
+        """cos and sin of every pair, for the batch's positions."""
+        table = self.rows(name, 2 * len(rope.frequencies))
+        self.program.rope_table(table, rope)
+        return table
+
+    def kv_cache(self, heads: int, columns: int) -> KvCache:
+        """Offsets in a session's memory."""
+        floats = heads * self.context_tokens * columns
+        keys = self.state.take(floats, zeroed=False)
+        return KvCache(keys, self.state.take(floats, zeroed=False), heads, columns)
+
+    def attention(
+        self, query: Rows, key: Rows, value: Rows, table: Rows, cache: KvCache, op: Attention[np.ndarray]
+    ) -> Rows:
+        """A step that fills the cache, and one that reads it."""
+        stride = query.columns // op.heads
+        query_norm, key_norm = op.query_norm, op.key_norm
+        if op.norms_whole_rows:
+            for rows, norm in ((query, query_norm), (key, key_norm)):
+                self.program.norm(rows, norm, op.epsilon, [rows], False)
+            query_norm = key_norm = None
+        self.program.kv(
+            query, key, value, table, query_norm, key_norm, cache.keys, cache.values, self.context_tokens,
+            op.heads, cache.heads, cache.columns, stride, op.rotated, op.epsilon,
+            (op.query_bias, op.key_bias, op.value_bias),
+        )  # fmt: skip
+        attended = self.rows("attended", op.heads * cache.columns)
+        self.program.attention(
+            query, attended, cache.keys, cache.values, self.context_tokens, op.heads, cache.heads, cache.columns,
+            stride, op.gated, op.sinks, op.window,
+        )  # fmt: skip
+        return attended
+
+    # ---- gated delta rule ----
+
+    def conv(self, x: Rows, weight: np.ndarray, taps: int, *, name: str) -> Rows:
+        """Causal convolution over each channel, then silu; the last inputs stay in the session's memory."""
+        state = self.state.take((taps - 1) * x.columns, zeroed=True)
+        output = self.rows(name, x.columns)
+        self.program.conv(x, output, weight, state, taps)
+        return output
+
+    def delta(self, qkv: Rows, beta: Rows, alpha: Rows, gate: Rows, op: Delta[np.ndarray], *, name: str) -> Rows:
+        """The gated delta rule, then the norm of each head times silu(gate)."""
+        state = self.state.take(op.value_heads * op.head_columns**2, zeroed=True)
+        output = self.rows(name, op.value_heads * op.head_columns)
+        self.program.delta(
+            qkv, beta, alpha, gate, output, op.decay_rate, op.decay_bias, op.norm, state, op.key_heads, op.value_heads,
+            op.head_columns, op.grouped, op.epsilon,
+        )  # fmt: skip
+        return output
+
+    # ---- experts ----
+
+    def route(self, layer: int, logits: Rows, router: Router[np.ndarray]) -> Picks[np.ndarray, Rows]:
+        """The picks and their weights, and their records."""
+        ids, weights = self.rows("experts", router.used), self.rows("weights", router.used)
+        self.program.route(logits, ids, weights, layer, router)
+        return Picks(layer, router, logits, ids, weights)
+
+    def experts_begin(self, picks: Picks[np.ndarray, Rows], x: Activation[Rows], op: ExpertsOp[np.ndarray]) -> None:
+        """Begin to read those that are missing; experts of a single token may stand in for others."""
+        if self._experts is None:
+            return
+        if self._experts.substitutes and not picks.router.follows_logits:
+            raise UsageError(
+                "cache-aware routing compares logits, and this model chooses its experts by more than those",
+                hint="drop --car",
+            )
+        sums_to_one = picks.router.normalise or picks.router.score == Score.LOGITS
+        self.program.experts_begin(self._experts, picks.logits, picks.ids, picks.weights, picks.layer, sums_to_one)
+
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """What is recorded inside depends on the last norm alone; here the steps still follow one another."""
+        """What is recorded inside is computed while the drive reads; the steps still follow one another."""
         yield
 
-    def mat_mul(self, products: Sequence[tuple[Matrix, Activation, Rows]]) -> None:
-        """Products that depend on nothing but earlier steps, as one step: output = matrix @ input."""
-        self.program.mat_mul([(m, x.form(m), y, False) for m, x, y in products])
+    def experts_end(
+        self, picks: Picks[np.ndarray, Rows], x: Activation[Rows], op: ExpertsOp[np.ndarray], output: Rows,
+        shared: Rows | None, shared_gate: Rows | None,
+    ) -> None:  # fmt: skip
+        """Compute them as they come; then add them, in the router's order, and the shared expert."""
+        if self._experts is None:
+            return
+        gate_type, up_type = self._expert_inputs[picks.layer]
+        self.program.experts(
+            self._experts, picks.ids, x.forms[gate_type], x.forms[up_type], picks.layer, op.biases, op.is_clamped
+        )
+        self.program.combine(self._experts, picks.weights, output, picks.router.used, shared, shared_gate)
 
-    def mat_mul_add(self, matrix: Matrix, x: Activation, output: Rows) -> None:
-        """output += matrix @ x"""
-        self.program.mat_mul([(matrix, x.form(matrix), output, True)])
+    def lookahead(
+        self, layer: int, x: Rows, weight: np.ndarray, epsilon: float, matrix: Matrix, router: Router[np.ndarray]
+    ) -> None:
+        """Read what the layer would pick, where that is asked for."""
+        if self._experts is not None and self._looks_ahead:
+            logits = self.rows("lookahead", router.experts)
+            self.program.lookahead(self._experts, x, weight, epsilon, matrix, logits, layer, router)
 
-    def logits(self, matrix: Matrix, x: Activation) -> None:
-        """The last product: into the caller's array, for the positions that want logits."""
-        self.program.mat_mul([(matrix, x.form(matrix), None, False)], True, True)
+    def layer_end(self, layer: int, x: Rows) -> None:
+        """Record what the layer leaves, when that is asked for."""
+        self.program.layer_end(x, layer)
+
+
+def _implements(recorder: CpuRecorder) -> Recorder[Matrix, np.ndarray, Rows]:
+    return recorder

@@ -7,7 +7,7 @@ second copy of what the process holds anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import gguf
@@ -15,28 +15,27 @@ import numpy as np
 
 from fomoe_io._cpu import Kernels, Matrix
 from fomoe_io.errors import FormatError
-from fomoe_io.models.tensors import EMBEDDING, OUTPUT, same_shape
+from fomoe_io.models.tensors import EMBEDDING, OUTPUT, checked
 from fomoe_io.storage.reader import Memory, Reader, ReadRequest, aligned_memory
-from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, round_down, round_up
+from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, aligned_window
 
 if TYPE_CHECKING:
     from fomoe_io.storage.gguf import TensorInfo
 
-PAGE_BYTES = LEAST_BLOCK_BYTES
-"""Alignment of direct reads, unless a drive has larger blocks."""
+PIECE_BYTES = 128 << 20
+"""Read at once, at least: then it is told how much is there."""
 
 
-def aligned_window(offset: int, size: int, block_bytes: int = PAGE_BYTES) -> tuple[int, int]:
-    """The (offset, bytes) of the whole blocks that cover a range of a file."""
-    start = round_down(offset, block_bytes)
-    return start, round_up(offset + size, block_bytes) - start
-
-
-def checked(tensor: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
-    """The tensor, when its shape is that; else FormatError."""
-    if not same_shape(tensor.shape, shape):
-        raise FormatError(f"{tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
-    return tensor
+def _pieces(requests: list[ReadRequest]) -> Iterator[list[ReadRequest]]:
+    """Few enough for a drive never to wait between them, many enough to show how far they are."""
+    piece: list[ReadRequest] = []
+    for request in requests:
+        piece.append(request)
+        if sum(size for *_, size in piece) >= PIECE_BYTES:
+            yield piece
+            piece = []
+    if piece:
+        yield piece
 
 
 class Weights:
@@ -60,7 +59,7 @@ class Weights:
         kernels: Kernels,
         *,
         float_activations: bool,
-        block_bytes: int = PAGE_BYTES,
+        block_bytes: int = LEAST_BLOCK_BYTES,
     ) -> None:
         self._tensors = tensors
         self._kernels = kernels
@@ -74,16 +73,23 @@ class Weights:
         windows = [(t, *aligned_window(t.offset, t.bytes, block_bytes)) for t in loaded]
         self.bytes = sum(size for _, _, size in windows)
         # address space alone: memory is taken when load() fills it
-        self._memory: Memory = aligned_memory(max(self.bytes, PAGE_BYTES))
+        self._memory: Memory = aligned_memory(max(self.bytes, LEAST_BLOCK_BYTES))
         place = self._memory.address
         for tensor, start, size in windows:
             self._addresses[tensor.name] = place + tensor.offset - start
             self._requests.append((tensor.file, start, place, size))
             place += size
 
-    def load(self, reader: Reader) -> None:
+    def load(self, reader: Reader, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Read everything; before that, matrices have addresses and vectors are zeros."""
-        reader.read_into(self._requests)
+        done = 0
+        for piece in _pieces(self._requests):
+            if progress is not None:
+                progress("weights", done, self.bytes)
+            reader.read_into(piece)
+            done += sum(request[3] for request in piece)
+        if progress is not None:
+            progress("weights", self.bytes, self.bytes)
         self._loaded = True
 
     def __contains__(self, name: str) -> bool:

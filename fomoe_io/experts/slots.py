@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from fomoe_io.cpu.weights import PAGE_BYTES
 from fomoe_io.storage.gguf import tensor_bytes
+from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES
 
 if TYPE_CHECKING:
     from fomoe_io.storage.expert_layers import ExpertLayer
@@ -44,7 +44,7 @@ class SlotLayout:
     slot_bytes: int
 
 
-def slot_layout(layer: ExpertLayer, block_bytes: int = PAGE_BYTES) -> SlotLayout:
+def slot_layout(layer: ExpertLayer, block_bytes: int = LEAST_BLOCK_BYTES) -> SlotLayout:
     """Join the parts of each expert that are neighbours on disk into aligned reads.
 
     A packed record becomes one read; an expert of an in-place store up to three, each with the rest of its
@@ -89,22 +89,30 @@ def slot_layout(layer: ExpertLayer, block_bytes: int = PAGE_BYTES) -> SlotLayout
     return SlotLayout(extents, extent_count, part_offset, int(used_bytes.max()))
 
 
-def share_slots(layouts: Mapping[int, SlotLayout], experts: int, pool_bytes: int, least: int) -> dict[int, int] | None:
+def share_slots(slot_bytes: Mapping[int, int], experts: int, pool_bytes: int, least: int) -> dict[int, int] | None:
     """Slots of each layer that fit in `pool_bytes`: equal counts, one more for the first layers while it fits.
 
-    None when not even `least` slots a layer fit.
+    Parameters
+    ----------
+    slot_bytes : mapping of int to int
+        Of each layer that has experts.
+    experts : int
+        Slots a layer at most.
+    pool_bytes : int
+    least : int
+        Slots a layer at least: None when they do not fit.
     """
-    row_bytes = sum(layout.slot_bytes for layout in layouts.values())
+    row_bytes = sum(slot_bytes.values())
     each = min(experts, pool_bytes // row_bytes)
     if each < least:
         return None
-    slots = dict.fromkeys(layouts, each)
+    slots = dict.fromkeys(slot_bytes, each)
     left = pool_bytes - each * row_bytes
-    for layer, layout in layouts.items():
-        if each == experts or left < layout.slot_bytes:
+    for layer, size in slot_bytes.items():
+        if each == experts or left < size:
             break
         slots[layer] += 1
-        left -= layout.slot_bytes
+        left -= size
     return slots
 
 
@@ -149,6 +157,11 @@ def tier_slots(count: int, slots: Mapping[int, int], vram: Mapping[int, int] | N
         fast = min(vram[layer], total) if vram else 0
         table[layer] = fast, total - fast
     return table
+
+
+def slot_pairs(slots: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Slots int [layers, 2] as plain numbers."""
+    return tuple((int(vram), int(dram)) for vram, dram in slots)
 
 
 def hottest_first(frequency: Sequence[float] | np.ndarray) -> np.ndarray:

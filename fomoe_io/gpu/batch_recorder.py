@@ -7,12 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fomoe_io.cpu.recorder import Activation
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import (
     F32,
     HALF,
-    DeviceExpertLayer,
     DeviceMatrix,
     DeviceRows,
     EmbeddingTable,
@@ -21,6 +19,7 @@ from fomoe_io.gpu.arena import (
 )
 from fomoe_io.gpu.kernels import up
 from fomoe_io.gpu.recorder import DeviceRecorder
+from fomoe_io.models.recorder import Activation, Attention, Experts, KvCache, Picks, Router
 
 LOGITS_TOKENS = kernels.TILE_TOKENS
 """Tokens whose logits are computed at once: one reading of the output matrix."""
@@ -37,9 +36,10 @@ class DenseProduct:
 
 @dataclass(frozen=True, slots=True)
 class PostPicks:
-    """The router's picks, int32 [tokens, used], go to the host."""
+    """The router's picks, int32 [tokens, used], and their weights go to the host."""
 
     ids: int
+    weights: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class BatchRecorder(DeviceRecorder):
         arguments = [matrix.address, x, y, matrix.rows, matrix.columns, tokens]
         return LaunchSpec(f"mat_mul_{matrix.kernel}", kernels.mat_mul_grid(matrix.rows, tokens), arguments)
 
-    def mat_mul(self, products: Sequence[tuple[DeviceMatrix, Activation, DeviceRows]]) -> None:
+    def mat_mul(self, products: Sequence[tuple[DeviceMatrix, Activation[DeviceRows], DeviceRows]]) -> None:
         """output = matrix @ input, for each."""
         for matrix, activation, y in products:
             form = self.form_of(matrix)
@@ -123,7 +123,7 @@ class BatchRecorder(DeviceRecorder):
             else:
                 self.body.append(self._tiled(matrix, x, y.address, self.tokens))
 
-    def logits(self, matrix: DeviceMatrix, x: Activation) -> None:
+    def logits(self, matrix: DeviceMatrix, x: Activation[DeviceRows]) -> None:
         """The last product, for the tokens that want logits."""
         final, row = self._final, x.forms[matrix.activation_type].address
         assert final is not None
@@ -134,68 +134,50 @@ class BatchRecorder(DeviceRecorder):
 
     # ---- attention ----
 
-    def attention(
-        self, query: DeviceRows, output: DeviceRows, key_cache: int, value_cache: int, context: int, heads: int,
-        kv_heads: int, head_columns: int, query_stride: int, gated: bool,
-    ) -> None:  # fmt: skip
+    def _attend(
+        self, query: DeviceRows, turned: DeviceRows, output: DeviceRows, cache: KvCache, op: Attention[int]
+    ) -> None:
         """A few tokens at a time: the parts that are merged take room for each position range."""
-        splits = kernels.attention_splits(context)
-        parts, most = self._attention_parts(heads * splits * (head_columns + 2))
-        turned = self._rotated_query[query.address]
+        splits = kernels.attention_splits(self.context_tokens)
+        parts, most = self._attention_parts(op.heads * splits * (cache.columns + 2))
         for first in range(0, self.tokens, most):
             tokens, positions = min(most, self.tokens - first), self.positions + 4 * first
             self._add(
-                f"attention_f32_{head_columns}", kernels.attention_grid(heads, kv_heads, splits, tokens),
-                turned.address + first * turned.stride_bytes, key_cache, value_cache, positions, parts, heads, kv_heads,
-                splits, head_columns**-0.5,
+                f"attention_f32_{cache.columns}", kernels.attention_grid(op.heads, cache.heads, splits, tokens),
+                turned.address + first * turned.stride_bytes, cache.keys, cache.values, positions, parts, op.heads,
+                cache.heads, splits, cache.columns**-0.5,
             )  # fmt: skip
-            gate = query.address + 4 * head_columns + first * query.stride_bytes if gated else None
+            gate = query.address + 4 * cache.columns + first * query.stride_bytes if op.gated else None
             self._add(
-                "attention_merge", (heads, tokens, 1), parts, positions, gate,
-                output.address + first * output.stride_bytes, None, heads, head_columns, splits, query_stride,
+                "attention_merge", (op.heads, tokens, 1), parts, positions, gate,
+                output.address + first * output.stride_bytes, None, op.heads, cache.columns, splits,
+                query.columns // op.heads,
             )  # fmt: skip
 
     # ---- experts ----
 
-    def route(
-        self, logits: DeviceRows, ids: DeviceRows, weights: DeviceRows, layer: int, experts: int, used: int,
-        normalise: bool, scale: float,
-    ) -> None:  # fmt: skip
+    def route(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
         """The picks, and their way to the host."""
-        self._add(
-            "route", (self.tokens, 1, 1), logits.address, ids.address, weights.address, experts, used, int(normalise),
-            scale,
-        )  # fmt: skip
-        self.body.append(PostPicks(ids.address))
+        picks = self._picks(layer, logits, router)
+        self._route(picks)
+        self.body.append(PostPicks(picks.ids.address, picks.weights.address))
+        return picks
 
-    def experts_begin(
-        self, experts: dict[int, DeviceExpertLayer], ids: DeviceRows, gate_input: DeviceRows, up_input: DeviceRows,
-        layer: int,
-    ) -> None:  # fmt: skip
+    def experts_begin(self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int]) -> None:
         """Nothing: the host has not seen the picks yet."""
 
-    def experts(
-        self, experts: dict[int, DeviceExpertLayer], ids: DeviceRows, gate_input: DeviceRows, up_input: DeviceRows,
-        layer: int,
-    ) -> None:  # fmt: skip
-        """Where the host serves the layer."""
-        used, columns = ids.columns, gate_input.columns
-        hidden, floats = self._hidden(experts[layer], used, self.hidden)
-        outputs = self._outputs(used, columns)
-        self.body.append(ServeExperts(layer, gate_input.address, hidden, floats, outputs, columns, used))
-
-    def _outputs(self, used: int, columns: int) -> int:
-        return self.memory.words("pair_outputs", 4 * self.memory.batch_tokens * used * columns)
-
-    def combine(
-        self, experts: dict[int, DeviceExpertLayer], weights: DeviceRows, output: DeviceRows, used: int,
+    def experts_end(
+        self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int], output: DeviceRows,
         shared: DeviceRows | None, shared_gate: DeviceRows | None,
     ) -> None:  # fmt: skip
-        """output += the experts' weighted sum (+ the shared expert); the sum is made by the next norm."""
+        """Where the host serves the layer; then the sum, which the next norm adds."""
+        rows, used = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used
+        hidden, floats = self._hidden(self._experts[picks.layer], used, self.hidden)
+        outputs = self.memory.words("pair_outputs", 4 * self.memory.batch_tokens * used * rows.columns)
+        self.body.append(ServeExperts(picks.layer, rows.address, hidden, floats, outputs, rows.columns, used))
         total = self.rows("added", output.columns)
         self._add(
-            "combine_picks", (up(output.columns, 256), self.tokens, 1), self._outputs(used, output.columns),
-            weights.address, shared and shared.address, shared_gate and shared_gate.address, total.address,
-            output.columns, used,
+            "combine_picks", (up(output.columns, 256), self.tokens, 1), outputs, picks.weights.address,
+            shared and shared.address, shared_gate and shared_gate.address, total.address, output.columns, used,
         )  # fmt: skip
         self._add_later(output, total)

@@ -101,7 +101,7 @@ class Mail:
     @property
     def post_bytes(self) -> int:
         """Of one layer's post."""
-        return up(8 * (1 + self.pairs), CACHE_LINE_BYTES) * CACHE_LINE_BYTES
+        return up(8 * (1 + 2 * self.pairs), CACHE_LINE_BYTES) * CACHE_LINE_BYTES
 
     @property
     def answer_bytes(self) -> int:

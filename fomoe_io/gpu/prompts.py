@@ -33,7 +33,7 @@ class PromptInputs:
     embedding : uint8 [tokens, row_bytes]
     order : int32 [tokens * used], a layer's pairs sorted by expert
     tiles : csrc/gpu/device_experts.h, fomoe_tile: of a layer's experts
-    picks : int32 [tokens, used]; on the host alone
+    picks, weights : int32 and float32 [tokens, used]; on the host alone
     logits : float32 [LOGITS_TOKENS, vocabulary]; on the host alone
     """
 
@@ -42,6 +42,7 @@ class PromptInputs:
     order: int
     tiles: int
     picks: int
+    weights: int
     logits: int
     bytes: int
 
@@ -50,7 +51,7 @@ class PromptInputs:
         """For batches of up to so many tokens."""
         pairs = tokens * s.used
         tiles = min(pairs, s.experts) + pairs // _gpu.TILE_PAIRS
-        sizes = [4 * tokens, row_bytes * tokens, 4 * pairs, _gpu.TILE_BYTES * tiles, 4 * pairs]
+        sizes = [4 * tokens, row_bytes * tokens, 4 * pairs, _gpu.TILE_BYTES * tiles, 4 * pairs, 4 * pairs]
         sizes.append(4 * s.vocabulary * min(tokens, LOGITS_TOKENS))
         offsets = [0]
         for size in sizes:
@@ -111,7 +112,7 @@ class PromptRunner:
         self._inputs, self._host, self._device_address = inputs, host, device_address
         self._record, self._embed, self._products, self._check = record, embed, products, check
         self._programs: dict[tuple[int, bool], _Program] = {}
-        self._posted, self._computed = gpu.event(), gpu.event()
+        self._posted = gpu.event()
         self._is_running = False
 
     def _words(self, offset: int, count: int, dtype: Any) -> np.ndarray:
@@ -170,11 +171,12 @@ class PromptRunner:
             stream.synchronize()
         self._is_running = True
         self._fill_inputs(program.recorder, ids, position)
-        self._experts.begin_batch(tokens)
+        self._experts.begin_batch(tokens, stream)
         for step in program.steps:
             if isinstance(step, PostPicks):
-                address = self._host.ctypes.data + self._inputs.picks
-                stream.copy_out(address, step.ids, 4 * tokens * self._shape.used)
+                address, nbytes = self._host.ctypes.data, 4 * tokens * self._shape.used
+                stream.copy_out(address + self._inputs.picks, step.ids, nbytes)
+                stream.copy_out(address + self._inputs.weights, step.weights, nbytes)
                 stream.record(self._posted)
             elif isinstance(step, ServeExperts):
                 self._serve(step, tokens, picks)
@@ -185,7 +187,6 @@ class PromptRunner:
 
     def _fill_inputs(self, recorder: BatchRecorder, ids: np.ndarray, position: int) -> None:
         at, table = self._inputs, recorder.embedding
-        assert table is not None
         self._words(at.positions, len(ids), np.int32)[:] = np.arange(position, position + len(ids))
         nbytes = len(ids) * table.row_bytes
         self._embed(ids, self._words(at.embedding, nbytes, np.uint8).reshape(len(ids), table.row_bytes))
@@ -199,28 +200,28 @@ class PromptRunner:
         found = self._words(at.picks, pairs, np.int32).reshape(tokens, step.used)
         if picks is not None:
             picks[step.layer] = found
-        self._check(self._experts.batch_layer(step.layer, found, self._words(at.order, pairs, np.int32)))
+        weights, order = self._words(at.weights, pairs, np.float32), self._words(at.order, pairs, np.int32)
+        self._check(self._experts.batch_layer(step.layer, found, weights.reshape(tokens, step.used), order))
         self._send(at.order, 4 * pairs)
-        order, place, computed = self._device_address + at.order, at.tiles, None
+        pairs_at, place = self._device_address + at.order, at.tiles
         down_input = step.hidden if step.hidden_floats is None else step.hidden_floats
         while True:
-            error, count = self._experts.next_wave(step.layer, computed, self._host[place : at.picks])
+            error, count = self._experts.next_wave(step.layer, self._host[place : at.picks])
             self._check(error)
             if not count:
                 return
             self._send(place, _gpu.TILE_BYTES * count)
             tiles, hidden = self._device_address + place, self._shape.hidden
             gpu.prepare(
-                f"group_gate_up_{e.gate_kernel}", kernels.group_gate_up_grid(hidden, count), tiles, order,
+                f"group_gate_up_{e.gate_kernel}", kernels.group_gate_up_grid(hidden, count), tiles, pairs_at,
                 e.device_offset[0], e.device_offset[1], step.input, step.hidden, step.hidden_floats, hidden,
                 step.columns, step.used,
             ).run(gpu.stream)  # fmt: skip
             gpu.prepare(
-                f"group_down_{e.down_kernel}", kernels.group_down_grid(step.columns, count), tiles, order,
+                f"group_down_{e.down_kernel}", kernels.group_down_grid(step.columns, count), tiles, pairs_at,
                 e.device_offset[2], down_input, step.outputs, step.columns, hidden,
             ).run(gpu.stream)  # fmt: skip
-            gpu.stream.record(self._computed)
-            computed, place = self._computed, place + _gpu.TILE_BYTES * count
+            place += _gpu.TILE_BYTES * count
 
     def _compute_logits(self, recorder: BatchRecorder, tokens: int, logits: np.ndarray) -> None:
         stream, vocabulary = self._gpu.stream, self._shape.vocabulary

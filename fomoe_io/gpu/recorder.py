@@ -1,13 +1,13 @@
-"""What a model file composes for a GPU: the calls of :class:`fomoe_io.cpu.recorder.Recorder`, as kernel launches."""
+"""What a model is recorded with on a GPU: the ops of :class:`fomoe_io.models.recorder.Recorder` as kernel launches."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fomoe_io.cpu.recorder import Activation
+from fomoe_io.errors import FormatError
 from fomoe_io.experts.car import NativeCar
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import (
@@ -23,6 +23,7 @@ from fomoe_io.gpu.arena import (
     Memory,
 )
 from fomoe_io.gpu.kernels import up
+from fomoe_io.models.recorder import Activation, Attention, Delta, Experts, KvCache, Picks, Recorder, Router, Score
 
 if TYPE_CHECKING:
     from fomoe_io.models.rope import Rope
@@ -31,16 +32,28 @@ ATTENTION_TOKENS, ATTENTION_BYTES = 8, 256 << 20
 """Tokens of a batch whose attention is computed at once, and room for what each position range has found until it is
 merged: a long context takes fewer tokens at once, down to one."""
 
+
+def refuse(**wanted: bool) -> None:
+    """FormatError for the first op that is wanted and that no kernel computes."""
+    for name, is_wanted in wanted.items():
+        if is_wanted:
+            raise FormatError(f"the GPU kernels do not compute {name.replace('_', ' ')}", hint="--device cpu")
+
+
 CAR_BYTES = ctypes.sizeof(NativeCar)
 """gpu/kernels/car_rule.h, fomoe_car."""
 
 
 class DeviceRecorder:
-    """Collects the launches of a model for one token; the interface is that of `program.Recorder`.
+    """Collects the launches of a model for one token; the interface is that of :class:`Recorder`.
 
     Parameters
     ----------
     memory : Memory
+    embedding : (EmbeddingTable, int, int)
+        The token embeddings, the descriptor of their file and where in it they are.
+    expert_inputs : mapping of int to (int, int)
+        Per layer the forms that the routed experts' gate and up matrices read.
     experts : mapping of int to DeviceExpertLayer
     mailbox : Mailbox
     vocabulary : int
@@ -59,13 +72,14 @@ class DeviceRecorder:
         All but the logits.
     """
 
-    lookahead = False
     tokens = 1
 
     def __init__(
         self,
         memory: Memory,
         *,
+        embedding: tuple[EmbeddingTable, int, int],
+        expert_inputs: Mapping[int, tuple[int, int]],
         experts: dict[int, DeviceExpertLayer],
         mailbox: Mailbox,
         vocabulary: int,
@@ -77,17 +91,14 @@ class DeviceRecorder:
         self.context_tokens = memory.context_tokens
         memory.state_arena.bytes = 0  # every program of a session shares its state
         self.state = DeviceState(memory.state_arena)
-        self.experts_pool = experts
-        self.program = self
+        self._experts, self._expert_inputs = experts, expert_inputs
         self.body: list[Any] = []
         self._mailbox = mailbox
         self._pending: dict[int, int] = {}  # rows' address -> address of what is to be added to them
         self._makers: dict[int, LaunchSpec] = {}  # rows' address -> the launch that can write them as Q8 too
         self._tail: Callable[[int, int], list[LaunchSpec]] | None = None
         self._final: Callable[[int, int], list[LaunchSpec]] | None = None
-        self._rotated_query: dict[int, DeviceRows] = {}
-        self._layer = -1
-        self.embedding: EmbeddingTable | None = None
+        self.embedding, self.embedding_file, self.embedding_offset = embedding
         self._take_inputs()
 
     def _take_inputs(self) -> None:
@@ -115,10 +126,10 @@ class DeviceRecorder:
         """Activation rows by name."""
         return self.memory.row(name, columns, type)
 
-    def embed(self, table: EmbeddingTable, output: DeviceRows, *, file: int = -1, offset: int = 0) -> None:
+    def embed(self, output: DeviceRows) -> None:
         """output = the tokens' embeddings, whose rows the host sends before the run."""
+        table = self.embedding
         address = self._embedding_rows(table)
-        self.embedding, self.embedding_file, self.embedding_offset = table, file, offset
         grid = (up(table.columns, 1024), self.tokens, 1)
         self._add(f"expand_{table.kernel}", grid, address, None, output.address, table.columns)
 
@@ -133,19 +144,14 @@ class DeviceRecorder:
         return {form: self.rows(name, columns, form) for form in dict.fromkeys(wanted)}
 
     def norm(
-        self,
-        x: DeviceRows,
-        weight: int,
-        epsilon: float,
-        *,
-        name: str,
-        feeds: Sequence[DeviceMatrix] = (),
-        types: Sequence[int] = (),
-        of_outputs: bool = False,
-    ) -> Activation:
+        self, x: DeviceRows, weight: int, epsilon: float, *, name: str, feeds: Sequence[DeviceMatrix],
+        experts_of: int | None = None, of_outputs: bool = False,
+    ) -> Activation[DeviceRows]:  # fmt: skip
         """RMS norm of `x`, after what was to be added to it, in each form that is read."""
         wanted = [m.activation_type if of_outputs else self.form_of(m) for m in feeds]
-        forms = self._forms(name, x.columns, [*wanted, *types])
+        if experts_of is not None:
+            wanted += self._expert_inputs[experts_of]
+        forms = self._forms(name, x.columns, wanted)
         residual = self._pending.pop(x.address, None)
         floats, q8 = (forms[form].address if form in forms else None for form in (F32, Q8))
 
@@ -165,7 +171,7 @@ class DeviceRecorder:
         """What makes the third form of the first; only batches ask for it."""
         return []
 
-    def convert(self, x: DeviceRows, *, name: str, feeds: Sequence[DeviceMatrix]) -> Activation:
+    def convert(self, x: DeviceRows, *, name: str, feeds: Sequence[DeviceMatrix]) -> Activation[DeviceRows]:
         """`x` in the forms that `feeds` read; written by the launch that made `x` where that can."""
         forms = self._forms(name, x.columns, {self.form_of(m) for m in feeds} - {F32}) | {F32: x}
         if Q8 in forms:
@@ -178,8 +184,8 @@ class DeviceRecorder:
         return Activation(forms)
 
     def silu_mul(
-        self, gate: DeviceRows, up_rows: DeviceRows, *, name: str, feeds: Sequence[DeviceMatrix]
-    ) -> Activation:
+        self, gate: DeviceRows, up_rows: DeviceRows, /, *, name: str, feeds: Sequence[DeviceMatrix]
+    ) -> Activation[DeviceRows]:
         """silu(gate) * up."""
         columns = gate.columns
         forms = self._forms(name, columns, [self.form_of(m) for m in feeds] + [Q8])
@@ -196,7 +202,7 @@ class DeviceRecorder:
             f"mat_vec_{matrix.kernel}", grid, [matrix.address, x, y, matrix.rows, matrix.columns, 1, split]
         )
 
-    def mat_mul(self, products: Sequence[tuple[DeviceMatrix, Activation, DeviceRows]]) -> None:
+    def mat_mul(self, products: Sequence[tuple[DeviceMatrix, Activation[DeviceRows], DeviceRows]]) -> None:
         """output = matrix @ input, for each; products of one format and input share a launch."""
         alike: dict[tuple[str, int], list[tuple[DeviceMatrix, int, int]]] = {}
         for matrix, activation, y in products:
@@ -207,18 +213,29 @@ class DeviceRecorder:
                 part = group[i : i + kernels.MAT_VEC_MANY]
                 self.body.append(self._product(*part[0]) if len(part) == 1 else _many(part))
 
-    def mat_mul_add(self, matrix: DeviceMatrix, x: Activation, output: DeviceRows) -> None:
-        """output += matrix @ x; the sum is made by the norm that reads it next."""
+    def mat_mul_add(
+        self, matrix: DeviceMatrix, x: Activation[DeviceRows], output: DeviceRows, bias: int | None = None
+    ) -> None:
+        """output += matrix @ x [+ bias]; the sum is made by the norm that reads it next."""
         product = self.rows("added", output.columns)
         self.mat_mul([(matrix, x, product)])
+        self._add_bias(product, bias)
         self._add_later(output, product)
+
+    def _add_bias(self, rows: DeviceRows, bias: int | None) -> None:
+        if bias is not None:
+            self._add("add_bias", (up(rows.columns, 256), self.tokens, 1), rows.address, bias, rows.columns)
+
+    def ungroup(self, x: DeviceRows, groups: int, first: int, length: int, output: DeviceRows, at: int) -> None:
+        """No kernel yet."""
+        refuse(projections_stored_group_by_group=True)
 
     def _add_later(self, output: DeviceRows, added: DeviceRows) -> None:
         if output.address in self._pending:
             raise AssertionError("two sums without a norm between them")
         self._pending[output.address] = added.address
 
-    def logits(self, matrix: DeviceMatrix, x: Activation) -> None:
+    def logits(self, matrix: DeviceMatrix, x: Activation[DeviceRows]) -> None:
         """The last product, for the positions that want logits."""
         final, row = self._final, x.forms[matrix.activation_type].address
         assert final is not None
@@ -226,42 +243,54 @@ class DeviceRecorder:
 
     # ---- attention ----
 
-    def rope_table(self, table: DeviceRows, rope: Rope) -> None:
+    def rope_table(self, rope: Rope, *, name: str = "rope") -> DeviceRows:
         """(cos, sin) of every position; the engine fills the table once."""
+        refuse(positions_of_two_kinds=name != "rope")
+        return self.rows("rope", 2 * len(rope.frequencies))
 
-    def kv(
-        self, query: DeviceRows, key: DeviceRows, value: DeviceRows, table: DeviceRows, query_norm: int, key_norm: int,
-        key_cache: int, value_cache: int, context: int, heads: int, kv_heads: int, head_columns: int,
-        query_stride: int, rotated: int, epsilon: float, biases: Sequence[int | None],
-    ) -> None:  # fmt: skip
-        """Queries and keys normalised and rotated; keys and values into the cache."""
-        for rows, bias in zip((query, key, value), biases, strict=True):
-            if bias is not None:
-                self._add("add_bias", (up(rows.columns, 256), self.tokens, 1), rows.address, bias, rows.columns)
-        turned = self.rows("rotated_query", heads * head_columns)
-        self._rotated_query[query.address] = turned
-        self._add(
-            "attention_prepare_f32", (heads + 2 * kv_heads, self.tokens, 1), query.address, key.address, value.address,
-            query_norm, key_norm, table.address, self.positions, turned.address, key_cache, value_cache, heads,
-            kv_heads, head_columns, query_stride, rotated, epsilon,
-        )  # fmt: skip
+    def kv_cache(self, heads: int, columns: int) -> KvCache:
+        """Addresses in a session's memory."""
+        floats = heads * self.context_tokens * columns
+        keys = self.state.take(floats, zeroed=False)
+        return KvCache(keys, self.state.take(floats, zeroed=False), heads, columns)
 
     def attention(
-        self, query: DeviceRows, output: DeviceRows, key_cache: int, value_cache: int, context: int, heads: int,
-        kv_heads: int, head_columns: int, query_stride: int, gated: bool,
-    ) -> None:  # fmt: skip
-        """output = softmax(q k^T / sqrt(d)) v, times sigmoid(gate) where the query rows carry one."""
-        splits = kernels.attention_splits(context)
-        parts = self._attention_parts(heads * splits * (head_columns + 2))[0]
-        self._add(
-            f"attention_f32_{head_columns}", kernels.attention_grid(heads, kv_heads, splits, self.tokens),
-            self._rotated_query[query.address].address, key_cache, value_cache, self.positions, parts, heads, kv_heads,
-            splits, head_columns**-0.5,
+        self, query: DeviceRows, key: DeviceRows, value: DeviceRows, table: DeviceRows, cache: KvCache,
+        op: Attention[int],
+    ) -> DeviceRows:  # fmt: skip
+        """What fills the cache, and what reads it."""
+        refuse(
+            attention_sinks=op.sinks is not None, a_sliding_window=op.window > 0,
+            norms_over_all_heads=op.norms_whole_rows, attention_without_norms=op.query_norm is None,
         )  # fmt: skip
-        gate = query.address + 4 * head_columns if gated else None
+        for rows, bias in ((query, op.query_bias), (key, op.key_bias), (value, op.value_bias)):
+            self._add_bias(rows, bias)
+        turned = self.rows("rotated_query", op.heads * cache.columns)
+        stride = query.columns // op.heads
+        self._add(
+            "attention_prepare_f32", (op.heads + 2 * cache.heads, self.tokens, 1), query.address, key.address,
+            value.address, op.query_norm, op.key_norm, table.address, self.positions, turned.address, cache.keys,
+            cache.values, op.heads, cache.heads, cache.columns, stride, op.rotated, op.epsilon,
+        )  # fmt: skip
+        output = self.rows("attended", op.heads * cache.columns)
+        self._attend(query, turned, output, cache, op)
+        return output
+
+    def _attend(
+        self, query: DeviceRows, turned: DeviceRows, output: DeviceRows, cache: KvCache, op: Attention[int]
+    ) -> None:
+        """output = softmax(turned k^T / sqrt(d)) v, times sigmoid(gate) where the query rows carry one."""
+        splits = kernels.attention_splits(self.context_tokens)
+        parts = self._attention_parts(op.heads * splits * (cache.columns + 2))[0]
+        self._add(
+            f"attention_f32_{cache.columns}", kernels.attention_grid(op.heads, cache.heads, splits, self.tokens),
+            turned.address, cache.keys, cache.values, self.positions, parts, op.heads, cache.heads, splits,
+            cache.columns**-0.5,
+        )  # fmt: skip
+        gate = query.address + 4 * cache.columns if op.gated else None
         self._makers[output.address] = self._add(
-            "attention_merge", (heads, self.tokens, 1), parts, self.positions, gate, output.address, "q8", heads,
-            head_columns, splits, query_stride,
+            "attention_merge", (op.heads, self.tokens, 1), parts, self.positions, gate, output.address, "q8", op.heads,
+            cache.columns, splits, query.columns // op.heads,
         )  # fmt: skip
 
     def _attention_parts(self, floats: int) -> tuple[int, int]:
@@ -271,51 +300,69 @@ class DeviceRecorder:
 
     # ---- gated delta rule ----
 
-    def conv(self, x: DeviceRows, output: DeviceRows, weight: int, state: int, taps: int) -> None:
+    def conv(self, x: DeviceRows, weight: int, taps: int, *, name: str) -> DeviceRows:
         """Causal convolution over each channel, then silu."""
+        state = self.state.take((taps - 1) * x.columns, zeroed=True)
+        output = self.rows(name, x.columns)
         grid = (up(x.columns, 128), 1, 1)
         self._add("conv_step", grid, weight, x.address, state, output.address, x.columns, taps, self.tokens)
+        return output
 
     def delta(
-        self, qkv: DeviceRows, beta: DeviceRows, alpha: DeviceRows, gate: DeviceRows, output: DeviceRows,
-        decay_rate: int, decay_bias: int, norm_weight: int, state: int, key_heads: int, value_heads: int,
-        head_columns: int, grouped: bool, epsilon: float,
-    ) -> None:  # fmt: skip
+        self, qkv: DeviceRows, beta: DeviceRows, alpha: DeviceRows, gate: DeviceRows, op: Delta[int], *, name: str
+    ) -> DeviceRows:
         """The gated delta rule, then the norm of each head times silu(gate)."""
-        recalled = self.rows("recalled", output.columns)
+        columns = op.value_heads * op.head_columns
+        state = self.state.take(columns * op.head_columns, zeroed=True)
+        output, recalled = self.rows(name, columns), self.rows("recalled", columns)
         self._add(
-            f"delta_step_{head_columns}", (head_columns // 16, value_heads, 1), qkv.address, alpha.address,
-            beta.address, decay_bias, decay_rate, state, recalled.address, key_heads, value_heads, head_columns,
-            int(grouped), self.tokens, epsilon,
+            f"delta_step_{op.head_columns}", (op.head_columns // 16, op.value_heads, 1), qkv.address, alpha.address,
+            beta.address, op.decay_bias, op.decay_rate, state, recalled.address, op.key_heads, op.value_heads,
+            op.head_columns, int(op.grouped), self.tokens, op.epsilon,
         )  # fmt: skip
         self._makers[output.address] = self._add(
-            "gated_norm", (up(value_heads, 4), self.tokens, 1), recalled.address, gate.address, norm_weight,
-            output.address, "q8", value_heads, head_columns, epsilon,
+            "gated_norm", (up(op.value_heads, 4), self.tokens, 1), recalled.address, gate.address, op.norm,
+            output.address, "q8", op.value_heads, op.head_columns, op.epsilon,
         )  # fmt: skip
+        return output
 
     # ---- experts ----
 
-    def route(
-        self, logits: DeviceRows, ids: DeviceRows, weights: DeviceRows, layer: int, experts: int, used: int,
-        normalise: bool, scale: float,
-    ) -> None:  # fmt: skip
-        """The picks, their records, and word of them to the host."""
-        e = self.experts_pool[layer]
-        resolved = [e.table, self._records(used), e.post, self._mailbox.run, self.memory.words("misses", 4)]
-        if not self._substitutes:
-            self._add(
-                "route_and_resolve", (1, 1, 1), logits.address, ids.address, weights.address, *resolved, experts, used,
-                int(normalise), scale,
-            )  # fmt: skip
-            return
-        self._add(
-            "route", (1, 1, 1), logits.address, ids.address, weights.address, experts, used, int(normalise), scale
-        )
-        rule = self.memory.words("car", CAR_BYTES)
-        self._add(
-            "substitute_and_resolve", (1, 1, 1), logits.address, ids.address, weights.address, *resolved, rule,
-            experts, used, int(normalise),
+    def _picks(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
+        refuse(
+            routing_by_sigmoid=router.score == Score.SIGMOID, routing_by_logits=router.score == Score.LOGITS,
+            a_bias_of_the_router=router.logit_bias is not None, a_bias_of_the_choice=router.bias is not None,
+            groups_of_experts=router.groups > 1,
         )  # fmt: skip
+        ids, weights = self.rows("experts", router.used), self.rows("weights", router.used)
+        return Picks(layer, router, logits, ids, weights)
+
+    def _route(self, picks: Picks[int, DeviceRows]) -> None:
+        r = picks.router
+        self._add(
+            "route", (self.tokens, 1, 1), picks.logits.address, picks.ids.address, picks.weights.address, r.experts,
+            r.used, int(r.normalise), r.scale,
+        )  # fmt: skip
+
+    def route(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
+        """The picks, their records, and word of them to the host."""
+        picks = self._picks(layer, logits, router)
+        e, used = self._experts[layer], router.used
+        rows = (logits.address, picks.ids.address, picks.weights.address)
+        resolved = [e.table, self._records(used), e.post, self._mailbox.run, self.memory.words("misses", 4)]
+        if self._substitutes:
+            self._route(picks)
+            rule = self.memory.words("car", CAR_BYTES)
+            self._add(
+                "substitute_and_resolve", (1, 1, 1), *rows, *resolved, rule, router.experts, used,
+                int(router.normalise),
+            )  # fmt: skip
+        else:
+            self._add(
+                "route_and_resolve", (1, 1, 1), *rows, *resolved, router.experts, used, int(router.normalise),
+                router.scale,
+            )  # fmt: skip
+        return picks
 
     def _records(self, used: int) -> int:
         return self.memory.words("records", 8 * used)
@@ -324,7 +371,7 @@ class DeviceRecorder:
         return self.memory.words("late", 8 * used)
 
     def _gate_and_up(self, layer: int, records: int, x: DeviceRows, used: int, hidden: int, columns: int) -> None:
-        e = self.experts_pool[layer]
+        e = self._experts[layer]
         q8, floats = self._hidden(e, used, hidden)
         self._add(
             f"experts_gate_up_{e.gate_kernel}", kernels.gate_up_grid(hidden, used), records,
@@ -337,44 +384,45 @@ class DeviceRecorder:
         q8 = self.memory.words("hidden_q8", self.memory.batch_tokens * used * kernels.q8_row_bytes(hidden))
         return q8, floats
 
-    def experts_begin(
-        self, experts: dict[int, DeviceExpertLayer], ids: DeviceRows, gate_input: DeviceRows, up_input: DeviceRows,
-        layer: int,
-    ) -> None:  # fmt: skip
+    def experts_begin(self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int]) -> None:
         """Gate and up of the picks that are on the device."""
-        self._gate_and_up(layer, self._records(ids.columns), gate_input, ids.columns, self.hidden, gate_input.columns)
+        self._check_experts(op)
+        rows, used = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used
+        self._gate_and_up(picks.layer, self._records(used), rows, used, self.hidden, rows.columns)
 
-    def experts(
-        self, experts: dict[int, DeviceExpertLayer], ids: DeviceRows, gate_input: DeviceRows, up_input: DeviceRows,
-        layer: int,
-    ) -> None:  # fmt: skip
-        """Wait for the others, if there are any; their gate and up."""
-        used = ids.columns
-        late = self._late(used)
-        self._add(
-            "wait_for_misses", (1, 1, 1), self.memory.words("misses", 4), experts[layer].answer, self._mailbox.run,
-            self._mailbox.stop, late, used,
-        )  # fmt: skip
-        self._gate_and_up(layer, late, gate_input, used, self.hidden, gate_input.columns)
-        self._layer = layer
+    @staticmethod
+    def _check_experts(op: Experts[int]) -> None:
+        refuse(biases_of_experts=any(b is not None for b in op.biases), clamped_activations=op.is_clamped)
 
-    def combine(
-        self, experts: dict[int, DeviceExpertLayer], weights: DeviceRows, output: DeviceRows, used: int,
+    def experts_end(
+        self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int], output: DeviceRows,
         shared: DeviceRows | None, shared_gate: DeviceRows | None,
     ) -> None:  # fmt: skip
-        """output += the experts' weighted sum (+ the shared expert); the sum is made by the next norm."""
-        e, hidden, total = experts[self._layer], self.hidden, self.rows("added", output.columns)
+        """Wait for the others, if there are any; their gate and up; then the sum, which the next norm adds."""
+        rows, used, hidden = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used, self.hidden
+        e, late = self._experts[picks.layer], self._late(used)
+        self._add(
+            "wait_for_misses", (1, 1, 1), self.memory.words("misses", 4), e.answer, self._mailbox.run,
+            self._mailbox.stop, late, used,
+        )  # fmt: skip
+        self._gate_and_up(picks.layer, late, rows, used, hidden, rows.columns)
+        total = self.rows("added", output.columns)
         q8, floats = self._hidden(e, used, hidden)
         down = self._add(
-            f"experts_down_{e.down_kernel}", kernels.down_grid(output.columns), self._records(used),
-            self._late(used), e.device_offset[2], floats or q8, weights.address, shared and shared.address,
+            f"experts_down_{e.down_kernel}", kernels.down_grid(output.columns), self._records(used), late,
+            e.device_offset[2], floats or q8, picks.weights.address, shared and shared.address,
             shared_gate and shared_gate.address, total.address, output.columns, hidden, used,
         )  # fmt: skip
         down.joins = True
         self._add_later(output, total)
 
-    def layer_end(self, x: DeviceRows, layer: int) -> None:
-        """Nothing to do: layer outputs are recorded on the CPU alone."""
+    def lookahead(
+        self, layer: int, x: DeviceRows, weight: int, epsilon: float, matrix: DeviceMatrix, router: Router[int]
+    ) -> None:
+        """Nothing: the CPU alone guesses."""
+
+    def layer_end(self, layer: int, x: DeviceRows) -> None:
+        """Nothing: layer outputs are recorded on the CPU alone."""
 
     # ---- the result ----
 
@@ -390,6 +438,10 @@ class DeviceRecorder:
         """Final norm and logits of so many tokens from the `first` on."""
         assert self._tail is not None
         return _finished(self._tail(first, tokens))
+
+
+def _implements(recorder: DeviceRecorder) -> Recorder[DeviceMatrix, int, DeviceRows]:
+    return recorder
 
 
 def _finished(specs: list[Any]) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from fomoe_io.gpu.recorder import DeviceRecorder
 from fomoe_io.gpu.weights import DeviceWeights
 
 if TYPE_CHECKING:
+    from fomoe_io.models.architecture import Build
     from fomoe_io.models.shape import Shape
     from fomoe_io.storage.store import TensorInfo
 
@@ -44,7 +45,7 @@ class ModelSource:
     """
 
     shape: Shape
-    build: Callable[..., None]
+    build: Build
     resident: Mapping[str, TensorInfo]
     files: list[int]
     records: Mapping[int, RecordLayout]
@@ -82,7 +83,8 @@ class Recordings:
         self._weights_arena = Arena(addresses.weights)
         self.weights = DeviceWeights(source.resident, self._weights_arena)
         self.memory = Memory(Arena(addresses.activations), Arena(addresses.state), room, source.context_tokens)
-        self.embedding = self.weights.embedding(s.columns, s.vocabulary)[0]
+        table, file, offset = self.weights.embedding(s.columns, s.vocabulary)
+        self.embedding, self._embedding = table, (table, source.files[file], offset)
         self._place_inputs(batch_tokens)
         self.rope_address = self.memory.words("rope", 4 * source.context_tokens * s.rotated)
         self.memory.row_at("rope", s.rotated, self.rope_address)
@@ -121,6 +123,8 @@ class Recordings:
     def _settings(self) -> dict[str, Any]:
         s = self._source.shape
         return {
+            "embedding": self._embedding,
+            "expert_inputs": self._source.expert_inputs,
             "experts": self.layers,
             "mailbox": self._mailbox,
             "vocabulary": s.vocabulary,
@@ -129,7 +133,7 @@ class Recordings:
 
     def _recorded(self, recorder: Any) -> Any:
         source = self._source
-        source.build(recorder, self.weights, source.shape, source.expert_inputs, source.files)
+        source.build(recorder, self.weights, source.shape)
         return recorder
 
     def batch(self, tokens: int, uses_products: bool) -> BatchRecorder:

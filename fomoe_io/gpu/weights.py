@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
 
-from fomoe_io.cpu.weights import aligned_window, checked
 from fomoe_io.errors import FormatError
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import Arena, DeviceMatrix, EmbeddingTable
-from fomoe_io.models.tensors import EMBEDDING, OUTPUT
+from fomoe_io.models.tensors import EMBEDDING, OUTPUT, checked
 from fomoe_io.storage.reader import Memory, Reader, aligned_memory
+from fomoe_io.system.direct_io import aligned_window
 
 if TYPE_CHECKING:
     from fomoe_io.gpu.device import Gpu
@@ -38,7 +38,7 @@ class _Planned:
 
 
 class DeviceWeights:
-    """Resident tensors by name, for the recorder; the interface is that of :class:`fomoe_io.cpu.weights.Weights`.
+    """Resident tensors by name, for the recorder; the interface is that of a :class:`WeightSource`.
 
     Parameters
     ----------
@@ -101,12 +101,16 @@ class DeviceWeights:
             tensor.offset,
         )
 
-    def load(self, reader: Reader, gpu: Gpu) -> None:
+    def load(self, reader: Reader, gpu: Gpu, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Read and copy everything that was asked for."""
+        done, total = 0, sum(planned.tensor.bytes for planned in self._planned.values())
         staging = [aligned_memory(PIECE_BYTES + 2 * reader.block_bytes) for _ in range(2)]
         registrations = [gpu.register(np.frombuffer(memory.view, np.uint8)) for memory in staging]
         try:
             for planned in self._planned.values():
+                if progress is not None:
+                    progress("weights", done, total)
+                done += planned.tensor.bytes
                 if planned.is_expanded:
                     self._load_expanded(planned, reader, gpu)
                 else:

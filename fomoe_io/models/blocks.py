@@ -3,46 +3,61 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Generic
 
+from fomoe_io.models.recorder import (
+    Activation,
+    Attention,
+    Experts,
+    Matrix,
+    Recorder,
+    Router,
+    Rows,
+    Vector,
+    WeightSource,
+)
 from fomoe_io.models.shape import Shape
 from fomoe_io.models.tensors import EMBEDDING, OUTPUT, OUTPUT_NORM
 
-if TYPE_CHECKING:  # the tools check models without the compiled engine
-    from fomoe_io._cpu import Matrix, Rows
-    from fomoe_io.cpu.recorder import Activation, Recorder
-    from fomoe_io.cpu.weights import Weights
-
-NORMALISE, SCALE = True, 1.0
-"""Both architectures make the weights of a token's experts sum 1 (norm_topk_prob), and scale them no further."""
-
 
 def record_attention(
-    p: Recorder, w: Weights, s: Shape, prefix: str, x: Rows, table: Rows, *, norm: str, gated: bool
-) -> None:
-    """x += W_o (softmax(q k^T / sqrt(d)) v [* sigmoid(gate)]) with normalised, rotated q and k (GQA)."""
-    d, heads, kv_heads = s.head_columns, s.heads, s.kv_heads
-    stride = 2 * d if gated else d
-    w_query, w_key, w_value = _query_key_value(w, s, prefix, heads * stride, kv_heads * d)
-    biases = _biases(w, prefix, heads * stride, kv_heads * d)
-    w_output = w.matrix(f"{prefix}.attn_output.weight", heads * d, s.columns)
-    norm_weight = w.vector(f"{prefix}.{norm}.weight", (s.columns,))
-    query_norm = w.vector(f"{prefix}.attn_q_norm.weight", (d,))
-    key_norm = w.vector(f"{prefix}.attn_k_norm.weight", (d,))
+    p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape, prefix: str, x: Rows, table: Rows, *,
+    gated: bool = False, window: int = 0,
+) -> None:  # fmt: skip
+    """x += W_o (softmax(q k^T / sqrt(d)) v [* sigmoid(gate)]) [+ b_o] with [normalised,] rotated q and k (GQA).
 
-    query, key, value = p.rows("query", heads * stride), p.rows("key", kv_heads * d), p.rows("value", kv_heads * d)
-    attended = p.rows("attended", heads * d)
-    key_cache = p.state.take(kv_heads * p.context_tokens * d, zeroed=False)
-    value_cache = p.state.take(kv_heads * p.context_tokens * d, zeroed=False)
-
+    Norms, biases and sinks are used where the model has them.
+    """
+    d, queries, keys = s.head_columns, s.heads * s.head_columns * (2 if gated else 1), s.kv_heads * s.head_columns
+    w_query, w_key, w_value = _query_key_value(w, s, prefix, queries, keys)
+    query_bias, key_bias, value_bias = _biases(w, prefix, queries, keys)
+    w_output = w.matrix(f"{prefix}.attn_output.weight", s.heads * d, s.columns)
+    norm_weight = w.vector(f"{prefix}.attn_norm.weight", (s.columns,))
+    op = Attention(
+        heads=s.heads,
+        gated=gated,
+        rotated=s.rotated,
+        epsilon=s.epsilon,
+        query_norm=_optional(w, f"{prefix}.attn_q_norm.weight", s.heads * d if s.norms_whole_rows else d),
+        key_norm=_optional(w, f"{prefix}.attn_k_norm.weight", keys if s.norms_whole_rows else d),
+        norms_whole_rows=s.norms_whole_rows,
+        query_bias=query_bias,
+        key_bias=key_bias,
+        value_bias=value_bias,
+        sinks=_optional(w, f"{prefix}.attn_sinks.weight", s.heads),
+        window=window,
+    )
+    query, key, value = p.rows("query", queries), p.rows("key", keys), p.rows("value", keys)
     h = p.norm(x, norm_weight, s.epsilon, name="normed", feeds=[w_query, w_key, w_value])
     p.mat_mul([(w_query, h, query), (w_key, h, key), (w_value, h, value)])
-    p.program.kv(
-        query, key, value, table, query_norm, key_norm, key_cache, value_cache, p.context_tokens,
-        heads, kv_heads, d, stride, s.rotated, s.epsilon, biases,
-    )  # fmt: skip
-    p.program.attention(query, attended, key_cache, value_cache, p.context_tokens, heads, kv_heads, d, stride, gated)
-    p.mat_mul_add(w_output, p.convert(attended, name="attended", feeds=[w_output]), x)
+    attended = p.attention(query, key, value, table, p.kv_cache(s.kv_heads, d), op)
+    bias = _optional(w, f"{prefix}.attn_output.bias", s.columns)
+    p.mat_mul_add(w_output, p.convert(attended, name="attended", feeds=[w_output]), x, bias)
+
+
+def _optional(w: WeightSource[Matrix, Vector], name: str, *shape: int) -> Vector | None:
+    """A small tensor that not every model has."""
+    return w.vector(name, shape) if name in w else None
 
 
 def _parts(queries: int, keys: int) -> dict[str, slice]:
@@ -54,106 +69,136 @@ def _parts(queries: int, keys: int) -> dict[str, slice]:
     }
 
 
-def _query_key_value(w: Weights, s: Shape, prefix: str, queries: int, keys: int) -> list[Matrix]:
+def _query_key_value(w: WeightSource[Matrix, Vector], s: Shape, prefix: str, queries: int, keys: int) -> list[Matrix]:
     parts, fused = _parts(queries, keys), f"{prefix}.attn_qkv.weight"
     if fused in w:
         return [w.matrix(fused, s.columns, queries + 2 * keys, part) for part in parts.values()]
     return [w.matrix(f"{prefix}.attn_{n}.weight", s.columns, part.stop - part.start) for n, part in parts.items()]
 
 
-def _biases(w: Weights, prefix: str, queries: int, keys: int) -> list[Any]:
+def _biases(w: WeightSource[Matrix, Vector], prefix: str, queries: int, keys: int) -> list[Vector | None]:
     """Of query, key and value; None for those without."""
     parts, fused = _parts(queries, keys), f"{prefix}.attn_qkv.bias"
     if fused in w:
         return [w.vector(fused, (queries + 2 * keys,), part) for part in parts.values()]
     names = {f"{prefix}.attn_{n}.bias": part.stop - part.start for n, part in parts.items()}
-    return [w.vector(name, (length,)) if name in w else None for name, length in names.items()]
+    return [_optional(w, name, length) for name, length in names.items()]
 
 
 @dataclass(frozen=True, slots=True)
-class _SharedExpert:
+class _SharedExpert(Generic[Matrix]):
     gate: Matrix
     up: Matrix
     down: Matrix
-    scalar: Matrix
+    scalar: Matrix | None
 
 
-def _shared_expert(w: Weights, s: Shape, prefix: str) -> _SharedExpert | None:
+def _shared_expert(w: WeightSource[Matrix, Vector], s: Shape, prefix: str) -> _SharedExpert[Matrix] | None:
     if not s.shared_hidden:
         return None
+    scalar = f"{prefix}.ffn_gate_inp_shexp.weight"
     return _SharedExpert(
         w.matrix(f"{prefix}.ffn_gate_shexp.weight", s.columns, s.shared_hidden),
         w.matrix(f"{prefix}.ffn_up_shexp.weight", s.columns, s.shared_hidden),
         w.matrix(f"{prefix}.ffn_down_shexp.weight", s.shared_hidden, s.columns),
-        w.matrix(f"{prefix}.ffn_gate_inp_shexp.weight", s.columns, 1),
+        w.matrix(scalar, s.columns, 1) if scalar in w else None,
+    )
+
+
+def _router(w: WeightSource[Matrix, Vector], s: Shape, layer: int) -> Router[Vector]:
+    return Router(
+        s.experts,
+        s.used,
+        s.score,
+        normalise=s.normalise,
+        scale=s.scale,
+        groups=s.groups,
+        groups_used=s.groups_used,
+        logit_bias=_optional(w, f"blk.{layer}.ffn_gate_inp.bias", s.experts),
+        bias=_optional(w, f"blk.{layer}.exp_probs_b.bias", s.experts),
+    )
+
+
+def _expert_op(w: WeightSource[Matrix, Vector], s: Shape, prefix: str) -> Experts[Vector]:
+    return Experts(
+        is_clamped=s.is_clamped,
+        gate_bias=_optional(w, f"{prefix}.ffn_gate_exps.bias", s.hidden, s.experts),
+        up_bias=_optional(w, f"{prefix}.ffn_up_exps.bias", s.hidden, s.experts),
+        down_bias=_optional(w, f"{prefix}.ffn_down_exps.bias", s.columns, s.experts),
     )
 
 
 def record_experts(
-    p: Recorder, w: Weights, s: Shape, layer: int, x: Rows, *, norm: str, expert_inputs: tuple[int, int]
+    p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape, layer: int, x: Rows, *, norm: str
 ) -> None:
-    """x += sum_k w_k down_k(silu(gate_k h) * up_k h) [+ sigmoid(g . h) * shared(h)], h = norm(x), k = top of softmax.
+    """x += sum_k w_k expert_k(h) [+ [sigmoid(g . h)] shared(h)], h = norm(x), k and w_k the router's.
 
     Reads of missing experts start right after routing and run while the shared expert is computed.
     """
     prefix = f"blk.{layer}"
-    router = w.matrix(f"{prefix}.ffn_gate_inp.weight", s.columns, s.experts)
+    w_router = w.matrix(f"{prefix}.ffn_gate_inp.weight", s.columns, s.experts)
     shared = _shared_expert(w, s, prefix)
-    feeds = [router]
+    feeds = [w_router]
     if shared:
-        feeds += [shared.gate, shared.up, shared.scalar]
-    h = p.norm(
-        x, w.vector(f"{prefix}.{norm}.weight", (s.columns,)), s.epsilon, name="normed", feeds=feeds, types=expert_inputs
-    )
-    logits, ids, weights = p.rows("router_logits", s.experts), p.rows("experts", s.used), p.rows("weights", s.used)
-    products = [(router, h, logits)]
-    if shared:
-        products.append((shared.scalar, h, p.rows("shared_scalar", 1)))
+        feeds += [shared.gate, shared.up]
+    norm_weight = w.vector(f"{prefix}.{norm}.weight", (s.columns,))
+    logits = p.rows("router_logits", s.experts)
+    scalar = p.rows("shared_scalar", 1) if shared and shared.scalar is not None else None
+    if shared and shared.scalar is not None:
+        feeds.append(shared.scalar)
+    h = p.norm(x, norm_weight, s.epsilon, name="normed", feeds=feeds, experts_of=layer)
+    products = [(w_router, h, logits)]
+    if shared and shared.scalar is not None and scalar is not None:
+        products.append((shared.scalar, h, scalar))
     p.mat_mul(products)
-    p.program.route(logits, ids, weights, layer, s.experts, s.used, NORMALISE, SCALE)
-    inputs = h.forms[expert_inputs[0]], h.forms[expert_inputs[1]]
-    if p.experts_pool is not None:
-        p.program.experts_begin(p.experts_pool, ids, *inputs, layer)
+    op = _expert_op(w, s, prefix)
+    picks = p.route(layer, logits, _router(w, s, layer))
+    p.experts_begin(picks, h, op)
     with p.beside():
-        y, y_gate = _record_shared(p, s, shared, h)
-    if p.experts_pool is not None:
-        p.program.experts(p.experts_pool, ids, *inputs, layer)
-        p.program.combine(p.experts_pool, weights, x, s.used, y, y_gate)
-    if p.lookahead and p.experts_pool is not None and layer + 1 < s.layers:
+        y = _record_shared(p, s, shared, h) if shared else None
+    p.experts_end(picks, h, op, x, y, scalar)
+    if layer + 1 < s.layers:
         following = f"blk.{layer + 1}"
-        p.program.lookahead(
-            p.experts_pool,
-            x,
-            w.vector(f"{following}.{norm}.weight", (s.columns,)),
-            s.epsilon,
-            w.matrix(f"{following}.ffn_gate_inp.weight", s.columns, s.experts),
-            p.rows("lookahead", s.experts),
-            layer + 1,
-        )
-    p.program.layer_end(x, layer)
+        next_norm = w.vector(f"{following}.{norm}.weight", (s.columns,))
+        next_router = w.matrix(f"{following}.ffn_gate_inp.weight", s.columns, s.experts)
+        p.lookahead(layer + 1, x, next_norm, s.epsilon, next_router, _router(w, s, layer + 1))
+    p.layer_end(layer, x)
+
+
+def record_dense(
+    p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape, layer: int, x: Rows, *, norm: str
+) -> None:
+    """x += W_down(silu(W_gate h) * W_up h), h = norm(x): a layer without experts."""
+    prefix = f"blk.{layer}"
+    w_gate = w.matrix(f"{prefix}.ffn_gate.weight", s.columns, s.dense_hidden)
+    w_up = w.matrix(f"{prefix}.ffn_up.weight", s.columns, s.dense_hidden)
+    w_down = w.matrix(f"{prefix}.ffn_down.weight", s.dense_hidden, s.columns)
+    norm_weight = w.vector(f"{prefix}.{norm}.weight", (s.columns,))
+    gate, up = p.rows("dense_gate", s.dense_hidden), p.rows("dense_up", s.dense_hidden)
+    h = p.norm(x, norm_weight, s.epsilon, name="normed", feeds=[w_gate, w_up])
+    p.mat_mul([(w_gate, h, gate), (w_up, h, up)])
+    p.mat_mul_add(w_down, p.silu_mul(gate, up, name="dense_activation", feeds=[w_down]), x)
+    p.layer_end(layer, x)
 
 
 def _record_shared(
-    p: Recorder, s: Shape, shared: _SharedExpert | None, h: Activation
-) -> tuple[Rows | None, Rows | None]:
-    if shared is None:
-        return None, None
+    p: Recorder[Matrix, Vector, Rows], s: Shape, shared: _SharedExpert[Matrix], h: Activation[Rows]
+) -> Rows:
     gate, up = p.rows("shared_gate", s.shared_hidden), p.rows("shared_up", s.shared_hidden)
-    scalar, y = p.rows("shared_scalar", 1), p.rows("shared", s.columns)
+    y = p.rows("shared", s.columns)
     p.mat_mul([(shared.gate, h, gate), (shared.up, h, up)])
     p.mat_mul([(shared.down, p.silu_mul(gate, up, name="shared_activation", feeds=[shared.down]), y)])
-    return y, scalar
+    return y
 
 
-def record_embedding(p: Recorder, w: Weights, s: Shape, files: list[int]) -> Rows:
+def record_embedding(p: Recorder[Matrix, Vector, Rows], s: Shape) -> Rows:
     """The residual stream, starting as the tokens' embeddings."""
     x = p.rows("residual", s.columns)
-    matrix, file, offset = w.embedding(s.columns, s.vocabulary)
-    p.embed(matrix, x, file=-1 if file < 0 else files[file], offset=offset)
+    p.embed(x)
     return x
 
 
-def record_logits(p: Recorder, w: Weights, s: Shape, x: Rows) -> None:
+def record_logits(p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape, x: Rows) -> None:
     """logits = W_output norm(x), for the positions that want them."""
     output = w.matrix(EMBEDDING if w.tied else OUTPUT, s.columns, s.vocabulary)
     norm = w.vector(OUTPUT_NORM, (s.columns,))

@@ -78,6 +78,10 @@ class Keys:
         """A number in [least, most]."""
         return float(self._metadata.number(self.name(key), default, least=least, most=most))
 
+    def flag(self, key: str, default: bool) -> bool:
+        """A truth value."""
+        return self._metadata.flag(self.name(key)) if key in self else default
+
     def text(self, key: str, default: Any = REQUIRED) -> str:
         """A string."""
         return str(self._metadata.text(self.name(key), default))

@@ -6,28 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from fomoe_io.errors import FormatError
-from fomoe_io.models import tensors
+from fomoe_io.models import delta, tensors
 from fomoe_io.models.architecture import Architecture
 from fomoe_io.models.blocks import record_attention, record_embedding, record_experts, record_logits
 from fomoe_io.models.keys import Keys
-from fomoe_io.models.reading import common_sizes, shared_hidden
+from fomoe_io.models.recorder import Matrix, Recorder, Rows, Vector, WeightSource
 from fomoe_io.models.shape import Shape
-from fomoe_io.models.tensors import Tensor, vector
+from fomoe_io.models.tensors import Tensor
 
 if TYPE_CHECKING:
-    from fomoe_io._cpu import Rows
-    from fomoe_io.cpu.recorder import Recorder
-    from fomoe_io.cpu.weights import Weights
     from fomoe_io.storage.gguf import TensorInfo
-
-
-def _full_attention(m: Keys, layers: int) -> tuple[bool, ...]:
-    """Which layers are full attention: the list of newer converters wins over the interval."""
-    recurrent = m.layer_flags("attention.recurrent_layers", layers)
-    if recurrent is not None:
-        return tuple(not r for r in recurrent)
-    interval = m.integer("full_attention_interval", 4, least=1, most=4096)
-    return tuple((i + 1) % interval == 0 for i in range(layers))
 
 
 def _check_sections(m: Keys, rotated: int) -> None:
@@ -48,43 +36,10 @@ def _check_sections(m: Keys, rotated: int) -> None:
 
 
 def shape_of(m: Keys, resident: Mapping[str, TensorInfo]) -> Shape:
-    """The model's sizes, without its draft (MTP) blocks; FormatError when a key is missing or absurd."""
-    blocks = m.integer("block_count", least=1, most=4096)
-    layers = blocks - m.integer("nextn_predict_layers", 0, most=blocks - 1)
-    full_attention = _full_attention(m, layers)
-    value_heads, state_columns = (m.integer(f"ssm.{key}", most=4096) for key in ("time_step_rank", "state_size"))
-    if m.integer("ssm.inner_size") != value_heads * state_columns:
-        raise FormatError(
-            f"ssm sizes do not fit: time_step_rank {value_heads}, state_size {state_columns}, "
-            f"inner_size {m.integer('ssm.inner_size')}"
-        )
-    sizes = common_sizes(m, full_attention)
-    _check_sections(m, sizes["rotated"])
-    return Shape(
-        layers=layers,
-        blocks=blocks,
-        full_attention=full_attention,
-        shared_hidden=shared_hidden(m, resident),
-        key_heads=m.integer("ssm.group_count", most=4096),
-        value_heads=value_heads,
-        state_columns=state_columns,
-        conv_taps=m.integer("ssm.conv_kernel", most=64),
-        **sizes,
-    )
-
-
-def _delta_tensors(s: Shape, prefix: str) -> Iterator[Tensor]:
-    keys, values = s.key_heads * s.state_columns, s.value_heads * s.state_columns
-    yield vector(f"{prefix}.attn_norm.weight", s.columns)
-    yield Tensor(f"{prefix}.attn_qkv.weight", (s.columns, 2 * keys + values))
-    yield Tensor(f"{prefix}.attn_gate.weight", (s.columns, values))
-    yield Tensor(f"{prefix}.ssm_beta.weight", (s.columns, s.value_heads))
-    yield Tensor(f"{prefix}.ssm_alpha.weight", (s.columns, s.value_heads))
-    yield vector(f"{prefix}.ssm_conv1d.weight", s.conv_taps, 2 * keys + values)
-    yield vector(f"{prefix}.ssm_a", s.value_heads)
-    yield vector(f"{prefix}.ssm_dt.bias", s.value_heads)
-    yield vector(f"{prefix}.ssm_norm.weight", s.state_columns)
-    yield Tensor(f"{prefix}.ssm_out.weight", (values, s.columns))
+    """The model's sizes; FormatError when a key is missing or absurd."""
+    s = delta.mixed_shape(m, resident)
+    _check_sections(m, s.rotated)
+    return s
 
 
 def tensors_of(s: Shape, names: Iterable[str]) -> Iterator[Tensor]:
@@ -93,67 +48,24 @@ def tensors_of(s: Shape, names: Iterable[str]) -> Iterator[Tensor]:
     for layer in range(s.layers):
         prefix = f"blk.{layer}"
         if s.full_attention[layer]:
-            yield from tensors.attention(s, prefix, names, gated=True, biased=False)
+            yield from tensors.attention(s, prefix, names, gated=True)
         else:
-            yield from _delta_tensors(s, prefix)
+            yield from delta.delta_tensors(s, prefix, ())
         yield from tensors.experts(s, prefix, "post_attention_norm")
 
 
-def _record_delta(p: Recorder, w: Weights, s: Shape, prefix: str, x: Rows) -> None:
-    """x += W_out norm(o) * silu(z): the gated delta rule over a causal convolution of q, k and v."""
-    keys, values = s.key_heads * s.state_columns, s.value_heads * s.state_columns
-    channels = 2 * keys + values
-    w_qkv = w.matrix(f"{prefix}.attn_qkv.weight", s.columns, channels)
-    w_gate = w.matrix(f"{prefix}.attn_gate.weight", s.columns, values)
-    w_beta = w.matrix(f"{prefix}.ssm_beta.weight", s.columns, s.value_heads)
-    w_alpha = w.matrix(f"{prefix}.ssm_alpha.weight", s.columns, s.value_heads)
-    w_out = w.matrix(f"{prefix}.ssm_out.weight", values, s.columns)
-    qkv, convolved, gate = p.rows("qkv", channels), p.rows("convolved", channels), p.rows("gate", values)
-    beta, alpha, mixed = p.rows("beta", s.value_heads), p.rows("alpha", s.value_heads), p.rows("mixed", values)
-
-    h = p.norm(
-        x, w.vector(f"{prefix}.attn_norm.weight", (s.columns,)), s.epsilon, name="normed",
-        feeds=[w_qkv, w_gate, w_beta, w_alpha],
-    )  # fmt: skip
-    p.mat_mul([(w_qkv, h, qkv), (w_gate, h, gate), (w_beta, h, beta), (w_alpha, h, alpha)])
-    conv_state = p.state.take((s.conv_taps - 1) * channels, zeroed=True)
-    conv_weight = w.vector(f"{prefix}.ssm_conv1d.weight", (s.conv_taps, channels))
-    p.program.conv(qkv, convolved, conv_weight, conv_state, s.conv_taps)
-    delta_state = p.state.take(s.value_heads * s.state_columns**2, zeroed=True)
-    p.program.delta(
-        convolved, beta, alpha, gate, mixed,
-        w.vector(f"{prefix}.ssm_a", (s.value_heads,)), w.vector(f"{prefix}.ssm_dt.bias", (s.value_heads,)),
-        w.vector(f"{prefix}.ssm_norm.weight", (s.state_columns,)), delta_state,
-        s.key_heads, s.value_heads, s.state_columns, False, s.epsilon,
-    )  # fmt: skip
-    p.mat_mul_add(w_out, p.convert(mixed, name="mixed", feeds=[w_out]), x)
-
-
-def build(p: Recorder, w: Weights, s: Shape, expert_inputs: Mapping[int, tuple[int, int]], files: list[int]) -> None:
-    """Record the model; see `qwen3moe.build` for the parameters."""
-    x = record_embedding(p, w, s, files)
-    table = p.rows("rope", s.rotated)
-    p.program.rope_table(table, s.rope)
+def build(p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape) -> None:
+    """Record the model's equations: its weights `w`, for a backend that replays what `p` is told."""
+    x = record_embedding(p, s)
+    table = p.rope_table(s.rope)
     for layer in range(s.layers):
         prefix = f"blk.{layer}"
         if s.full_attention[layer]:
-            record_attention(p, w, s, prefix, x, table, norm="attn_norm", gated=True)
+            record_attention(p, w, s, prefix, x, table, gated=True)
         else:
-            _record_delta(p, w, s, prefix, x)
-        record_experts(p, w, s, layer, x, norm="post_attention_norm", expert_inputs=expert_inputs[layer])
+            delta.record_delta(p, w, s, prefix, x, grouped=False)
+        record_experts(p, w, s, layer, x, norm="post_attention_norm")
     record_logits(p, w, s, x)
 
 
-ARCHITECTURE = Architecture(
-    "qwen35moe",
-    shape_of,
-    tensors_of,
-    build,
-    computed=frozenset(
-        {
-            "attention.recurrent_layers", "expert_shared_feed_forward_length", "full_attention_interval",
-            "nextn_predict_layers", "rope.dimension_sections", "ssm.conv_kernel", "ssm.group_count", "ssm.inner_size",
-            "ssm.state_size", "ssm.time_step_rank",
-        }
-    ),
-)  # fmt: skip
+ARCHITECTURE = Architecture("qwen35moe", shape_of, tensors_of, build, computed=delta.KEYS | {"rope.dimension_sections"})

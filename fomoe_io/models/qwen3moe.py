@@ -10,12 +10,11 @@ from fomoe_io.models.architecture import Architecture
 from fomoe_io.models.blocks import record_attention, record_embedding, record_experts, record_logits
 from fomoe_io.models.keys import Keys
 from fomoe_io.models.reading import common_sizes
+from fomoe_io.models.recorder import Matrix, Recorder, Rows, Vector, WeightSource
 from fomoe_io.models.shape import Shape
 from fomoe_io.models.tensors import Tensor
 
 if TYPE_CHECKING:
-    from fomoe_io.cpu.recorder import Recorder
-    from fomoe_io.cpu.weights import Weights
     from fomoe_io.storage.gguf import TensorInfo
 
 
@@ -31,29 +30,17 @@ def tensors_of(s: Shape, names: Iterable[str]) -> Iterator[Tensor]:
     """All that is computed with."""
     yield from tensors.ends(s)
     for layer in range(s.layers):
-        yield from tensors.attention(s, f"blk.{layer}", names, gated=False, biased=True)
+        yield from tensors.attention(s, f"blk.{layer}", names, biased=True)
         yield from tensors.experts(s, f"blk.{layer}", "ffn_norm")
 
 
-def build(p: Recorder, w: Weights, s: Shape, expert_inputs: Mapping[int, tuple[int, int]], files: list[int]) -> None:
-    """Record the model.
-
-    Parameters
-    ----------
-    p : Recorder
-    w : Weights
-    s : Shape
-    expert_inputs : mapping of int to (int, int)
-        Per layer the activation types that the routed experts' gate and up matrices read.
-    files : list of int
-        Descriptors of the store's files (token embeddings are read a row at a time).
-    """
-    x = record_embedding(p, w, s, files)
-    table = p.rows("rope", s.rotated)
-    p.program.rope_table(table, s.rope)
+def build(p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape) -> None:
+    """Record the model's equations: its weights `w`, for a backend that replays what `p` is told."""
+    x = record_embedding(p, s)
+    table = p.rope_table(s.rope)
     for layer in range(s.layers):
-        record_attention(p, w, s, f"blk.{layer}", x, table, norm="attn_norm", gated=False)
-        record_experts(p, w, s, layer, x, norm="ffn_norm", expert_inputs=expert_inputs[layer])
+        record_attention(p, w, s, f"blk.{layer}", x, table)
+        record_experts(p, w, s, layer, x, norm="ffn_norm")
     record_logits(p, w, s, x)
 
 

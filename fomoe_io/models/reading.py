@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fomoe_io.errors import FormatError
-from fomoe_io.models.keys import Keys
+from fomoe_io.models.keys import LLAMA_CPP, Keys
+from fomoe_io.models.recorder import Score
 from fomoe_io.models.rope import rope_of
 
 if TYPE_CHECKING:
@@ -56,3 +57,21 @@ def shared_hidden(m: Keys, resident: Mapping[str, TensorInfo]) -> int:
     first = resident.get("blk.0.ffn_gate_shexp.weight")
     told = m.integer("expert_shared_feed_forward_length", 0)
     return told or (int(first.shape[1]) if first is not None and len(first.shape) > 1 else 0)
+
+
+def score_of(m: Keys, *default: int) -> Score:
+    """What expert_gating_func says; without a `default` the key is needed."""
+    kind = m.integer("expert_gating_func", *default)
+    kind = kind or next(iter(default), 0)  # 0: as absent
+    if kind not in (1, 2):
+        raise FormatError(
+            f"metadata key {m.name('expert_gating_func')} is {kind}; only 1 (softmax) and 2 (sigmoid) are computed",
+            hint=LLAMA_CPP,
+        )
+    return Score.SOFTMAX if kind == 1 else Score.SIGMOID
+
+
+def layers_of(m: Keys) -> tuple[int, int]:
+    """(layers, blocks): blocks that only draft follow the layers."""
+    blocks = m.integer("block_count", least=1, most=4096)
+    return blocks - m.integer("nextn_predict_layers", 0, most=blocks - 1), blocks

@@ -35,6 +35,14 @@ FIXED: dict[str, tuple[float, ...]] = {
 }
 """Keys of the scaling whose values are given: others are refused."""
 
+LEFT_OUT = frozenset(
+    {
+        "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor",
+        "rope.scaling.yarn_attn_factor",
+    }
+)  # fmt: skip
+"""Keys of YaRN that converters write and llama.cpp reads over, for architectures that it was compared with."""
+
 DEFAULT_BASE = 10000.0
 """llama.cpp's, where the key is absent."""
 
@@ -84,15 +92,16 @@ def yarn_rope(base: float, rotated: int, scale: float, context: int) -> Rope:
     return Rope(tuple(frequencies), max(1.0, 1.0 + 0.1 * math.log(1.0 / scale)))
 
 
-def rope_of(m: Keys, rotated: int) -> Rope:
-    """The rotary positions that the metadata asks for.
+def rope_of(m: Keys, rotated: int, base_key: str = "rope.freq_base") -> Rope:
+    """The rotary positions that the metadata asks for; the base is that of `base_key`, where it is there.
 
     Raises
     ------
     FormatError
         A kind of scaling that is not computed here, or absurd parameters.
     """
-    base = m.number("rope.freq_base", DEFAULT_BASE, least=2, most=1e12)
+    base_key = base_key if base_key in m else "rope.freq_base"
+    base = m.number(base_key, DEFAULT_BASE, least=2, most=1e12)
     kind = m.text("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise FormatError(

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fomoe_io.errors import FormatError
+from fomoe_io.models.recorder import Score
 from fomoe_io.models.rope import Rope
+
+MOST_GROUPS = 64
+"""csrc/experts/routing.h"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +18,9 @@ class Shape:
 
     `columns` is the width of the residual stream, `hidden` the width of one routed expert, `used` the experts
     a token; `shared_hidden` is 0 without a shared expert.  `blocks` counts draft blocks too, which follow the layers.
+    The first `dense_layers` have no experts but one network of `dense_hidden`; `windows` says of each layer how many
+    positions its attention sees, 0 for all, and is empty without a window.  For the others see
+    :mod:`fomoe_io.models.recorder`.
     """
 
     layers: int
@@ -36,6 +43,29 @@ class Shape:
     value_heads: int = 0
     state_columns: int = 0
     conv_taps: int = 0
+    dense_layers: int = 0
+    dense_hidden: int = 0
+    windows: tuple[int, ...] = ()
+    window_rope: Rope | None = None
+    norms_whole_rows: bool = False
+    score: Score = Score.SOFTMAX
+    normalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    groups_used: int = 1
+    is_clamped: bool = False
+
+    @property
+    def expert_layers(self) -> range:
+        """Layers that have experts."""
+        return range(self.dense_layers, self.layers)
+
+    @property
+    def widest_row(self) -> int:
+        """Of all rows that the ops make of a token."""
+        channels = (2 * self.key_heads + self.value_heads) * self.state_columns
+        heads = self.heads * self.head_columns
+        return max(self.columns, self.hidden, self.shared_hidden, self.dense_hidden, self.experts, channels, heads)
 
     def check(self) -> None:
         """What the kernels take for granted, whatever the architecture.
@@ -57,6 +87,12 @@ class Shape:
             )
         if self.used > self.experts:
             raise FormatError(f"expert_used_count {self.used} is more than expert_count {self.experts}")
+        self._check_groups()
+        if self.dense_layers >= self.layers or (self.dense_layers and not self.dense_hidden):
+            raise FormatError(
+                f"leading_dense_block_count is {self.dense_layers} of {self.layers} layers, "
+                f"of {self.dense_hidden} columns"
+            )
         if all(self.full_attention):
             return
         sizes = (self.key_heads, self.value_heads, self.state_columns, self.conv_taps)
@@ -65,3 +101,11 @@ class Shape:
                 f"ssm sizes do not fit: group_count {self.key_heads}, time_step_rank {self.value_heads}, "
                 f"state_size {self.state_columns}, conv_kernel {self.conv_taps}"
             )
+
+    def _check_groups(self) -> None:
+        """Experts come in equal groups, and those that are left have enough for a token."""
+        groups, left = self.groups, self.groups_used
+        if not 1 <= left <= groups <= MOST_GROUPS or self.experts % groups:
+            raise FormatError(f"expert groups do not fit: {left} used of {groups}, {self.experts} experts")
+        if self.used > self.experts // groups * left:
+            raise FormatError(f"{left} groups of {self.experts // groups} experts have no {self.used} to choose")

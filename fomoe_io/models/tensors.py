@@ -51,14 +51,16 @@ def bias(name: str, length: int) -> Tensor:
 # ---- what several architectures share ----
 
 
-def ends(s: Shape) -> Iterator[Tensor]:
-    """Before the first layer and after the last; without an output matrix the embedding is it."""
+def ends(s: Shape, *, may_tie: bool = True) -> Iterator[Tensor]:
+    """Before the first layer and after the last; without an output matrix the embedding is it, where that `may_tie`."""
     yield Tensor(EMBEDDING, (s.columns, s.vocabulary))
-    yield Tensor(OUTPUT, (s.columns, s.vocabulary), is_optional=True)
+    yield Tensor(OUTPUT, (s.columns, s.vocabulary), is_optional=may_tie)
     yield vector(OUTPUT_NORM, s.columns)
 
 
-def attention(s: Shape, prefix: str, names: Iterable[str], *, gated: bool, biased: bool) -> Iterator[Tensor]:
+def attention(
+    s: Shape, prefix: str, names: Iterable[str], *, gated: bool = False, biased: bool = False, has_norms: bool = True
+) -> Iterator[Tensor]:
     """Softmax attention; query, key and value in three matrices, or in one where the model has that."""
     queries, keys = s.heads * s.head_columns * (2 if gated else 1), s.kv_heads * s.head_columns
     fused = f"{prefix}.attn_qkv.weight" in names
@@ -69,16 +71,34 @@ def attention(s: Shape, prefix: str, names: Iterable[str], *, gated: bool, biase
             yield bias(f"{prefix}.attn_{part}.bias", rows)
     yield Tensor(f"{prefix}.attn_output.weight", (s.heads * s.head_columns, s.columns))
     yield vector(f"{prefix}.attn_norm.weight", s.columns)
-    yield vector(f"{prefix}.attn_q_norm.weight", s.head_columns)
-    yield vector(f"{prefix}.attn_k_norm.weight", s.head_columns)
+    if has_norms:
+        yield vector(f"{prefix}.attn_q_norm.weight", s.heads * s.head_columns if s.norms_whole_rows else s.head_columns)
+        yield vector(f"{prefix}.attn_k_norm.weight", keys if s.norms_whole_rows else s.head_columns)
 
 
-def experts(s: Shape, prefix: str, norm: str) -> Iterator[Tensor]:
+def dense(s: Shape, prefix: str, norm: str) -> Iterator[Tensor]:
+    """A layer's one network, in the place of experts."""
+    yield vector(f"{prefix}.{norm}.weight", s.columns)
+    yield Tensor(f"{prefix}.ffn_gate.weight", (s.columns, s.dense_hidden))
+    yield Tensor(f"{prefix}.ffn_up.weight", (s.columns, s.dense_hidden))
+    yield Tensor(f"{prefix}.ffn_down.weight", (s.dense_hidden, s.columns))
+
+
+def expert_biases(s: Shape, prefix: str) -> Iterator[Tensor]:
+    """What is added to the products of router and experts."""
+    yield vector(f"{prefix}.ffn_gate_inp.bias", s.experts)
+    yield vector(f"{prefix}.ffn_gate_exps.bias", s.hidden, s.experts)
+    yield vector(f"{prefix}.ffn_up_exps.bias", s.hidden, s.experts)
+    yield vector(f"{prefix}.ffn_down_exps.bias", s.columns, s.experts)
+
+
+def experts(s: Shape, prefix: str, norm: str, *, shared_gated: bool = True) -> Iterator[Tensor]:
     """The router, its norm and the shared expert; the routed ones are the store's."""
     yield vector(f"{prefix}.{norm}.weight", s.columns)
     yield Tensor(f"{prefix}.ffn_gate_inp.weight", (s.columns, s.experts))
     if s.shared_hidden:
-        yield Tensor(f"{prefix}.ffn_gate_inp_shexp.weight", (s.columns, 1))
+        if shared_gated:
+            yield Tensor(f"{prefix}.ffn_gate_inp_shexp.weight", (s.columns, 1))
         yield Tensor(f"{prefix}.ffn_gate_shexp.weight", (s.columns, s.shared_hidden))
         yield Tensor(f"{prefix}.ffn_up_shexp.weight", (s.columns, s.shared_hidden))
         yield Tensor(f"{prefix}.ffn_down_shexp.weight", (s.shared_hidden, s.columns))
@@ -145,9 +165,15 @@ def _block_of(name: str) -> int:
     return int(match[1]) if match else -1
 
 
+def checked(tensor: TensorInfo, shape: Iterable[int]) -> TensorInfo:
+    """The tensor, when its shape is that; else FormatError."""
+    if not same_shape(tensor.shape, shape):
+        raise FormatError(f"{tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    return tensor
+
+
 def _check_tensor(tensor: Tensor, info: TensorInfo) -> None:
-    if not same_shape(info.shape, tensor.shape):
-        raise FormatError(f"{tensor.name} has shape {list(info.shape)}, expected {list(tensor.shape)}")
+    checked(info, tensor.shape)
     if info.type in _NO_WEIGHTS or (tensor.is_expanded and not expands(info.type)):
         raise FormatError(f"{tensor.name} has type {info.type.name}, in which no such tensor is stored")
 
@@ -177,7 +203,7 @@ def check_experts(layers: Mapping[int, ExpertLayer], s: Shape) -> dict[int, Expe
         A layer has none, or others than its sizes say, or there is a layer too many.
     """
     expected = [(s.columns, s.hidden), (s.columns, s.hidden), (s.hidden, s.columns)]
-    for layer in range(s.layers):
+    for layer in s.expert_layers:
         if layer not in layers:
             raise FormatError(f"layer {layer} has no expert tensors (blk.{layer}.ffn_*_exps.weight)")
         found = layers[layer]
@@ -194,4 +220,7 @@ def check_experts(layers: Mapping[int, ExpertLayer], s: Shape) -> dict[int, Expe
     surplus = [layer for layer in layers if layer >= s.blocks]
     if surplus:
         raise FormatError(f"blk.{surplus[0]} has experts, but block_count is {s.blocks}")
-    return {layer: layers[layer] for layer in range(s.layers)}
+    dense = [layer for layer in layers if layer < s.dense_layers]
+    if dense:
+        raise FormatError(f"blk.{dense[0]} has experts, but leading_dense_block_count is {s.dense_layers}")
+    return {layer: layers[layer] for layer in s.expert_layers}

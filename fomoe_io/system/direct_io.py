@@ -54,6 +54,12 @@ def round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
+def aligned_window(offset: int, size: int, block_bytes: int = LEAST_BLOCK_BYTES) -> tuple[int, int]:
+    """The (offset, bytes) of the whole blocks that cover a range of a file."""
+    start = round_down(offset, block_bytes)
+    return start, round_up(offset + size, block_bytes) - start
+
+
 def open_direct(path: str | Path, flags: int) -> Opened:
     """Open a file with O_DIRECT where direct reads of it work, else without.
 

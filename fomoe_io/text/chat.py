@@ -148,15 +148,21 @@ class ChatTemplate:
         source = Metadata(metadata).text(TEMPLATE_KEY, None)
         return cls(source, bos_text=bos_text, eos_text=eos_text) if source else None
 
-    def render(self, messages: Sequence[Message], *, enable_thinking: bool | None = None) -> str:
-        """The text up to where the assistant's next answer begins.
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        enable_thinking: bool | None = None,
+        names: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text up to where the assistant's next answer begins; `names` are known to the template besides.
 
         Raises
         ------
         FormatError
             The template refuses these messages, fails, or takes too long or too much memory.
         """
-        values: dict[str, Any] = {"add_generation_prompt": True, **self._names}
+        values: dict[str, Any] = {"add_generation_prompt": True, **self._names, **(names or {})}
         if enable_thinking is not None:
             values["enable_thinking"] = enable_thinking
         try:

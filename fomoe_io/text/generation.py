@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
 from fomoe_io.session import Session
 from fomoe_io.text.sampler import Sampler
 from fomoe_io.text.tokenizer import StreamDecoder, Tokenizer
+
+StopReason = Literal["", "eos", "word", "limit", "context"]
+"""Why an answer ended: the model's end of text, a stop string, the bound on tokens, a full context; "" while it goes
+on, or when it was cut short."""
 
 
 class StopText:
@@ -45,27 +50,49 @@ class StopText:
 
 
 class Conversation:
-    """A session with the tokens it has read, so that a prompt that extends them costs only what is new."""
+    """A session with the tokens it has read, so that a prompt that extends them costs only what is new.
+
+    Attributes
+    ----------
+    session : Session
+    tokenizer : Tokenizer
+    tokens : list of int
+        What the session has read.
+    stop_reason : str
+        Why the last answer ended (:data:`StopReason`).
+    known_tokens : int
+        Of the last prompt: those that had been read before.
+    """
 
     def __init__(self, session: Session, tokenizer: Tokenizer) -> None:
         self.session = session
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
+        self.stop_reason: StopReason = ""
+        self.known_tokens = 0
 
     def reset(self) -> None:
         """Forget everything."""
         self.session.reset()
         self.tokens = []
 
+    def unread(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens`, the whole history, must be read: all, unless they continue what the session has read.
+
+        At least one must be read for logits, and the state of a session can't be wound back; after an interrupt it may
+        stand elsewhere than our tokens say.
+        """
+        common = len(self.tokens)
+        is_elsewhere = self.session.is_broken or self.session.position != common
+        is_other = is_elsewhere or list(tokens[:common]) != self.tokens or len(tokens) == common
+        return len(tokens) if is_other else len(tokens) - common
+
     def read(self, tokens: Sequence[int], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Logits after `tokens`, the whole history; what the session has read already is not read again."""
-        common = len(self.tokens)
-        # at least one token must be read for logits, and the state of a session can't be wound back; after an interrupt
-        # it may stand elsewhere than our tokens say
-        is_elsewhere = self.session.is_broken or self.session.position != common
-        if is_elsewhere or list(tokens[:common]) != self.tokens or len(tokens) == common:
+        common = len(tokens) - self.unread(tokens)
+        if not common:
             self.reset()
-            common = 0
+        self.known_tokens = common
         self.tokens = list(tokens[:common])
         logits = self.session.prefill(tokens[common:], progress)
         self.tokens = list(tokens)
@@ -81,23 +108,35 @@ class Conversation:
         ignore_eos: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[tuple[int, str]]:
-        """Continue `tokens`; yields (token, text to show), ends at a stop, at `most` tokens or at a full context."""
-        for token in tokens[-sampler.config.repeat_last :] if sampler.config.repeat_last else ():
-            sampler.accept(token)
+        """Continue `tokens`; yields (token, text to show) until :attr:`stop_reason` says why it ended."""
+        self.stop_reason = ""
+        sampler.accept_prompt(tokens)
         logits = self.read(tokens, progress)
         decoder, stop = StreamDecoder(self.tokenizer), StopText(stops)
         count = 0
-        while count != most:
+        while True:
+            if count == most:
+                self.stop_reason = "limit"
+                break
             token = sampler.sample(logits, position=self.session.position - 1)
             if token in self.tokenizer.eog_ids and not ignore_eos:
+                self.stop_reason = "eos"
                 break
             sampler.accept(token)
             count += 1
             yield token, stop.add(decoder.add(token))
-            if stop.found or count == most or self.session.position >= self.session.context_tokens:
+            if stop.found:
+                self.stop_reason = "word"
                 break
-            logits = self.session.decode(token)
-            self.tokens.append(token)
-        rest = "" if stop.found else stop.add(decoder.finish()) + stop.finish()
-        if rest:
-            yield -1, rest
+            if count != most and self.session.position >= self.session.context_tokens:
+                self.stop_reason = "context"
+                break
+            if count != most:
+                logits = self.session.decode(token)
+                self.tokens.append(token)
+        if not stop.found:
+            rest = stop.add(decoder.finish())
+            self.stop_reason = "word" if stop.found else self.stop_reason
+            rest += "" if stop.found else stop.finish()
+            if rest:
+                yield -1, rest

@@ -22,6 +22,18 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+_GPT4O = (  # words of letters whose capitals, of the Latin alphabet alone, come first
+    r"[^\r\n\p{L}\p{N}]?((?=\p{L})[^a-z])*((?=\p{L})[^A-Z])+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?((?=\p{L})[^a-z])+((?=\p{L})[^A-Z])*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
@@ -49,6 +61,9 @@ _KINDS = {
     PreTokenizer((_GPT2,)): ("gpt-2", "gpt2"),
     PreTokenizer((_QWEN2,)): ("qwen2", "deepseek-r1-qwen", "megrez"),
     PreTokenizer((_QWEN35,)): ("qwen35",),
+    PreTokenizer((_LLAMA3,)): ("glm4", "chatglm-bpe"),
+    PreTokenizer((_GPT4O,)): ("gpt-4o", "minimax-m2"),
+    PreTokenizer(_DEEPSEEK3): ("deepseek-v3", "joyai-llm"),
     PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True): ("llama-bpe", "llama3", "llama-v3"),
 }
 PRE_TOKENIZERS = {name: kind for kind, names in _KINDS.items() for name in names}

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from collections import deque
+import math
+import secrets
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 
 from fomoe_io.errors import ComputeError, UsageError
+from fomoe_io.storage.metadata import Metadata
+
+_MODEL_KEYS = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repeat_penalty",
+    "penalty_last_n": "repeat_last",
+}
+"""After `general.sampling.` in a GGUF -> the field it sets, as llama.cpp has them."""
+
+_OTHER_KEYS = {"sequence": None, "xtc_probability": 0, "mirostat": 0}
+"""Of samplers that are not built, and the value that asks for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +42,16 @@ class SamplingConfig:
     repeat_penalty : float
         1 is none.
     repeat_last : int
-        Tokens that the penalty looks back on.
+        Tokens that the penalties look back on; -1: all.
+    presence_penalty, frequency_penalty : float
+        Taken off the logits of recent tokens, once and for each time that they came.
     seed : int or None
         None draws one.
+
+    Examples
+    --------
+    >>> SamplingConfig(temperature=0.6, top_p=0.9, seed=7).top_k
+    40
     """
 
     temperature: float = 0.8
@@ -35,6 +60,8 @@ class SamplingConfig:
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     repeat_last: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -44,11 +71,46 @@ class SamplingConfig:
             "top_p": (0, 1),
             "min_p": (0, 1),
             "repeat_penalty": (0.01, 100),
-            "repeat_last": (0, 1 << 20),
+            "repeat_last": (-1, 1 << 20),
+            "presence_penalty": (-100, 100),
+            "frequency_penalty": (-100, 100),
         }
         for name, (least, most) in limits.items():
-            if not least <= getattr(self, name) <= most:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected {least} to {most}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+                raise UsageError(f"{name} is {value!r}, expected a number")
+            if not least <= value <= most:
+                raise UsageError(f"{name} is {value}, expected {least} to {most}")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int | np.integer)):
+            raise UsageError(f"seed is {self.seed!r}, expected an integer or None")
+        if self.seed is not None and self.seed < 0:
+            raise UsageError(f"seed is {self.seed}, expected 0 or more, or None for a random one")
+
+    @classmethod
+    def of_model(cls, metadata: Mapping[str, Any], **chosen: Any) -> Self:
+        """What a model asks for (`general.sampling.*` of its GGUF), where nothing was chosen.
+
+        Raises
+        ------
+        FormatError
+            A value of the model's is no number.
+        UsageError
+            A value is out of range.
+        """
+        found, wanted = Metadata(metadata), dict(chosen)
+        for key, field in _MODEL_KEYS.items():
+            value = found.number(f"general.sampling.{key}", None)
+            if value is not None and field not in wanted:
+                wanted[field] = int(value) if field in ("top_k", "repeat_last") else round(value, 6)  # float32 in files
+        if "top_k" in wanted:
+            wanted["top_k"] = max(wanted["top_k"], 0)
+        return cls(**wanted)
+
+
+def unbuilt_samplers(metadata: Mapping[str, Any]) -> list[str]:
+    """Keys by which a model asks for samplers that are not built."""
+    keys = {f"general.sampling.{key}": neutral for key, neutral in _OTHER_KEYS.items()}
+    return [key for key, neutral in keys.items() if key in metadata and metadata[key] != neutral]
 
 
 def check_finite(logits: np.ndarray, position: int | None = None) -> None:
@@ -78,20 +140,35 @@ def check_finite(logits: np.ndarray, position: int | None = None) -> None:
 
 
 class Sampler:
-    """Draws tokens; the same seed and logits give the same tokens."""
+    """Draws tokens; the same seed and logits give the same tokens.
+
+    Attributes
+    ----------
+    config : SamplingConfig
+    seed : int
+        In use: the configuration's, or the one that was drawn.
+    """
 
     def __init__(self, config: SamplingConfig) -> None:
         self.config = config
         self.reset()
 
     def reset(self) -> None:
-        """As at the start: the seed's first number comes next, and the penalty has seen nothing."""
-        self._random = np.random.default_rng(self.config.seed)
-        self._recent: deque[int] = deque(maxlen=self.config.repeat_last)
+        """As at the start: the seed's first number comes next, and the penalties have seen nothing."""
+        self.seed = secrets.randbits(32) if self.config.seed is None else int(self.config.seed)
+        self._random = np.random.default_rng(self.seed)
+        last = self.config.repeat_last
+        self._recent: deque[int] = deque(maxlen=None if last < 0 else last)
 
     def accept(self, token: int) -> None:
-        """Let the repeat penalty see a token of the prompt or of the answer."""
+        """Let the penalties see a token of the prompt or of the answer."""
         self._recent.append(token)
+
+    def accept_prompt(self, tokens: Sequence[int]) -> None:
+        """Let the penalties see a whole history, and nothing else."""
+        self._recent.clear()
+        last = self.config.repeat_last
+        self._recent.extend(tokens if last < 0 else tokens[len(tokens) - min(last, len(tokens)) :])
 
     def sample(self, logits: np.ndarray, *, position: int | None = None) -> int:
         """The next token.
@@ -114,32 +191,61 @@ class Sampler:
             return int(np.argmax(logits))
         ids, scores = self._filtered(logits)
         scores = scores.astype(np.float64) / self.config.temperature
-        weights = np.exp(scores - scores[0])
-        return int(ids[np.searchsorted(np.cumsum(weights), self._random.random() * weights.sum(), side="right")])
+        weights = np.exp(scores - scores.max())
+        place = np.searchsorted(np.cumsum(weights), self._random.random() * weights.sum(), side="right")
+        return int(ids[min(int(place), len(ids) - 1)])
 
     def _penalised(self, logits: np.ndarray) -> np.ndarray:
-        """Logits of recent tokens divided by the penalty (multiplied, when negative), as in llama.cpp."""
-        if self.config.repeat_penalty == 1 or not self._recent:
+        """As in llama.cpp: logits of recent tokens divided (multiplied, when negative), then taken from."""
+        c = self.config
+        if not self._recent or (c.repeat_penalty, c.presence_penalty, c.frequency_penalty) == (1, 0, 0):
             return logits
         logits = logits.copy()
-        seen = np.fromiter(set(self._recent), np.int64)
-        penalty = np.float32(self.config.repeat_penalty)
-        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        counts = Counter(self._recent)
+        seen = np.fromiter(counts, np.int64)
+        if c.repeat_penalty != 1:
+            penalty = np.float32(c.repeat_penalty)
+            logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        if c.presence_penalty or c.frequency_penalty:
+            times = np.fromiter(counts.values(), np.float32)
+            logits[seen] -= np.float32(c.presence_penalty) + np.float32(c.frequency_penalty) * times
         return logits
 
     def _filtered(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and logits, descending, after top-k, top-p and min-p."""
+        """Ids and logits after top-k, top-p and min-p; descending, unless everything is kept."""
         c = self.config
-        few = 0 < c.top_k < len(logits)
-        ids = np.argpartition(logits, -c.top_k)[-c.top_k :] if few else np.arange(len(logits))
-        ids = ids[np.argsort(-logits[ids], kind="stable")]
+        if 0 < c.top_k < len(logits):
+            ids = _descending(logits, np.argpartition(logits, -c.top_k)[-c.top_k :])
+            mass = np.exp(logits[ids].astype(np.float64) - logits[ids[0]]).sum()
+        elif c.top_p >= 1 and c.min_p <= 0:
+            return np.arange(len(logits)), logits
+        else:
+            mass = np.exp(logits.astype(np.float64) - logits.max()).sum()
+            ids = self._likely(logits, mass)
         scores = logits[ids]
-        probabilities = np.exp(scores.astype(np.float64) - scores[0])
-        probabilities /= probabilities.sum()
+        weights = np.exp(scores.astype(np.float64) - scores[0])
         keep = len(ids)
         if c.top_p < 1:
-            keep = int(np.searchsorted(np.cumsum(probabilities), c.top_p)) + 1
+            keep = int(np.searchsorted(np.cumsum(weights / mass), c.top_p)) + 1
         if c.min_p > 0:
-            keep = min(keep, int(np.count_nonzero(probabilities >= c.min_p * probabilities[0])))
+            keep = min(keep, int(np.count_nonzero(weights >= c.min_p)))
         keep = max(keep, 1)
         return ids[:keep], scores[:keep]
+
+    def _likely(self, logits: np.ndarray, mass: float) -> np.ndarray:
+        """Ids that hold all that top-p and min-p keep, descending: a vocabulary is never sorted as a whole."""
+        c = self.config
+        if c.min_p > 0:
+            least = logits.max() + math.log(c.min_p) - 1e-3
+            return _descending(logits, np.flatnonzero(logits >= least))
+        for count in (1 << 10, 1 << 14):
+            if count < len(logits):
+                ids = _descending(logits, np.argpartition(logits, -count)[-count:])
+                if np.exp(logits[ids].astype(np.float64) - logits[ids[0]]).sum() >= c.top_p * mass:
+                    return ids
+        return _descending(logits, np.arange(len(logits)))
+
+
+def _descending(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Those ids, the likeliest first."""
+    return np.asarray(ids[np.argsort(-logits[ids], kind="stable")])

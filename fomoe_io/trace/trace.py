@@ -347,11 +347,6 @@ class TraceFile:
             self._partial.unlink()
 
 
-def slot_pairs(slots: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Slots int [layers, 2] as the header has them."""
-    return tuple((int(vram), int(dram)) for vram, dram in slots)
-
-
 def expert_counts(trace: Trace) -> dict[int, np.ndarray]:
     """How often each expert was picked: layer -> int64 [experts]."""
     return {

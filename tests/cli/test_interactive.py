@@ -76,11 +76,14 @@ def terminal(demo_model: Path, tmp_path: Path) -> Iterator[Terminal]:
 def test_a_conversation(terminal: Terminal, tmp_path: Path) -> None:
     assert "no chat template" in terminal.wait_for(">")
     terminal.type("/help\r")
-    terminal.wait_for("/reset forget the conversation")
+    terminal.wait_for("/reset, /clear  forget the conversation")
     terminal.type("The old house\r")
     terminal.skip(2000)  # echo and some of the answer: a Ctrl-C before it would be the prompt's
     terminal.type("\x03")
     terminal.wait_for("[stopped]")
+    terminal.wait_for("context")  # the speed of this answer
+    terminal.wait_for(">")
+    terminal.type("half a line\x03")  # cleared, not the end
     terminal.type("/stats\r")
     terminal.wait_for("tok/s")
     terminal.type("/reset\r")

@@ -82,9 +82,7 @@ def test_signals_raise_once() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize(
-    "module", ["fomoe_io.cli.run", "fomoe_io.cli.ppl", "fomoe_io.cli.bench", "fomoe_io.cli.doctor", "layout_tool.main"]
-)
+@pytest.mark.parametrize("module", ["fomoe_io.cli.run", "fomoe_io.cli.ppl", "fomoe_io.cli.doctor", "layout_tool.main"])
 def test_an_interrupt_while_modules_load_is_silent(tmp_path: Path, module: str) -> None:
     (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemError\n")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
@@ -140,9 +138,11 @@ def test_entry_points_are_those_of_the_package() -> None:
     from fomoe_io import commands
 
     names = [
-        line.split('"')[1] for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("fomoe-")
+        line.split('"')[1]
+        for line in (ROOT / "pyproject.toml").read_text().splitlines()
+        if line.startswith(("fomoe-", "fomoe = "))
     ]
-    assert len(names) == 6
+    assert len(names) == 8
     for name in names:
         module, function = name.split(":")
         assert module == "fomoe_io.commands" and callable(getattr(commands, function))

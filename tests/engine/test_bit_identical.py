@@ -114,7 +114,7 @@ def test_sessions_do_not_mix(demo_model: Path) -> None:
         for token in tokens:
             yield session.decode(token).tobytes()
 
-    with Engine.open(demo_model, EngineConfig(context_tokens=32)) as engine:
+    with Engine.open(demo_model, EngineConfig(context_tokens=32, sessions=2)) as engine:
         random = np.random.default_rng(3)
         a, b = ([int(t) for t in random.integers(0, 8000, 12)] for _ in range(2))
         alone = [list(steps(engine.session(), tokens)) for tokens in (a, b)]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fomoe_io.backend import Budgets
 from fomoe_io.config import EngineConfig, Tiers
-from fomoe_io.engine import Budgets, Engine
+from fomoe_io.engine import Engine
 from fomoe_io.errors import BudgetError, UsageError
 from fomoe_io.system import memory
 
@@ -97,7 +98,7 @@ def shared(model: Path, **options: object) -> Budgets:
 
 def test_pages_more_or_less_change_nothing(demo_model: Path, smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the process happens to hold when it opens varies from run to run; slots and batches do not."""
-    monkeypatch.setattr("fomoe_io.engine.peak_resident_bytes", lambda: 0)  # pytest's
+    monkeypatch.setattr("fomoe_io.ram_budget.peak_resident_bytes", lambda: 0)  # pytest's
     found = []
     for held in (52 << 20, (52 << 20) + 4096, (53 << 20) + 12288, 57 << 20):
         monkeypatch.setattr(memory, "resident_bytes", lambda *_, held=held: held)
@@ -109,7 +110,7 @@ def test_an_automatic_budget_repeats(demo_model: Path, monkeypatch: pytest.Monke
     """Rounded, and the banner says how to ask for it again."""
     found = []
     for available in (20_200_000_000, 20_500_000_000):
-        monkeypatch.setattr("fomoe_io.engine.available_bytes", lambda available=available: available)
+        monkeypatch.setattr("fomoe_io.ram_budget.available_bytes", lambda available=available: available)
         monkeypatch.setattr(memory, "resident_bytes", lambda *_: 52 << 20)
         with Engine.open(demo_model, EngineConfig(context_tokens=512, threads=1)) as engine:
             found.append(engine.budgets)
@@ -119,7 +120,7 @@ def test_an_automatic_budget_repeats(demo_model: Path, monkeypatch: pytest.Monke
 
 def test_slots_are_chosen(demo_model: Path, smallest: int) -> None:
     for slots in (4, 7, 32):
-        assert set(shared(demo_model, slots=slots).slots.values()) == {slots}
+        assert {sum(pair) for pair in shared(demo_model, slots=slots).slots} == {slots}
     for slots in (3, 33):
         with pytest.raises(UsageError, match=f"slots is {slots}, and S uses 4 of 32 experts a layer"):
             shared(demo_model, slots=slots)

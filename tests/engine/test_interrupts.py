@@ -18,6 +18,7 @@ import pytest
 
 from fomoe_io import Engine, EngineConfig
 from fomoe_io.config import Tiers
+from fomoe_io.cpu.backend import CpuBackend
 from fomoe_io.experts.car import CarRule
 from fomoe_io.text.generation import Conversation
 
@@ -49,11 +50,11 @@ def interrupted_between_batches(conversation: Conversation, monkeypatch: pytest.
 
 
 def interrupted_in_a_token(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(code: int) -> None:
+    def stop(backend: CpuBackend, code: int) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversation.session._engine, "_check", stop)
+        patch.setattr(CpuBackend, "_check", stop)
         conversation.read(TOKENS[:20])
 
 

@@ -28,7 +28,7 @@ def config(reader: str = "auto", **how: Any) -> EngineConfig:
 
 @pytest.fixture(params=READERS)
 def engine(request: pytest.FixtureRequest, demo_model: Path) -> Iterator[Engine]:
-    with Engine.open(demo_model, config(request.param, ram_bytes=None)) as engine:
+    with Engine.open(demo_model, config(request.param, ram_bytes=None, sessions=8)) as engine:
         yield engine
 
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine, EngineConfig
-from fomoe_io.config import Tiers
+from fomoe_io.config import Tiers, Tuning
 from fomoe_io.errors import BudgetError, DeviceError, FomoeError, FormatError, ReadError, UsageError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import device
-from fomoe_io.gpu.engine import DeviceEngine
+from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.system import direct_io
+from fomoe_io.trace.simulator import replay
+from fomoe_io.trace.trace import Trace
 from layout_tool.main import main as layout
 from tests.fake_hip.build import Fake, installed_fake
 from tests.gguf_edit import Keys, Tensors, edited
@@ -143,21 +145,21 @@ def test_bits_do_not_depend_on_memory(model: Path) -> None:
         assert (hits["dram"] > 0) == (dram > 0)
 
 
-def test_long_prompts_use_the_vendors_library(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_use_the_vendors_library(model: Path) -> None:
     """Their bits depend neither on memory nor on the batch; another arithmetic, the same model."""
     tokens = np.random.default_rng(8).integers(0, 300, 40)
 
     def logits(**changes: Any) -> np.ndarray:
         with Engine.open(model, settings(**changes)) as engine:
-            assert isinstance(engine, DeviceEngine)
-            assert engine.uses_products(40) == engine.may_use_library and not engine.uses_products(31)
+            backend = engine.backend
+            assert isinstance(backend, GpuBackend)
+            assert backend.uses_products(40) == engine.config.tuning.library_products and not backend.uses_products(31)
             return engine.session().evaluate(tokens)
 
     expected = logits(batch_tokens=64)
     for changes in ({"batch_tokens": 7}, {"batch_tokens": 33, "tiers": Tiers(0.19, 0.2)}):
         np.testing.assert_array_equal(logits(**changes), expected)
-    monkeypatch.setattr(DeviceEngine, "may_use_library", False)
-    ours = logits(batch_tokens=64)
+    ours = logits(batch_tokens=64, tuning=Tuning(library_products=False))
     assert 0 < nmse(ours, expected) < 2e-3
 
 
@@ -166,6 +168,21 @@ def test_policies_and_readers_give_the_same_bits(model: Path) -> None:
     for changes in ({"policy": "lru"}, {"policy": "lfru"}, {"reader": "pread"}, {"ring_depth": 1}):
         logits, _ = evaluate(model, settings(tiers=Tiers(0.25, 0.25), **changes))
         np.testing.assert_array_equal(logits, expected)
+
+
+def test_an_expert_may_come_in_pieces(model: Path) -> None:
+    """Each is sent up as it lands, whatever parts of the record it holds; the host's time is told apart."""
+    expected, _ = evaluate(model, settings(batch_tokens=1))
+    for nbytes in (4096, 12288):
+        tuning = Tuning(piece_bytes=nbytes)
+        with Engine.open(model, settings(tiers=Tiers(0.19, 0.2), batch_tokens=1, tuning=tuning)) as engine:
+            before = engine.reader.counters["reads"]
+            np.testing.assert_array_equal(engine.session().evaluate(TOKENS), expected)
+            s, reads = engine.statistics(), engine.reader.counters["reads"] - before
+        assert reads > 8 * s["tiers"]["nvme"]["reads"] > 0
+        stalls = s["stall_seconds"]
+        assert all(stalls[name] > 0 for name in ("nvme", "h2d", "before_reads", "after_reads", "device"))
+        assert s["host_us_per_miss"] > 0
 
 
 def test_counters_are_those_of_the_processor(tmp_path: Path) -> None:
@@ -181,6 +198,60 @@ def test_counters_are_those_of_the_processor(tmp_path: Path) -> None:
             s = engine.statistics()
         counts.append([s["expert_requests"], s["evictions"], *(tier["hits"] for tier in s["tiers"].values())])
     assert counts[0] == counts[1] and counts[0][1] > 0
+
+
+@pytest.mark.parametrize("policy", ["decayed", "lru"])
+@pytest.mark.parametrize(
+    ("tiers", "sizes"),
+    [
+        (Tiers(0.25, 0.25), [1] * 12),
+        (Tiers(0.5, 0.375), [2, 2, 2, 1, 1]),  # batches whose experts fit
+        (Tiers(0.25, 0.19), [16, 1, 1, 9]),  # batches in waves
+        (Tiers(0.19, 0.0), [16, 1, 8]),  # as few slots as a token needs
+    ],
+    ids=["decode", "fitting", "waves", "fewest"],
+)
+def test_the_simulator_counts_what_the_engine_counts(
+    model: Path, tmp_path: Path, policy: str, tiers: Tiers, sizes: list[int]
+) -> None:
+    """As tests/unit/test_simulator.py: who is where is decided by one plan, whatever computes."""
+    tokens, path = np.random.default_rng(4).integers(0, 300, sum(sizes)), tmp_path / "t"
+    config = settings(policy=policy, tiers=tiers, batch_tokens=16, trace=path)
+    with Engine.open(model, config) as engine:
+        session = engine.session()
+        seen = []
+        for piece in np.split(tokens, np.cumsum(sizes)[:-1]):
+            session.evaluate(piece, record=["experts"])
+            seen.append(session.records["experts"])
+        said = engine.statistics()
+    trace = Trace.load(path)
+    assert trace.batch_tokens.tolist() == sizes
+    played = replay(trace, np.array(trace.header.slots), policy=policy, decay=trace.header.decay, as_chosen=True)
+    c, picks = played.counters, np.concatenate(seen, 1)
+    assert c["requests"] == said["expert_requests"] and c["nvme_hits"] > 20
+    assert [c[name] for name in ("evictions", "promotions", "demotions")] == [
+        said[name] for name in ("evictions", "promotions", "demotions")
+    ]
+    assert [c["vram_hits"], c["dram_hits"], c["nvme_hits"]] == [said["tiers"][t]["hits"] for t in said["tiers"]]
+    for number, layer in trace.layers.items():
+        np.testing.assert_array_equal(layer.picks, picks[number])
+        np.testing.assert_array_equal(played.found[number], layer.found)
+        np.testing.assert_allclose(layer.weights.sum(1), 1, rtol=1e-5)
+
+
+def test_substitutions_are_replayed_from_a_trace(model: Path, tmp_path: Path) -> None:
+    config = settings(tiers=Tiers(0.25, 0.25), car=CarRule.parse("ratio:0.5"), batch_tokens=1, trace=tmp_path / "t")
+    with Engine.open(model, config) as engine:
+        session = engine.session()
+        for token in TOKENS:
+            session.decode(int(token))
+        said = engine.statistics()
+    trace = Trace.load(tmp_path / "t")
+    c = replay(trace, np.array(trace.header.slots), decay=trace.header.decay, as_chosen=True).counters
+    assert c["substitutions"] == said["substitutions"] > 0 and c["requests"] == said["expert_requests"]
+    assert [c["vram_hits"], c["dram_hits"], c["nvme_hits"]] == [said["tiers"][t]["hits"] for t in said["tiers"]]
+    for layer in trace.layers.values():
+        np.testing.assert_allclose(layer.weights.sum(1), 1, rtol=1e-5)  # the router's, not those of the stand-ins
 
 
 @pytest.mark.parametrize("rule", ["ratio:0.5", "regret:0.1,warmup=3"])
@@ -218,7 +289,7 @@ def test_sessions_follow_one_another(model: Path) -> None:
     with Engine.open(model, settings()) as engine:
         session = engine.session()
         first = session.prefill(TOKENS).copy()
-        with pytest.raises(UsageError, match="one session at a time"):
+        with pytest.raises(BudgetError, match="memory for 1 session"):
             engine.session()
         session.reset()
         steps = [session.decode(int(token)).copy() for token in TOKENS]
@@ -242,7 +313,7 @@ def test_device_budget(model: Path) -> None:
     smallest = int((caught.value.hint or "").removeprefix("--vram ").removesuffix("M")) << 20
     expected, _ = evaluate(model, settings())
     with Engine.open(model, settings(vram_bytes=smallest)) as engine:
-        held = sum(buffer.nbytes for buffer in engine._buffers)  # type: ignore[attr-defined]
+        held = sum(buffer.nbytes for buffer in engine.backend.buffers)  # type: ignore[attr-defined]
         assert held <= smallest
         np.testing.assert_array_equal(engine.session().evaluate(TOKENS), expected)
     with pytest.raises(BudgetError, match="more than the"):
@@ -252,7 +323,7 @@ def test_device_budget(model: Path) -> None:
 def test_slots_are_chosen(model: Path) -> None:
     """In VRAM as many as it has room for, the rest in DRAM; what is free, more or less, changes nothing."""
     with Engine.open(model, settings(slots=9)) as engine:
-        assert (engine.budgets.slots.sum(1) == 9).all()  # type: ignore[attr-defined]
+        assert {sum(pair) for pair in engine.budgets.slots} == {9}
     with pytest.raises(UsageError, match="uses 3 of 16 experts a layer"):
         Engine.open(model, settings(slots=17))
 
@@ -262,7 +333,7 @@ def test_what_is_free_is_rounded(model: Path, monkeypatch: pytest.MonkeyPatch) -
     for free in ((700 << 20) + 4096, (701 << 20) + 12288):
         monkeypatch.setattr(device.Gpu, "free_bytes", lambda _, free=free: free)
         with Engine.open(model, settings()) as engine:
-            found.append(engine.budgets.vram_bytes)  # type: ignore[attr-defined]
+            found.append(engine.budgets.vram_bytes)
     assert found[0] == found[1] and found[0] % (64 << 20) == 0
 
 
@@ -346,7 +417,6 @@ def test_what_the_kernels_cannot_do_is_said_at_load(tmp_path: Path, changes: dic
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"trace": Path("picks.trace")}, "a trace"),
         ({"lookahead": 2}, "lookahead"),
         ({"car": CarRule.parse("ratio:0.5,backfill=1")}, "back-fill"),
     ],
@@ -364,7 +434,7 @@ def test_auto_without_a_device_computes_on_the_processor(
         pytest.skip("there is a CUDA device here")
     monkeypatch.setenv("FAKE_HIP_DEVICES", "0")
     with Engine.open(model, settings(device="auto")) as engine:
-        assert engine.device_name == "cpu"
+        assert engine.backend.device_name == "cpu"
     with pytest.raises(FomoeError, match="no GPU can be used"):
         Engine.open(model, settings(device="hip"))
     with pytest.raises(UsageError, match="there is no GPU in use"):

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine, EngineConfig, _hip
-from fomoe_io.config import Tiers
+from fomoe_io.config import Tiers, Tuning
 from fomoe_io.errors import BudgetError, DeviceError, UsageError
 from fomoe_io.experts import learned_profile
 from fomoe_io.experts.profile import Profile
 from fomoe_io.gpu import device
+from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.gpu.device import Gpu, Step
-from fomoe_io.gpu.engine import DeviceEngine
 from fomoe_io.gpu.recorder import ATTENTION_BYTES
 from fomoe_io.gpu.recordings import Addresses
 from fomoe_io.session import Session
@@ -165,14 +165,13 @@ def test_another_thread_makes_the_device_its_own(fake: Fake) -> None:
 
 
 @pytest.mark.parametrize("queues", [1, 2, 4])
-@pytest.mark.parametrize("two_branches", [False, True])
+@pytest.mark.parametrize("branches", [1, 2])
 def test_copies_pass_a_graph_that_waits_for_them(
-    model: Path, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch, queues: int, two_branches: bool
+    model: Path, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch, queues: int, branches: int
 ) -> None:
     """However few hardware queues there are: the copies' streams have a priority, and so queues, of their own."""
     monkeypatch.setenv("FAKE_HIP_QUEUES", str(queues))
-    monkeypatch.setattr(DeviceEngine, "two_branches", two_branches)
-    with opened(model) as engine:
+    with opened(model, tuning=Tuning(branches=branches)) as engine:
         np.testing.assert_array_equal(decoded(engine.session()), expected)
 
 
@@ -197,8 +196,8 @@ def test_what_names_no_device_is_refused(name: str) -> None:
 
 def test_hip_gets_one_branch(model: Path) -> None:
     with opened(model) as engine:
-        assert isinstance(engine, DeviceEngine)
-        assert not engine.has_two_branches
+        assert isinstance(engine.backend, GpuBackend)
+        assert engine.backend.tokens.branches == 1
 
 
 @pytest.mark.parametrize(
@@ -310,8 +309,11 @@ def test_a_context_that_no_device_holds_names_one_that_fits(model: Path, monkeyp
 
 def test_attention_of_a_long_context_takes_bounded_room(model: Path) -> None:
     with opened(model) as engine:
-        assert isinstance(engine, DeviceEngine)
-        sizes = [sum(engine._recordings(Addresses(), context_tokens=n).fixed_bytes[1:2]) for n in (1 << 20, 2 << 20)]
+        assert isinstance(engine.backend, GpuBackend)
+        sizes = [
+            sum(engine.backend.sharing.recordings(Addresses(), context_tokens=n).fixed_bytes[1:2])
+            for n in (1 << 20, 2 << 20)
+        ]
     rope = 4 * 32 * (1 << 20)
     assert sizes[1] - sizes[0] - rope < ATTENTION_BYTES
 

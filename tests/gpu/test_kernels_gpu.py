@@ -222,12 +222,12 @@ def test_a_miss_is_served_without_a_synchronisation(gpu: Gpu, rng: np.random.Gen
     syncs = device.counts()["host_syncs"]
     graph.launch(gpu.stream)
     gpu.stream.record(done)
-    posted = words[: 2 * (1 + picks)].view(np.uint64)
+    posted = words[: 2 * (1 + 2 * picks)].view(np.uint64)
     while any(posted >> 32 != 9):
         pass
     assert not done.is_done()
     assert posted[0] & 0xFFFFFFFF == picks
-    seen = (posted[1:] & 0xFFFF).tolist()
+    seen = (posted[1 : 1 + picks] & 0xFFFF).tolist()
     words[256 + 2 : 256 + 2 + 2 * picks : 2] = np.arange(100, 100 + picks)
     words[256] = 9
     while not done.is_done():

@@ -367,24 +367,23 @@ def check_resolve(runner: Runner, rng: np.random.Generator, experts: int, picks:
     table[absent < 0.5] = 0
     table[absent < 0.2] = 1
     logits = 3 * normal(rng, 1, experts)
-    want, _ = route_reference(logits.astype(np.float64), picks, True, 1.0)
+    want, weight = route_reference(logits.astype(np.float64), picks, True, 1.0)
     here = np.where(table[want[0]] > 1, table[want[0]], np.uint64(0))
     misses = int((here == 0).sum())
     assert 0 < misses < picks
     ids, weights = runner.put(np.full(picks, -1, np.int32)), runner.put(poison(picks))
     row, run = runner.put(table), runner.put(np.array([41, 0], np.uint32))
-    for name in ("route_and_resolve", "resolve_picks"):
-        records, post = runner.put(np.full(picks, 77, np.uint64)), runner.put(np.zeros(1 + picks, np.uint64))
-        count = runner.put(np.array([99], np.uint32))
-        if name == "resolve_picks":
-            runner.launch(name, (1, 1, 1), ids, row, records, post, run, count, picks)
-        else:
-            runner.launch(name, (1, 1, 1), runner.put(logits), ids, weights, row, records, post, run, count, experts,
-                          picks, 1, 1.0)  # fmt: skip
-        np.testing.assert_array_equal(ids.get(), want[0])
-        np.testing.assert_array_equal(records.get(), here)
-        np.testing.assert_array_equal(post.get(), (41 << 32) + np.array([misses, *(want[0] * 65537)], np.uint64))
-        assert count.get()[0] == misses
+    records, post = runner.put(np.full(picks, 77, np.uint64)), runner.put(np.zeros(1 + 2 * picks, np.uint64))
+    count = runner.put(np.array([99], np.uint32))
+    runner.launch("route_and_resolve", (1, 1, 1), runner.put(logits), ids, weights, row, records, post, run, count,
+                  experts, picks, 1, 1.0)  # fmt: skip
+    np.testing.assert_array_equal(ids.get(), want[0])
+    np.testing.assert_array_equal(records.get(), here)
+    posted, words = np.split(post.get(), [1 + picks])
+    np.testing.assert_array_equal(posted, (41 << 32) + np.array([misses, *(want[0] * 65537)], np.uint64))
+    np.testing.assert_array_equal(words >> np.uint64(32), 41)
+    np.testing.assert_allclose(words.astype(np.uint32).view(np.float32), weight[0], rtol=1e-5)
+    assert count.get()[0] == misses
 
 
 def check_substitution(runner: Runner, rng: np.random.Generator, experts: int, picks: int, rule: CarRule) -> int:
@@ -395,14 +394,16 @@ def check_substitution(runner: Runner, rng: np.random.Generator, experts: int, p
     true, weight = route_reference(logits.astype(np.float64), picks, True, 1.0)
     want, want_weight, replaced = choose(rule, logits[0], where, true[0].astype(np.int32), weight[0].astype(np.float32))
     ids, weights = runner.put(true[0].astype(np.int32)), runner.put(weight[0].astype(np.float32))
-    records, post = runner.put(np.full(picks, 77, np.uint64)), runner.put(np.zeros(1 + picks, np.uint64))
+    records, post = runner.put(np.full(picks, 77, np.uint64)), runner.put(np.zeros(1 + 2 * picks, np.uint64))
     run, count = runner.put(np.array([3, 1], np.uint32)), runner.put(np.zeros(1, np.uint32))
     native = runner.put(np.frombuffer(bytes(rule.native()), np.uint8))
     runner.launch("substitute_and_resolve", (1, 1, 1), runner.put(logits), ids, weights, runner.put(table), records,
                   post, run, count, native, experts, picks, 1)  # fmt: skip
     np.testing.assert_array_equal(ids.get(), want)
     np.testing.assert_allclose(weights.get(), want_weight, rtol=1e-5)
-    np.testing.assert_array_equal(post.get()[1:] & 0xFFFFFFFF, true[0] + 65536 * want)
+    posted = (post.get()[1:] & 0xFFFFFFFF).astype(np.uint32)
+    np.testing.assert_array_equal(posted[:picks], true[0] + 65536 * want)
+    np.testing.assert_array_equal(posted[picks:].view(np.float32), weight[0].astype(np.float32))
     assert count.get()[0] == (where[want] != 0).sum()
     return int((replaced >= 0).sum())
 

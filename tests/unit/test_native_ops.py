@@ -137,6 +137,7 @@ def test_attention(columns: int, length: int) -> None:
         pointer(values),
         stride,
         pointer(scores),
+        None,
         pointer(out),
     )
     close(out, softmax(0.3 * keys.astype(np.float64) @ q) @ values, 1e-5)

@@ -15,6 +15,7 @@ import pytest
 import fomoe_io
 from fomoe_io import CarRule, EngineConfig, FomoeError, Tiers, UsageError
 from fomoe_io.errors import BudgetError, DeviceError, FormatError, ReadError, StoreError
+from fomoe_io.storage.pace import Pace
 
 
 def test_every_name_is_there_and_seen() -> None:
@@ -43,6 +44,7 @@ def test_errors_keep_their_hint_on_the_way(kind: type[FomoeError]) -> None:
         ("ram_bytes", np.int64(5), 5),
         ("car", "on", CarRule.parse("on")),
         ("car", "off", None),
+        ("pace", "14.5G,80us", Pace.parse("14.5G,80us")),
         ("car", "regret:0.03", CarRule("regret", 0.03)),
         ("tiers", "vram=20%,dram=15%", Tiers(0.2, 0.15)),
         ("profile", "learned", "learned"),
@@ -67,6 +69,7 @@ def test_texts_mean_what_they_mean_to_the_commands(name: str, value: Any, want: 
         ("lookahead", "3"), ("direct", 1), ("direct", "no"), ("kernels", None), ("kernels", "fast"), ("reader", 3),
         ("device", "tpu"), ("policy", []), ("car", "often"), ("car", True), ("tiers", "vram=90%,dram=90%"),
         ("tiers", (0.5, 0.5)), ("tiers", "half"), ("profile", 3), ("trace", 3), ("calibration", 3),
+        ("pace", "fast"), ("pace", 3),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_at_once(name: str, value: Any) -> None:

@@ -1,5 +1,6 @@
 #include "experts_state.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,44 +21,40 @@ int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *s) {
 
 static int allocate(fomoe_experts *e) {
     const fomoe_experts_shape *s = &e->shape;
-    int64_t rows = workspace_rows(s), most = e->max_experts;
+    fomoe_owned *o = &e->owned;
+    size_t rows = workspace_rows(s), most = e->max_experts;
     e->activation_bytes = (int64_t)s->hidden * sizeof(float); /* enough for any activation type */
-    e->gate = malloc(rows * s->hidden * sizeof(float));
-    e->up = malloc(rows * s->hidden * sizeof(float));
-    e->down = malloc(rows * s->columns * sizeof(float));
-    e->activation = malloc(rows * e->activation_bytes);
-    e->picks = calloc(s->layers * most, sizeof *e->picks);
-    if (fomoe_plan_new(&e->plan, most)) return 0;
-    e->left = malloc(most * sizeof *e->left);
-    e->replaced = malloc(s->used * sizeof *e->replaced);
-    e->first = malloc((most + 1) * sizeof *e->first);
-    e->members = malloc(rows * sizeof *e->members);
-    e->slot = malloc(most * sizeof *e->slot);
-    e->source = malloc(most);
-    e->tier = malloc(most);
-    e->done = malloc(most);
-    e->found = malloc(rows);
-    e->reads_left = malloc(most * sizeof *e->reads_left);
-    e->ready = malloc(most * sizeof *e->ready);
-    e->group = malloc(most * sizeof *e->group);
-    e->placements = malloc(most * sizeof *e->placements);
-    e->moves = malloc(2 * most * sizeof *e->moves);
-    e->reads = malloc(FOMOE_PARTS * most * sizeof *e->reads);
-    const void *taken[] = {e->gate,       e->up,      e->down,         e->activation, e->picks, e->left, e->replaced,
-                           e->first,      e->members, (void *)e->slot, e->source,     e->tier,  e->done, e->found,
-                           e->reads_left, e->ready,   e->group,        e->placements, e->moves, e->reads};
-    for (size_t i = 0; i < sizeof taken / sizeof *taken; i++)
-        if (!taken[i]) return 0;
-    return 1;
+    e->gate = fomoe_own(o, rows * s->hidden, sizeof *e->gate);
+    e->up = fomoe_own(o, rows * s->hidden, sizeof *e->up);
+    e->down = fomoe_own(o, rows * s->columns, sizeof *e->down);
+    e->activation = fomoe_own(o, rows, e->activation_bytes);
+    e->picks = fomoe_own(o, s->layers * most, sizeof *e->picks);
+    e->left = fomoe_own(o, most, sizeof *e->left);
+    e->replaced = fomoe_own(o, s->used, sizeof *e->replaced);
+    e->first = fomoe_own(o, most + 1, sizeof *e->first);
+    e->members = fomoe_own(o, rows, sizeof *e->members);
+    e->slot = fomoe_own(o, most, sizeof *e->slot);
+    e->source = fomoe_own(o, most, sizeof *e->source);
+    e->tier = fomoe_own(o, most, sizeof *e->tier);
+    e->done = fomoe_own(o, most, sizeof *e->done);
+    e->found = fomoe_own(o, rows, sizeof *e->found);
+    e->reads_left = fomoe_own(o, most, sizeof *e->reads_left);
+    e->ready = fomoe_own(o, most, sizeof *e->ready);
+    e->group = fomoe_own(o, most, sizeof *e->group);
+    e->guesses = fomoe_own(o, most, sizeof *e->guesses);
+    e->guess_weights = fomoe_own(o, most, sizeof *e->guess_weights);
+    e->placements = fomoe_own(o, most, sizeof *e->placements);
+    e->moves = fomoe_own(o, 2 * most, sizeof *e->moves);
+    e->reads = fomoe_own(o, FOMOE_PARTS * most, sizeof *e->reads);
+    return !o->is_incomplete && !fomoe_plan_new(&e->plan, (int)most);
 }
 
 static int allocate_physical(fomoe_experts *e) {
     int64_t total = 0;
     for (int l = 0; l < e->shape.layers; l++) total += e->layer[l].slots;
-    e->physical = calloc((size_t)(unsigned)e->shape.layers * FOMOE_TIERS, sizeof *e->physical);
-    e->physical_memory = malloc((total + 1) * sizeof *e->physical_memory);
-    if (!e->physical || !e->physical_memory) return 0;
-    int32_t *table = e->physical_memory;
+    e->physical = fomoe_own(&e->owned, (size_t)e->shape.layers * FOMOE_TIERS, sizeof *e->physical);
+    int32_t *table = fomoe_own(&e->owned, total + 1, sizeof *table);
+    if (e->owned.is_incomplete) return 0;
     for (int l = 0; l < e->shape.layers; l++) {
         int slot = 0;
         for (int tier = 0; tier < FOMOE_TIERS && e->layer[l].experts; tier++) {
@@ -77,7 +74,7 @@ fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *shape, const fomoe_e
     e->reader = reader;
     e->first_layer = e->open_layer = -1;
     fomoe_offers_start(&e->offers, residency, reader);
-    e->layer = malloc(shape->layers * sizeof *e->layer);
+    e->layer = fomoe_own(&e->owned, shape->layers, sizeof *e->layer);
     if (!e->layer) goto fail;
     memcpy(e->layer, layer, shape->layers * sizeof *e->layer);
     for (int l = 0; l < shape->layers; l++) {
@@ -93,12 +90,8 @@ fail:
 
 void fomoe_experts_free(fomoe_experts *e) {
     if (!e) return;
-    void *owned[] = {
-        e->layer, e->physical,   e->physical_memory, e->gate,    e->up,           e->down,   e->activation, e->picks,
-        e->left,  e->replaced,   e->first,           e->members, (void *)e->slot, e->source, e->tier,       e->done,
-        e->found, e->reads_left, e->ready,           e->group,   e->placements,   e->moves,  e->reads};
-    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
     fomoe_plan_free(&e->plan);
+    fomoe_give_back(&e->owned);
     free(e);
 }
 
@@ -130,6 +123,7 @@ static void carry_out(fomoe_experts *e, int layer, const fomoe_move *moves, int 
 
 static uint8_t *slot_address(const fomoe_experts *e, int layer, const fomoe_placement *p) {
     const fomoe_expert_layer *l = &e->layer[layer];
+    assert(p->slot >= 0 && p->slot < fomoe_residency_slots(e->residency, layer, p->tier));
     return l->pool + e->physical[layer * FOMOE_TIERS + p->tier][p->slot] * l->slot_bytes;
 }
 
@@ -169,6 +163,7 @@ static void place(fomoe_experts *e, int layer, int begin, int end, int *reads) {
         e->reads_left[i] = add_reads(e, layer, e->plan.ids[i], i, slot, e->reads + *reads);
         *reads += e->reads_left[i];
     }
+    assert(e->submitted == begin && end <= e->plan.count);
     e->submitted = end;
 }
 
@@ -272,6 +267,7 @@ static void reap(fomoe_experts *e, int layer) {
             continue;
         }
         int i = fomoe_expert_of_tag(done[c].tag);
+        assert(i < e->submitted && e->reads_left[i] > 0);
         e->reads_left[i]--;
         if (done[c].error) fail(e, layer, i, done[c].error);
         if (!e->reads_left[i]) e->ready[e->ready_count++] = i;
@@ -367,9 +363,12 @@ void fomoe_step_lookahead(const fomoe_step *step, fomoe_run *run, int thread) {
     /* the drive idles: the layer's own reads have all been waited for */
     if (thread || fomoe_failed(run) || fomoe_offers_under_way(&e->offers) >= e->lookahead) return;
     uint64_t bytes = e->counters.nvme_bytes;
-    fomoe_route(router->rows, e->lookahead, logits, 0, 1, run->scratch[0], e->group, (float *)e->ready);
+    fomoe_router how = step->as.lookahead.how;
+    how.used = e->lookahead;
+    if (step->as.lookahead.logit_bias) fomoe_add(how.experts, step->as.lookahead.logit_bias, logits);
+    fomoe_route_by(&how, logits, run->scratch[0], e->guesses, e->guess_weights);
     for (int k = 0; k < e->lookahead; k++)
-        e->counters.prefetches += read_ahead(e, step->as.lookahead.layer, e->group[k]);
+        e->counters.prefetches += read_ahead(e, step->as.lookahead.layer, e->guesses[k]);
     e->counters.prefetch_bytes += e->counters.nvme_bytes - bytes;
 }
 
@@ -410,8 +409,12 @@ static void next_group(fomoe_experts *e, const fomoe_step *step, fomoe_run *run)
     int layer = step->as.experts.layer, computed = e->group_count;
     e->group_count = 0;
     if (fomoe_failed(run)) return;
-    for (int g = 0; g < computed; g++) e->done[e->group[g]] = 1;
+    for (int g = 0; g < computed; g++) {
+        assert(!e->done[e->group[g]] && !e->reads_left[e->group[g]]);
+        e->done[e->group[g]] = 1;
+    }
     e->computed += computed;
+    assert(e->released <= e->computed && e->computed <= e->submitted && e->submitted <= e->plan.count);
     replace_done(e, layer);
     if (e->computed == e->plan.count) {
         if (run->trace) trace_batch(e, step, run);
@@ -468,6 +471,7 @@ int fomoe_experts_warm(fomoe_experts *e, int layer, const int32_t *experts, cons
         e->reads_left[placed] = add_reads(e, layer, experts[i], placed, slot_address(e, layer, &p), e->reads + reads);
         reads += e->reads_left[placed++];
     }
+    e->submitted = placed;
     if (!reads) return 0;
     qsort(e->reads, reads, sizeof *e->reads, by_place);
     int error = e->reader->submit(e->reader->self, e->reads, reads);

@@ -11,19 +11,21 @@ static int64_t chunk_of(int64_t total, int threads) {
 /* rows [begin, end) of one part of an expert, for all its tokens: out[member][row] = row . input */
 static void expert_rows(const fomoe_experts *e, const fomoe_expert_layer *l, int part, int i, int64_t begin,
                         int64_t end, const uint8_t *input, int64_t input_stride, int input_by_token, float *out,
-                        int64_t out_stride, const fomoe_run *run, int thread) {
+                        int64_t out_stride, const float *bias, const fomoe_run *run, int thread) {
     float *expanded = run->scratch[thread];
     fomoe_matrix m = {.type = l->type[part],
                       .row_bytes = l->row_bytes[part],
                       .columns = part == FOMOE_DOWN ? e->shape.hidden : e->shape.columns,
                       .float_activations = e->shape.float_activations};
+    if (bias) bias += (int64_t)e->plan.ids[i] * (part == FOMOE_DOWN ? e->shape.columns : e->shape.hidden);
     const uint8_t *data = e->slot[i] + l->part_offset[e->plan.ids[i] * FOMOE_PARTS + part];
     for (int64_t r = begin; r < end; r++) {
         const uint8_t *row = data + r * m.row_bytes;
         if (m.float_activations) m.type->to_float(row, expanded, m.columns);
         for (int j = e->first[i]; j < e->first[i + 1]; j++) {
             int64_t member = e->members[j], source = input_by_token ? member / e->shape.used : member;
-            out[member * out_stride + r] = fomoe_row_dot(run, &m, row, input + source * input_stride, expanded);
+            float y = fomoe_row_dot(run, &m, row, input + source * input_stride, expanded);
+            out[member * out_stride + r] = bias ? y + bias[r] : y;
         }
     }
 }
@@ -36,10 +38,10 @@ static void gate_and_up(fomoe_experts *e, const fomoe_step *step, fomoe_run *run
         while (begin < end) {
             int g = begin / hidden;
             int64_t r = begin % hidden, stop = r + (end - begin) < hidden ? r + (end - begin) : hidden;
-            expert_rows(e, l, FOMOE_GATE, e->group[g], r, stop, input[0].data, input[0].stride, 1, e->gate, hidden, run,
-                        thread);
-            expert_rows(e, l, FOMOE_UP, e->group[g], r, stop, input[1].data, input[1].stride, 1, e->up, hidden, run,
-                        thread);
+            expert_rows(e, l, FOMOE_GATE, e->group[g], r, stop, input[0].data, input[0].stride, 1, e->gate, hidden,
+                        step->as.experts.bias[FOMOE_GATE], run, thread);
+            expert_rows(e, l, FOMOE_UP, e->group[g], r, stop, input[1].data, input[1].stride, 1, e->up, hidden,
+                        step->as.experts.bias[FOMOE_UP], run, thread);
             begin += stop - r;
         }
 }
@@ -53,7 +55,10 @@ static void activations(fomoe_experts *e, const fomoe_step *step, fomoe_run *run
         for (int j = e->first[i]; j < e->first[i + 1]; j++) {
             int64_t member = e->members[j];
             float *y = type ? run->scratch[thread] : (float *)(e->activation + member * e->activation_bytes);
-            fomoe_silu_mul(hidden, e->gate + member * hidden, e->up + member * hidden, y);
+            if (step->as.experts.is_clamped)
+                fomoe_clamped_swiglu(hidden, e->gate + member * hidden, e->up + member * hidden, y);
+            else
+                fomoe_silu_mul(hidden, e->gate + member * hidden, e->up + member * hidden, y);
             if (type)
                 fomoe_type_of(run->kernels, type)->from_float(y, e->activation + member * e->activation_bytes, hidden);
         }
@@ -68,7 +73,7 @@ static void down(fomoe_experts *e, const fomoe_step *step, fomoe_run *run, int t
             int g = begin / columns;
             int64_t r = begin % columns, stop = r + (end - begin) < columns ? r + (end - begin) : columns;
             expert_rows(e, l, FOMOE_DOWN, e->group[g], r, stop, e->activation, e->activation_bytes, 0, e->down, columns,
-                        run, thread);
+                        step->as.experts.bias[FOMOE_DOWN], run, thread);
             begin += stop - r;
         }
 }

@@ -5,6 +5,7 @@
 #include "experts.h"
 #include "experts/expert_plan.h"
 #include "experts/offers.h"
+#include "experts/owned.h"
 #include "program.h"
 
 struct fomoe_experts {
@@ -12,8 +13,8 @@ struct fomoe_experts {
     fomoe_expert_layer *layer;
     fomoe_residency *residency;
     fomoe_reader *reader;
+    fomoe_owned owned;  /* all arrays */
     int32_t **physical; /* [layers * FOMOE_TIERS]: tier slot -> slot of the layer's pool */
-    int32_t *physical_memory;
     int max_experts;
     int first_layer;
     fomoe_expert_counters counters;
@@ -27,10 +28,13 @@ struct fomoe_experts {
 
     /* The batch's experts of the layer at work: resident ones, then misses.  Thread 0 writes, between barriers. */
     fomoe_expert_plan plan;
-    /* 0 <= released <= computed <= submitted <= plan.count: experts whose slots others may have, that were computed,
-     * and that have a slot.  Of the resident ones grouped_hits have been handed to a group; ready_count have landed and
-     * wait. */
-    int submitted, computed, released, grouped_hits, ready_count, error;
+    /* 0 <= released <= computed <= submitted <= plan.count, and grouped_hits <= plan.hits */
+    int submitted;    /* have a slot */
+    int computed;     /* were computed */
+    int released;     /* gave their slots to others, or may */
+    int grouped_hits; /* resident ones that were handed to a group */
+    int ready_count;  /* have landed, and wait for one */
+    int error;
     int32_t *left;                  /* while members are listed: pairs of each expert that are not */
     int32_t *replaced;              /* of a single token: true picks that another expert stands in for, or -1 */
     int32_t *first, *members;       /* members[first[i] .. first[i+1]): token * used + rank */
@@ -42,6 +46,8 @@ struct fomoe_experts {
     int32_t *ready; /* read, not yet computed */
     int32_t *group; /* to be computed together */
     int group_count;
+    int32_t *guesses; /* of lookahead, and what its routing gives them */
+    float *guess_weights;
     fomoe_placement *placements;
     fomoe_move *moves;
     fomoe_read *reads;

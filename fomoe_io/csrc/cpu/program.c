@@ -79,7 +79,10 @@ static void replay(void *argument, int thread) {
     for (int i = 0; i < program->count; i++) {
         run.step = i;
         program->steps[i].execute(&program->steps[i], &run, thread);
-        if (!thread) fomoe_ask(&run);
+        if (!thread) {
+            if (run.watch) run.watch->done = i + 1, run.watch->steps = program->count;
+            fomoe_ask(&run);
+        }
         fomoe_team_barrier(program->team);
         int64_t failure = atomic_load_explicit(run.failure, memory_order_relaxed);
         if (failure && (failure >> 32) - 1 <= i) break;
@@ -149,6 +152,22 @@ void fomoe_step_norm(const fomoe_step *step, fomoe_run *run, int thread) {
 void fomoe_step_quantize(const fomoe_step *step, fomoe_run *run, int thread) {
     for (int t = thread; t < run->tokens; t += run->threads)
         convert_row(run, fomoe_float_row(&step->as.quantize.input, t), &step->as.quantize.output, t);
+}
+
+void fomoe_step_ungroup(const fomoe_step *step, fomoe_run *run, int thread) {
+    int groups = step->as.ungroup.groups, length = step->as.ungroup.length;
+    int stride = step->as.ungroup.input.columns / groups;
+    for (int t = thread; t < run->tokens; t += run->threads) {
+        const float *x = fomoe_float_row(&step->as.ungroup.input, t) + step->as.ungroup.first;
+        float *y = fomoe_float_row(&step->as.ungroup.output, t) + step->as.ungroup.at;
+        for (int g = 0; g < groups; g++) memcpy(y + g * length, x + g * stride, length * sizeof *y);
+    }
+}
+
+void fomoe_step_add_bias(const fomoe_step *step, fomoe_run *run, int thread) {
+    const fomoe_rows *rows = &step->as.add_bias.rows;
+    for (int t = thread; t < run->tokens; t += run->threads)
+        fomoe_add(rows->columns, step->as.add_bias.bias, fomoe_float_row(rows, t));
 }
 
 void fomoe_step_silu_mul(const fomoe_step *step, fomoe_run *run, int thread) {
@@ -293,10 +312,13 @@ void fomoe_step_attention(const fomoe_step *step, fomoe_run *run, int thread) {
         const float *q =
             fomoe_float_row(&step->as.attention.query, t) + (int64_t)head * step->as.attention.query_stride;
         float *out = fomoe_float_row(&step->as.attention.output, t) + head * n;
-        fomoe_attention_head(n, n, run->position + t + 1, 1.0f / sqrtf((float)n), q,
-                             cache_row(run, step->as.attention.key_offset, context, n, head / group, 0), n,
-                             cache_row(run, step->as.attention.value_offset, context, n, head / group, 0), n,
-                             run->scratch[thread], out);
+        int64_t length = run->position + t + 1, window = step->as.attention.window;
+        int64_t first = window && length > window ? length - window : 0;
+        fomoe_attention_head(n, n, length - first, 1.0f / sqrtf((float)n), q,
+                             cache_row(run, step->as.attention.key_offset, context, n, head / group, first), n,
+                             cache_row(run, step->as.attention.value_offset, context, n, head / group, first), n,
+                             run->scratch[thread], step->as.attention.sinks ? step->as.attention.sinks + head : NULL,
+                             out);
         if (step->as.attention.gated) fomoe_sigmoid_mul(n, q + n, out, out);
     }
 }
@@ -304,12 +326,14 @@ void fomoe_step_attention(const fomoe_step *step, fomoe_run *run, int thread) {
 /* ---- routing (the experts themselves are in experts.c) ---- */
 
 void fomoe_step_route(const fomoe_step *step, fomoe_run *run, int thread) {
-    int n = step->as.route.count, k = step->as.route.used, layer = step->as.route.layer;
+    const fomoe_router *router = &step->as.route.router;
+    int n = router->experts, k = router->used, layer = step->as.route.layer;
     for (int t = thread; t < run->tokens; t += run->threads) {
-        const float *logits = fomoe_float_row(&step->as.route.logits, t);
+        float *logits = fomoe_float_row(&step->as.route.logits, t);
         int32_t *ids = (int32_t *)fomoe_row(&step->as.route.ids, t);
         float *weights = fomoe_float_row(&step->as.route.weights, t);
-        fomoe_route(n, k, logits, step->as.route.normalise, step->as.route.scale, run->scratch[thread], ids, weights);
+        if (step->as.route.logit_bias) fomoe_add(n, step->as.route.logit_bias, logits);
+        fomoe_route_by(router, logits, run->scratch[thread], ids, weights);
         int64_t row = (int64_t)layer * run->tokens + t;
         if (run->record.experts) memcpy(run->record.experts + row * k, ids, k * sizeof *ids);
         if (run->record.weights) memcpy(run->record.weights + row * k, weights, k * sizeof *weights);

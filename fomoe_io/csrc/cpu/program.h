@@ -15,6 +15,7 @@
 #include "read/watch.h"
 #include "experts.h"
 #include "threads.h"
+#include "experts/routing.h"
 #include "experts/trace.h"
 
 /* A weight matrix in memory: rows of columns elements each. */
@@ -135,20 +136,33 @@ struct fomoe_step {
         } kv;
         struct {
             fomoe_rows query, output;
+            const float *sinks; /* one more logit of each head; NULL: none */
             int64_t key_offset, value_offset, context;
+            int64_t window; /* positions that a token sees, itself included; 0: all */
             int32_t heads, kv_heads, head_columns, query_stride;
             int32_t gated; /* 1: sigmoid(gate) follows each head's query in the same row */
         } attention;
         struct {
             fomoe_rows logits, weights, ids; /* ids: int32 */
-            int32_t layer, count, used, normalise;
-            float scale;
+            fomoe_router router;
+            const float *logit_bias; /* added to the logits; NULL: none */
+            int32_t layer;
         } route;
+        struct {
+            fomoe_rows input, output;
+            int32_t groups, first, length, at; /* see fomoe_step_ungroup */
+        } ungroup;
+        struct {
+            fomoe_rows rows;
+            const float *bias;
+        } add_bias;
         struct {
             fomoe_rows logits, weights, ids; /* of the router; changed where an expert stands in for another */
             fomoe_rows input[2]; /* of gate and of up, in their activation types */
             fomoe_experts *experts;
+            const float *bias[FOMOE_PARTS]; /* [experts][rows] of gate, up, down; NULL: none */
             int32_t layer, normalise;
+            int32_t is_clamped; /* 1: fomoe_clamped_swiglu between them, not fomoe_silu_mul */
         } experts;
         struct {
             fomoe_rows weights, output;     /* output += the experts' weighted sum (+ shared) */
@@ -161,6 +175,8 @@ struct fomoe_step {
             const float *weight;
             float epsilon;
             fomoe_matrix router; /* of the next layer, which is `layer` */
+            fomoe_router how;
+            const float *logit_bias;
             fomoe_rows logits;
             fomoe_experts *experts;
             int32_t layer;
@@ -200,6 +216,10 @@ void fomoe_step_experts_begin(const fomoe_step *, fomoe_run *, int thread);
 void fomoe_step_experts(const fomoe_step *, fomoe_run *, int thread);
 void fomoe_step_combine(const fomoe_step *, fomoe_run *, int thread);
 void fomoe_step_lookahead(const fomoe_step *, fomoe_run *, int thread);
+/* Parts of rows that come group by group, brought together: output[at + g * length + i] = input[g * stride + first + i]
+ * for i < length, stride = columns of the input / groups. */
+void fomoe_step_ungroup(const fomoe_step *, fomoe_run *, int thread);
+void fomoe_step_add_bias(const fomoe_step *, fomoe_run *, int thread);
 void fomoe_step_layer_end(const fomoe_step *, fomoe_run *, int thread);
 
 /* Shared by the ops */

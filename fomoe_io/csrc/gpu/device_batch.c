@@ -3,89 +3,146 @@
 
 #include "device_experts_state.h"
 
-/* Experts that come in before they are computed with: enough to keep drives and link busy, few enough that the device
- * computes with some while others are read. */
-enum { WAVE_EXPERTS = 64 };
+/* A wave waits for so many experts while others are read: few enough that the device does not idle, and more than the
+ * launch of a wave costs. */
+enum { LEAST_WAVE = 8 };
 
-void fomoe_device_batch_begin(fomoe_device_experts *e, int tokens) {
-    e->error = e->copies.error ? 1 : 0;
+void fomoe_device_batch_begin(fomoe_device_experts *e, int tokens, void *compute) {
+    fomoe_device_begin(e);
+    e->is_batch = 1;
+    e->copies.lane[FOMOE_LANE_COMPUTE].stream = compute;
     fomoe_residency_tick(e->residency, tokens);
 }
 
-/* batch_weight: how many pairs want each expert; batch_first: where they begin in the order. */
-static void count_pairs(fomoe_device_experts *e, int layer, const int32_t *picks, int pairs) {
+/* The distinct experts, those of memory first, and each one's pairs in the order. */
+static void plan(fomoe_device_experts *e, int layer, const int32_t *picks, int tokens, int32_t *order) {
     int64_t *seen = e->picks + (int64_t)layer * e->max_experts;
-    int experts = e->layer[layer].experts;
-    memset(e->batch_weight, 0, experts * sizeof *e->batch_weight);
+    int pairs = tokens * e->used, first = 0;
+    for (int t = 0; t < tokens; t++)
+        fomoe_residency_touch(e->residency, layer, tokens - 1 - t, picks + t * e->used, e->used);
+    fomoe_plan_begin(&e->plan);
     for (int pair = 0; pair < pairs; pair++) {
-        e->batch_weight[picks[pair]]++;
         seen[picks[pair]]++;
+        fomoe_plan_add(&e->plan, picks[pair], 1);
     }
-    e->batch_first[0] = 0;
-    for (int id = 0; id < experts; id++) e->batch_first[id + 1] = e->batch_first[id] + e->batch_weight[id];
+    fomoe_plan_partition(&e->plan, e->residency, layer);
+    for (int i = 0; i < e->plan.count; first += e->plan.pairs[i++]) e->first[i] = first;
+    for (int pair = 0; pair < pairs; pair++) order[e->first[e->plan.index[picks[pair]]]++] = pair;
+    for (int i = 0; i < e->plan.count; i++) e->first[i] -= e->plan.pairs[i];
 }
 
-/* The experts by where they are: those in DRAM before the others, who might push them out. */
-static void list_experts(fomoe_device_experts *e, int layer) {
-    const int8_t *tiers = fomoe_residency_tiers(e->residency, layer);
-    e->batch_count = e->batch_next = 0;
-    for (int tier = FOMOE_TIER_VRAM; tier <= FOMOE_TIER_NVME; tier++)
-        for (int id = 0; id < e->layer[layer].experts; id++)
-            if (e->batch_weight[id] && tiers[id] == tier) e->batch_ids[e->batch_count++] = id;
+static int slots_of(const fomoe_device_experts *e, int layer) {
+    return fomoe_residency_slots(e->residency, layer, FOMOE_TIER_VRAM) +
+           fomoe_residency_slots(e->residency, layer, FOMOE_TIER_DRAM);
 }
 
-int fomoe_device_batch_layer(fomoe_device_experts *e, int layer, const int32_t *picks, int tokens, int32_t *order) {
-    int pairs = tokens * e->used;
-    for (int pair = 0; pair < pairs; pair++)
+static int end_batch(fomoe_device_experts *e, int layer) {
+    fomoe_device_close_layer(e);
+    if (e->misses || e->error) fomoe_device_rewrite_table(e, layer);
+    return fomoe_device_has_failed(e, layer);
+}
+
+int fomoe_device_batch_layer(fomoe_device_experts *e, int layer, const int32_t *picks, const float *weights, int tokens,
+                             int32_t *order) {
+    for (int pair = 0; pair < tokens * e->used; pair++)
         if (picks[pair] < 0 || picks[pair] >= e->layer[layer].experts) {
             fomoe_device_fail(e, layer, picks[pair], -ERANGE);
             return e->error;
         }
-    for (int t = 0; t < tokens; t++)
-        fomoe_residency_touch(e->residency, layer, tokens - 1 - t, picks + t * e->used, e->used);
-    count_pairs(e, layer, picks, pairs);
-    list_experts(e, layer);
-    for (int pair = 0; pair < pairs; pair++) order[e->batch_first[picks[pair]]++] = pair;
-    for (int id = 0; id < e->layer[layer].experts; id++) e->batch_first[id] -= e->batch_weight[id];
+    fomoe_device_open_layer(e, layer);
+    plan(e, layer, picks, tokens, order);
+    e->batch_picks = picks, e->order = order, e->tokens = tokens;
+    for (int t = 0; t < tokens && e->trace; t++)
+        fomoe_trace_picks(e->trace, t, picks + t * e->used, weights + t * e->used);
+    int slots = slots_of(e, layer);
+    fomoe_device_place(e, layer, e->plan.hits);
+    fomoe_device_place(e, layer, e->plan.count < slots ? e->plan.count : slots);
+    e->misses = 0;
+    for (int i = 0; i < e->plan.hits; i++) e->misses |= e->wanted[i].at.source != FOMOE_TIER_VRAM;
+    e->misses |= e->plan.hits < e->plan.count;
     e->counters.layers++;
-    return e->error;
+    e->counters.served_layers += e->misses;
+    e->handed = e->wave_count = 0;
+    return e->error ? end_batch(e, layer) : 0;
 }
 
-/* The next experts: all that are in VRAM; then some that are not, no more than have slots there. */
-static void take_wave(fomoe_device_experts *e, int layer) {
-    const int8_t *tiers = fomoe_residency_tiers(e->residency, layer);
-    int is_here = tiers[e->batch_ids[e->batch_next]] == FOMOE_TIER_VRAM;
-    int most = fomoe_residency_slots(e->residency, layer, FOMOE_TIER_VRAM);
-    if (!is_here && most > WAVE_EXPERTS) most = WAVE_EXPERTS;
-    for (e->count = 0; e->batch_next < e->batch_count && e->count < most; e->batch_next++) {
-        int id = e->batch_ids[e->batch_next];
-        if (is_here && tiers[id] != FOMOE_TIER_VRAM) break;
-        e->ids[e->count] = id;
-        e->weight[e->count++] = e->batch_weight[id];
+/* The kernels of the last wave have been enqueued: what they read may be overwritten behind them.  Every expert that is
+ * done gives its slot to the next one that waits, one at a time and in the plan's order. */
+static void end_wave(fomoe_device_experts *e, int layer) {
+    uint64_t ticket = e->wave_count ? fomoe_lane_mark(&e->copies, FOMOE_LANE_COMPUTE) : 0;
+    for (int k = 0; k < e->wave_count; k++) {
+        fomoe_wanted *w = &e->wanted[e->wave[k]];
+        w->record->touched[FOMOE_LANE_COMPUTE] = ticket;
+        if (w->record->use == FOMOE_BUFFER_LENT) fomoe_device_give_spare(e, layer, FOMOE_TIER_VRAM, w->record);
+        w->record = NULL;
     }
-    if (!is_here) e->misses = 1;
+    e->wave_count = 0;
+    while (!fomoe_device_has_failed(e, layer) && e->released < e->placed &&
+           e->wanted[e->released].progress == FOMOE_HANDED) {
+        fomoe_device_release(e, layer, e->released + 1);
+        if (e->placed < e->plan.count) fomoe_device_place(e, layer, e->placed + 1);
+    }
 }
 
-int fomoe_device_batch_next(fomoe_device_experts *e, int layer, void *computed, fomoe_tile *tiles, int *count) {
+static int count_ready(const fomoe_device_experts *e) {
+    int count = 0;
+    for (int i = e->released; i < e->placed; i++) count += e->wanted[i].progress == FOMOE_SENT;
+    return count;
+}
+
+static void await_wave(fomoe_device_experts *e, int layer) {
+    int least = e->handed ? LEAST_WAVE : 1;
+    for (;;) {
+        fomoe_device_read_on(e, layer);
+        fomoe_device_lift(e, layer);
+        if (!e->in_flight || e->error || count_ready(e) >= least) break;
+        fomoe_device_reap(e, layer);
+    }
+    /* can't be without a failure: spares and slots are free when nothing is under way */
+    if (!fomoe_device_has_failed(e, layer) && !count_ready(e))
+        fomoe_device_fail(e, layer, e->plan.ids[e->released], -ENOMEM);
+}
+
+/* Tiles of all that are ready; the kernels go behind the copies that bring them. */
+static int take_wave(fomoe_device_experts *e, fomoe_tile *tiles) {
+    uint64_t ticket = 0;
+    int count = 0;
+    for (int i = e->released; i < e->placed; i++) {
+        fomoe_wanted *w = &e->wanted[i];
+        if (w->progress != FOMOE_SENT) continue;
+        uint64_t record = (uint64_t)(uintptr_t)w->record->address;
+        for (int first = e->first[i], left = e->plan.pairs[i]; left > 0;
+             first += FOMOE_TILE_PAIRS, left -= FOMOE_TILE_PAIRS)
+            tiles[count++] = (fomoe_tile){record, first, left < FOMOE_TILE_PAIRS ? left : FOMOE_TILE_PAIRS};
+        if (w->record->touched[FOMOE_LANE_UP] > ticket) ticket = w->record->touched[FOMOE_LANE_UP];
+        w->progress = FOMOE_HANDED;
+        e->wave[e->wave_count++] = i;
+    }
+    e->handed += e->wave_count;
+    fomoe_lane_follow(&e->copies, FOMOE_LANE_COMPUTE, FOMOE_LANE_UP, ticket);
+    return count;
+}
+
+/* The first who wants an expert finds it where it was, the others where it is computed from. */
+static void trace(fomoe_device_experts *e, int layer) {
+    for (int i = 0; i < e->plan.count; i++) {
+        const fomoe_placement *p = &e->wanted[i].at;
+        const int32_t *pair = e->order + e->first[i];
+        for (int j = 0; j < e->plan.pairs[i]; j++) e->found[pair[j]] = (int8_t)(j ? p->tier : p->source);
+    }
+    fomoe_trace_batch(e->trace, layer, e->tokens, (const uint8_t *)e->batch_picks,
+                      e->used * (int64_t)sizeof *e->batch_picks, e->found);
+}
+
+int fomoe_device_batch_next(fomoe_device_experts *e, int layer, fomoe_tile *tiles, int *count) {
     *count = 0;
-    if (!e->batch_next) e->misses = 0;
-    if (e->batch_next == e->batch_count) {
-        e->counters.served_layers += e->misses;
-        return fomoe_device_has_failed(e, layer);
+    end_wave(e, layer);
+    if (!e->error && e->handed < e->plan.count) await_wave(e, layer);
+    if (fomoe_device_has_failed(e, layer)) return end_batch(e, layer);
+    if (e->handed == e->plan.count) {
+        if (e->trace) trace(e, layer);
+        return end_batch(e, layer);
     }
-    take_wave(e, layer);
-    if (computed) {
-        void *up = e->copies.lane[FOMOE_LANE_UP].stream;
-        fomoe_device_check(&e->copies, e->copies.calls.stream_wait_event(up, computed, 0), "hipStreamWaitEvent");
-    }
-    fomoe_device_bring(e, layer);
-    if (e->misses) fomoe_device_rewrite_table(e, layer);
-    if (fomoe_device_has_failed(e, layer)) return e->error;
-    for (int i = 0; i < e->count; i++) {
-        int first = e->batch_first[e->ids[i]], left = e->weight[i];
-        for (; left > 0; first += FOMOE_TILE_PAIRS, left -= FOMOE_TILE_PAIRS)
-            tiles[(*count)++] = (fomoe_tile){(uint64_t)(uintptr_t)e->record[i]->address, first,
-                                             left < FOMOE_TILE_PAIRS ? left : FOMOE_TILE_PAIRS};
-    }
-    return 0;
+    *count = take_wave(e, tiles);
+    return fomoe_device_has_failed(e, layer) ? end_batch(e, layer) : 0;
 }

@@ -1,5 +1,7 @@
 #include "device_copies.h"
 
+#include <assert.h>
+
 int fomoe_device_check(fomoe_device_copies *d, int code, const char *call) {
     if (code && !d->error) {
         d->error = code;
@@ -13,6 +15,7 @@ static void **event_of(fomoe_lane *lane, uint64_t ticket) { return &lane->events
 /* Move `done` up to what the device says; events of one stream come in order.  A query that fails says nothing. */
 static int is_done(fomoe_device_copies *d, int which, uint64_t ticket) {
     fomoe_lane *lane = &d->lane[which];
+    assert(ticket <= lane->issued && lane->done <= lane->issued);
     while (lane->done < ticket) {
         int code = d->calls.event_query(*event_of(lane, lane->done + 1));
         if (code == d->calls.not_ready || fomoe_device_check(d, code, "hipEventQuery")) return 0;
@@ -20,6 +23,8 @@ static int is_done(fomoe_device_copies *d, int which, uint64_t ticket) {
     }
     return 1;
 }
+
+static const char *const WAITED_FOR[FOMOE_LANES] = {"a copy to the device", "a copy to the host", "a batch's kernels"};
 
 /* 0: an error has occurred, and the ticket may never be done. */
 static int wait_for(fomoe_device_copies *d, int which, uint64_t ticket) {
@@ -31,50 +36,65 @@ static int wait_for(fomoe_device_copies *d, int which, uint64_t ticket) {
             done = d->lane[which].done;
             wait = (fomoe_wait){0};
         }
-        if (!fomoe_look_again(d->patience, &wait))
-            fomoe_device_check(d, FOMOE_STUCK, which == FOMOE_LANE_UP ? "a copy to the device" : "a copy to the host");
+        if (!fomoe_look_again(d->patience, &wait)) fomoe_device_check(d, FOMOE_STUCK, WAITED_FOR[which]);
     }
     return 1;
 }
 
-/* The lane's stream goes on only after another lane's ticket. */
-static void order_after(fomoe_device_copies *d, int which, int other, uint64_t ticket) {
+void fomoe_lane_follow(fomoe_device_copies *d, int which, int other, uint64_t ticket) {
     if (which == other || is_done(d, other, ticket) || d->error) return;
     fomoe_device_check(d, d->calls.stream_wait_event(d->lane[which].stream, *event_of(&d->lane[other], ticket), 0),
                        "hipStreamWaitEvent");
 }
 
+/* An event is used again only when nobody can ask for its last ticket. */
+static int has_event(fomoe_device_copies *d, int which) {
+    uint64_t issued = d->lane[which].issued;
+    return issued < FOMOE_LANE_EVENTS || wait_for(d, which, issued + 1 - FOMOE_LANE_EVENTS);
+}
+
+uint64_t fomoe_lane_mark(fomoe_device_copies *d, int which) {
+    fomoe_lane *lane = &d->lane[which];
+    if (d->error || !has_event(d, which)) return 0;
+    uint64_t ticket = lane->issued + 1;
+    if (fomoe_device_check(d, d->calls.event_record(*event_of(lane, ticket), lane->stream), "hipEventRecord")) return 0;
+    return lane->issued = ticket;
+}
+
 uint64_t fomoe_copy(fomoe_device_copies *d, int which, fomoe_buffer *host, fomoe_buffer *device,
                     const fomoe_piece *piece, int pieces) {
-    fomoe_lane *lane = &d->lane[which];
+    void *stream = d->lane[which].stream;
+    assert(which < FOMOE_COPY_LANES && host != device);
     if (d->error) return 0;
     for (int other = 0; other < FOMOE_LANES; other++) {
-        order_after(d, which, other, host->touched[other]);
-        order_after(d, which, other, device->touched[other]);
+        fomoe_lane_follow(d, which, other, host->touched[other]);
+        fomoe_lane_follow(d, which, other, device->touched[other]);
     }
-    /* an event is used again only when nobody can ask for its last ticket */
-    if (lane->issued >= FOMOE_LANE_EVENTS && !wait_for(d, which, lane->issued + 1 - FOMOE_LANE_EVENTS)) return 0;
     for (int i = 0; i < pieces; i++, piece++) {
         uint8_t *h = host->address + piece->host_offset, *g = device->address + piece->device_offset;
         if (which == FOMOE_LANE_UP)
-            fomoe_device_check(d, d->calls.memcpy_in(g, h, piece->bytes, lane->stream), "hipMemcpyHtoDAsync");
+            fomoe_device_check(d, d->calls.memcpy_in(g, h, piece->bytes, stream), "hipMemcpyHtoDAsync");
         else
-            fomoe_device_check(d, d->calls.memcpy_out(h, g, piece->bytes, lane->stream), "hipMemcpyDtoHAsync");
+            fomoe_device_check(d, d->calls.memcpy_out(h, g, piece->bytes, stream), "hipMemcpyDtoHAsync");
         d->bytes[which] += piece->bytes;
     }
-    uint64_t ticket = lane->issued + 1;
-    if (fomoe_device_check(d, d->calls.event_record(*event_of(lane, ticket), lane->stream), "hipEventRecord")) return 0;
-    lane->issued = ticket;
-    host->touched[which] = device->touched[which] = ticket;
+    uint64_t ticket = fomoe_lane_mark(d, which);
+    if (ticket) host->touched[which] = device->touched[which] = ticket;
     return ticket;
 }
 
 int fomoe_buffer_is_free(fomoe_device_copies *d, const fomoe_buffer *b) {
-    return is_done(d, FOMOE_LANE_UP, b->touched[FOMOE_LANE_UP]) && is_done(d, FOMOE_LANE_DOWN, b->touched[FOMOE_LANE_DOWN]);
+    if (b->claims) return 0;
+    for (int lane = 0; lane < FOMOE_LANES; lane++)
+        if (!is_done(d, lane, b->touched[lane])) return 0;
+    return 1;
 }
 
 int fomoe_buffer_wait(fomoe_device_copies *d, const fomoe_buffer *b) {
-    return wait_for(d, FOMOE_LANE_UP, b->touched[FOMOE_LANE_UP]) && wait_for(d, FOMOE_LANE_DOWN, b->touched[FOMOE_LANE_DOWN]);
+    assert(!b->claims);
+    for (int lane = 0; lane < FOMOE_LANES; lane++)
+        if (!wait_for(d, lane, b->touched[lane])) return 0;
+    return 1;
 }
 
 void fomoe_lane_wait(fomoe_device_copies *d, int which) { wait_for(d, which, d->lane[which].issued); }

@@ -1,92 +1,58 @@
 #include "device_experts.h"
 
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "device_experts_state.h"
+#include "read/clock.h"
 
-enum { SPINS_BETWEEN_QUERIES = 4096 };
+enum {
+    SPINS_BETWEEN_QUERIES = 4096,
+    PIECE_BYTES = 2 << 20, /* an expert of 7 MB comes in four pieces: the last one's way up is a fourth of the whole's */
+    IN_DRAM = 1            /* kernels/router.h */
+};
 
 /* ---- life ---- */
 
-static int take_memory(fomoe_device_experts *e, int64_t buffers, int64_t slots, int64_t spares) {
-    int64_t most = e->most;
-    e->buffers = calloc(buffers + 1, sizeof *e->buffers);
-    e->slot = calloc(e->layers * FOMOE_TIERS + 1, sizeof *e->slot);
-    e->slot_memory = calloc(slots + 1, sizeof *e->slot_memory);
-    e->spare = calloc(e->classes * FOMOE_TIERS + 1, sizeof *e->spare);
-    /* every slot's buffer may be spare at some time */
-    e->spare_memory = calloc((int64_t)e->classes * FOMOE_TIERS * (slots + spares + 1), sizeof *e->spare_memory);
-    e->picks = calloc((int64_t)e->layers * e->max_experts + 1, sizeof *e->picks);
-    e->version = calloc(e->layers + 1, sizeof *e->version);
-    e->brought = calloc(e->layers + 1, sizeof *e->brought);
-    e->arrived = calloc(e->layers + 1, sizeof *e->arrived);
-    e->ids = calloc(most, sizeof *e->ids);
-    e->posted = calloc(e->used, sizeof *e->posted);
-    e->wanted = calloc(e->used, sizeof *e->wanted);
-    e->index = malloc(e->max_experts * sizeof *e->index);
-    e->weight = calloc(most, sizeof *e->weight);
-    e->placements = calloc(most, sizeof *e->placements);
-    e->moves = calloc(2 * most, sizeof *e->moves);
-    e->landing = calloc(most, sizeof *e->landing);
-    e->record = calloc(most, sizeof *e->record);
-    e->reads_left = calloc(most, sizeof *e->reads_left);
-    e->transient = calloc(most, sizeof *e->transient);
-    e->batch_ids = calloc(most, sizeof *e->batch_ids);
-    e->batch_weight = calloc(most, sizeof *e->batch_weight);
-    e->batch_first = calloc(most + 1, sizeof *e->batch_first);
-    return e->buffers && e->slot && e->slot_memory && e->spare && e->spare_memory && e->picks && e->ids && e->posted &&
-           e->wanted && e->index && e->weight && e->placements && e->moves && e->landing && e->record &&
-           e->reads_left && e->transient && e->batch_ids && e->batch_weight && e->batch_first && e->version &&
-           e->brought && e->arrived;
-}
-
-static void share_out(fomoe_device_experts *e, int64_t capacity) {
-    fomoe_buffer *next = e->buffers, **slot = e->slot_memory, **spare = e->spare_memory;
-    for (int i = 0; i < e->layers * FOMOE_TIERS; i++) {
-        const fomoe_device_layer *l = &e->layer[i / FOMOE_TIERS];
-        int tier = i % FOMOE_TIERS;
-        if (!l->experts) continue;
-        e->slot[i] = slot;
-        for (int s = 0; s < fomoe_residency_slots(e->residency, i / FOMOE_TIERS, tier); s++, next++) {
-            next->address = l->pool[tier] + s * e->class[l->size_class].slot_bytes[tier];
-            *slot++ = next;
-        }
-    }
-    for (int i = 0; i < e->classes * FOMOE_TIERS; i++, spare += capacity) {
-        const fomoe_size_class *c = &e->class[i / FOMOE_TIERS];
-        int tier = i % FOMOE_TIERS;
-        e->spare[i] = (fomoe_buffer_queue){.items = spare, .capacity = capacity};
-        for (int s = 0; s < c->spares[tier]; s++, next++) {
-            next->address = c->spare[tier] + s * c->slot_bytes[tier];
-            fomoe_device_push(&e->spare[i], next);
-        }
-    }
+static int allocate(fomoe_device_experts *e) {
+    fomoe_owned *o = &e->owned;
+    int most = e->max_experts > e->used ? e->max_experts : e->used;
+    e->picks = fomoe_own(o, (size_t)e->layers * e->max_experts, sizeof *e->picks);
+    e->version = fomoe_own(o, e->layers, sizeof *e->version);
+    e->brought = fomoe_own(o, e->layers, sizeof *e->brought);
+    e->arrived = fomoe_own(o, e->layers, sizeof *e->arrived);
+    e->picked = fomoe_own(o, e->used, sizeof *e->picked);
+    e->posted = fomoe_own(o, e->used, sizeof *e->posted);
+    e->place = fomoe_own(o, e->used, sizeof *e->place);
+    e->pick_weights = fomoe_own(o, e->used, sizeof *e->pick_weights);
+    e->wanted = fomoe_own(o, most, sizeof *e->wanted);
+    e->ranges = fomoe_own(o, (size_t)most * FOMOE_MOST_PIECES, sizeof *e->ranges);
+    e->placements = fomoe_own(o, most, sizeof *e->placements);
+    e->moves = fomoe_own(o, 2 * (size_t)most, sizeof *e->moves);
+    e->most_transfers = 2 * most;
+    e->transfers = fomoe_own(o, e->most_transfers, sizeof *e->transfers);
+    e->first = fomoe_own(o, most, sizeof *e->first);
+    e->wave = fomoe_own(o, most, sizeof *e->wave);
+    return !o->is_incomplete && !fomoe_plan_new(&e->plan, most) && fomoe_device_share_buffers(e);
 }
 
 fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe_device_layer *layer,
                                                int classes, const fomoe_size_class *class, fomoe_residency *residency,
                                                fomoe_reader *reader, const fomoe_device_copies *copies) {
     fomoe_device_experts *e = calloc(1, sizeof *e);
-    int64_t slots = 0, spares = 0;
     if (!e) return NULL;
     e->layers = layers, e->used = used, e->classes = classes;
     e->residency = residency, e->reader = reader, e->copies = *copies;
-    e->layer = calloc(layers + 1, sizeof *e->layer);
-    e->class = calloc(classes + 1, sizeof *e->class);
-    if (!e->layer || !e->class) goto fail;
+    e->piece_bytes = PIECE_BYTES;
+    e->open_layer = -1;
+    e->layer = fomoe_own(&e->owned, layers, sizeof *e->layer);
+    e->class = fomoe_own(&e->owned, classes, sizeof *e->class);
+    if (e->owned.is_incomplete) goto fail;
     memcpy(e->layer, layer, layers * sizeof *layer);
     memcpy(e->class, class, classes * sizeof *class);
-    for (int l = 0; l < layers; l++) {
+    for (int l = 0; l < layers; l++)
         if (layer[l].experts > e->max_experts) e->max_experts = layer[l].experts;
-        for (int t = 0; t < FOMOE_TIERS && layer[l].experts; t++) slots += fomoe_residency_slots(residency, l, t);
-    }
-    e->most = e->max_experts > used ? e->max_experts : used;
-    for (int c = 0; c < classes; c++) spares += class[c].spares[0] + class[c].spares[1];
-    if (!take_memory(e, slots + spares, slots, spares)) goto fail;
-    for (int i = 0; i < e->max_experts; i++) e->index[i] = -1;
-    share_out(e, slots + spares + 1);
+    if (!allocate(e)) goto fail;
     for (int l = 0; l < layers; l++) e->version[l] = 1;
     return e;
 fail:
@@ -96,24 +62,67 @@ fail:
 
 void fomoe_device_experts_free(fomoe_device_experts *e) {
     if (!e) return;
-    void *owned[] = {e->layer,           e->class,           e->buffers,         (void *)e->slot,
-                     (void *)e->slot_memory, e->spare,       (void *)e->spare_memory, e->picks,
-                     e->ids,             e->posted,          e->wanted,          e->index,
-                     e->weight,          e->placements,      e->moves,           (void *)e->landing,
-                     (void *)e->record,  e->reads_left,      (void *)e->transient, e->batch_ids,
-                     e->batch_weight,    e->batch_first,     e->version,         e->brought,
-                     e->arrived};
-    for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) free(owned[i]);
+    fomoe_plan_free(&e->plan);
+    fomoe_give_back(&e->owned);
     free(e);
+}
+
+void fomoe_device_experts_set_piece_bytes(fomoe_device_experts *e, uint32_t bytes) { e->piece_bytes = bytes; }
+
+int fomoe_device_experts_set_trace(fomoe_device_experts *e, fomoe_trace *trace, int tokens) {
+    e->trace = trace;
+    if (trace) e->found = fomoe_own(&e->owned, (size_t)tokens * e->used, sizeof *e->found);
+    return e->owned.is_incomplete ? -1 : 0;
 }
 
 const fomoe_device_expert_counters *fomoe_device_experts_count(const fomoe_device_experts *e) { return &e->counters; }
 fomoe_device_copies *fomoe_device_experts_copies(fomoe_device_experts *e) { return &e->copies; }
 const int64_t *fomoe_device_experts_picks(const fomoe_device_experts *e) { return e->picks; }
 
+void fomoe_device_experts_settle(fomoe_device_experts *e) {
+    fomoe_device_begin(e);
+    fomoe_lane_wait(&e->copies, FOMOE_LANE_DOWN);
+}
+
+void fomoe_device_begin(fomoe_device_experts *e) {
+    fomoe_device_close_layer(e); /* a batch's caller may have left in the middle of one */
+    e->is_batch = e->is_warming = 0;
+    e->error = e->copies.error ? 1 : 0;
+}
+
+/* ---- failures ---- */
+
+void fomoe_device_fail(fomoe_device_experts *e, int layer, int expert, int error) {
+    if (e->error) return;
+    e->error = error;
+    e->failed_layer = layer;
+    e->failed_expert = expert;
+}
+
+int fomoe_device_has_failed(fomoe_device_experts *e, int layer) {
+    if (e->copies.error) fomoe_device_fail(e, layer, -1, 1);
+    if (e->copies.patience->is_interrupted) fomoe_device_fail(e, layer, -1, -EINTR);
+    return e->error;
+}
+
 void fomoe_device_experts_failure(const fomoe_device_experts *e, int *layer, int *expert) {
     *layer = e->failed_layer;
     *expert = e->failed_expert;
+}
+
+/* ---- tables ---- */
+
+void fomoe_device_rewrite_table(fomoe_device_experts *e, int layer) {
+    const fomoe_device_layer *l = &e->layer[layer];
+    for (int id = 0; id < l->experts; id++) {
+        int32_t slot;
+        int tier = fomoe_residency_find(e->residency, layer, id, &slot);
+        l->table[id] = tier == FOMOE_TIER_VRAM
+                           ? (uint64_t)(uintptr_t)(*fomoe_device_slot(e, layer, tier, slot))->address
+                       : tier == FOMOE_TIER_DRAM ? IN_DRAM
+                                                 : 0;
+    }
+    e->version[layer]++;
 }
 
 void fomoe_device_experts_changed_tables(fomoe_device_experts *e, uint32_t *changed) {
@@ -127,54 +136,82 @@ void fomoe_device_experts_tables_arrived(fomoe_device_experts *e) {
     memcpy(e->arrived, e->brought, e->layers * sizeof *e->arrived);
 }
 
-void fomoe_device_experts_settle(fomoe_device_experts *e) { fomoe_lane_wait(&e->copies, FOMOE_LANE_DOWN); }
-
 /* ---- a token ---- */
 
-static void collect(fomoe_device_experts *e, int layer) {
-    int64_t *picks = e->picks + (int64_t)layer * e->max_experts;
+/* The distinct experts, those of memory first; what the router picked is counted, whatever is computed. */
+static void plan(fomoe_device_experts *e, int layer) {
+    int64_t *seen = e->picks + (int64_t)layer * e->max_experts;
     int swaps = 0;
-    e->count = 0;
-    fomoe_residency_touch(e->residency, layer, 0, e->wanted, e->used);
+    fomoe_residency_touch(e->residency, layer, 0, e->picked, e->used);
+    fomoe_plan_begin(&e->plan);
     for (int k = 0; k < e->used; k++) {
-        int id = e->posted[k];
-        picks[e->wanted[k]]++;
-        swaps += id != e->wanted[k];
-        if (e->index[id] < 0) {
-            e->index[id] = e->count;
-            e->weight[e->count] = 0;
-            e->ids[e->count++] = id;
-        }
-        e->weight[e->index[id]] += id == e->wanted[k];
+        int is_pick = e->posted[k] == e->picked[k];
+        seen[e->picked[k]]++;
+        swaps += !is_pick;
+        fomoe_plan_add(&e->plan, e->posted[k], is_pick);
     }
     fomoe_residency_substituted(e->residency, swaps);
+    fomoe_plan_partition(&e->plan, e->residency, layer);
+    for (int k = 0; k < e->used; k++) e->place[k] = e->plan.index[e->posted[k]];
 }
 
+/* Everything is there: say where. */
 static void answer(fomoe_device_experts *e, int layer, uint32_t run) {
     const fomoe_device_layer *l = &e->layer[layer];
     uint64_t *records = (uint64_t *)(l->answer + 2);
     for (int k = 0; k < e->used; k++) {
-        int i = e->index[e->posted[k]];
-        int was_here = e->placements[i].source == FOMOE_TIER_VRAM;
-        records[k] = was_here ? 0 : (uint64_t)(uintptr_t)e->record[i]->address;
+        const fomoe_wanted *w = &e->wanted[e->place[k]];
+        int was_there = w->at.source == FOMOE_TIER_VRAM;
+        assert(w->progress == FOMOE_SENT);
+        records[k] = was_there ? 0 : (uint64_t)(uintptr_t)w->record->address;
     }
     __atomic_store_n(l->answer, run, __ATOMIC_RELEASE);
     e->counters.served_layers++;
 }
 
-static void serve(fomoe_device_experts *e, int layer, uint32_t run) {
-    const fomoe_device_layer *l = &e->layer[layer];
+static void trace(fomoe_device_experts *e, int layer) {
+    fomoe_trace_picks(e->trace, 0, e->picked, e->pick_weights);
+    for (int k = 0; k < e->used; k++) e->found[k] = (int8_t)e->wanted[e->place[k]].at.source;
+    fomoe_trace_batch(e->trace, layer, 1, (const uint8_t *)e->posted, 0, e->found);
+}
+
+static int is_in_range(const fomoe_device_experts *e, int layer) {
     for (int k = 0; k < e->used; k++)
-        if (e->posted[k] >= l->experts || e->wanted[k] >= l->experts) {
-            fomoe_device_fail(e, layer, e->posted[k], -ERANGE);
-            return;
-        }
-    collect(e, layer);
-    fomoe_device_bring(e, layer);
+        if (e->posted[k] >= e->layer[layer].experts || e->picked[k] >= e->layer[layer].experts) return 0;
+    return 1;
+}
+
+/* Where the time of a layer with misses went: what was not waited for is the host's own work. */
+static void count_time(fomoe_device_experts *e, uint64_t read_stall_ns) {
+    fomoe_device_expert_counters *c = &e->counters;
+    uint64_t start = fomoe_now_ns();
+    fomoe_lane_wait(&e->copies, FOMOE_LANE_UP);
+    uint64_t now = fomoe_now_ns();
+    c->copy_stall_ns += now - start;
+    c->host_ns += start - e->opened_ns - (c->nvme_stall_ns - read_stall_ns);
+    c->misses += e->misses;
+    if (e->has_read) c->after_reads_ns += now - e->landed_ns;
+}
+
+static void serve(fomoe_device_experts *e, int layer, uint32_t run) {
+    if (!is_in_range(e, layer)) {
+        fomoe_device_fail(e, layer, e->posted[0], -ERANGE);
+        return;
+    }
+    uint64_t read_stall_ns = e->counters.nvme_stall_ns;
+    fomoe_device_open_layer(e, layer);
+    plan(e, layer);
+    fomoe_device_place(e, layer, e->plan.hits);
+    fomoe_device_place(e, layer, e->plan.count);
+    fomoe_device_fetch(e, layer);
     e->counters.layers++;
-    if (!fomoe_device_has_failed(e, layer) && e->misses) answer(e, layer, run);
+    if (e->trace && !e->error) trace(e, layer);
+    if (e->misses) {
+        count_time(e, read_stall_ns);
+        if (!fomoe_device_has_failed(e, layer)) answer(e, layer, run);
+    }
+    fomoe_device_close_layer(e);
     if (e->misses || e->error) fomoe_device_rewrite_table(e, layer);
-    for (int i = 0; i < e->count; i++) e->index[e->ids[i]] = -1;
 }
 
 /* Spin until a word of a post is this run's; notice a device that will never write it, and an interrupt. */
@@ -200,17 +237,23 @@ static void wait_for_post(fomoe_device_experts *e, int layer, uint32_t run, void
     e->misses = (int)wait_for_word(e, layer, post, run, compute);
     for (int k = 0; k < e->used && !e->error; k++) {
         uint32_t word = wait_for_word(e, layer, post + 1 + k, run, compute);
-        e->wanted[k] = word & 0xFFFF;
+        e->picked[k] = word & 0xFFFF;
         e->posted[k] = word >> 16;
+    }
+    for (int k = 0; k < e->used && e->trace && !e->error; k++) {
+        uint32_t word = wait_for_word(e, layer, post + 1 + e->used + k, run, compute);
+        memcpy(&e->pick_weights[k], &word, sizeof word);
     }
 }
 
 int fomoe_device_experts_serve(fomoe_device_experts *e, uint32_t run, void *compute, volatile uint32_t *stop) {
-    e->error = e->copies.error ? 1 : 0;
+    fomoe_device_begin(e);
     fomoe_residency_tick(e->residency, 1);
     for (int layer = 0; layer < e->layers && !e->error; layer++) {
         if (!e->layer[layer].experts) continue;
+        uint64_t start = fomoe_now_ns();
         wait_for_post(e, layer, run, compute);
+        e->counters.post_stall_ns += fomoe_now_ns() - start;
         if (!e->error) serve(e, layer, run);
     }
     if (e->error) *stop = 1;
@@ -220,22 +263,20 @@ int fomoe_device_experts_serve(fomoe_device_experts *e, uint32_t run, void *comp
 /* ---- warm start ---- */
 
 int fomoe_device_experts_warm(fomoe_device_experts *e, int layer, const int32_t *experts, const double *scores, int count) {
-    e->error = e->copies.error ? 1 : 0;
+    fomoe_device_begin(e);
+    fomoe_device_open_layer(e, layer);
     e->is_warming = 1;
-    for (int begin = 0; begin < count && !e->error;) {
-        e->count = 0;
-        for (; begin < count && e->count < e->most; begin++) {
-            fomoe_placement p = fomoe_residency_seed(e->residency, layer, experts[begin], scores[begin]);
-            if (p.tier == FOMOE_TIER_NVME) continue;
-            e->ids[e->count] = experts[begin];
-            e->placements[e->count++] = p;
-        }
-        fomoe_device_fetch(e, layer);
-        for (int i = 0; i < e->count && e->error; i++) fomoe_residency_drop(e->residency, layer, e->ids[i]);
+    fomoe_plan_begin(&e->plan);
+    for (int i = 0; i < count; i++) {
+        fomoe_placement p = fomoe_residency_seed(e->residency, layer, experts[i], scores[i]);
+        if (p.tier == FOMOE_TIER_NVME) continue;
+        fomoe_plan_add(&e->plan, p.expert, 1);
+        fomoe_device_adopt(e, layer, &p);
     }
-    e->is_warming = 0;
+    fomoe_device_fetch(e, layer);
     fomoe_lane_wait(&e->copies, FOMOE_LANE_UP);
     fomoe_device_has_failed(e, layer);
+    fomoe_device_close_layer(e);
     fomoe_device_rewrite_table(e, layer);
     return e->error;
 }

@@ -11,6 +11,7 @@
 #include "device_copies.h"
 #include "experts/expert_reads.h"
 #include "experts/residency.h"
+#include "experts/trace.h"
 
 typedef struct {
     int32_t experts; /* 0: not a layer of experts */
@@ -21,7 +22,8 @@ typedef struct {
     uint32_t device_offset[FOMOE_PARTS], part_bytes[FOMOE_PARTS];
     uint8_t *pool[FOMOE_TIERS]; /* slots of VRAM and of DRAM */
     uint64_t *table;            /* [experts]: the host's copy of record_of */
-    const uint64_t *post;       /* host memory that the device writes: misses, experts; the run in the upper halves */
+    /* host memory that the device writes: misses, experts, weights of the picks; the run in the upper halves */
+    const uint64_t *post;
     uint32_t *answer;           /* host memory that the device reads: sequence, unused, records */
 } fomoe_device_layer;
 
@@ -34,10 +36,12 @@ typedef struct {
 
 typedef struct {
     uint64_t nvme_reads, nvme_bytes;
-    uint64_t nvme_stall_ns; /* waiting for reads */
-    uint64_t copy_stall_ns; /* waiting for copies to the device */
-    uint64_t served_layers; /* layers with a miss: the only ones whose kernels waited for the host */
-    uint64_t layers;
+    uint64_t nvme_stall_ns;         /* waiting for reads */
+    uint64_t layers, served_layers; /* served: with experts that were not in VRAM */
+    /* of a token: such experts, what the host itself did for them, and what it waited for copies to the device; in
+     * layers with reads, from the post to the first read, and from the end of the last one to the answer */
+    uint64_t misses, host_ns, copy_stall_ns, before_reads_ns, after_reads_ns;
+    uint64_t post_stall_ns; /* waiting for the device's picks */
 } fomoe_device_expert_counters;
 
 typedef struct fomoe_device_experts fomoe_device_experts;
@@ -59,16 +63,22 @@ typedef struct {
     uint32_t first, count; /* its pairs: order[first .. first + count) */
 } fomoe_tile;
 
-/* A batch of so many tokens begins. */
-void fomoe_device_batch_begin(fomoe_device_experts *, int tokens);
-/* Count a layer's picks, [tokens][used], and sort its pairs by expert into order.  Returns as serve. */
-int fomoe_device_batch_layer(fomoe_device_experts *, int layer, const int32_t *picks, int tokens, int32_t *order);
-/* Put the layer's next experts on the device: first those that are there, then as many as fit, again and again.
- * *count: their tiles; 0 when all have been there.  What fits is theirs until the next call, whose copies wait for
- * the event `computed` (NULL: nothing to wait for).  Returns as serve. */
-int fomoe_device_batch_next(fomoe_device_experts *, int layer, void *computed, fomoe_tile *tiles, int *count);
+/* A batch of so many tokens begins, whose kernels go to the stream `compute`. */
+void fomoe_device_batch_begin(fomoe_device_experts *, int tokens, void *compute);
+/* Count a layer's picks, [tokens][used], sort its pairs by expert into order, and give experts their places.  weights:
+ * those of the picks, for the trace; all three stay as they are until the layer is done.  Returns as serve; after an
+ * error the layer is closed. */
+int fomoe_device_batch_layer(fomoe_device_experts *, int layer, const int32_t *picks, const float *weights, int tokens,
+                             int32_t *order);
+/* Tiles of the layer's experts that are on the device now, or will be when the stream gets there; *count: how many, 0
+ * when all have been handed out.  The caller enqueues their kernels before he asks again.  Returns as serve. */
+int fomoe_device_batch_next(fomoe_device_experts *, int layer, fomoe_tile *tiles, int *count);
 /* Read these experts into free slots, hottest first.  Returns as above. */
 int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *experts, const double *scores, int count);
+/* Reads of experts are cut into pieces of about so many bytes, each sent up as it lands. */
+void fomoe_device_experts_set_piece_bytes(fomoe_device_experts *, uint32_t bytes);
+/* Runs from now on write their records to a trace, batches of up to so many tokens.  -1 when memory runs out. */
+int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens);
 /* Wait for all copies to the host. */
 void fomoe_device_experts_settle(fomoe_device_experts *);
 /* Whether each layer's table has changed since it last arrived, for the run that comes: changed[layers]. */

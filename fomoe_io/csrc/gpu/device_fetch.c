@@ -1,242 +1,233 @@
 #include <errno.h>
+#include <sched.h>
 
 #include "device_experts_state.h"
 #include "read/clock.h"
 
-enum { REAP_BATCH = 64, IN_DRAM = 1 /* kernels/router.h */ };
+enum {
+    REAP_BATCH = 64,
+    SPIN_NS = 1000000, /* who has waited so long for a drive sleeps: a wake-up costs 5 to 20 us, a fast drive's read 500 */
+    STEP_BYTES = 65536 /* pieces begin at multiples of this: no drive's block is larger */
+};
 
-void fomoe_device_fail(fomoe_device_experts *e, int layer, int expert, int error) {
-    if (e->error) return;
-    e->error = error;
-    e->failed_layer = layer;
-    e->failed_expert = expert;
+/* ---- a layer ---- */
+
+void fomoe_device_open_layer(fomoe_device_experts *e, int layer) {
+    assert(e->open_layer < 0 && !e->in_flight && !e->transfer_count);
+    e->open_layer = layer;
+    e->placed = e->released = e->unread = 0;
+    e->has_read = 0;
+    e->opened_ns = fomoe_now_ns();
 }
 
-int fomoe_device_has_failed(fomoe_device_experts *e, int layer) {
-    if (e->copies.error) fomoe_device_fail(e, layer, -1, 1);
-    if (e->copies.patience->is_interrupted) fomoe_device_fail(e, layer, -1, -EINTR);
-    return e->error;
-}
-
-/* ---- buffers ---- */
-
-void fomoe_device_push(fomoe_buffer_queue *q, fomoe_buffer *b) { q->items[(q->first + q->count++) % q->capacity] = b; }
-
-static fomoe_buffer *pop(fomoe_buffer_queue *q) {
-    fomoe_buffer *b = q->items[q->first];
-    q->first = (q->first + 1) % q->capacity;
-    q->count--;
-    return b;
-}
-
-static fomoe_buffer_queue *spares_of(fomoe_device_experts *e, int layer, int tier) {
-    return &e->spare[e->layer[layer].size_class * FOMOE_TIERS + tier];
-}
-
-/* A spare of the device may still be read from or written to: copies to it are ordered behind that. */
-static fomoe_buffer *take_device_spare(fomoe_device_experts *e, int layer) {
-    fomoe_buffer_queue *q = spares_of(e, layer, FOMOE_TIER_VRAM);
-    return q->count ? pop(q) : NULL;
-}
-
-/* A spare of the host that nobody touches; waits for one unless `or_none`. */
-static fomoe_buffer *take_host_spare(fomoe_device_experts *e, int layer, int or_none) {
-    fomoe_buffer_queue *q = spares_of(e, layer, FOMOE_TIER_DRAM);
-    if (!q->count) return NULL;
-    if (or_none && !fomoe_buffer_is_free(&e->copies, q->items[q->first])) return NULL;
-    if (!fomoe_buffer_wait(&e->copies, q->items[q->first])) return NULL;
-    return pop(q);
-}
-
-static fomoe_buffer **slot_of(fomoe_device_experts *e, int layer, int tier, int slot) {
-    return &e->slot[layer * FOMOE_TIERS + tier][slot];
-}
-
-/* The pieces of a copy of an expert: one where host and device lay it out alike. */
-static int pieces_of(const fomoe_device_layer *l, int expert, fomoe_piece *pieces) {
-    const uint32_t *offset = l->part_offset + expert * FOMOE_PARTS;
-    int count = 0;
-    for (int part = 0; part < FOMOE_PARTS; part++) {
-        if (count && offset[part] - l->device_offset[part] == offset[part - 1] - l->device_offset[part - 1]) {
-            fomoe_piece *last = &pieces[count - 1];
-            last->bytes = l->device_offset[part] + l->part_bytes[part] - last->device_offset;
-            continue;
-        }
-        pieces[count++] = (fomoe_piece){offset[part], l->device_offset[part], l->part_bytes[part]};
+void fomoe_device_adopt(fomoe_device_experts *e, int layer, const fomoe_placement *p) {
+    fomoe_wanted *w = &e->wanted[e->placed];
+    assert(layer == e->open_layer && p->expert == e->plan.ids[e->placed]);
+    *w = (fomoe_wanted){.at = *p};
+    e->placed++;
+    if (p->tier == FOMOE_TIER_VRAM) w->record = *fomoe_device_slot(e, layer, FOMOE_TIER_VRAM, p->slot);
+    if (p->source == FOMOE_TIER_NVME)
+        w->progress = FOMOE_UNREAD;
+    else if (p->tier == FOMOE_TIER_VRAM)
+        w->progress = FOMOE_SENT; /* it was there, or a transfer brings it */
+    else {
+        w->progress = FOMOE_LANDED;
+        w->landing = *fomoe_device_slot(e, layer, FOMOE_TIER_DRAM, p->slot);
     }
-    return count;
 }
 
-static void copy(fomoe_device_experts *e, int layer, int expert, int lane, fomoe_buffer *host, fomoe_buffer *device) {
-    fomoe_piece pieces[FOMOE_PARTS];
-    int count = pieces_of(&e->layer[layer], expert, pieces);
-    fomoe_copy(&e->copies, lane, host, device, pieces, count);
-}
-
-/* ---- moves between the tiers ---- */
-
-/* Down: the victim's bytes leave the buffer they lie in, and its slot gets a spare one at once. */
-static void demote(fomoe_device_experts *e, int layer, const fomoe_move *m, fomoe_buffer *to) {
-    fomoe_buffer **place = slot_of(e, layer, FOMOE_TIER_VRAM, m->from_slot), *from = *place;
-    *place = take_device_spare(e, layer); /* never none: each demotion gives one back */
-    copy(e, layer, m->expert, FOMOE_LANE_DOWN, to, from);
-    fomoe_device_push(spares_of(e, layer, FOMOE_TIER_VRAM), from);
-}
-
-/* Up: from the DRAM slot it leaves.  In an exchange that slot gets a spare buffer, for what comes down. */
-static void promote(fomoe_device_experts *e, int layer, const fomoe_move *m, int is_exchange) {
-    fomoe_buffer **below = slot_of(e, layer, FOMOE_TIER_DRAM, m->from_slot), *from = *below;
-    if (is_exchange) {
-        fomoe_buffer *spare = take_host_spare(e, layer, 0);
-        if (!spare) return; /* the device has failed */
-        demote(e, layer, m + 1, spare);
-        *below = spare;
+void fomoe_device_place(fomoe_device_experts *e, int layer, int end) {
+    int moves = 0, first = e->placed, count = end - first;
+    assert(layer == e->open_layer && count >= 0 && end <= e->plan.count);
+    if (!count || e->error) return;
+    if (fomoe_residency_resolve(e->residency, layer, e->plan.ids + first, e->plan.requests + first, count,
+                                e->placements, e->moves, &moves)) {
+        fomoe_device_fail(e, layer, e->plan.ids[first], -ENOMEM); /* can't be: no more is asked for than there are slots */
+        return;
     }
-    copy(e, layer, m->expert, FOMOE_LANE_UP, from, *slot_of(e, layer, FOMOE_TIER_VRAM, m->to_slot));
-    if (is_exchange) fomoe_device_push(spares_of(e, layer, FOMOE_TIER_DRAM), from);
+    fomoe_device_carry_out(e, layer, e->moves, moves);
+    for (int i = 0; i < count; i++) fomoe_device_adopt(e, layer, &e->placements[i]);
 }
 
-static void carry_out(fomoe_device_experts *e, int layer, const fomoe_move *moves, int count) {
-    for (int i = 0; i < count; i++) {
-        const fomoe_move *m = &moves[i];
-        if (m->from_tier == FOMOE_TIER_VRAM) {
-            demote(e, layer, m, *slot_of(e, layer, FOMOE_TIER_DRAM, m->to_slot));
-            continue;
-        }
-        int is_exchange = i + 1 < count && moves[i + 1].from_tier == FOMOE_TIER_VRAM &&
-                          moves[i + 1].from_slot == m->to_slot && moves[i + 1].to_slot == m->from_slot;
-        promote(e, layer, m, is_exchange);
-        i += is_exchange;
+void fomoe_device_release(fomoe_device_experts *e, int layer, int end) {
+    assert(layer == e->open_layer && e->released <= end && end <= e->placed);
+    fomoe_residency_release(e->residency, layer, e->plan.ids + e->released, end - e->released);
+    e->released = end;
+}
+
+/* Whether its bytes are where its place is, once all copies are done. */
+static int is_whole(const fomoe_wanted *w) {
+    return w->progress == FOMOE_LANDED || w->progress == FOMOE_SENT || w->progress == FOMOE_HANDED;
+}
+
+void fomoe_device_close_layer(fomoe_device_experts *e) {
+    int layer = e->open_layer;
+    if (layer < 0) return;
+    while (e->in_flight) fomoe_device_reap(e, layer);
+    fomoe_device_start_transfers(e);
+    for (int i = 0; i < e->placed; i++) {
+        fomoe_wanted *w = &e->wanted[i];
+        if (!is_whole(w)) fomoe_residency_drop(e->residency, layer, w->at.expert);
+        if (w->record && w->record->use == FOMOE_BUFFER_LENT)
+            fomoe_device_give_spare(e, layer, FOMOE_TIER_VRAM, w->record);
+        w->record = NULL;
     }
+    fomoe_device_release(e, layer, e->placed);
+    fomoe_plan_end(&e->plan);
+    e->open_layer = -1;
 }
 
 /* ---- reads ---- */
 
-static int add_reads(fomoe_device_experts *e, int layer, int i, uint8_t *target, fomoe_read *reads) {
+/* The tag of one of an expert's reads, and back. */
+static uint64_t tag_of(int i, int piece) { return (uint64_t)i * FOMOE_MOST_PIECES + piece; }
+static int expert_of(uint64_t tag) { return (int)(tag / FOMOE_MOST_PIECES); }
+
+static uint32_t piece_bytes_of(const fomoe_device_experts *e, uint64_t expert_bytes) {
+    uint64_t least = expert_bytes / (FOMOE_MOST_PIECES - 2 * FOMOE_PARTS) + 1;
+    return e->piece_bytes > least ? e->piece_bytes : (uint32_t)least;
+}
+
+/* An expert's reads, cut so that the first bytes are on their way up while the last are still read. */
+static int list_reads(fomoe_device_experts *e, int layer, int i, uint8_t *target, fomoe_read *reads) {
     const fomoe_device_layer *l = &e->layer[layer];
+    fomoe_read whole[FOMOE_PARTS];
+    uint64_t bytes = 0;
+    int extents = fomoe_expert_reads(l->extents, l->extent_count, e->plan.ids[i], i, target, whole, &bytes), count = 0;
+    uint32_t piece = piece_bytes_of(e, bytes), unit = e->piece_bytes < STEP_BYTES ? 4096 : STEP_BYTES;
+    for (int x = 0; x < extents; x++) {
+        uint32_t pieces = (whole[x].bytes + piece / 2) / piece, left = whole[x].bytes;
+        uint32_t step = pieces > 1 ? (left / pieces + unit - 1) / unit * unit : left;
+        for (uint32_t done = 0; left; done += step) {
+            fomoe_read *r = &reads[count];
+            *r = whole[x];
+            r->tag = tag_of(i, count++);
+            r->offset += done;
+            r->target += done;
+            r->bytes = left < step ? left : step;
+            left -= r->bytes;
+        }
+    }
+    assert(count <= FOMOE_MOST_PIECES);
+    for (int r = 0; r < count; r++)
+        e->ranges[tag_of(i, r)] = (fomoe_range){(uint32_t)(reads[r].target - target), reads[r].bytes};
     e->counters.nvme_reads++;
-    return fomoe_expert_reads(l->extents, l->extent_count, e->ids[i], i, target, reads, &e->counters.nvme_bytes);
-}
-
-/* A buffer of the device for an expert that stays in DRAM, until the layer has been computed. */
-static fomoe_buffer *take_transient(fomoe_device_experts *e, int layer, int expert) {
-    fomoe_buffer *b = take_device_spare(e, layer);
-    if (!b) {
-        fomoe_device_fail(e, layer, expert, -ENOMEM); /* can't be: a run asks for no more picks than there are slots and spares */
-        return NULL;
-    }
-    return e->transient[e->transients++] = b;
-}
-
-static void send_up(fomoe_device_experts *e, int layer, int i, fomoe_buffer *from) {
-    const fomoe_placement *p = &e->placements[i];
-    int is_resident = p->tier == FOMOE_TIER_VRAM;
-    if (!is_resident && e->is_warming) return;
-    e->record[i] = is_resident ? *slot_of(e, layer, FOMOE_TIER_VRAM, p->slot) : take_transient(e, layer, p->expert);
-    if (!e->record[i]) return;
-    copy(e, layer, p->expert, FOMOE_LANE_UP, from, e->record[i]);
-    if (is_resident) fomoe_device_push(spares_of(e, layer, FOMOE_TIER_DRAM), from);
-}
-
-/* All reads of expert i have come: up with it, or, after a failure, its buffer back to the spares. */
-static void landed(fomoe_device_experts *e, int layer, int i) {
-    if (!e->error)
-        send_up(e, layer, i, e->landing[i]);
-    else if (e->placements[i].tier == FOMOE_TIER_VRAM)
-        fomoe_device_push(spares_of(e, layer, FOMOE_TIER_DRAM), e->landing[i]);
-}
-
-/* Where the device will find expert i, and where its read lands: its own slot in DRAM, or a spare on the way to VRAM. */
-static int start_read(fomoe_device_experts *e, int layer, int i, int or_none) {
-    const fomoe_placement *p = &e->placements[i];
-    fomoe_read reads[FOMOE_PARTS];
-    if (p->tier == FOMOE_TIER_DRAM) {
-        e->landing[i] = *slot_of(e, layer, FOMOE_TIER_DRAM, p->slot);
-        if (!fomoe_buffer_wait(&e->copies, e->landing[i])) return 0;
-    } else {
-        e->landing[i] = take_host_spare(e, layer, or_none);
-        if (!e->landing[i]) return 0;
-    }
-    e->reads_left[i] = add_reads(e, layer, i, e->landing[i]->address, reads);
-    int error = e->reader->submit(e->reader->self, reads, e->reads_left[i]);
-    if (!error) return 1;
-    fomoe_device_fail(e, layer, e->ids[i], error);
-    landed(e, layer, i);
-    return 0;
-}
-
-static int reap(fomoe_device_experts *e, int layer) {
-    fomoe_completion done[REAP_BATCH];
-    uint64_t start = fomoe_now_ns();
-    int count = e->reader->reap(e->reader->self, done, REAP_BATCH, 1);
-    e->counters.nvme_stall_ns += fomoe_now_ns() - start;
-    if (count <= 0) fomoe_device_fail(e, layer, -1, count ? count : -EIO);
-    for (int c = 0; c < count; c++) {
-        int i = fomoe_expert_of_tag(done[c].tag);
-        if (done[c].error) fomoe_device_fail(e, layer, e->ids[i], done[c].error);
-        if (--e->reads_left[i] == 0) landed(e, layer, i);
-    }
+    e->counters.nvme_bytes += bytes;
     return count;
 }
 
-/* Read every expert of e->placements that is nowhere, and send each up as soon as it has landed. */
-void fomoe_device_fetch(fomoe_device_experts *e, int layer) {
-    int in_flight = 0, next = 0;
-    while (next < e->count || in_flight) {
-        for (; next < e->count && !fomoe_device_has_failed(e, layer); next++) {
-            if (e->placements[next].source != FOMOE_TIER_NVME) continue;
-            if (!start_read(e, layer, next, in_flight > 0)) break;
-            in_flight += e->reads_left[next];
-        }
-        if (!in_flight) {
-            /* can't be without a failure: every spare is free when nothing is under way */
-            if (next < e->count && !fomoe_device_has_failed(e, layer)) fomoe_device_fail(e, layer, e->ids[next], -ENOMEM);
+/* Where the reads of an expert go: its own slot in DRAM, or a spare on the way to VRAM.  NULL: there is no room yet. */
+static fomoe_buffer *take_landing(fomoe_device_experts *e, int layer, const fomoe_placement *p, int or_none) {
+    if (p->tier == FOMOE_TIER_VRAM) return fomoe_device_take_host_spare(e, layer, or_none);
+    fomoe_buffer *slot = *fomoe_device_slot(e, layer, FOMOE_TIER_DRAM, p->slot);
+    if (or_none) return fomoe_buffer_is_free(&e->copies, slot) ? slot : NULL;
+    if (slot->claims) fomoe_device_start_transfers(e);
+    return fomoe_buffer_wait(&e->copies, slot) ? slot : NULL;
+}
+
+/* All reads of expert i have come back, or none has begun. */
+static void finish_read(fomoe_device_experts *e, int layer, int i) {
+    fomoe_wanted *w = &e->wanted[i];
+    if (e->error)
+        w->progress = FOMOE_LOST;
+    else
+        w->progress = w->record ? FOMOE_SENT : FOMOE_LANDED;
+    if (w->at.tier == FOMOE_TIER_VRAM) fomoe_device_give_spare(e, layer, FOMOE_TIER_DRAM, w->landing);
+    e->landed_ns = fomoe_now_ns();
+}
+
+static int start_read(fomoe_device_experts *e, int layer, int i, int or_none) {
+    fomoe_wanted *w = &e->wanted[i];
+    fomoe_read reads[FOMOE_MOST_PIECES];
+    w->landing = take_landing(e, layer, &w->at, or_none);
+    if (!w->landing) return 0;
+    /* in a batch what lies in DRAM gets room on the device when it is whole: there is little of that */
+    if (w->at.tier == FOMOE_TIER_DRAM && !e->is_warming && !e->is_batch) w->record = fomoe_device_borrow(e, layer);
+    w->progress = FOMOE_READING;
+    w->reads_left = list_reads(e, layer, i, w->landing->address, reads);
+    if (!e->has_read) e->counters.before_reads_ns += fomoe_now_ns() - e->opened_ns;
+    e->has_read = 1;
+    int error = e->reader->submit(e->reader->self, reads, w->reads_left);
+    if (error) {
+        fomoe_device_fail(e, layer, w->at.expert, error);
+        finish_read(e, layer, i);
+        return 0;
+    }
+    e->in_flight += w->reads_left;
+    return 1;
+}
+
+/* or_none: do not wait for room, and not for copies that have not been started. */
+static void read_on(fomoe_device_experts *e, int layer, int or_none) {
+    for (; e->unread < e->placed && !fomoe_device_has_failed(e, layer); e->unread++)
+        if (e->wanted[e->unread].progress == FOMOE_UNREAD &&
+            !start_read(e, layer, e->unread, or_none || e->in_flight > 0))
             return;
-        }
-        /* after a failure, too: what was started is ours only when it has come */
-        int got = reap(e, layer);
-        if (got <= 0) return;
-        in_flight -= got;
+}
+
+void fomoe_device_read_on(fomoe_device_experts *e, int layer) {
+    read_on(e, layer, 1);
+    fomoe_device_start_transfers(e); /* behind the first reads: their calls take longer than the drive should idle */
+    read_on(e, layer, 0);
+}
+
+void fomoe_device_lift(fomoe_device_experts *e, int layer) {
+    assert(!e->transfer_count);
+    for (int i = e->released; i < e->placed && !e->is_warming && !e->error; i++) {
+        fomoe_wanted *w = &e->wanted[i];
+        if (w->progress != FOMOE_LANDED) continue;
+        w->record = fomoe_device_borrow(e, layer);
+        if (!w->record) return;
+        fomoe_device_send(e, layer, w->at.expert, w->landing, w->record, 0, UINT64_MAX);
+        w->progress = FOMOE_SENT;
     }
 }
 
-/* ---- a layer ---- */
-
-/* The layer's table, as the next run will read it. */
-void fomoe_device_rewrite_table(fomoe_device_experts *e, int layer) {
-    const fomoe_device_layer *l = &e->layer[layer];
-    for (int id = 0; id < l->experts; id++) {
-        int32_t slot;
-        int tier = fomoe_residency_find(e->residency, layer, id, &slot);
-        l->table[id] = tier == FOMOE_TIER_VRAM ? (uint64_t)(uintptr_t)(*slot_of(e, layer, tier, slot))->address
-                       : tier == FOMOE_TIER_DRAM ? IN_DRAM
-                                                 : 0;
+/* Completions: at once, or after some looks, or after a sleep. */
+static int wait_for_reads(fomoe_device_experts *e, fomoe_completion *done) {
+    uint64_t start = fomoe_now_ns(), now = start;
+    int count = e->reader->reap(e->reader->self, done, REAP_BATCH, 0);
+    while (!count && now - start < SPIN_NS) {
+        sched_yield();
+        count = e->reader->reap(e->reader->self, done, REAP_BATCH, 0);
+        now = fomoe_now_ns();
     }
-    e->version[layer]++;
+    if (!count) count = e->reader->reap(e->reader->self, done, REAP_BATCH, 1);
+    e->counters.nvme_stall_ns += fomoe_now_ns() - start;
+    return count;
 }
 
-void fomoe_device_bring(fomoe_device_experts *e, int layer) {
-    int moves = 0;
-    if (fomoe_residency_resolve(e->residency, layer, e->ids, e->weight, e->count, e->placements, e->moves, &moves)) {
-        fomoe_device_fail(e, layer, e->ids[0], -ENOMEM); /* can't be: a run asks for no more picks than there are slots */
-        return;
+void fomoe_device_reap(fomoe_device_experts *e, int layer) {
+    fomoe_completion done[REAP_BATCH];
+    int count = wait_for_reads(e, done);
+    assert(!e->transfer_count && layer == e->open_layer);
+    if (count <= 0) { /* the reader has lost them: nothing comes any more */
+        fomoe_device_fail(e, layer, -1, count ? count : -EIO);
+        e->in_flight = 0;
     }
-    carry_out(e, layer, e->moves, moves);
-    for (int i = 0; i < e->count; i++) {
-        const fomoe_placement *p = &e->placements[i];
-        e->record[i] = NULL;
-        if (p->source == FOMOE_TIER_NVME) continue;
-        if (p->tier == FOMOE_TIER_VRAM)
-            e->record[i] = *slot_of(e, layer, FOMOE_TIER_VRAM, p->slot);
-        else
-            send_up(e, layer, i, *slot_of(e, layer, FOMOE_TIER_DRAM, p->slot));
+    for (int c = 0; c < count; c++) {
+        int i = expert_of(done[c].tag);
+        fomoe_wanted *w = &e->wanted[i];
+        const fomoe_range *range = &e->ranges[done[c].tag];
+        assert(i < e->placed && w->progress == FOMOE_READING && w->reads_left > 0);
+        e->in_flight--;
+        if (done[c].error) fomoe_device_fail(e, layer, w->at.expert, done[c].error);
+        if (!e->error && w->record)
+            fomoe_device_send(e, layer, w->at.expert, w->landing, w->record, range->begin,
+                              (uint64_t)range->begin + range->bytes);
+        if (--w->reads_left == 0) finish_read(e, layer, i);
     }
-    fomoe_device_fetch(e, layer);
-    uint64_t start = fomoe_now_ns();
-    fomoe_lane_wait(&e->copies, FOMOE_LANE_UP);
-    e->counters.copy_stall_ns += fomoe_now_ns() - start;
-    for (int i = 0; i < e->count && e->error; i++)
-        if (e->placements[i].source == FOMOE_TIER_NVME) fomoe_residency_drop(e->residency, layer, e->ids[i]);
-    fomoe_residency_release(e->residency, layer, e->ids, e->count);
-    while (e->transients) fomoe_device_push(spares_of(e, layer, FOMOE_TIER_VRAM), e->transient[--e->transients]);
+}
+
+/* After a failure, too: what was started is ours only when it has come. */
+void fomoe_device_fetch(fomoe_device_experts *e, int layer) {
+    for (;;) {
+        fomoe_device_read_on(e, layer);
+        fomoe_device_lift(e, layer);
+        if (!e->in_flight) break;
+        fomoe_device_reap(e, layer);
+    }
+    /* can't be without a failure: every spare is free when nothing is under way */
+    if (e->unread < e->placed && !fomoe_device_has_failed(e, layer))
+        fomoe_device_fail(e, layer, e->plan.ids[e->unread], -ENOMEM);
 }

@@ -13,6 +13,7 @@ const fomoe_instructions INSTRUCTIONS = {
     .rms_norm = rms_norm,
     .l2_norm = l2_norm,
     .silu_mul = silu_mul,
+    .clamped_swiglu = clamped_swiglu,
     .sigmoid_mul = sigmoid_mul,
     .add = add,
     .axpy = axpy,

@@ -57,11 +57,12 @@ static void weighted_values(int n, int64_t length, const float *scores, const fl
     }
 }
 
-static void softmax(int n, float *x);
+static void softmax_beside(int n, const float *sink, float *x);
 
 static void attention_head(int k_dim, int v_dim, int64_t length, float scale, const float *q, const float *keys,
-                           int64_t key_stride, const float *values, int64_t value_stride, float *scores, float *out) {
+                           int64_t key_stride, const float *values, int64_t value_stride, float *scores,
+                           const float *sink, float *out) {
     scores_of(k_dim, length, scale, q, keys, key_stride, scores);
-    softmax(length, scores);
+    softmax_beside(length, sink, scores);
     weighted_values(v_dim, length, scores, values, value_stride, out);
 }

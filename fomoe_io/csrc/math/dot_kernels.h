@@ -187,6 +187,52 @@ DOT(dot_q8_0) {
     *s = sum(total);
 }
 
+/* Twice what four bits stand for: a sign, two bits of exponent, one of mantissa. */
+static const int8_t MXFP4_VALUES[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+INLINE void mxfp4_values(const uint8_t *q, int8_t *y) {
+#if VECTOR_BYTES >= 32
+    __m128i table = _mm_loadu_si128((const __m128i_u *)MXFP4_VALUES), mask = _mm_set1_epi8(15);
+    __m128i both = _mm_loadu_si128((const __m128i_u *)q);
+    _mm_storeu_si128((__m128i_u *)y, _mm_shuffle_epi8(table, _mm_and_si128(both, mask)));
+    _mm_storeu_si128((__m128i_u *)(y + 16), _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(both, 4), mask)));
+#else
+    for (int i = 0; i < 16; i++) {
+        y[i] = MXFP4_VALUES[q[i] & 15];
+        y[i + 16] = MXFP4_VALUES[q[i] >> 4];
+    }
+#endif
+}
+
+/* 2^(e - 128): half the block's scale, because the values are doubled */
+INLINE float mxfp4_scale(uint8_t e) {
+    uint32_t bits = e < 2 ? 0x00200000u << e : (uint32_t)(e - 1) << 23;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return scale;
+}
+
+DOT(dot_mxfp4) {
+    const block_mxfp4 *a = x;
+    const block_q8_0 *b = y;
+    int8_t weight[64] = {0}, activation[64] = {0};
+    int blocks = n / 32;
+    floats total = fill(0);
+    UNUSED_STRIDES;
+    for (int k = 0; k < blocks; k += 2) {
+        int two = k + 2 <= blocks; /* an odd last block stands beside zeros */
+        mxfp4_values(a[k].q, weight);
+        memcpy(activation, b[k].q, 32);
+        if (two) mxfp4_values(a[k + 1].q, weight + 32);
+        if (two) memcpy(activation + 32, b[k + 1].q, 32);
+        floats d = fill_two(mxfp4_scale(a[k].e) * half_float(b[k].d),
+                            two ? mxfp4_scale(a[k + 1].e) * half_float(b[k + 1].d) : 0);
+        ints dot = signed_dot(load_two(weight, weight + 32), load_two(activation, activation + 32));
+        total = plus_product(total, d, to_floats(dot));
+    }
+    *s = sum(total);
+}
+
 #define DOT_FLOAT(name, type, load_lanes, one)                                                    \
     DOT(name) {                                                                                   \
         const type *a = x, *b = y;                                                                \
@@ -237,6 +283,15 @@ static void from_q8_0(const void *x, float *y, int64_t n) {
         for (int i = 0; i < 32; i++) *y++ = half_float(b->d) * b->q[i];
 }
 
+static void from_mxfp4(const void *x, float *y, int64_t n) {
+    const block_mxfp4 *b = x;
+    int8_t values[32];
+    for (int64_t k = 0; k < n / 32; k++, b++) {
+        mxfp4_values(b->q, values);
+        for (int i = 0; i < 32; i++) *y++ = mxfp4_scale(b->e) * values[i];
+    }
+}
+
 static void from_f16(const void *x, float *y, int64_t n) {
     const half *a = x;
     int64_t i = 0;
@@ -258,6 +313,7 @@ static const fomoe_type types[] = {
     {Q4_K, Q8_K, SUPER, sizeof(block_q4_K), dot_q4_K, NULL, from_q4_K},
     {Q5_K, Q8_K, SUPER, sizeof(block_q5_K), dot_q5_K, NULL, from_q5_K},
     {Q6_K, Q8_K, SUPER, sizeof(block_q6_K), dot_q6_K, NULL, from_q6_K},
+    {MXFP4, Q8_0, 32, sizeof(block_mxfp4), dot_mxfp4, NULL, from_mxfp4},
     {Q8_K, Q8_K, SUPER, sizeof(block_q8_K), NULL, to_q8_K, NULL},
     {.block_elements = 0},
 };

@@ -12,6 +12,7 @@ typedef struct {
     void (*rms_norm)(int n, const float *x, const float *w, float eps, float *y);
     void (*l2_norm)(int n, const float *x, float eps, float scale, float *y);
     void (*silu_mul)(int n, const float *gate, const float *up, float *y);
+    void (*clamped_swiglu)(int n, const float *gate, const float *up, float *y);
     void (*sigmoid_mul)(int n, const float *gate, const float *x, float *y);
     void (*add)(int n, const float *x, float *y);
     void (*axpy)(int n, float a, const float *x, float *y);
@@ -22,7 +23,8 @@ typedef struct {
     void (*delta_step)(int k_dim, int v_dim, const float *q, const float *k, const float *v, float beta, float decay,
                        float *state, float *out);
     void (*attention_head)(int k_dim, int v_dim, int64_t length, float scale, const float *q, const float *keys,
-                           int64_t key_stride, const float *values, int64_t value_stride, float *scores, float *out);
+                           int64_t key_stride, const float *values, int64_t value_stride, float *scores,
+                           const float *sink, float *out);
     const fomoe_type *types; /* the portable dot products; the last has no elements in a block */
 } fomoe_instructions;
 

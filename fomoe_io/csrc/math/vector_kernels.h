@@ -71,6 +71,18 @@ static void silu_mul(int n, const float *gate, const float *up, float *y) {
     }
 }
 
+INLINE floats clamped_swiglu_lanes(floats gate, floats up) {
+    floats g = smaller(gate, fill(7.0f)), u = larger(smaller(up, fill(7.0f)), fill(-7.0f));
+    floats swish = divided(g, plus(fill(1.0f), exponential(times(g, fill(-1.702f)))));
+    return times(swish, plus(u, fill(1.0f)));
+}
+
+static void clamped_swiglu(int n, const float *gate, const float *up, float *y) {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) store(y + i, clamped_swiglu_lanes(load(gate + i), load(up + i)));
+    if (i < n) store_tail(y + i, clamped_swiglu_lanes(load_tail(gate + i, n - i), load_tail(up + i, n - i)), n - i);
+}
+
 static void sigmoid_mul(int n, const float *gate, const float *x, float *y) {
     int i = 0;
     for (; i + LANES <= n; i += LANES) store(y + i, gated(load(x + i), load(gate + i)));
@@ -89,12 +101,14 @@ static void axpy(int n, float a, const float *x, float *y) {
     for (; i < n; i++) y[i] += a * x[i];
 }
 
-static void softmax(int n, float *x) {
+/* Beside one more logit, where there is one. */
+static void softmax_beside(int n, const float *sink, float *x) {
     floats most = fill(x[0]);
     int whole = n / LANES * LANES, rest = n - whole, i;
     for (i = 0; i < whole; i += LANES) most = larger(most, load(x + i));
     float maximum = largest(most);
     for (; i < n; i++) maximum = x[i] > maximum ? x[i] : maximum;
+    if (sink && *sink > maximum) maximum = *sink;
 
     doubles lanes;
     memset(&lanes, 0, sizeof lanes);
@@ -105,11 +119,14 @@ static void softmax(int n, float *x) {
     double total = sum_doubles(lanes);
     if (rest) store_tail(x + i, exponential(plus(load_tail(x + i, rest), fill(-maximum))), rest);
     for (; i < n; i++) total += x[i];
+    if (sink) total += expf(*sink - maximum);
 
     float scale = (float)(1.0 / total);
     for (i = 0; i < whole; i += LANES) store(x + i, times(load(x + i), fill(scale)));
     for (; i < n; i++) x[i] *= scale;
 }
+
+static void softmax(int n, float *x) { softmax_beside(n, NULL, x); }
 
 /* The table holds pairs; the compiler separates them. */
 static void rope_neox(int n_rot, const float *cos_sin, float *x) {

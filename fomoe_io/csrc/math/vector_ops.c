@@ -17,6 +17,10 @@ void fomoe_silu_mul(int n, const float *gate, const float *up, float *y) {
     fomoe_chosen_instructions()->silu_mul(n, gate, up, y);
 }
 
+void fomoe_clamped_swiglu(int n, const float *gate, const float *up, float *y) {
+    fomoe_chosen_instructions()->clamped_swiglu(n, gate, up, y);
+}
+
 void fomoe_sigmoid_mul(int n, const float *gate, const float *x, float *y) {
     fomoe_chosen_instructions()->sigmoid_mul(n, gate, x, y);
 }

@@ -11,6 +11,8 @@ void fomoe_rms_norm(int n, const float *x, const float *w, float eps, float *y);
 void fomoe_l2_norm(int n, const float *x, float eps, float scale, float *y);
 /* y = silu(gate) * up; y may be gate or up.  silu(v) = v / (1 + exp(-v)) */
 void fomoe_silu_mul(int n, const float *gate, const float *up, float *y);
+/* y = g sigmoid(1.702 g) (u + 1), g = min(gate, 7), u = up clipped to -7..7 (gpt-oss); y may be gate or up */
+void fomoe_clamped_swiglu(int n, const float *gate, const float *up, float *y);
 /* y = sigmoid(gate) * x; y may be x */
 void fomoe_sigmoid_mul(int n, const float *gate, const float *x, float *y);
 float fomoe_sigmoid(float x);

@@ -13,6 +13,7 @@ typedef struct {
     int (*poll)(void *);    /* not 0: end; called by the thread that does the work.  NULL: nobody is asked */
     void *argument;
     int64_t polled_ms;
+    int32_t done, steps;    /* how far the run is, for the thread that does the work; 0 of 0 before it */
 } fomoe_watch;
 
 /* What the work's result is then: -ECANCELED.  Cheap enough for every turn of a loop of microseconds. */

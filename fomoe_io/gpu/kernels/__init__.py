@@ -64,7 +64,6 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "gated_norm": Kernel(128, "pppppiif"),
         "route": Kernel(512, "pppiiif"),
         "begin_run": Kernel(512, "pppppii"),
-        "resolve_picks": Kernel(512, "ppppppi"),
         "route_and_resolve": Kernel(512, "ppppppppiiif"),
         "substitute_and_resolve": Kernel(512, "pppppppppiii"),
         "wait_for_misses": Kernel(256, "pppppi"),

@@ -10,7 +10,7 @@
 #define ROUTER_GROUPS (ROUTER_THREADS / 8)  // at least MOST_PICKS
 
 // What a layer's router tells the host, in memory that both see: a 64-bit word with the number of misses, then one for
-// each pair with the router's pick and the expert that will be computed.  Every word carries the run's number in its
+// each pair with the router's pick and the expert that will be computed, then one for each with the pick's weight.  Every word carries the run's number in its
 // upper half, so their order does not matter and nobody waits for a fence.  The host counts the picks of every layer
 // (its policy lives on them) and fetches what is missing.
 DEVICE void post_word(void *place, u32 run, u32 value) { system_store8(place, (u64)run << 32 | value); }
@@ -25,9 +25,9 @@ struct answer {
 #define IN_DRAM 1
 
 // ids -> records[pair] (0: not on the device), the post, and *misses for the wait.  A whole block calls it.
-// ids: what will be computed; picks: what the router wanted.  Both and record_of may lie in shared memory.
+// ids: what will be computed; picks: what the router wanted, and with which weight.  All may lie in shared memory.
 // run: the number of this replay of the program, which tells one post from the last.
-DEVICE void resolve(const int *ids, const int *picks, const u64 *record_of, u64 *records, u64 *post,
+DEVICE void resolve(const int *ids, const int *picks, const float *weights, const u64 *record_of, u64 *records, u64 *post,
                     const replayed *run, replayed *misses, int pairs) {
     const u32 number = now(run);
     float absent = 0.f;
@@ -35,6 +35,7 @@ DEVICE void resolve(const int *ids, const int *picks, const u64 *record_of, u64 
         const u64 record = record_of[ids[pair]];
         records[pair] = record > IN_DRAM ? record : 0;
         post_word(post + 1 + pair, number, (u32)picks[pair] | (u32)ids[pair] << 16);
+        post_word(post + 1 + pairs + pair, number, as_bits(weights[pair]));
         absent += record > IN_DRAM ? 0.f : 1.f;
     }
     absent = block_sum<ROUTER_THREADS / 32>(absent);
@@ -191,14 +192,6 @@ KERNEL(ROUTER_THREADS, route)
 }
 EXPORT_KERNEL(route)
 
-// For many tokens: the picks of all, after route.  Grid (1).
-KERNEL(ROUTER_THREADS, resolve_picks)
-(const int *ids, const u64 *record_of, u64 *records, void *post, const replayed *run, replayed *misses, int pairs) {
-    start_kernel();
-    resolve(ids, ids, record_of, records, (u64 *)post, run, misses, pairs);
-}
-EXPORT_KERNEL(resolve_picks)
-
 // The first node of a token's graph: the run's header, and the tables that have changed, from the host's memory into the
 // device's.  A kernel brings them and not a copy, because what a copy has written may be stale for a replayed graph.
 // host_header, changed, host_tables: in host memory; header: header_quads times 16 bytes; changed: a word a layer;
@@ -243,7 +236,7 @@ KERNEL(ROUTER_THREADS, route_and_resolve)
     for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e];
     pick(logits, values, block_ids, block_weights, experts, picks, normalise, scale);
     if (i < picks) ids[i] = block_ids[i], weights[i] = block_weights[i];
-    resolve(block_ids, block_ids, table, records, (u64 *)post, run, misses, picks);
+    resolve(block_ids, block_ids, block_weights, table, records, (u64 *)post, run, misses, picks);
 }
 EXPORT_KERNEL(route_and_resolve)
 
@@ -253,16 +246,16 @@ KERNEL(ROUTER_THREADS, substitute_and_resolve)
 (const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, void *post, const replayed *run,
  replayed *misses, const void *rule, int experts, int picks, int normalise) {
     start_kernel();
-    __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS];
+    __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS], wanted_weights[MOST_PICKS];
     __shared__ int block_ids[MOST_PICKS], wanted[MOST_PICKS];
     __shared__ u64 table[ROUTER_EXPERTS];
     const int i = thread_index();
     for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e], values[e] = logits[e];
-    if (i < picks) block_ids[i] = wanted[i] = ids[i], block_weights[i] = weights[i];
+    if (i < picks) block_ids[i] = wanted[i] = ids[i], block_weights[i] = wanted_weights[i] = weights[i];
     sync_block();
     if (now(run + 1)) substitute(*(const fomoe_car *)rule, values, table, block_ids, block_weights, experts, picks, normalise);
     if (i < picks) ids[i] = block_ids[i], weights[i] = block_weights[i];
-    resolve(block_ids, wanted, table, records, (u64 *)post, run, misses, picks);
+    resolve(block_ids, wanted, wanted_weights, table, records, (u64 *)post, run, misses, picks);
 }
 EXPORT_KERNEL(substitute_and_resolve)
 

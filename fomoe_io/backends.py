@@ -1,0 +1,26 @@
+"""Which backend a configuration means: the only file that knows them all."""
+
+from __future__ import annotations
+
+from fomoe_io.backend import Backend
+from fomoe_io.cpu.backend import CpuBackend
+from fomoe_io.open_model import OpenModel
+
+
+def open_backend(opened: OpenModel) -> Backend:
+    """The backend of `config.device`, with the model's weights in its memory.
+
+    Raises
+    ------
+    FomoeError
+        BudgetError when memory is too small, DeviceError when a device was asked for and is not there.
+    """
+    if opened.config.device != "cpu":
+        from fomoe_io.gpu import device  # a machine without a GPU never gets here
+
+        gpu = device.open_gpu(opened.config.device)
+        if gpu is not None:
+            from fomoe_io.gpu.backend import GpuBackend
+
+            return GpuBackend(opened, gpu)
+    return CpuBackend(opened)

@@ -1,0 +1,292 @@
+"""A model on the CPU: weights, activations, sessions' states and experts in one bounded piece of memory."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from fomoe_io import _cpu
+from fomoe_io.backend import Batch, Budgets, Counters, Span, StatePool
+from fomoe_io.cpu import dot_library
+from fomoe_io.cpu.recorder import CpuRecorder, Embedding, StateLayout
+from fomoe_io.cpu.weights import Weights
+from fomoe_io.errors import FormatError, UsageError
+from fomoe_io.experts.residency import DECAY, policy_number
+from fomoe_io.experts.slots import SlotLayout, native_layers, share_slots, slot_layout, slot_pairs, tier_slots
+from fomoe_io.open_model import OpenModel
+from fomoe_io.ram_budget import RamBudget
+from fomoe_io.storage.reader import aligned_memory
+from fomoe_io.units import format_bytes
+
+
+class CpuState:
+    """A session's memory in host memory."""
+
+    def __init__(self, layout: StateLayout, pool: StatePool) -> None:
+        self._pool, self._place = pool, pool.take()
+        self._zeroed = layout.zeroed
+        self._memory = aligned_memory(max(layout.bytes, 4096))
+        self._is_open = True
+
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+        return self._memory.address
+
+    def clear(self) -> None:
+        """Zero what the next token would see of earlier ones."""
+        for offset, size in self._zeroed:
+            np.frombuffer(self._memory.view, np.uint8, size, offset)[:] = 0
+
+    def close(self) -> None:
+        """Give it back."""
+        if self._is_open:
+            self._is_open = False
+            self._memory.close()
+            self._pool.give(self._place)
+
+    def __del__(self) -> None:
+        if getattr(self, "_is_open", False):
+            self.close()
+
+
+class CpuBackend:
+    """See :class:`fomoe_io.backend.Backend`.
+
+    Parameters
+    ----------
+    opened : OpenModel
+    """
+
+    def __init__(self, opened: OpenModel) -> None:
+        config = opened.config
+        if config.vram_bytes is not None:
+            raise UsageError("a bound of device memory was given, and there is no GPU in use", hint="drop --vram")
+        self._opened, self._config, self._shape = opened, config, opened.shape
+        self._kernels = dot_library.open_kernels(config.kernels)
+        self._check_types()
+        self._float = config.activations == "float32"
+        self.threads = config.threads or len(os.sched_getaffinity(0))
+        self._team = _cpu.Team(self.threads)
+        block_bytes = opened.reader.block_bytes
+        self._weights = Weights(
+            opened.model.resident, self._kernels, float_activations=self._float, block_bytes=block_bytes
+        )
+        layers = opened.model.experts
+        layouts = {i: slot_layout(layer, block_bytes) for i, layer in layers.items()}
+        self._expert_inputs = {
+            i: (self._activation_type(int(layer.parts[0].type)), self._activation_type(int(layer.parts[1].type)))
+            for i, layer in layers.items()
+        }
+        self.budgets = self._share_memory(layouts)
+        self._states = StatePool(config.sessions)
+        try:
+            self._fill(layouts)
+        except BaseException:
+            self.close()
+            raise
+
+    device_name = "cpu"
+
+    @property
+    def kernels(self) -> str:
+        """Whose dot products."""
+        return self._kernels.name
+
+    @property
+    def computed_by(self) -> str:
+        """What computes, for the banner."""
+        return f"{self.threads} threads, {self.kernels} kernels"
+
+    def memory_lines(self, again: str) -> list[str]:
+        """Where the memory goes, for the banner."""
+        b = self.budgets
+        return [
+            f"memory {format_bytes(b.ram_bytes)}{again}: weights {format_bytes(b.resident_bytes)}, "
+            f"experts {format_bytes(b.pool_bytes)} ({_slots_text(self._slots().values())} of {self._shape.experts} a "
+            f"layer), state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}"
+        ]
+
+    # ---- opening ----
+
+    def _check_types(self) -> None:
+        for layer, found in self._opened.model.experts.items():
+            for part in found.parts:
+                if self._kernels.type_info(int(part.type)) is None:
+                    raise FormatError(
+                        f"blk.{layer} expert {part.name} has type number {int(part.type)}, "
+                        f"which the {self.kernels} kernels do not know"
+                    )
+
+    def _activation_type(self, weight_type: int) -> int:
+        """What a product with weights of this type reads: its own activation type, or floats (0)."""
+        info = self._kernels.type_info(weight_type)
+        return 0 if self._float or info is None else info[0]
+
+    def _slots(self) -> dict[int, int]:
+        """Of each layer that has experts."""
+        return {i: sum(self.budgets.slots[i]) for i in self._opened.model.experts}
+
+    def _fill(self, layouts: dict[int, SlotLayout]) -> None:
+        """Take the memory, read the weights, record the program."""
+        s, config, b, reader = self._shape, self._config, self.budgets, self._opened.reader
+        self._weights.load(reader, config.progress)
+        self._pool = aligned_memory(b.pool_bytes)
+        native, _ = native_layers(s.layers, self._opened.model.experts, layouts, self._slots(), self._pool.address)
+        reader.register_buffers(self._pool.address, b.pool_bytes)
+        self._experts = _cpu.Experts(
+            self._kernels,
+            self._experts_shape(b.batch_tokens),
+            native,
+            b.slot_table,
+            policy_number(config.policy),
+            DECAY,
+            reader.address,
+            (reader, self._pool),
+        )
+        self._experts.set_lookahead(min(config.lookahead, s.used))
+        if config.car is not None:
+            car = config.car.native()
+            self._experts.set_car(ctypes.addressof(car))
+        self._recorder = self._record(b.batch_tokens, self._experts)
+
+    def _experts_shape(self, batch_tokens: int) -> dict[str, int]:
+        s = self._shape
+        return {
+            "columns": s.columns,
+            "hidden": s.hidden,
+            "used": s.used,
+            "batch": batch_tokens,
+            "float_activations": int(self._float),
+        }
+
+    def _record(self, batch_tokens: int, experts: _cpu.Experts | None) -> CpuRecorder:
+        s, opened = self._shape, self._opened
+        matrix, file, offset = self._weights.embedding(s.columns, s.vocabulary)
+        recorder = CpuRecorder(
+            self._team,
+            self._kernels,
+            embedding=Embedding(matrix, -1 if file < 0 else opened.files[file], offset),
+            expert_inputs=self._expert_inputs,
+            batch_tokens=batch_tokens,
+            context_tokens=opened.context_tokens,
+            # attention scores of a whole context, or the widest row (twice: normalised q and k)
+            scratch_floats=max(2 * s.widest_row, opened.context_tokens),
+            experts=experts,
+            lookahead=self._config.lookahead > 0,
+        )
+        opened.model.architecture.build(recorder, self._weights, s)
+        return recorder
+
+    def _share_memory(self, layouts: dict[int, SlotLayout]) -> Budgets:
+        """Share the budget: process, resident weights, state and activations first, slots get the rest."""
+        s, config = self._shape, self._config
+        ram = RamBudget(self._opened.store.model_name, s, config)
+        sketch = self._record(1, None)
+        state = config.sessions * sketch.state.bytes
+        per_token = sketch.activation_bytes + _cpu.Experts.workspace_bytes(self._experts_shape(1))
+        del sketch
+        least = ram.slots or s.used
+        base = ram.fixed_bytes + self._weights.bytes + state
+        slot_bytes = {i: layout.slot_bytes for i, layout in layouts.items()}
+        row_bytes = sum(slot_bytes.values())
+        smallest = base + per_token + least * row_bytes
+        limit = ram.limit(smallest)
+        most = ram.slots or s.experts
+        batch = config.batch_tokens
+        # An eighth of what is left at most for activations: a smaller batch costs prompt speed, fewer slots cost reads.
+        while batch > 1 and batch * per_token > max((limit - smallest) // 8, limit - base - most * row_bytes):
+            batch //= 2
+        room = limit - base - batch * per_token
+        if config.tiers is not None:
+            most = max(least, round((config.tiers.vram + config.tiers.dram) * s.experts))
+        slots = share_slots(slot_bytes, most, room, least)
+        if slots is None:
+            raise ram.too_small(limit, smallest)
+        pool = sum(slots[i] * size for i, size in slot_bytes.items())
+        vram = None if config.tiers is None else dict.fromkeys(slots, round(config.tiers.vram * s.experts))
+        return Budgets(
+            ram_bytes=limit,
+            resident_bytes=self._weights.bytes,
+            state_bytes=state,
+            workspace_bytes=batch * per_token,
+            pool_bytes=pool,
+            batch_tokens=batch,
+            slots=slot_pairs(tier_slots(s.layers, slots, vram)),
+        )
+
+    def record(self, trace: _cpu.Trace) -> None:
+        """Write what runs from now on do into a trace."""
+        self._recorder.program.trace(trace)
+
+    def warm(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
+        """Bring experts into a layer's free slots."""
+        self._check(self._experts.warm(layer, experts, scores, self._opened.gate))
+
+    # ---- running ----
+
+    def _check(self, error: int) -> None:
+        if error:
+            self._opened.raise_failure(error, *self._experts.failure())
+
+    def new_state(self) -> CpuState:
+        """Memory for another session."""
+        return CpuState(self._recorder.state, self._states)
+
+    def run(self, batch: Batch, logits: np.ndarray) -> None:
+        """Read tokens, a session's after another's."""
+        place = 0
+        for span in batch.spans:
+            self._run(span, batch, logits[place : place + span.outputs])
+            place += span.outputs
+
+    def _run(self, span: Span, batch: Batch, logits: np.ndarray) -> None:
+        assert isinstance(span.state, CpuState)
+        error = self._recorder.program.run(
+            span.ids,
+            span.outputs,
+            span.position,
+            span.state.address,
+            logits,
+            substitute=batch.may_substitute,
+            gate=self._opened.gate,
+            **batch.records,
+        )
+        if error not in (0, -errno.ECANCELED) and self._opened.has_every_expert():
+            raise self._opened.embedding_error(-error)
+        self._check(error)
+
+    def picks(self) -> np.ndarray:
+        """How often the router has picked each expert."""
+        return self._experts.picks()
+
+    def counters(self) -> Counters:
+        """What has been counted."""
+        return Counters(**self._experts.counters())
+
+    def add_statistics(self, result: dict[str, Any], change: Counters) -> None:
+        """Nothing."""
+
+    def reset_statistics(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Give everything back."""
+        for name in ("_recorder", "_experts", "_team"):
+            self.__dict__.pop(name, None)
+        self._opened.reader.close()
+        for name in ("_weights", "_pool"):
+            owner = self.__dict__.pop(name, None)
+            if owner is not None:
+                owner.close()
+
+
+def _slots_text(slots: Iterable[int]) -> str:
+    """`12`, or `12 to 13` where the first layers have one more."""
+    counts = sorted(set(slots))
+    return " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))

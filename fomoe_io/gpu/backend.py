@@ -1,0 +1,328 @@
+"""A model on a GPU: weights and state in its memory, experts where they were last useful."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fomoe_io import _gpu, _hip
+from fomoe_io.backend import Batch, Counters, Span, StatePool
+from fomoe_io.errors import DeviceError, UsageError
+from fomoe_io.experts.residency import DECAY, policy_number
+from fomoe_io.experts.slots import slot_layout
+from fomoe_io.gpu import device, kernels
+from fomoe_io.gpu.arena import F32, Q8
+from fomoe_io.gpu.budget import check_shape, native_device_layers, pool_places, record_layout, size_classes
+from fomoe_io.gpu.device import Gpu
+from fomoe_io.gpu.embedding import EmbeddingReader
+from fomoe_io.gpu.products import WORKSPACE_BYTES, DenseProducts
+from fomoe_io.gpu.prompts import PromptRunner
+from fomoe_io.gpu.recorder import CAR_BYTES
+from fomoe_io.gpu.recordings import Addresses, ModelSource
+from fomoe_io.gpu.shared import SharedWords, part_sizes
+from fomoe_io.gpu.sharing import DRAM, VRAM, Sharing
+from fomoe_io.gpu.token import TokenRunner
+from fomoe_io.open_model import OpenModel
+from fomoe_io.storage.reader import aligned_memory
+from fomoe_io.units import format_bytes
+
+if TYPE_CHECKING:
+    from fomoe_io._cpu import Trace
+
+PRODUCT_PROMPT_TOKENS = 32
+"""Prompts from so many tokens on use the vendor's library."""
+
+
+class GpuState:
+    """A session's memory on the device."""
+
+    def __init__(self, backend: GpuBackend, pool: StatePool) -> None:
+        self._backend, self._pool, self.place = backend, pool, pool.take()
+        self._is_open, self.is_clear = True, False
+
+    def clear(self) -> None:
+        """Before its next token: the device may be at work for another session now."""
+        self.is_clear = False
+
+    def close(self) -> None:
+        """Give it back."""
+        if self._is_open:
+            self._is_open = False
+            self._pool.give(self.place)
+
+    def __del__(self) -> None:
+        if getattr(self, "_is_open", False):
+            self.close()
+
+
+class GpuBackend:
+    """See :class:`fomoe_io.backend.Backend`.
+
+    Parameters
+    ----------
+    opened : OpenModel
+    gpu : Gpu
+    """
+
+    threads = 1
+    """The one that serves the experts."""
+
+    def __init__(self, opened: OpenModel, gpu: Gpu) -> None:
+        self._opened, self.gpu = opened, gpu
+        self._refuse()
+        check_shape(opened.shape)
+        block_bytes, layers = opened.reader.block_bytes, opened.model.experts
+        self.layouts = {i: slot_layout(layer, block_bytes) for i, layer in layers.items()}
+        self.records = {i: record_layout(i, layer, self.layouts[i]) for i, layer in layers.items()}
+        forms = {i: Q8 if r.kernels[0] in kernels.QUANTIZED_TYPES else F32 for i, r in self.records.items()}
+        inputs = {i: (form, form) for i, form in forms.items()}
+        source = ModelSource(
+            opened.shape, opened.model.architecture.build, opened.model.resident, opened.files, self.records, inputs,
+            opened.context_tokens, substitutes=opened.config.car is not None,
+        )  # fmt: skip
+        self.sharing = Sharing(gpu, opened, source, self.layouts)
+        self.budgets = self.sharing.budgets
+        self._states = StatePool(1)
+        try:
+            self._allocate()
+            self._fill()
+        except BaseException:
+            self.close()
+            raise
+        self.reset_statistics()
+
+    def _refuse(self) -> None:
+        """What only the CPU can do."""
+        config = self._opened.config
+        if config.activations != "quantized":
+            raise UsageError("float activations are computed on the CPU alone", hint="--device cpu")
+        unsupported = {
+            "lookahead": config.lookahead > 0,
+            "back-fill": config.car is not None and config.car.backfill > 0,
+        }
+        for name, is_wanted in unsupported.items():
+            if is_wanted:
+                raise UsageError(f"{name} is made on the CPU alone", hint="--device cpu")
+        if config.sessions > 1:
+            raise UsageError("a GPU holds one session at a time", hint="sessions=1, or --device cpu")
+
+    @property
+    def device_name(self) -> str:
+        """For the banner and the statistics."""
+        return f"{self.gpu.info.provider}:{self.gpu.info.ordinal} {self.gpu.info.name}"
+
+    @property
+    def computed_by(self) -> str:
+        """What computes, for the banner."""
+        return self.device_name
+
+    @property
+    def kernels(self) -> str:
+        """Whose arithmetic."""
+        return self.gpu.info.provider
+
+    def memory_lines(self, again: str) -> list[str]:
+        """Where the memory goes, for the banner."""
+        b, s = self.budgets, self._opened.shape
+        least = b.slot_table[list(self.records)].min(0)
+        return [
+            f"VRAM {format_bytes(b.vram_bytes)}: weights {format_bytes(b.resident_bytes)}, experts "
+            f"{format_bytes(b.vram_pool_bytes)} ({least[VRAM]} of {s.experts} a layer), "
+            f"state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}",
+            f"memory {format_bytes(b.ram_bytes)}{again}: experts {format_bytes(b.pool_bytes)} ({least[DRAM]} a layer)",
+        ]
+
+    # ---- opening ----
+
+    def _allocate(self) -> None:
+        """Take the memory and make the programs."""
+        b, gpu, sharing, opened = self.budgets, self.gpu, self.sharing, self._opened
+        self._shared = SharedWords(gpu, part_sizes(sharing.sketch, opened.shape, b.batch_tokens))
+        self.pool = aligned_memory(max(b.pool_bytes, 4096))
+        self._pool_registration = gpu.register(np.frombuffer(self.pool.view, np.uint8))
+        opened.reader.register_buffers(self.pool.address, max(b.pool_bytes, 4096))
+        buffers = [gpu.allocate(max(n, 256)) for n in sharing.sketch.fixed_bytes]
+        vram = gpu.allocate(max(b.vram_pool_bytes, 256))
+        self.buffers = [*buffers, vram]
+        weights, activations, state = (buffer.pointer for buffer in buffers)
+        self.recorded = r = sharing.recordings(Addresses(weights, activations, state, mail=self._shared.device))
+        self._products: DenseProducts | None = None
+        if sharing.scratch_bytes:
+            tiles = r.products_address + WORKSPACE_BYTES
+            self._products = DenseProducts(gpu, r.products_address, tiles, sharing.scratch_bytes)
+        self._streams = [gpu.new_stream(is_urgent=True) for _ in range(_gpu.STREAMS)]
+        events = [[gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.EVENT_RINGS)]
+        self._experts = self._device_experts(vram.pointer, events)
+        words = self._shared
+        self._experts.bind(
+            changed=words.host + words.offset("changed"), stop=words.host, logits_from=r.token.logits_address,
+            logits_to=words.host + words.offset("logits"),
+        )  # fmt: skip
+        if opened.config.tuning.piece_bytes is not None:
+            self._experts.set_piece_bytes(opened.config.tuning.piece_bytes)
+        embedding = EmbeddingReader(opened, r.embedding, r.token.embedding_file, r.token.embedding_offset)
+        self.tokens = TokenRunner(gpu, self._experts, r, self._shared, embedding, opened.shape, opened.config)
+        self._prompts = PromptRunner(
+            gpu, self._experts, r.layers, opened.shape, r.inputs, self._shared.part("inputs", 0, r.inputs.bytes),
+            r.inputs_address, r.batch, embedding.read, self._products, self._check,
+        ) if b.batch_tokens > 1 else None  # fmt: skip
+
+    def _device_experts(self, vram_address: int, events: list[list[_hip.Event]]) -> _gpu.DeviceExperts:
+        s, b, config, reader = self._opened.shape, self.budgets, self._opened.config, self._opened.reader
+        spares = self.sharing.spares
+        places = [pool_places(self.records, b.slot_table, spares, tier) for tier in (VRAM, DRAM)]
+        bases = (vram_address, self.pool.address)
+        pools = tuple({layer: bases[t] + offset for layer, offset in places[t][0].items()} for t in (VRAM, DRAM))
+        classes = [
+            {"slot_bytes": sizes, "spare": [bases[t] + places[t][1][number] for t in (VRAM, DRAM)], "spares": spares}
+            for sizes, number in size_classes(self.records).items()
+        ]
+        layers = native_device_layers(
+            s.layers, self.records, self.layouts, self._opened.model.experts, (pools[VRAM], pools[DRAM]),
+            self._shared.host + self._shared.offset("tables"), self._shared.host, self.recorded.mail,
+        )  # fmt: skip
+        return _gpu.DeviceExperts(
+            layers, classes, b.slot_table, s.used, policy_number(config.policy), DECAY, reader.address, self._streams,
+            events, (reader, self.pool, self._shared, self.buffers),
+        )  # fmt: skip
+
+    def _fill(self) -> None:
+        """Weights, the positions' table and the rule of cache-aware routing go to the device."""
+        r, stream, opened = self.recorded, self.gpu.stream, self._opened
+        r.weights.load(opened.reader, self.gpu, opened.config.progress)
+        rope = opened.shape.rope.table(opened.context_tokens)
+        stream.copy_in(r.rope_address, rope.ctypes.data, rope.nbytes)
+        if opened.config.car is not None:
+            rule = opened.config.car.native()
+            stream.copy_in(r.memory.words("car", CAR_BYTES), ctypes.addressof(rule), CAR_BYTES)
+        stream.synchronize()
+
+    def record(self, trace: Trace) -> None:
+        """Write what runs from now on do into a trace."""
+        self._experts.trace(trace, self.budgets.batch_tokens)
+
+    def warm(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
+        """Bring experts into a layer's free slots."""
+        self._check(self._experts.warm(layer, experts, scores))
+
+    # ---- running ----
+
+    def _check(self, error: int) -> None:
+        if error:
+            self._opened.raise_failure(error, *self._experts.failure())
+
+    def new_state(self) -> GpuState:
+        """Memory for another session."""
+        return GpuState(self, self._states)
+
+    def run(self, batch: Batch, logits: np.ndarray) -> None:
+        """Read tokens, a session's after another's."""
+        unknown = sorted(set(batch.records) - {"experts"})
+        if unknown:
+            raise UsageError(f"a GPU records experts alone, not {', '.join(unknown)}")
+        place = 0
+        for span in batch.spans:
+            self._run(span, batch, logits[place : place + span.outputs])
+            place += span.outputs
+
+    def _run(self, span: Span, batch: Batch, logits: np.ndarray) -> None:
+        self._enter(span.state)
+        picks = batch.records.get("experts")
+        if batch.may_substitute or self._prompts is None:
+            error, found = self.tokens.run(
+                span.ids, span.position, span.outputs, may_substitute=batch.may_substitute
+            )  # fmt: skip
+            self._check(error)
+            logits[:] = found
+            if picks is not None:
+                picks[:, 0] = self.tokens.posted_picks()
+            return
+        uses_products = self.uses_products(span.prompt_tokens)
+        self._prompts.run(span.ids, span.position, logits, uses_products=uses_products, picks=picks)
+
+    def _enter(self, state: object) -> None:
+        """The state's memory is what the programs use."""
+        assert isinstance(state, GpuState)
+        if not state.is_clear:
+            for address, size in self.recorded.token.state.zeroed:
+                self.gpu.stream.fill(address, 0, size)
+            state.is_clear = True
+
+    def uses_products(self, prompt_tokens: int) -> bool:
+        """Whether the vendor's library makes the dense products of a prompt of so many tokens.
+
+        That depends on the prompt's length alone, not on how memory or options cut it.
+        """
+        return self._products is not None and prompt_tokens >= PRODUCT_PROMPT_TOKENS
+
+    def picks(self) -> np.ndarray:
+        """How often the router has picked each expert."""
+        return self._experts.picks()
+
+    def counters(self) -> Counters:
+        """What has been counted."""
+        return Counters(**self._experts.counters())
+
+    def add_statistics(self, result: dict[str, Any], change: Counters) -> None:
+        """Bytes over the link, launches, synchronisations."""
+        calls = device.counts()
+        result["tiers"]["dram"]["bytes"] = max(0, change.up_bytes - change.nvme_bytes)
+        result["link"] = {"up_bytes": change.up_bytes, "down_bytes": change.down_bytes}
+        result["layers_served"] = {"all": change.layers, "with_misses": change.served_layers}
+        stalls = {
+            "h2d": change.copy_stall_ns,
+            "before_reads": change.before_reads_ns,
+            "after_reads": change.after_reads_ns,
+            "device": change.post_stall_ns,
+        }
+        result["stall_seconds"] |= {name: ns / 1e9 for name, ns in stalls.items()}
+        result["host_us_per_miss"] = change.host_ns / 1e3 / change.misses if change.misses else 0.0
+        result["device_calls"] = {key: calls[key] - self._calls[key] for key in calls}
+
+    def reset_statistics(self) -> None:
+        """Counts of calls begin anew."""
+        self._calls = device.counts()
+
+    # ---- closing ----
+
+    def close(self) -> None:
+        """Give device and host memory back; what a device that hangs may still use is left to it."""
+        if "_experts" in self.__dict__ and not self._is_settled():
+            graphs = list(self.tokens.graphs.values()) if "tokens" in self.__dict__ else []
+            _hip.abandon(*(self.__dict__.pop(name, None) for name in ("gpu", *_ON_DEVICE)), *graphs)
+        for name in ("tokens", "_prompts", "recorded", "_products", "_experts"):
+            self.__dict__.pop(name, None)
+        self._opened.reader.close()
+        registration = self.__dict__.pop("_pool_registration", None)
+        if registration is not None:
+            with suppress(DeviceError):  # a lost device gives nothing back, and has been reported
+                registration.close()
+        for buffer in self.__dict__.pop("buffers", []):
+            with suppress(DeviceError):
+                buffer.free()
+        self.__dict__.pop("_streams", None)
+        for name in ("_shared", "pool"):
+            owner = self.__dict__.pop(name, None)
+            if owner is not None:
+                owner.close()
+
+    def _is_settled(self) -> bool:
+        """Whether the device has done with all that is ours; waits for it while there is progress."""
+        self._shared.part("mail", 0, 4).view(np.uint32)[0] = 1  # a kernel that still waits for the host goes on
+        for stream in (self.gpu.stream, *self._streams):
+            try:
+                stream.synchronize()
+            except DeviceError:
+                with suppress(DeviceError):  # lost: it uses nothing any more
+                    if not stream.is_done():
+                        return False
+        return True
+
+
+_ON_DEVICE = (
+    "_experts", "tokens", "_prompts", "recorded", "_products", "_pool_registration", "buffers", "_streams", "pool",
+    "_shared",
+)  # fmt: skip

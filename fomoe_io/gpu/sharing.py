@@ -1,0 +1,168 @@
+"""How a model's memory is shared on a GPU and beside it: decided before any of it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from fomoe_io.backend import Budgets
+from fomoe_io.errors import BudgetError, DeviceError
+from fomoe_io.experts.slots import SlotLayout, share_slots, slot_pairs
+from fomoe_io.gpu import kernels
+from fomoe_io.gpu.budget import pool_places, size_classes
+from fomoe_io.gpu.device import Gpu
+from fomoe_io.gpu.products import SCRATCH_BYTES, TILE_ROWS, WORKSPACE_BYTES, open_blas
+from fomoe_io.gpu.recordings import Addresses, ModelSource, Recordings
+from fomoe_io.gpu.shared import part_sizes, shared_bytes
+from fomoe_io.gpu.weights import kernel_of
+from fomoe_io.open_model import OpenModel
+from fomoe_io.ram_budget import RamBudget
+from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, round_down, round_up
+from fomoe_io.units import format_bytes
+
+FREE_SHARE = 16
+"""One part in so many of the device's memory stays free (at most MOST_FREE_BYTES): the driver takes some later."""
+
+MOST_FREE_BYTES = 256 << 20
+
+FREE_UNIT_BYTES = 64 << 20
+"""What is free is rounded down to this: it varies from run to run, and the slots should not."""
+
+EXTRA_SPARES = 4
+"""Spare buffers beyond a token's picks: victims still on their way down from the layer before."""
+
+VRAM, DRAM = 0, 1
+
+
+class Sharing:
+    """The sizes of everything that a backend will take.
+
+    Parameters
+    ----------
+    gpu : Gpu
+    opened : OpenModel
+    source : ModelSource
+    layouts : mapping of int to SlotLayout
+        Of the layers' experts in host memory.
+
+    Attributes
+    ----------
+    batch_tokens : int
+    scratch_bytes : int
+        For tiles of the vendor's library of matrix products; 0 without it.
+    spares : (int, int)
+        Buffers in VRAM and in DRAM for experts between two places.
+    sketch : Recordings
+        The model at no address: it says how much each arena takes.
+    budgets : Budgets
+
+    Raises
+    ------
+    BudgetError
+    """
+
+    def __init__(self, gpu: Gpu, opened: OpenModel, source: ModelSource, layouts: Mapping[int, SlotLayout]) -> None:
+        config = opened.config
+        self._gpu, self._opened, self._source, self._layouts = gpu, opened, source, layouts
+        self._shape, self._config, self._records = opened.shape, config, source.records
+        self.batch_tokens = min(config.batch_tokens, opened.context_tokens)
+        self.scratch_bytes = self._product_scratch_bytes()
+        self.spares = (self._shape.used + EXTRA_SPARES, 2 * self._shape.used)
+        self.sketch = self.recordings(Addresses())
+        self._ram = RamBudget(opened.store.model_name, self._shape, config)
+        self.budgets = self._share()
+
+    def recordings(self, addresses: Addresses, context_tokens: int | None = None) -> Recordings:
+        """The model at these addresses, for a token and for batches; `context_tokens`: of another length."""
+        product_bytes = WORKSPACE_BYTES + self.scratch_bytes if self.scratch_bytes else 0
+        source = self._source if context_tokens is None else replace(self._source, context_tokens=context_tokens)
+        return Recordings(source, self.batch_tokens, product_bytes, addresses)
+
+    def _product_scratch_bytes(self) -> int:
+        """Room for the expanded rows of the largest matrix, or for some of them; 0 where the library is not used."""
+        if not self._config.tuning.library_products or self.batch_tokens == 1:
+            return 0
+        try:
+            open_blas(self._gpu.info.provider)
+        except DeviceError:
+            return 0
+        names = [n for n, t in self._source.resident.items() if kernel_of(int(t.type)) in kernels.QUANTIZED_TYPES]
+        largest = max((2 * int(np.prod(self._source.resident[n].shape)) for n in names), default=0)
+        return min(SCRATCH_BYTES, round_up(largest + 2 * TILE_ROWS * self._shape.columns, LEAST_BLOCK_BYTES))
+
+    def _spare_bytes(self, tier: int) -> int:
+        return self.spares[tier] * sum(sizes[tier] for sizes in size_classes(self._records))
+
+    def _most_slots(self, share: float, least: int) -> int:
+        return max(least, round(share * (self._ram.slots or self._shape.experts)))
+
+    def _vram_limit(self) -> int:
+        free, limit = self._gpu.free_bytes(), self._config.vram_bytes
+        if limit is None:
+            limit = free - min(MOST_FREE_BYTES, self._gpu.info.memory_bytes // FREE_SHARE)
+            return round_down(limit, FREE_UNIT_BYTES) or limit
+        if limit > free:
+            raise BudgetError(
+                f"a device budget of {format_bytes(limit)} is more than the {format_bytes(free)} that are free on "
+                f"{self._gpu.info.name}",
+                hint=f"--vram {free >> 20}M, or end what else uses the device",
+            )
+        return limit
+
+    def _share(self) -> Budgets:
+        s, fixed, limit = self._shape, self.sketch.fixed_bytes, self._vram_limit()
+        slot_bytes = {i: r.slot_bytes[VRAM] for i, r in self._records.items()}
+        most = self._most_slots(self._config.tiers.vram if self._config.tiers else 1.0, s.used)
+        slots = share_slots(slot_bytes, most, limit - sum(fixed) - self._spare_bytes(VRAM), s.used)
+        if slots is None:
+            raise self._too_small(limit)
+        table = np.zeros((s.layers, 2), np.int32)
+        for layer, count in slots.items():
+            table[layer, VRAM] = count
+        host_bytes = shared_bytes(part_sizes(self.sketch, s, self.batch_tokens))
+        ram_limit = self._share_host(table, host_bytes)
+        pools = [pool_places(self._records, table, self.spares, tier)[2] for tier in (VRAM, DRAM)]
+        return Budgets(
+            ram_bytes=ram_limit, vram_bytes=limit, resident_bytes=fixed[0], state_bytes=fixed[2],
+            workspace_bytes=fixed[1] + host_bytes, vram_pool_bytes=pools[VRAM], pool_bytes=pools[DRAM],
+            batch_tokens=self.batch_tokens, slots=slot_pairs(table),
+        )  # fmt: skip
+
+    def _too_small(self, limit: int) -> BudgetError:
+        """What to ask for instead: more memory where there is some, else the longest context that fits."""
+        fixed, context = sum(self.sketch.fixed_bytes), self._opened.context_tokens
+        experts = self._shape.used * sum(r.slot_bytes[VRAM] for r in self._records.values()) + self._spare_bytes(VRAM)
+        hint = "-b 32 -c 1024, or --device cpu"
+        if fixed + experts <= self._gpu.free_bytes() - (1 << 20):
+            hint = f"--vram {-(-(fixed + experts) // (1 << 20)) + 1}M"
+        else:
+            fitting = context
+            while fitting > 256:
+                fitting = fitting * 7 // 8 // 256 * 256
+                if fitting and experts + sum(self.recordings(Addresses(), fitting).fixed_bytes) <= limit:
+                    hint = f"-c {fitting}"
+                    break
+        return BudgetError(
+            f"a device budget of {format_bytes(limit)} is too small for {self._opened.store.model_name} with batches "
+            f"of {self.batch_tokens} tokens and a context of {context}",
+            hint=hint,
+        )
+
+    def _share_host(self, table: np.ndarray, shared: int) -> int:
+        """Fill in the DRAM slots; returns the budget."""
+        config, layers = self._config, list(self._records)
+        base = self._ram.fixed_bytes + shared + self._spare_bytes(DRAM)
+        limit = self._ram.limit(base)
+        wanted = self._ram.slots or self._shape.experts
+        missing = max(0, wanted - int(table[layers, VRAM].min()))
+        most = missing if config.tiers is None else min(missing, self._most_slots(config.tiers.dram, 0))
+        slot_bytes = {i: layout.slot_bytes for i, layout in self._layouts.items()}
+        slots = share_slots(slot_bytes, most, limit - base, 0) if most else {}
+        for layer, count in (slots or {}).items():
+            table[layer, DRAM] = min(count, max(0, wanted - table[layer, VRAM]))
+        if config.slots is not None and (table[layers].sum(1) < wanted).any():
+            rest = sum((wanted - table[i, VRAM]) * self._layouts[i].slot_bytes for i in layers)
+            raise self._ram.too_small(limit, base + int(rest))
+        return limit
