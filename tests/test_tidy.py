@@ -16,8 +16,6 @@ CODE = (".py", ".pyi", ".pyx", ".pxd", ".pxi", ".c", ".h", ".hip")
 COLUMNS, LINES, LONGEST = 120, 500, 1000
 
 LONG_FILES = {
-    "fomoe_io/engine.py": "the CPU's backend and the engine are one class until there is a backend of each device",
-    "fomoe_io/gpu/backend.py": "as engine.py",
     "fomoe_io/_hip.pyx": "every object of the driver once",
     "tests/cli/test_layout_hostile.py": "a list of attacks on stores",
     "tests/fake_hip/fake_hip.c": "a driver's whole face",
