@@ -72,8 +72,34 @@ def route(logits: Array, used: int) -> tuple[Array, Array]:
     return ids, p[ids] / p[ids].sum()
 
 
+def without_groups(scores: Array, groups: int, left: int) -> Array:
+    """-inf for the experts of all groups but those `left` whose two best have the greatest sums."""
+    each = scores.reshape(groups, -1)
+    best = np.sort(each, 1)[:, -2:].sum(1)
+    kept = np.argsort(-best, kind="stable")[:left]
+    return np.where(np.isin(np.arange(groups), kept)[:, None], each, -np.inf).reshape(-1)
+
+
+def route_by(
+    logits: Array, used: int, score: str, bias: Array | float = 0.0, normalise: bool = True, scale: float = 1.0,
+    groups: int = 1, left: int = 1,
+) -> tuple[Array, Array]:  # fmt: skip
+    """(ids, weights); `score` is softmax, sigmoid or logits."""
+    p = {"softmax": softmax, "sigmoid": sigmoid, "logits": lambda x: x}[score](logits)
+    ids = np.argsort(-without_groups(p + bias, groups, left), kind="stable")[:used]
+    weights = softmax(p[ids]) if score == "logits" else p[ids]
+    if normalise:
+        weights = weights / max(weights.sum(), 2.0**-14)
+    return ids, weights * scale
+
+
+def clamped_swiglu(gate: Array, up: Array) -> Array:
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    return gate * sigmoid(1.702 * gate) * (up + 1)
+
+
 class ReferenceModel:
-    """A qwen35moe or qwen3moe GGUF, one shard or several."""
+    """A GGUF of any architecture that runs, one shard or several."""
 
     def __init__(self, *paths: Path) -> None:
         readers = [gguf.GGUFReader(path) for path in paths]
@@ -84,7 +110,7 @@ class ReferenceModel:
                 values = gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64)
                 self.tensors[t.name] = values.reshape(tuple(int(n) for n in reversed(t.shape)))
         self.architecture = str(self._field("general.architecture"))
-        self.layers = self._key("block_count")
+        self.layers = self._key("block_count") - self._or("nextn_predict_layers", 0)
         self.eps = float(self._key("attention.layer_norm_rms_epsilon"))
         self.reset()
 
@@ -97,12 +123,21 @@ class ReferenceModel:
     def _has(self, name: str) -> bool:
         return f"{self.architecture}.{name}" in self.fields
 
+    def _or(self, name: str, default: Any) -> Any:
+        return self._key(name) if self._has(name) else default
+
     def _heads(self, name: str) -> int:
         count = self._key(name)
         return int(max(count) if isinstance(count, list) else count)
 
-    def _rope(self, x: Array) -> Array:
-        rotated, base = self._key("rope.dimension_count"), self._key("rope.freq_base")
+    def _window(self, layer: int) -> int:
+        pattern = self._or("attention.sliding_window_pattern", 2)
+        return self._or("attention.sliding_window", 0) if layer % pattern < pattern - 1 else 0
+
+    def _rope(self, x: Array, layer: int) -> Array:
+        rotated, base = self._or("rope.dimension_count", x.shape[1]), self._key("rope.freq_base")
+        if self._window(layer):
+            base = self._or("rope.freq_base_swa", base)
         frequencies, magnitude = base ** (-2.0 * np.arange(rotated // 2) / rotated), 1.0
         kind = self._key("rope.scaling.type") if self._has("rope.scaling.type") else "linear"
         old = self._key("rope.scale_linear") if self._has("rope.scale_linear") else 1.0
@@ -141,16 +176,22 @@ class ReferenceModel:
     def forward(self, token: int) -> Array:
         """Logits after one more token."""
         x = self.tensors["token_embd.weight"][token]
-        hybrid = self.architecture == "qwen35moe"
+        hybrid = self.architecture in ("qwen35moe", "qwen3next")
         self.picked.append([])
         for layer in range(self.layers):
             h = rms_norm(x, self.w(layer, "attn_norm.weight"), self.eps)
-            if hybrid and (layer + 1) % self._key("full_attention_interval"):
+            if f"blk.{layer}.ssm_a" in self.tensors:
                 x = x + self.delta(layer, h)
             else:
                 x = x + self.attention(layer, h, gated=hybrid)
-            norm = "post_attention_norm.weight" if hybrid else "ffn_norm.weight"
-            x = x + self.experts(layer, rms_norm(x, self.w(layer, norm), self.eps))
+            has_post = f"blk.{layer}.post_attention_norm.weight" in self.tensors
+            norm = "post_attention_norm.weight" if has_post else "ffn_norm.weight"
+            h = rms_norm(x, self.w(layer, norm), self.eps)
+            if layer < self._or("leading_dense_block_count", 0):
+                self.picked[-1].append(np.full(self._key("expert_used_count"), -1))
+                x = x + self.network(layer, h, "")
+            else:
+                x = x + self.experts(layer, h)
         self.position += 1
         output = self.tensors.get("output.weight", self.tensors["token_embd.weight"])
         return np.asarray(output @ rms_norm(x, self.tensors["output_norm.weight"], self.eps))
@@ -159,26 +200,42 @@ class ReferenceModel:
         heads, kv_heads = self._heads("attention.head_count"), self._heads("attention.head_count_kv")
         d = self._key("attention.key_length")
         q, k, v = self._query_key_value(layer, h, [heads * d * (2 if gated else 1), kv_heads * d, kv_heads * d])
+        norms = [self.tensors.get(f"blk.{layer}.attn_{part}_norm.weight") for part in "qk"]
+        if self.architecture == "minimax-m2":
+            q, k = (rms_norm(x, w, self.eps) for x, w in zip((q, k), norms, strict=True))
         q, k, v = q.reshape(heads, -1), k.reshape(kv_heads, d), v.reshape(kv_heads, d)
         q, gate = q[:, :d], q[:, d:]
-        q = self._rope(rms_norm(q, self.w(layer, "attn_q_norm.weight"), self.eps))
-        k = self._rope(rms_norm(k, self.w(layer, "attn_k_norm.weight"), self.eps))
+        if self.architecture != "minimax-m2" and norms[0] is not None:
+            q, k = (rms_norm(x, w, self.eps) for x, w in zip((q, k), norms, strict=True))
+        q, k = self._rope(q, layer), self._rope(k, layer)
         self.keys.setdefault(layer, []).append(k)
         self.values.setdefault(layer, []).append(v)
-        keys, values = np.stack(self.keys[layer]), np.stack(self.values[layer])
+        seen = slice(-self._window(layer), None) if self._window(layer) else slice(None)
+        keys, values = np.stack(self.keys[layer][seen]), np.stack(self.values[layer][seen])
+        sinks = self.tensors.get(f"blk.{layer}.attn_sinks.weight")
         out = np.empty((heads, d))
         for head in range(heads):
             kv = head // (heads // kv_heads)
-            out[head] = softmax(keys[:, kv] @ q[head] / np.sqrt(d)) @ values[:, kv]
+            scores = keys[:, kv] @ q[head] / np.sqrt(d)
+            if sinks is not None:
+                scores = np.append(scores, sinks[head])
+            out[head] = softmax(scores)[: len(values)] @ values[:, kv]
         if gated:
             out = out * sigmoid(gate)
-        return np.asarray(self.w(layer, "attn_output.weight") @ out.reshape(-1))
+        bias = self.tensors.get(f"blk.{layer}.attn_output.bias", 0.0)
+        return np.asarray(self.w(layer, "attn_output.weight") @ out.reshape(-1) + bias)
 
     def delta(self, layer: int, h: Array) -> Array:
         key_heads, value_heads = self._key("ssm.group_count"), self._key("ssm.time_step_rank")
         s, taps = self._key("ssm.state_size"), self._key("ssm.conv_kernel")
-        u = self.w(layer, "attn_qkv.weight") @ h
-        z = (self.w(layer, "attn_gate.weight") @ h).reshape(value_heads, s)
+        each = value_heads // key_heads
+        if f"blk.{layer}.ssm_in.weight" in self.tensors:
+            fused = (self.w(layer, "ssm_in.weight") @ h).reshape(key_heads, -1)
+            parts = np.split(fused, [s, 2 * s, (2 + each) * s], 1)
+            u, z = np.concatenate([part.reshape(-1) for part in parts[:3]]), parts[3].reshape(value_heads, s)
+        else:
+            u = self.w(layer, "attn_qkv.weight") @ h
+            z = (self.w(layer, "attn_gate.weight") @ h).reshape(value_heads, s)
         history = self.convolution.get(layer, np.zeros((taps - 1, len(u))))
         window = np.vstack([history, u])
         self.convolution[layer] = window[1:]
@@ -187,32 +244,63 @@ class ReferenceModel:
         q = l2_norm(c[:n].reshape(key_heads, s), self.eps) / np.sqrt(s)
         k = l2_norm(c[n : 2 * n].reshape(key_heads, s), self.eps)
         v = c[2 * n :].reshape(value_heads, s)
-        beta = sigmoid(self.w(layer, "ssm_beta.weight") @ h)
-        rate = softplus(self.w(layer, "ssm_alpha.weight") @ h + self.w(layer, "ssm_dt.bias"))
+        if self.architecture == "qwen3next":
+            beta, alpha = np.split((self.w(layer, "ssm_ba.weight") @ h).reshape(key_heads, -1), 2, 1)
+            beta, alpha, key_head = beta.reshape(-1), alpha.reshape(-1), np.arange(value_heads) // each
+        else:
+            beta, alpha = (self.w(layer, f"ssm_{name}.weight") @ h for name in ("beta", "alpha"))
+            key_head = np.arange(value_heads) % key_heads
+        beta = sigmoid(beta)
+        rate = softplus(alpha + self.w(layer, "ssm_dt.bias"))
         decay = np.exp(rate * self.w(layer, "ssm_a"))
         memory = self.memory.setdefault(layer, np.zeros((value_heads, s, s)))
         out = np.empty((value_heads, s))
         for head in range(value_heads):
-            kk, qq, m = k[head % key_heads], q[head % key_heads], memory[head] * decay[head]
+            kk, qq, m = k[key_head[head]], q[key_head[head]], memory[head] * decay[head]
             m = m + np.outer(kk, beta[head] * (v[head] - kk @ m))
             memory[head] = m
             out[head] = qq @ m
         mixed = rms_norm(out, self.w(layer, "ssm_norm.weight"), self.eps) * silu(z)
         return np.asarray(self.w(layer, "ssm_out.weight") @ mixed.reshape(-1))
 
-    def experts(self, layer: int, h: Array) -> Array:
-        ids, weights = route(self.w(layer, "ffn_gate_inp.weight") @ h, self._key("expert_used_count"))
-        self.picked[-1].append(ids)
+    def network(self, layer: int, h: Array, kind: str) -> Array:
+        gate, up = (self.w(layer, f"ffn_{part}{kind}.weight") @ h for part in ("gate", "up"))
+        return np.asarray(self.w(layer, f"ffn_down{kind}.weight") @ (silu(gate) * up))
+
+    def route(self, layer: int, h: Array) -> tuple[Array, Array]:
+        logits = self.w(layer, "ffn_gate_inp.weight") @ h + self.tensors.get(f"blk.{layer}.ffn_gate_inp.bias", 0.0)
+        score = {"minimax-m2": "sigmoid", "glm4moe": "sigmoid", "gpt-oss": "logits"}.get(self.architecture, "softmax")
+        if self.architecture in ("minimax-m2", "glm4moe"):
+            score = {1: "softmax", 2: "sigmoid"}[self._or("expert_gating_func", 2)]
+        scales = self.architecture == "glm4moe"
+        return route_by(
+            logits,
+            self._key("expert_used_count"),
+            score,
+            self.tensors.get(f"blk.{layer}.exp_probs_b.bias", 0.0),
+            normalise=self._or("expert_weights_norm", False) if scales else self.architecture != "gpt-oss",
+            scale=(self._or("expert_weights_scale", 1.0) or 1.0) if scales else 1.0,
+        )
+
+    def expert(self, layer: int, i: int, h: Array) -> Array:
         fused = self.tensors.get(f"blk.{layer}.ffn_gate_up_exps.weight")
+        bias = {p: self.tensors.get(f"blk.{layer}.ffn_{p}_exps.bias") for p in ("gate", "up", "down")}
+        if fused is not None:
+            gate, up = (half @ h for half in np.split(fused[i], 2))
+        else:
+            gate, up = (self.w(layer, f"ffn_{part}_exps.weight")[i] @ h for part in ("gate", "up"))
+        if bias["gate"] is None or bias["up"] is None or bias["down"] is None:
+            return np.asarray(self.w(layer, "ffn_down_exps.weight")[i] @ (silu(gate) * up))
+        hidden = clamped_swiglu(gate + bias["gate"][i], up + bias["up"][i])
+        return np.asarray(self.w(layer, "ffn_down_exps.weight")[i] @ hidden + bias["down"][i])
+
+    def experts(self, layer: int, h: Array) -> Array:
+        ids, weights = self.route(layer, h)
+        self.picked[-1].append(ids)
         y = np.zeros(len(h))
         for i, weight in zip(ids, weights, strict=True):
-            if fused is not None:
-                gate, up = np.split(fused[i], 2)
-            else:
-                gate, up = self.w(layer, "ffn_gate_exps.weight")[i], self.w(layer, "ffn_up_exps.weight")[i]
-            y = y + weight * (self.w(layer, "ffn_down_exps.weight")[i] @ (silu(gate @ h) * (up @ h)))
+            y = y + weight * self.expert(layer, int(i), h)
         if f"blk.{layer}.ffn_gate_shexp.weight" in self.tensors:
-            shared = silu(self.w(layer, "ffn_gate_shexp.weight") @ h) * (self.w(layer, "ffn_up_shexp.weight") @ h)
-            scale = sigmoid(self.w(layer, "ffn_gate_inp_shexp.weight").reshape(-1) @ h)
-            y = y + scale * (self.w(layer, "ffn_down_shexp.weight") @ shared)
+            gate = self.tensors.get(f"blk.{layer}.ffn_gate_inp_shexp.weight")
+            y = y + (1.0 if gate is None else sigmoid(gate.reshape(-1) @ h)) * self.network(layer, h, "_shexp")
         return y

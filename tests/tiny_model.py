@@ -42,7 +42,16 @@ class Tiny:
     dense: Type | None = None  # what is not an expert
     fused_qkv: bool = False  # query, key and value of attention layers in one matrix
     biased: bool = False  # query, key and value have biases
+    dense_layers: int = 0  # leading layers without experts
+    normed: bool = True  # queries and keys have norms (of glm4moe)
+    legacy: bool = False  # ssm_in in one matrix (of qwen3next)
+    window: int = 5
     keys: tuple[tuple[str, Any], ...] = ()  # more metadata of the architecture, or other values; None: without the key
+
+    @property
+    def is_mixed(self) -> bool:
+        """Delta-rule layers between those of attention."""
+        return self.architecture in ("qwen35moe", "qwen3next")
 
 
 def random_blocks(kind: Type, shape: tuple[int, ...], deviation: float, random: np.random.Generator) -> np.ndarray:
@@ -53,6 +62,9 @@ def random_blocks(kind: Type, shape: tuple[int, ...], deviation: float, random: 
     size = tensor_bytes(kind, shape)
     block = gguf.GGML_QUANT_SIZES[kind][1]
     raw = random.integers(0, 256, (size // block, block), dtype=np.uint8)
+    if kind == Type.MXFP4:  # a block's exponent: its values are up to 6 times 2^(e - 127)
+        raw[:, 0] = 127 + round(np.log2(deviation / 3))
+        return raw.reshape(-1)
     half = {  # (offset, value) of the float16 scales: a random block then has about the deviation asked for
         Type.Q4_K: [(0, deviation / 286), (2, 7.5 * deviation / 286)],
         Type.Q5_K: [(0, deviation / 580), (2, 15.5 * deviation / 580)],
@@ -101,7 +113,17 @@ def _metadata(writer: gguf.GGUFWriter, s: Tiny) -> None:
         "rope.dimension_count": s.rotated, "expert_count": s.experts, "expert_used_count": s.used,
         "expert_feed_forward_length": s.hidden, "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 10000.0,
     }  # fmt: skip
-    if s.architecture == "qwen35moe":
+    if s.architecture == "gpt-oss":
+        keys |= {"attention.sliding_window": s.window}
+    if s.architecture == "minimax-m2":
+        keys |= {"feed_forward_length": s.hidden, "expert_gating_func": 2}
+    if s.architecture == "glm4moe":
+        keys |= {
+            "feed_forward_length": s.hidden + 32, "leading_dense_block_count": s.dense_layers, "expert_gating_func": 2,
+            "expert_weights_norm": True, "expert_weights_scale": 2.5,
+            "expert_shared_count": s.shared_hidden // s.hidden,
+        }  # fmt: skip
+    if s.is_mixed:
         keys |= {
             "ssm.conv_kernel": s.taps, "ssm.state_size": s.state_columns, "ssm.group_count": s.key_heads,
             "ssm.time_step_rank": s.value_heads, "ssm.inner_size": s.value_heads * s.state_columns,
@@ -147,9 +169,10 @@ def write_tiny(path: Path, s: Tiny, seed: int) -> Path:
 
 def _layer(w: _Writer, s: Tiny, layer: int, unit: float) -> None:
     b, random, kind = f"blk.{layer}.", w.random, s.dense or s.weights
-    d, hybrid = s.columns, s.architecture == "qwen35moe"
+    d, hybrid = s.columns, s.is_mixed
+    has_post = hybrid or s.architecture in ("glm4moe", "gpt-oss")
     w.vector(b + "attn_norm.weight", random.uniform(0.5, 1.5, d))
-    w.vector(b + ("post_attention_norm.weight" if hybrid else "ffn_norm.weight"), random.uniform(0.5, 1.5, d))
+    w.vector(b + ("post_attention_norm.weight" if has_post else "ffn_norm.weight"), random.uniform(0.5, 1.5, d))
     if not hybrid or (layer + 1) % 4 == 0:
         width = s.heads * s.head_columns
         queries, keys = 2 * width if hybrid else width, s.kv_heads * s.head_columns
@@ -159,19 +182,39 @@ def _layer(w: _Writer, s: Tiny, layer: int, unit: float) -> None:
             if s.biased:
                 w.vector(b + f"attn_{part}.bias", random.standard_normal(rows) / 2)
         w.add(b + "attn_output.weight", (width, d), kind, width**-0.5)
-        w.vector(b + "attn_q_norm.weight", random.uniform(0.5, 1.5, s.head_columns))
-        w.vector(b + "attn_k_norm.weight", random.uniform(0.5, 1.5, s.head_columns))
+        whole = s.architecture == "minimax-m2"
+        if s.normed and s.architecture != "gpt-oss":
+            w.vector(b + "attn_q_norm.weight", random.uniform(0.5, 1.5, width if whole else s.head_columns))
+            w.vector(b + "attn_k_norm.weight", random.uniform(0.5, 1.5, keys if whole else s.head_columns))
+        if s.architecture == "gpt-oss":
+            w.vector(b + "attn_sinks.weight", random.standard_normal(s.heads))
+            w.vector(b + "attn_output.bias", random.standard_normal(d) / 4)
     else:
         keys, values = s.key_heads * s.state_columns, s.value_heads * s.state_columns
-        w.add(b + "attn_qkv.weight", (d, 2 * keys + values), kind, unit)
-        w.add(b + "attn_gate.weight", (d, values), kind, unit)
-        w.add(b + "ssm_beta.weight", (d, s.value_heads), kind, unit)
-        w.add(b + "ssm_alpha.weight", (d, s.value_heads), kind, unit)
+        if s.legacy:
+            w.add(b + "ssm_in.weight", (d, 2 * keys + 2 * values), kind, unit)
+        else:
+            w.add(b + "attn_qkv.weight", (d, 2 * keys + values), kind, unit)
+            w.add(b + "attn_gate.weight", (d, values), kind, unit)
+        if s.architecture == "qwen3next":
+            w.add(b + "ssm_ba.weight", (d, 2 * s.value_heads), kind, unit)
+        else:
+            w.add(b + "ssm_beta.weight", (d, s.value_heads), kind, unit)
+            w.add(b + "ssm_alpha.weight", (d, s.value_heads), kind, unit)
         w.add(b + "ssm_conv1d.weight", (s.taps, 2 * keys + values), Type.F32, 0.5)
         w.vector(b + "ssm_dt.bias", random.standard_normal(s.value_heads))
         w.vector(b + "ssm_a", -random.uniform(0.1, 2, s.value_heads))
         w.vector(b + "ssm_norm.weight", random.uniform(0.5, 1.5, s.state_columns))
         w.add(b + "ssm_out.weight", (values, d), kind, values**-0.5)
+    if layer < s.dense_layers:
+        _network(w, b, "", d, s.hidden + 32, kind)
+        return
+    if s.architecture in ("minimax-m2", "glm4moe"):
+        w.vector(b + "exp_probs_b.bias", random.standard_normal(s.experts) / 4)
+    if s.architecture == "gpt-oss":
+        w.vector(b + "ffn_gate_inp.bias", random.standard_normal(s.experts))
+        for part, rows in (("gate", s.hidden), ("up", s.hidden), ("down", d)):
+            w.vector(b + f"ffn_{part}_exps.bias", random.standard_normal((s.experts, rows)))
     w.add(b + "ffn_gate_inp.weight", (d, s.experts), Type.F32, 2 * unit)
     gate, up, down = s.gate or s.weights, s.weights, s.down or s.weights
     if s.fused:
@@ -180,8 +223,13 @@ def _layer(w: _Writer, s: Tiny, layer: int, unit: float) -> None:
         w.add(b + "ffn_gate_exps.weight", (d, s.hidden, s.experts), gate, unit)
         w.add(b + "ffn_up_exps.weight", (d, s.hidden, s.experts), up, unit)
     w.add(b + "ffn_down_exps.weight", (s.hidden, d, s.experts), down if layer % 2 else up, s.hidden**-0.5)
+    if (hybrid or s.architecture == "glm4moe") and s.shared_hidden:
+        _network(w, b, "_shexp", d, s.shared_hidden, kind)
     if hybrid and s.shared_hidden:
-        w.add(b + "ffn_gate_shexp.weight", (d, s.shared_hidden), kind, unit)
-        w.add(b + "ffn_up_shexp.weight", (d, s.shared_hidden), kind, unit)
-        w.add(b + "ffn_down_shexp.weight", (s.shared_hidden, d), kind, s.shared_hidden**-0.5)
         w.add(b + "ffn_gate_inp_shexp.weight", (d, 1), Type.F32, unit)
+
+
+def _network(w: _Writer, b: str, name: str, columns: int, hidden: int, kind: Type) -> None:
+    w.add(b + f"ffn_gate{name}.weight", (columns, hidden), kind, columns**-0.5)
+    w.add(b + f"ffn_up{name}.weight", (columns, hidden), kind, columns**-0.5)
+    w.add(b + f"ffn_down{name}.weight", (hidden, columns), kind, hidden**-0.5)

@@ -17,6 +17,7 @@ from fomoe_io import _cpu
 from fomoe_io._cpu import Experts, Matrix, Rows
 from fomoe_io.errors import UsageError
 from fomoe_io.models.recorder import (
+    CAR_NEEDS_LOGITS,
     Activation,
     Attention,
     Delta,
@@ -242,10 +243,7 @@ class CpuRecorder:
         if self._experts is None:
             return
         if self._experts.substitutes and not picks.router.follows_logits:
-            raise UsageError(
-                "cache-aware routing compares logits, and this model chooses its experts by more than those",
-                hint="drop --car",
-            )
+            raise UsageError(CAR_NEEDS_LOGITS, hint="drop --car")
         sums_to_one = picks.router.normalise or picks.router.score == Score.LOGITS
         self.program.experts_begin(self._experts, picks.logits, picks.ids, picks.weights, picks.layer, sums_to_one)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fomoe_io.errors import FormatError
+from fomoe_io.errors import FormatError, UsageError
 from fomoe_io.experts.car import NativeCar
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import (
@@ -23,7 +23,18 @@ from fomoe_io.gpu.arena import (
     Memory,
 )
 from fomoe_io.gpu.kernels import up
-from fomoe_io.models.recorder import Activation, Attention, Delta, Experts, KvCache, Picks, Recorder, Router, Score
+from fomoe_io.models.recorder import (
+    CAR_NEEDS_LOGITS,
+    Activation,
+    Attention,
+    Delta,
+    Experts,
+    KvCache,
+    Picks,
+    Recorder,
+    Router,
+    Score,
+)
 
 if TYPE_CHECKING:
     from fomoe_io.models.rope import Rope
@@ -227,8 +238,11 @@ class DeviceRecorder:
             self._add("add_bias", (up(rows.columns, 256), self.tokens, 1), rows.address, bias, rows.columns)
 
     def ungroup(self, x: DeviceRows, groups: int, first: int, length: int, output: DeviceRows, at: int) -> None:
-        """No kernel yet."""
-        refuse(projections_stored_group_by_group=True)
+        """Parts of rows that come group by group, brought together."""
+        self._add(
+            "ungroup", (up(groups * length, 256), self.tokens, 1), x.address, output.address, groups,
+            x.columns // groups, first, length, output.columns, at,
+        )  # fmt: skip
 
     def _add_later(self, output: DeviceRows, added: DeviceRows) -> None:
         if output.address in self._pending:
@@ -259,17 +273,20 @@ class DeviceRecorder:
         op: Attention[int],
     ) -> DeviceRows:  # fmt: skip
         """What fills the cache, and what reads it."""
-        refuse(
-            attention_sinks=op.sinks is not None, a_sliding_window=op.window > 0,
-            norms_over_all_heads=op.norms_whole_rows, attention_without_norms=op.query_norm is None,
-        )  # fmt: skip
+        refuse(attention_sinks=op.sinks is not None, a_sliding_window=op.window > 0)
         for rows, bias in ((query, op.query_bias), (key, op.key_bias), (value, op.value_bias)):
             self._add_bias(rows, bias)
+        norms = [op.query_norm, op.key_norm]
+        if op.norms_whole_rows:
+            for rows, norm in ((query, op.query_norm), (key, op.key_norm)):
+                at, columns = rows.address, rows.columns
+                self._add("rms_norm", (self.tokens, 1, 1), at, None, norm, at, None, columns, op.epsilon)
+            norms = [None, None]
         turned = self.rows("rotated_query", op.heads * cache.columns)
         stride = query.columns // op.heads
         self._add(
             "attention_prepare_f32", (op.heads + 2 * cache.heads, self.tokens, 1), query.address, key.address,
-            value.address, op.query_norm, op.key_norm, table.address, self.positions, turned.address, cache.keys,
+            value.address, *norms, table.address, self.positions, turned.address, cache.keys,
             cache.values, op.heads, cache.heads, cache.columns, stride, op.rotated, op.epsilon,
         )  # fmt: skip
         output = self.rows("attended", op.heads * cache.columns)
@@ -329,20 +346,20 @@ class DeviceRecorder:
     # ---- experts ----
 
     def _picks(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
-        refuse(
-            routing_by_sigmoid=router.score == Score.SIGMOID, routing_by_logits=router.score == Score.LOGITS,
-            a_bias_of_the_router=router.logit_bias is not None, a_bias_of_the_choice=router.bias is not None,
-            groups_of_experts=router.groups > 1,
-        )  # fmt: skip
+        refuse(groups_of_experts=router.groups > 1)
         ids, weights = self.rows("experts", router.used), self.rows("weights", router.used)
         return Picks(layer, router, logits, ids, weights)
 
     def _route(self, picks: Picks[int, DeviceRows]) -> None:
-        r = picks.router
-        self._add(
-            "route", (self.tokens, 1, 1), picks.logits.address, picks.ids.address, picks.weights.address, r.experts,
-            r.used, int(r.normalise), r.scale,
-        )  # fmt: skip
+        r, grid = picks.router, (self.tokens, 1, 1)
+        rows = (picks.ids.address, picks.weights.address, r.experts, r.used)
+        if _is_plain(r):
+            self._add("route", grid, picks.logits.address, *rows, int(r.normalise), r.scale)
+        else:
+            self._add(
+                "route_by", grid, picks.logits.address, r.logit_bias, r.bias, *rows, int(r.score), int(r.normalise),
+                r.scale,
+            )  # fmt: skip
 
     def route(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
         """The picks, their records, and word of them to the host."""
@@ -351,17 +368,21 @@ class DeviceRecorder:
         rows = (logits.address, picks.ids.address, picks.weights.address)
         resolved = [e.table, self._records(used), e.post, self._mailbox.run, self.memory.words("misses", 4)]
         if self._substitutes:
+            if not router.follows_logits:
+                raise UsageError(CAR_NEEDS_LOGITS, hint="drop --car")
             self._route(picks)
-            rule = self.memory.words("car", CAR_BYTES)
+            rule, sums_to_one = self.memory.words("car", CAR_BYTES), router.normalise or router.score == Score.LOGITS
             self._add(
-                "substitute_and_resolve", (1, 1, 1), *rows, *resolved, rule, router.experts, used,
-                int(router.normalise),
-            )  # fmt: skip
-        else:
+                "substitute_and_resolve", (1, 1, 1), *rows, *resolved, rule, router.experts, used, int(sums_to_one)
+            )
+        elif _is_plain(router):
             self._add(
                 "route_and_resolve", (1, 1, 1), *rows, *resolved, router.experts, used, int(router.normalise),
                 router.scale,
             )  # fmt: skip
+        else:
+            self._route(picks)
+            self._add("resolve_picks", (1, 1, 1), picks.ids.address, picks.weights.address, *resolved, used)
         return picks
 
     def _records(self, used: int) -> int:
@@ -438,6 +459,11 @@ class DeviceRecorder:
         """Final norm and logits of so many tokens from the `first` on."""
         assert self._tail is not None
         return _finished(self._tail(first, tokens))
+
+
+def _is_plain(r: Router[int]) -> bool:
+    """Whether it is softmax alone, for which routing and resolving are one launch."""
+    return r.score == Score.SOFTMAX and r.bias is None and r.logit_bias is None
 
 
 def _implements(recorder: DeviceRecorder) -> Recorder[DeviceMatrix, int, DeviceRows]:

@@ -114,5 +114,7 @@ class TokenRunner:
     def posted_picks(self) -> np.ndarray:
         """int32 [layers, used]: the router's picks in the last token's run."""
         mail, s = self._recorded.mail, self._shape
-        rows = [self._shared.part("mail", mail.post(i) + 8, 8 * s.used).view(np.uint16)[::4] for i in range(s.layers)]
-        return np.stack(rows).astype(np.int32)
+        picks = np.full((s.layers, s.used), -1, np.int32)  # what dense layers keep
+        for i in s.expert_layers:
+            picks[i] = self._shared.part("mail", mail.post(i) + 8, 8 * s.used).view(np.uint16)[::4]
+        return picks

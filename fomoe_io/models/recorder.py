@@ -114,6 +114,9 @@ class Delta(Generic[Vector]):
     norm: Vector
 
 
+CAR_NEEDS_LOGITS = "cache-aware routing compares logits, and this model chooses its experts by more than those"
+
+
 class Score(IntEnum):
     """What a router makes of its logits: softmax of all, the sigmoid of each, or nothing (csrc/experts/routing.h)."""
 

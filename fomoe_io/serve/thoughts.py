@@ -5,6 +5,15 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 BEGIN, END = "<think>", "</think>"
+ENDS = {
+    BEGIN: END,
+    # of gpt-oss, whose answers have channels
+    "<|channel|>analysis<|message|>": "<|end|><|start|>assistant<|channel|>final<|message|>",
+}
+"""What thoughts begin with -> what ends them."""
+
+FINAL = "<|channel|>final<|message|>"
+"""What an answer without thoughts begins with, of gpt-oss."""
 
 
 class Part(NamedTuple):
@@ -15,7 +24,7 @@ class Part(NamedTuple):
 
 
 class ThoughtSplitter:
-    """Splits what stands between `<think>` and `</think>` at the beginning of an answer from the rest.
+    """Splits the thoughts at the beginning of an answer, between `<think>` and `</think>` or as ENDS has it, off.
 
     Parameters
     ----------
@@ -27,7 +36,7 @@ class ThoughtSplitter:
 
     def __init__(self, *, is_thinking: bool = False, splits: bool = True) -> None:
         self._state = "text" if not splits else "thought" if is_thinking else "start"
-        self._held = ""
+        self._held, self._end = "", END
         self._is_first = True  # of its kind: leading line ends are the template's, not the model's
 
     @property
@@ -56,22 +65,26 @@ class ThoughtSplitter:
 
     def _start(self) -> None:
         begun = self._held.lstrip()
-        if begun.startswith(BEGIN):
-            self._state, self._held = "thought", begun[len(BEGIN) :]
-        elif not BEGIN.startswith(begun):
+        for begin, end in ENDS.items():
+            if begun.startswith(begin):
+                self._state, self._held, self._end = "thought", begun[len(begin) :], end
+                return
+        if begun.startswith(FINAL):
+            self._state, self._held = "text", begun[len(FINAL) :]
+        elif not any(begin.startswith(begun) for begin in (*ENDS, FINAL)):
             self._state, self._is_first = "text", False
 
     def _thought(self) -> list[Part]:
         if self._is_first:
             self._held = self._held.lstrip("\n")
             self._is_first = not self._held
-        place = self._held.find(END)
+        place, end = self._held.find(self._end), self._end
         if place >= 0:
-            thought, self._held = self._held[:place], self._held[place + len(END) :]
+            thought, self._held = self._held[:place], self._held[place + len(end) :]
             self._state, self._is_first = "text", True
             return [Part("thought", thought.rstrip("\n"))] if thought.rstrip("\n") else []
-        # an end that may become </think>, with the line ends before it
-        keep = next((n for n in range(len(END) - 1, 0, -1) if self._held.endswith(END[:n])), 0)
+        # what may become the end, with the line ends before it
+        keep = next((n for n in range(len(end) - 1, 0, -1) if self._held.endswith(end[:n])), 0)
         sure = self._held[: len(self._held) - keep].rstrip("\n")
         self._held = self._held[len(sure) :]
         return [Part("thought", sure)] if sure else []

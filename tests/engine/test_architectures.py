@@ -8,10 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fomoe_io import Engine, EngineConfig
+from fomoe_io import Engine, EngineConfig, Tiers
+from fomoe_io.errors import UsageError
+from fomoe_io.experts.car import CarRule
+from layout_tool.main import main as layout
+from tests.tiny_model import Tiny, Type, write_tiny
 
 FLOATS = ("qwen3next", "qwen3next-legacy", "minimax-m2", "glm4moe", "glm4moe-air", "gpt-oss", "qwen35moe-yarn-mtp")
 EXACT = {"activations": "float32", "context_tokens": 128}
+
+TOKENS = np.random.default_rng(9).integers(0, 300, 40)
+SHAPES = {
+    "qwen3next": Tiny(architecture="qwen3next", weights=Type.Q8_0),
+    "minimax-m2": Tiny(architecture="minimax-m2", weights=Type.Q8_0),
+    "glm4moe": Tiny(architecture="glm4moe", dense_layers=1, biased=True, weights=Type.Q8_0),
+    "gpt-oss": Tiny(architecture="gpt-oss", biased=True, rotated=32, dense=Type.Q8_0, weights=Type.MXFP4),
+}
 
 
 def nmse(a: np.ndarray, b: np.ndarray) -> float:
@@ -58,3 +70,64 @@ def test_mxfp4_experts(shared: Path, kernels: str) -> None:
     assert nmse(logits, expected["logits_decoded"]) < 1e-9
     rounded, _, _ = evaluate(path, expected["tokens"], kernels=kernels, context_tokens=128)
     assert nmse(rounded, expected["logits_batch"]) < 1e-3
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def stores(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A quantized model as it is, packed and indexed."""
+    root = tmp_path_factory.mktemp("stores")
+    path = write_tiny(root / "model.gguf", SHAPES[request.param], 4)
+    assert layout(["plan", str(path)]) == 0
+    for command in ("pack", "index"):
+        assert layout([command, str(path), "--to", str(root / command)]) == 0
+    assert layout(["verify", str(root / "pack"), "--against", str(path)]) == 0
+    return {"gguf": path, "pack": root / "pack", "index": root / "index"}
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "one thread": {"threads": 1},
+    "three threads": {"threads": 3},
+    "one by one": {"batch_tokens": 1},
+    "seven at once": {"batch_tokens": 7},
+    "as few slots as may be": {"slots": 3},
+    "two tiers": {"tiers": Tiers(0.2, 0.3), "policy": "lfru"},
+    "lookahead": {"slots": 4, "lookahead": 2, "batch_tokens": 1},
+}
+
+
+def test_bits_do_not_depend_on_store_memory_batch_and_threads(stores: dict[str, Path]) -> None:
+    expected = evaluate(stores["gguf"], TOKENS, context_tokens=64)[0].tobytes()
+    for way in WAYS.values():
+        for store in ("gguf", "pack") if "slots" in way else ("gguf",):
+            assert evaluate(stores[store], TOKENS, context_tokens=64, **way)[0].tobytes() == expected, (store, way)
+    for store in ("pack", "index"):
+        assert decode(stores[store], TOKENS, context_tokens=64, slots=3).tobytes() == expected
+
+
+def test_a_trace_and_a_profile_of_every_architecture(stores: dict[str, Path], tmp_path: Path) -> None:
+    """Layers without experts stand in neither."""
+    trace = tmp_path / "run.trace"
+    evaluate(stores["pack"], TOKENS, context_tokens=64, slots=3, trace=trace)
+    assert trace.stat().st_size > 0
+    text = tmp_path / "text"
+    text.write_text("It was a dark and stormy night. " * 8)
+    assert layout(["profile", str(stores["gguf"]), "-f", str(text), "-o", str(tmp_path / "profile")]) == 0
+    args = ["pack", str(stores["gguf"]), "--to", str(tmp_path / "sorted"), "--profile", str(tmp_path / "profile")]
+    assert layout(args) == 0
+    expected = evaluate(stores["gguf"], TOKENS, context_tokens=64)[0]
+    assert np.array_equal(evaluate(tmp_path / "sorted", TOKENS, context_tokens=64, slots=3)[0], expected)
+
+
+def test_cache_aware_routing_where_logits_do_not_decide(tmp_path: Path) -> None:
+    """It is refused; gpt-oss chooses by logits, and its weights are made to sum 1 again."""
+    rule = CarRule.parse("ratio:0.0,warmup=0")
+    for name in ("minimax-m2", "glm4moe"):
+        with pytest.raises(UsageError, match="cache-aware routing") as caught:
+            Engine.open(write_tiny(tmp_path / f"{name}.gguf", SHAPES[name], 1), EngineConfig(car=rule, slots=3))
+        assert caught.value.hint == "drop --car"
+    path = write_tiny(tmp_path / "gpt-oss.gguf", SHAPES["gpt-oss"], 1)
+    with Engine.open(path, EngineConfig(car=rule, slots=3, context_tokens=64)) as engine:
+        session = engine.session()
+        for token in TOKENS:
+            session.decode(int(token))
+        assert engine.statistics()["substitutions"] > 0

@@ -53,6 +53,35 @@ SHAPES = {
     "linear by default": Tiny(keys=(("rope.scaling.factor", 3.0),)),
     "linear by the old key": Tiny(architecture="qwen3moe", rotated=32, layers=2, keys=(("rope.scale_linear", 4.0),)),
     "scaling none": Tiny(keys=scaled("none", 8.0)),
+    "qwen3next": Tiny(architecture="qwen3next", key_heads=2, value_heads=6, state_columns=24),
+    "qwen3next, one matrix": Tiny(architecture="qwen3next", legacy=True, key_heads=3, value_heads=3, tied=True),
+    "qwen3next, yarn": Tiny(architecture="qwen3next", keys=scaled("yarn", 4.0), rotated=32, fused=True),
+    "minimax-m2": Tiny(architecture="minimax-m2", heads=6, kv_heads=3, head_columns=40, rotated=24, experts=11, used=4),
+    "minimax-m2, fused": Tiny(architecture="minimax-m2", fused_qkv=True, layers=2),
+    "minimax-m2, softmax": Tiny(architecture="minimax-m2", layers=2, keys=(("expert_gating_func", 1),)),
+    "glm4moe": Tiny(architecture="glm4moe", dense_layers=1, biased=True, shared_hidden=64, head_columns=24),
+    "glm4moe, no norms": Tiny(architecture="glm4moe", dense_layers=3, normed=False, biased=True, used=2),
+    "glm4moe, not scaled": Tiny(
+        architecture="glm4moe",
+        layers=3,
+        shared_hidden=0,
+        fused_qkv=True,
+        biased=True,
+        keys=(("expert_weights_scale", 0.0), ("expert_weights_norm", False)),
+    ),
+    "gpt-oss": Tiny(architecture="gpt-oss", rotated=32, biased=True, keys=scaled("yarn", 8.0)),
+    "gpt-oss, a window of one": Tiny(
+        architecture="gpt-oss", heads=8, kv_heads=1, head_columns=40, rotated=40, window=1
+    ),
+    "gpt-oss, a window in two layers of three": Tiny(
+        architecture="gpt-oss",
+        layers=6,
+        window=7,
+        fused_qkv=True,
+        biased=True,
+        hidden=40,
+        keys=(("attention.sliding_window_pattern", 3), ("rope.freq_base_swa", 500.0)),
+    ),
     "head counts a layer": Tiny(keys=(("attention.head_count", [4] * 4), ("attention.head_count_kv", [0, 0, 0, 2]))),
 }
 
@@ -82,7 +111,9 @@ def test_float_shapes(tmp_path: Path, name: str) -> None:
     assert same and error < 1e-10
 
 
-@pytest.mark.parametrize("name", ["gqa 1", "top-16 of 512", "qwen3moe"])
+@pytest.mark.parametrize(
+    "name", ["gqa 1", "top-16 of 512", "qwen3moe", "qwen3next", "minimax-m2", "glm4moe", "gpt-oss"]
+)
 def test_portable_kernels_and_few_slots(tmp_path: Path, name: str) -> None:
     path = write_tiny(tmp_path / "tiny.gguf", SHAPES[name], 7)
     config = EngineConfig(
@@ -140,3 +171,12 @@ def test_reference_equals_llama_cpp(shared: Path) -> None:
     model = ReferenceModel(fixtures / "nano-f32.gguf")
     logits = np.stack([model.forward(int(token)) for token in expected["tokens"]])
     assert nmse(logits, expected["logits_step"]) < 1e-11
+
+
+@pytest.mark.parametrize("name", ["qwen3next", "qwen3next-legacy", "minimax-m2", "glm4moe", "glm4moe-air", "gpt-oss"])
+def test_reference_of_other_architectures_equals_llama_cpp(shared: Path, name: str) -> None:
+    directory = shared / "reference/architectures"
+    expected, model = np.load(directory / f"{name}-ref.npz"), ReferenceModel(directory / f"{name}.gguf")
+    logits = np.stack([model.forward(int(token)) for token in expected["tokens"]])
+    assert np.array_equal(np.array(model.picked).transpose(1, 0, 2), expected["experts"])
+    assert nmse(logits, expected["logits_steps"]) < 1e-11

@@ -61,11 +61,13 @@ MORE_KEYS = ("general.alignment", "split.count", "split.no", "split.tensors.coun
              "tokenizer.chat_template", "A.rope.scaling.type", "A.rope.scaling.factor", "A.attention.sliding_window",
              "A.expert_gating_func", "A.expert_weights_scale", "A.expert_weights_norm", "A.rope.dimension_sections",
              "A.leading_dense_block_count", "A.attention.recurrent_layers", "A.full_attention_interval",
-             "A.nextn_predict_layers", "A.vocab_size", "general.name", "general.quantization_version")  # fmt: skip
+             "A.nextn_predict_layers", "A.vocab_size", "A.expert_shared_count", "A.attention.sliding_window_pattern",
+             "A.rope.freq_base_swa", "A.feed_forward_length", "general.name",
+             "general.quantization_version")  # fmt: skip
 
 
 def bases(folder: Path) -> list[Image]:
-    """Well-formed models of both architectures and of several types."""
+    """Well-formed models of all architectures and of several types."""
     shapes = [
         Tiny(),
         Tiny(architecture="qwen3moe", layers=2, weights=Type.Q8_0),
@@ -81,6 +83,10 @@ def bases(folder: Path) -> list[Image]:
             experts=5,
         ),
         Tiny(architecture="qwen3moe", layers=1, columns=32, weights=Type.F16, fused=True, tied=True),
+        Tiny(architecture="qwen3next", legacy=True),
+        Tiny(architecture="minimax-m2", layers=2),
+        Tiny(architecture="glm4moe", layers=3, dense_layers=1, biased=True),
+        Tiny(architecture="gpt-oss", layers=2, rotated=32, biased=True, dense=Type.F16, weights=Type.MXFP4),
     ]
     return [Image.read(write_tiny(folder / f"base{i}.gguf", shape, i)) for i, shape in enumerate(shapes)]
 
@@ -93,7 +99,7 @@ def _odd_shape(r: random.Random, folder: Path) -> Image:
     heads, key_heads, experts = r.randint(1, 9), r.randint(1, 4), r.choice([1, 2, 3, 8, 65])
     head_columns = r.choice([n for n in size if n > 1])
     shape = Tiny(
-        architecture=r.choice(["qwen3moe", "qwen35moe"]),
+        architecture=r.choice(["qwen3moe", "qwen35moe", "qwen3next", "minimax-m2", "glm4moe", "gpt-oss"]),
         layers=r.randint(1, 4),
         columns=r.choice(size),
         heads=heads,

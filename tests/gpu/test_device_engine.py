@@ -31,6 +31,7 @@ BASE = Tiny(
 )  # fmt: skip
 
 
+SOFTMAX = (("expert_gating_func", 1),)
 YARN = (("rope.scaling.type", "yarn"), ("rope.scaling.factor", 4.0))
 
 
@@ -79,8 +80,32 @@ def nmse(a: np.ndarray, b: np.ndarray) -> float:
         {"architecture": "qwen3moe", "shared_hidden": 0, "rotated": 64, "biased": True, "layers": 2, "keys": YARN},
         {"architecture": "qwen3moe", "shared_hidden": 0, "rotated": 64, "biased": True, "layers": 2, "fused_qkv": True},
         {"fused_qkv": True},
+        {"architecture": "qwen3next"},
+        {"architecture": "qwen3next", "legacy": True, "value_heads": 6},
+        {"architecture": "minimax-m2", "rotated": 32, "layers": 3},
+        {"architecture": "glm4moe", "dense_layers": 1, "biased": True, "layers": 3},
+        {
+            "architecture": "glm4moe",
+            "dense_layers": 1,
+            "normed": False,
+            "layers": 2,
+            "keys": (("expert_gating_func", 1),),
+        },
     ],
-    ids=["delta", "attention only", "tied fused", "bf16", "biases, yarn", "fused qkv with a bias", "fused qkv"],
+    ids=[
+        "delta",
+        "attention only",
+        "tied fused",
+        "bf16",
+        "biases, yarn",
+        "fused qkv with a bias",
+        "fused qkv",
+        "qwen3next",
+        "qwen3next, one matrix",
+        "minimax-m2",
+        "glm4moe",
+        "glm4moe by softmax, no norms",
+    ],
 )
 def test_float_weights_give_the_processors_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = write_tiny(tmp_path / "model.gguf", tiny(**changes), seed=1)
@@ -401,6 +426,7 @@ def test_a_failed_read_names_the_expert_and_the_device_goes_on(model: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
+        ({"architecture": "gpt-oss", "rotated": 64}, "attention sinks"),
         ({"head_columns": 32, "rotated": 16}, "head size 32"),
         ({"state_columns": 16}, "delta-rule head size 16"),
         ({"hidden": 48, "shared_hidden": 64}, "expert width 48"),

@@ -121,6 +121,7 @@ def test_rms_norm(runner: DeviceRunner, rng: np.random.Generator, columns: int, 
 
 def test_add_bias(runner: DeviceRunner, rng: np.random.Generator) -> None:
     cases.check_add_bias(runner, rng, 1056, 3)
+    cases.check_ungroup(runner, rng, 16, 130, 3)
 
 
 def test_silu_mul(runner: DeviceRunner, rng: np.random.Generator) -> None:
@@ -171,6 +172,9 @@ def test_delta(
 @pytest.mark.parametrize(("experts", "picks", "tokens"), [(32, 4, 3), (512, 10, 2), (1000, 32, 1), (5, 5, 1)])
 def test_route(runner: DeviceRunner, rng: np.random.Generator, experts: int, picks: int, tokens: int) -> None:
     cases.check_route(runner, rng, experts, picks, tokens)
+    for score in ("softmax", "sigmoid", "logits"):
+        for is_biased in (False, True):
+            cases.check_route_by(runner, rng, experts, picks, tokens, score, is_biased)
 
 
 def test_resolve(runner: DeviceRunner, rng: np.random.Generator) -> None:

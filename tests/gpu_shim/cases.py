@@ -9,6 +9,7 @@ import numpy as np
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import kernels
 from tests.gpu_shim import reference as ref
+from tests.reference_model import route_by
 from tests.unit.test_car import choose
 
 # Float32 arithmetic in another order, and exp to 2 ulp: far below 1e-5 of the norm, far above any wrong index.
@@ -358,6 +359,38 @@ def check_route(runner: Runner, rng: np.random.Generator, experts: int, picks: i
         want_ids, want_weights = route_reference(logits.astype(np.float64), picks, bool(normalise), scale)
         np.testing.assert_array_equal(ids.get(), want_ids)
         np.testing.assert_allclose(weights.get(), want_weights, rtol=1e-5)
+
+
+def check_route_by(
+    runner: Runner, rng: np.random.Generator, experts: int, picks: int, tokens: int, score: str, is_biased: bool
+) -> None:
+    """Against the float64 model's router; the biased logits stay."""
+    scores = ("softmax", "sigmoid", "logits")
+    logits, bias, logit_bias = 3 * normal(rng, tokens, experts), normal(rng, experts), normal(rng, experts)
+    for normalise, scale in ((1, 1.0), (0, 2.5)):
+        ids, weights = runner.put(np.full((tokens, picks), -1, np.int32)), runner.put(poison(tokens, picks))
+        device_logits = runner.put(logits)
+        biases = (runner.put(logit_bias), runner.put(bias)) if is_biased else (None, None)
+        runner.launch("route_by", (tokens, 1, 1), device_logits, *biases, ids, weights, experts, picks,
+                      scores.index(score), normalise, scale)  # fmt: skip
+        seen = logits + logit_bias if is_biased else logits
+        np.testing.assert_array_equal(device_logits.get(), seen)
+        for token in range(tokens):
+            want, expected = route_by(
+                seen[token].astype(np.float64), picks, score, bias if is_biased else 0.0,
+                bool(normalise) and score != "logits", scale,
+            )  # fmt: skip
+            np.testing.assert_array_equal(ids.get()[token], want)
+            np.testing.assert_allclose(weights.get()[token], expected, rtol=2e-5)
+
+
+def check_ungroup(runner: Runner, rng: np.random.Generator, groups: int, length: int, tokens: int) -> None:
+    x, y = normal(rng, tokens, groups, length + 5), poison(tokens, groups * length + 3)
+    out = runner.put(y)
+    grid = (kernels.up(groups * length, 256), tokens, 1)
+    runner.launch("ungroup", grid, runner.put(x), out, groups, length + 5, 2, length, groups * length + 3, 1)
+    y[:, 1:-2] = x[:, :, 2 : 2 + length].reshape(tokens, -1)
+    np.testing.assert_array_equal(out.get(), y)
 
 
 def check_resolve(runner: Runner, rng: np.random.Generator, experts: int, picks: int) -> None:

@@ -6,6 +6,8 @@ import pytest
 
 from fomoe_io.serve.thoughts import ThoughtSplitter
 
+ANALYSIS, ANSWER = "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"
+
 
 def split(text: str, size: int, **options: bool) -> tuple[str, str]:
     splitter = ThoughtSplitter(**options)
@@ -28,6 +30,10 @@ def split(text: str, size: int, **options: bool) -> tuple[str, str]:
         ("</think>\n\nyes", True, ("", "yes")),
         ("<think></think>x", False, ("", "x")),
         ("", False, ("", "")),
+        (f"{ANALYSIS}hm <|end|> so{ANSWER}yes", False, ("hm <|end|> so", "yes")),
+        (f"{ANALYSIS}cut <|end|><|start|>", False, ("cut <|end|><|start|>", "")),
+        ("<|channel|>final<|message|>yes", False, ("", "yes")),
+        ("<|channel|>commentary to=f<|message|>{}", False, ("", "<|channel|>commentary to=f<|message|>{}")),
     ],
 )
 def test_split(text: str, is_thinking: bool, want: tuple[str, str], size: int) -> None:

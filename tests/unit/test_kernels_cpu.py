@@ -105,6 +105,7 @@ def test_rms_norm(runner: CpuRunner, rng: np.random.Generator, columns: int, tok
 
 def test_add_bias(runner: CpuRunner, rng: np.random.Generator) -> None:
     cases.check_add_bias(runner, rng, 320, 3)
+    cases.check_ungroup(runner, rng, 3, 100, 2)
 
 
 def test_silu_mul(runner: CpuRunner, rng: np.random.Generator) -> None:
@@ -155,6 +156,9 @@ def test_delta(
 @pytest.mark.parametrize(("experts", "picks", "tokens"), [(32, 4, 3), (512, 10, 2), (1000, 32, 1), (5, 5, 1)])
 def test_route(runner: CpuRunner, rng: np.random.Generator, experts: int, picks: int, tokens: int) -> None:
     cases.check_route(runner, rng, experts, picks, tokens)
+    for score in ("softmax", "sigmoid", "logits"):
+        for is_biased in (False, True):
+            cases.check_route_by(runner, rng, experts, picks, tokens, score, is_biased)
 
 
 def test_resolve(runner: CpuRunner, rng: np.random.Generator) -> None:

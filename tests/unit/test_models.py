@@ -1,4 +1,4 @@
-"""What runs and what is refused by name: keys, tensors, shapes and types of both architectures."""
+"""What runs and what is refused by name: keys, tensors, shapes and types of the architectures."""
 
 from __future__ import annotations
 
@@ -25,12 +25,18 @@ SHAPES = {
     "qwen3moe": Tiny(architecture="qwen3moe", rotated=32, layers=2, vocabulary=260),
     "qwen35moe": Tiny(vocabulary=260),
 }
+OTHERS = {
+    "qwen3next": Tiny(architecture="qwen3next", vocabulary=260),
+    "minimax-m2": Tiny(architecture="minimax-m2", layers=2, vocabulary=260),
+    "glm4moe": Tiny(architecture="glm4moe", dense_layers=1, layers=2, biased=True, vocabulary=260),
+    "gpt-oss": Tiny(architecture="gpt-oss", layers=2, biased=True, rotated=32, vocabulary=260),
+}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("models")
-    return {name: write_tiny(directory / f"{name}.gguf", shape, 5) for name, shape in SHAPES.items()}
+    return {name: write_tiny(directory / f"{name}.gguf", shape, 5) for name, shape in (SHAPES | OTHERS).items()}
 
 
 @pytest.fixture
@@ -206,6 +212,42 @@ ONE = {
 }
 
 
+OF_OTHERS = {
+    "a scale of no equation": ("qwen3next", key(attention__scale=0.5), "attention.scale is 0.5"),
+    "alphas of their own": ("qwen3next", extra("blk.0.ssm_alpha.weight", 4, 64), "tensor blk.0.ssm_alpha.weight"),
+    "both layouts": ("qwen3next", extra("blk.0.ssm_in.weight", 192, 64), "tensor blk.0.attn_"),
+    "no gating": ("minimax-m2", key(expert_gating_func=None), "expert_gating_func"),
+    "gating of another kind": ("minimax-m2", key(expert_gating_func=3), "expert_gating_func is 3"),
+    "no output": ("minimax-m2", without("output.weight"), "no tensor output.weight"),
+    "no bias of the choice": ("minimax-m2", without("blk.1.exp_probs_b.bias"), "no tensor blk.1.exp_probs_b.bias"),
+    "norms of a head": ("minimax-m2", changed("blk.0.attn_q_norm.weight", lambda a: a[:32]), r"\[32\], expected"),
+    "experts of another width": ("minimax-m2", key(feed_forward_length=96), "expected 8 of"),
+    "a bias of query": ("minimax-m2", extra("blk.0.attn_q.bias", 128), "tensor blk.0.attn_q.bias"),
+    "a shared expert's gate": (
+        "glm4moe",
+        extra("blk.1.ffn_gate_inp_shexp.weight", 1, 64),
+        "tensor blk.1.ffn_gate_inp_shexp.weight",
+    ),
+    "no bias of the choice there": ("glm4moe", without("blk.1.exp_probs_b.bias"), "no tensor blk.1.exp_probs_b.bias"),
+    "all layers dense": ("glm4moe", key(leading_dense_block_count=2), "leading_dense_block_count is 2"),
+    "experts in a dense layer": ("glm4moe", extra("blk.0.exp_probs_b.bias", 8), "tensor blk.0.exp_probs_b.bias"),
+    "sections of pictures": ("glm4moe", key(rope__dimension_sections=[4, 2, 2, 0]), "dimension_sections"),
+    "groups": ("glm4moe", key(expert_group_count=2), "expert_group_count is 2"),
+    "no window": ("gpt-oss", key(attention__sliding_window=None), "attention.sliding_window"),
+    "a window of none": ("gpt-oss", key(attention__sliding_window=0), "attention.sliding_window is 0"),
+    "no sinks": ("gpt-oss", without("blk.1.attn_sinks.weight"), "no tensor blk.1.attn_sinks.weight"),
+    "no bias of experts": ("gpt-oss", without("blk.0.ffn_up_exps.bias"), "no tensor blk.0.ffn_up_exps.bias"),
+    "a bias of other experts": (
+        "gpt-oss",
+        changed("blk.0.ffn_up_exps.bias", lambda a: a[:4]),
+        r"\[32, 4\], expected \[32, 8\]",
+    ),
+    "no output there": ("gpt-oss", without("output.weight"), "no tensor output.weight"),
+    "norms of heads": ("gpt-oss", extra("blk.0.attn_q_norm.weight", 32), "tensor blk.0.attn_q_norm.weight"),
+}
+ONE |= OF_OTHERS
+
+
 @pytest.mark.parametrize("case", ONE)
 def test_refused_in_one_architecture(check: Callable[[str, Edit], Model], case: str) -> None:
     architecture, edit, expected = ONE[case]
@@ -232,6 +274,19 @@ ACCEPTED = {
 def test_accepted(check: Callable[[str, Edit], Model], architecture: str, case: str) -> None:
     found = check(architecture, ACCEPTED[case])
     assert found.architecture is ARCHITECTURES[architecture] and found.shape.hidden == 32
+
+
+READ_OVER = {
+    "qwen3next": key(expert_weights_norm=False, expert_weights_scale=2.0, rope__scaling__yarn_beta_fast=8.0),
+    "minimax-m2": key(expert_weights_norm=False, expert_weights_scale=2.0, expert_feed_forward_length=999),
+    "glm4moe": key(expert_gating_func=None, expert_group_count=1, expert_group_used_count=1),
+    "gpt-oss": key(expert_weights_scale=2.0, rope__scaling__yarn_attn_factor=2.0, rope__scaling__yarn_ext_factor=0.5),
+}
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_keys_that_llama_cpp_reads_over(check: Callable[[str, Edit], Model], architecture: str) -> None:
+    assert check(architecture, READ_OVER[architecture]).shape == check(architecture, key()).shape
 
 
 def test_sizes_that_follow_from_tensors_and_lists(check: Callable[[str, Edit], Model]) -> None:

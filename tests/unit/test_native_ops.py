@@ -11,7 +11,18 @@ import pytest
 from fomoe_io import _cpu
 from fomoe_io._cpu import Kernels
 from fomoe_io.cpu import dot_library
-from tests.reference_model import l2_norm, rms_norm, rope, route, sigmoid, silu, softmax, softplus
+from tests.reference_model import (
+    clamped_swiglu,
+    l2_norm,
+    rms_norm,
+    rope,
+    route,
+    route_by,
+    sigmoid,
+    silu,
+    softmax,
+    softplus,
+)
 
 NATIVE = ctypes.CDLL(_cpu.__file__)
 SIZES = (1, 3, 31, 64, 128, 255, 256, 2048, 4097)
@@ -160,6 +171,72 @@ def test_route(experts: int, used: int) -> None:
     assert np.array_equal(ids, np.arange(used)) and weights.sum() == pytest.approx(2, rel=1e-6)
 
 
+class NativeRouter(ctypes.Structure):
+    _fields_ = (
+        ("experts", ctypes.c_int32), ("used", ctypes.c_int32), ("score", ctypes.c_int32), ("bias", ctypes.c_void_p),
+        ("groups", ctypes.c_int32), ("groups_used", ctypes.c_int32), ("normalise", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+    )  # fmt: skip
+
+
+SCORES = ("softmax", "sigmoid", "logits")
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("experts", "used", "groups", "left"), [(1, 1, 1, 1), (12, 4, 1, 1), (256, 8, 8, 4), (8, 2, 8, 3)]
+)
+def test_routers(score: str, biased: bool, experts: int, used: int, groups: int, left: int) -> None:
+    random = np.random.default_rng(experts + used)
+    for normalise, scale in ((0, 1.0), (1, 2.5)):
+        logits, bias = f32(random, experts) * 3, f32(random, experts)
+        router = NativeRouter(
+            experts, used, SCORES.index(score), pointer(bias) if biased else None, groups, left, normalise, scale
+        )
+        scratch, ids, weights = np.empty(2 * experts, np.float32), np.empty(used, np.int32), np.empty(used, np.float32)
+        NATIVE.fomoe_route_by(ctypes.byref(router), pointer(logits), pointer(scratch), pointer(ids), pointer(weights))
+        expected_ids, expected = route_by(
+            logits.astype(np.float64), used, score, bias if biased else 0.0, bool(normalise and score != "logits"),
+            scale, groups, left,
+        )  # fmt: skip
+        assert np.array_equal(ids, expected_ids)
+        close(weights, expected)
+
+
+def test_weights_of_almost_nothing_are_not_made_one() -> None:
+    """Their sum is divided by, but by no less than the smallest half float."""
+    logits, scratch = np.full(4, -30, np.float32), np.empty(8, np.float32)
+    ids, weights = np.empty(2, np.int32), np.empty(2, np.float32)
+    router = NativeRouter(4, 2, SCORES.index("sigmoid"), None, 1, 1, 1, 1.0)
+    NATIVE.fomoe_route_by(ctypes.byref(router), pointer(logits), pointer(scratch), pointer(ids), pointer(weights))
+    close(weights, sigmoid(np.full(2, -30.0)) * 2.0**14)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_clamped_swiglu(n: int) -> None:
+    random = np.random.default_rng(n)
+    gate, up, y = f32(random, n) * 6, f32(random, n) * 6, np.empty(n, np.float32)
+    gate[-1], up[-1] = 1e30, 1e30
+    NATIVE.fomoe_clamped_swiglu(n, pointer(gate), pointer(up), pointer(y))
+    close(y, clamped_swiglu(gate.astype(np.float64), up.astype(np.float64)))
+
+
+@pytest.mark.parametrize("sink", [-40.0, 0.5, 60.0])
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_attention_with_a_sink(length: int, sink: float) -> None:
+    random = np.random.default_rng(length)
+    q, keys, values = f32(random, 64), f32(random, length, 64), f32(random, length, 64)
+    scores, out, stride = np.empty(length, np.float32), np.empty(64, np.float32), ctypes.c_int64(64)
+    logit = np.array([sink], np.float32)
+    NATIVE.fomoe_attention_head(
+        64, 64, ctypes.c_int64(length), ctypes.c_float(0.3), pointer(q), pointer(keys), stride, pointer(values), stride,
+        pointer(scores), pointer(logit), pointer(out),
+    )  # fmt: skip
+    p = softmax(np.append(0.3 * keys.astype(np.float64) @ q, sink))[:length]
+    close(out, p @ values, 1e-5)
+
+
 class NativeType(ctypes.Structure):
     _fields_ = (
         ("type", ctypes.c_int32), ("activation_type", ctypes.c_int32), ("block_elements", ctypes.c_int32),
@@ -180,7 +257,7 @@ DOT = ctypes.CFUNCTYPE(
     ctypes.c_int,
 )
 CONVERT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-PORTABLE = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K)
+PORTABLE = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.MXFP4)
 
 
 @pytest.fixture(params=["ggml", "portable"])
@@ -206,13 +283,15 @@ def convert(kernels: Kernels, kind: int, x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", PORTABLE, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("n", [256, 512, 2048])
+@pytest.mark.parametrize("n", [256, 512, 2048, 2080])
 def test_dot(kernels: Kernels, kind: Type, n: int) -> None:
     """Exact up to float summation once the activation is what its quantizer made of it."""
     from tests.tiny_model import random_blocks
 
     random = np.random.default_rng(n + int(kind))
     t = native_type(kernels, int(kind))
+    if n % t.block_elements or (n % 256 and t.activation_type == 15):
+        pytest.skip("no whole blocks")
     raw = np.array(random_blocks(kind, (n, 1), 0.1, random))
     weights = gguf.quants.dequantize(raw, kind).astype(np.float64).reshape(-1)
     x = f32(random, n)

@@ -14,9 +14,11 @@ typedef struct { half d, dmin; uint8_t scales[12]; uint8_t q[SUPER / 2]; } block
 typedef struct { half d, dmin; uint8_t scales[12]; uint8_t high[SUPER / 8]; uint8_t q[SUPER / 2]; } block_q5_K;
 typedef struct { uint8_t low[SUPER / 2]; uint8_t high[SUPER / 4]; int8_t scales[SUPER / 16]; half d; } block_q6_K;
 
-typedef struct { uint8_t e; uint8_t q[16]; } block_mxfp4; /* number j < 16: the low half of byte j; j + 16: the high one */
+/* number j < 16: the low half of byte j; j + 16: the high one */
+typedef struct { uint8_t e; uint8_t q[16]; } block_mxfp4;
 
-_Static_assert(sizeof(block_mxfp4) == 17 && sizeof(block_q8_0) == 34 && sizeof(block_q8_K) == 292 && sizeof(block_q4_K) == 144 &&
+_Static_assert(sizeof(block_mxfp4) == 17, "blocks lie in files without padding");
+_Static_assert(sizeof(block_q8_0) == 34 && sizeof(block_q8_K) == 292 && sizeof(block_q4_K) == 144 &&
                sizeof(block_q5_K) == 176 && sizeof(block_q6_K) == 210, "blocks lie in files without padding");
 
 #endif

@@ -62,6 +62,16 @@ KERNEL(256, add_bias)(float *x, const float *bias, int columns) {
 }
 EXPORT_KERNEL(add_bias)
 
+// Parts of rows that come group by group, brought together: y[at + g * length + i] = x[g * stride + first + i].
+// x: [tokens][groups * stride]; y: [tokens][y_columns].  Grid (groups * length / 256 rounded up, tokens).
+KERNEL(256, ungroup)(const float *x, float *y, int groups, int stride, int first, int length, int y_columns, int at) {
+    start_kernel();
+    const int i = block_x() * 256 + thread_index();
+    if (i >= groups * length) return;
+    y[(u64)block_y() * y_columns + at + i] = x[((u64)block_y() * groups + i / length) * stride + first + i % length];
+}
+EXPORT_KERNEL(ungroup)
+
 struct cache_f32 {
     typedef float element;
     static DEVICE_MEMBER quad get_quad(const float *p) { return *(const quad *)p; }

@@ -192,6 +192,66 @@ KERNEL(ROUTER_THREADS, route)
 }
 EXPORT_KERNEL(route)
 
+#define SCORE_SOFTMAX 0
+#define SCORE_SIGMOID 1
+#define SCORE_LOGITS 2
+
+// Routers of other kinds: p = softmax or sigmoid of logits + logit_bias, or those themselves.  The picks are the largest
+// p + bias; weight = p without the bias, or the softmax of the picks' logits.  Both biases may be null; logits: changed
+// where there is a logit_bias.  Grid (tokens).
+KERNEL(ROUTER_THREADS, route_by)
+(float *logits, const float *logit_bias, const float *bias, int *ids, float *weights, int experts, int picks, int score,
+ int normalise, float scale) {
+    start_kernel();
+    __shared__ float p[ROUTER_EXPERTS], choice[ROUTER_EXPERTS], chosen[MOST_PICKS], most_of[ROUTER_THREADS / 32];
+    __shared__ int block_ids[MOST_PICKS];
+    const int token = block_x(), t = thread_index();
+    float most = -infinity(), sum = 0.f;
+    for (int e = t; e < experts; e += ROUTER_THREADS) {
+        float *logit = logits + (u64)token * experts + e;
+        if (logit_bias) *logit += logit_bias[e];
+        p[e] = *logit;
+        most = larger(most, p[e]);
+    }
+    if (t < picks) block_ids[t] = t;  // a NaN leaves places untaken
+    most = warp_max(most);
+    if (lane_index() == 0) most_of[warp_index()] = most;
+    sync_block();
+    for (int i = 0; i < ROUTER_THREADS / 32; ++i) most = larger(most, most_of[i]);
+    for (int e = t; e < experts; e += ROUTER_THREADS) {
+        if (score == SCORE_SOFTMAX) p[e] = exponential(p[e] - most), sum += p[e];
+        if (score == SCORE_SIGMOID) p[e] = sigmoid(p[e]);
+    }
+    sum = block_sum<ROUTER_THREADS / 32>(sum);
+    for (int e = t; e < experts; e += ROUTER_THREADS) {
+        if (score == SCORE_SOFTMAX) p[e] = p[e] / sum;
+        choice[e] = bias ? p[e] + bias[e] : p[e];
+    }
+    sync_block();
+    const int found = largest(choice, experts, picks, block_ids);
+    if (t < picks) {
+        const float value = p[block_ids[t]];
+        chosen[t] = t >= found ? not_a_number() : score == SCORE_LOGITS ? exponential(value - p[block_ids[0]]) : value;
+    }
+    sync_block();
+    if (t >= picks) return;
+    float total = 0.f;
+    for (int i = 0; i < picks; ++i) total += chosen[i];
+    const float divisor = score == SCORE_LOGITS ? total : normalise ? larger(total, 6.103515625e-05f) : 1.f;
+    ids[token * picks + t] = block_ids[t];
+    weights[token * picks + t] = chosen[t] / divisor * scale;
+}
+EXPORT_KERNEL(route_by)
+
+// The picks of a router of another kind, after route_by.  Grid (1).
+KERNEL(ROUTER_THREADS, resolve_picks)
+(const int *ids, const float *weights, const u64 *record_of, u64 *records, void *post, const replayed *run,
+ replayed *misses, int pairs) {
+    start_kernel();
+    resolve(ids, ids, weights, record_of, records, (u64 *)post, run, misses, pairs);
+}
+EXPORT_KERNEL(resolve_picks)
+
 // The first node of a token's graph: the run's header, and the tables that have changed, from the host's memory into the
 // device's.  A kernel brings them and not a copy, because what a copy has written may be stale for a replayed graph.
 // host_header, changed, host_tables: in host memory; header: header_quads times 16 bytes; changed: a word a layer;
