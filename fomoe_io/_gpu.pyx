@@ -95,8 +95,8 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
     ctypedef struct fomoe_tile:
         pass
     void fomoe_device_batch_begin(fomoe_device_experts *, int tokens, void *compute)
-    int fomoe_device_batch_layer(fomoe_device_experts *, int layer, const int32_t *picks, const float *weights, int tokens,
-                                 int32_t *order)
+    int fomoe_device_batch_layer(fomoe_device_experts *, int layer, const int32_t *picks, const float *weights,
+                                 int tokens, int32_t *order)
     int fomoe_device_batch_next(fomoe_device_experts *, int layer, fomoe_tile *tiles, int *count)
     int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *, const double *, int count)
     int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens)
