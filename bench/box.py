@@ -137,7 +137,7 @@ def limited(options: argparse.Namespace, tokens: np.ndarray, car: CarRule | None
         "shares": {name: tier["hits"] / s["expert_requests"] for name, tier in s["tiers"].items()},
         "substituted": s["substitutions"] / s["expert_requests"],
         "stall_ms_a_token": {name: 1e3 * seconds / count for name, seconds in s["stall_seconds"].items()},
-        "device": s["device"], "reader": s["reader"],
+        "host_us_a_miss": s.get("host_us_per_miss"), "device": s["device"], "reader": s["reader"],
     }  # fmt: skip
     return result, drive
 

@@ -30,6 +30,12 @@ def leave_while_loading() -> None:
         signal.signal(signal.SIGINT, _leave)
 
 
+def heed_interrupts() -> None:
+    """Everything is loaded: Ctrl-C is Python's again."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _start(module: str) -> int:
     open_streams()
     # a shell's background jobs do not

@@ -10,12 +10,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from fomoe_io.commands import open_streams
+from fomoe_io.commands import heed_interrupts, open_streams
 from fomoe_io.errors import FomoeError, printable
 
 
 def run_command(program: str, main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake becomes one line on stderr and exit code 1, Ctrl-C 130, SIGTERM 143."""
+    heed_interrupts()
     open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where the locale lacks a character, as a model may write any
