@@ -201,5 +201,5 @@ def test_the_engine_under_the_storm(
     def open_fake(paths: list[Path], **_: object) -> Reader:
         return Reader(FakeRing(library, paths, faults=faults, sub_read_bytes=8 * PAGE), 8)
 
-    monkeypatch.setattr("fomoe_io.engine.open_reader", open_fake)
+    monkeypatch.setattr("fomoe_io.open_model.open_reader", open_fake)
     assert logits() == expected
