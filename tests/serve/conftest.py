@@ -97,7 +97,8 @@ def serving(open_engine: Callable[[], Engine], config: ServeConfig, *, wait: boo
 @pytest.fixture(scope="session")
 def open_demo(demo_model: Path) -> Callable[[], Engine]:
     """Opens the demo model with a small context."""
-    return lambda: Engine.open(demo_model, EngineConfig(context_tokens=CONTEXT, batch_tokens=32, threads=2))
+    config = EngineConfig(context_tokens=CONTEXT, batch_tokens=32, threads=2, sessions=2)
+    return lambda: Engine.open(demo_model, config)
 
 
 @pytest.fixture(scope="session")
