@@ -245,3 +245,36 @@ class StatePool:
         """A place that is free again."""
         assert place not in self._free
         self._free.append(place)
+
+
+class PooledState:
+    """What the states of all backends have in common: a place in a pool, given back once.
+
+    Parameters
+    ----------
+    pool : StatePool
+
+    Raises
+    ------
+    BudgetError
+        It is full.
+    """
+
+    _is_open = False  # of one that was never made: __del__ sees it
+
+    def __init__(self, pool: StatePool) -> None:
+        self._pool, self.place = pool, pool.take()
+        self._is_open = True
+
+    def _release(self) -> None:
+        """Give memory of its own back."""
+
+    def close(self) -> None:
+        """Give it back.  Idempotent."""
+        if self._is_open:
+            self._is_open = False
+            self._release()
+            self._pool.give(self.place)
+
+    def __del__(self) -> None:
+        self.close()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fomoe_io import _cpu
-from fomoe_io.backend import Batch, Budgets, Counters, Span, StatePool
+from fomoe_io.backend import Batch, Budgets, Counters, PooledState, Span, StatePool
 from fomoe_io.cpu import dot_library
 from fomoe_io.cpu.recorder import CpuRecorder, Embedding, StateLayout
 from fomoe_io.cpu.weights import Weights
@@ -21,17 +21,17 @@ from fomoe_io.experts.slots import SlotLayout, native_layers, share_slots, slot_
 from fomoe_io.open_model import OpenModel
 from fomoe_io.ram_budget import RamBudget
 from fomoe_io.storage.reader import aligned_memory
+from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES
 from fomoe_io.units import format_bytes
 
 
-class CpuState:
+class CpuState(PooledState):
     """A session's memory in host memory."""
 
     def __init__(self, layout: StateLayout, pool: StatePool) -> None:
-        self._pool, self._place = pool, pool.take()
         self._zeroed = layout.zeroed
-        self._memory = aligned_memory(max(layout.bytes, 4096))
-        self._is_open = True
+        self._memory = aligned_memory(max(layout.bytes, LEAST_BLOCK_BYTES))  # address space alone, until it is used
+        super().__init__(pool)
 
     @property
     def address(self) -> int:
@@ -43,16 +43,8 @@ class CpuState:
         for offset, size in self._zeroed:
             np.frombuffer(self._memory.view, np.uint8, size, offset)[:] = 0
 
-    def close(self) -> None:
-        """Give it back."""
-        if self._is_open:
-            self._is_open = False
-            self._memory.close()
-            self._pool.give(self._place)
-
-    def __del__(self) -> None:
-        if getattr(self, "_is_open", False):
-            self.close()
+    def _release(self) -> None:
+        self._memory.close()
 
 
 class CpuBackend:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fomoe_io import _gpu, _hip
-from fomoe_io.backend import Batch, Counters, Span, StatePool
+from fomoe_io.backend import Batch, Counters, PooledState, Span, StatePool
 from fomoe_io.errors import DeviceError, UsageError
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import slot_layout
@@ -27,6 +27,7 @@ from fomoe_io.gpu.sharing import DRAM, VRAM, Sharing
 from fomoe_io.gpu.token import TokenRunner
 from fomoe_io.open_model import OpenModel
 from fomoe_io.storage.reader import aligned_memory
+from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES
 from fomoe_io.units import format_bytes
 
 if TYPE_CHECKING:
@@ -36,26 +37,14 @@ PRODUCT_PROMPT_TOKENS = 32
 """Prompts from so many tokens on use the vendor's library."""
 
 
-class GpuState:
+class GpuState(PooledState):
     """A session's memory on the device."""
 
-    def __init__(self, backend: GpuBackend, pool: StatePool) -> None:
-        self._backend, self._pool, self.place = backend, pool, pool.take()
-        self._is_open, self.is_clear = True, False
+    is_clear = False
 
     def clear(self) -> None:
         """Before its next token: the device may be at work for another session now."""
         self.is_clear = False
-
-    def close(self) -> None:
-        """Give it back."""
-        if self._is_open:
-            self._is_open = False
-            self._pool.give(self.place)
-
-    def __del__(self) -> None:
-        if getattr(self, "_is_open", False):
-            self.close()
 
 
 class GpuBackend:
@@ -141,9 +130,9 @@ class GpuBackend:
         """Take the memory and make the programs."""
         b, gpu, sharing, opened = self.budgets, self.gpu, self.sharing, self._opened
         self._shared = SharedWords(gpu, part_sizes(sharing.sketch, opened.shape, b.batch_tokens))
-        self.pool = aligned_memory(max(b.pool_bytes, 4096))
+        self.pool = aligned_memory(max(b.pool_bytes, LEAST_BLOCK_BYTES))
         self._pool_registration = gpu.register(np.frombuffer(self.pool.view, np.uint8))
-        opened.reader.register_buffers(self.pool.address, max(b.pool_bytes, 4096))
+        opened.reader.register_buffers(self.pool.address, max(b.pool_bytes, LEAST_BLOCK_BYTES))
         buffers = [gpu.allocate(max(n, 256)) for n in sharing.sketch.fixed_bytes]
         vram = gpu.allocate(max(b.vram_pool_bytes, 256))
         self.buffers = [*buffers, vram]
@@ -220,7 +209,7 @@ class GpuBackend:
 
     def new_state(self) -> GpuState:
         """Memory for another session."""
-        return GpuState(self, self._states)
+        return GpuState(self._states)
 
     def run(self, batch: Batch, logits: np.ndarray) -> None:
         """Read tokens, a session's after another's."""

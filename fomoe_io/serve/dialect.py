@@ -186,6 +186,15 @@ class Dialect(ABC):
             "completion_tokens_details": {"reasoning_tokens": sum(answer.thought_tokens for answer in self.answers)},
         }
 
+    def probability(self, probability: Probability) -> dict[str, Any]:
+        """A chosen token with its alternatives, as OpenAI's chat and llama.cpp have it."""
+        top = [self._token(token, logprob) for token, logprob in probability.top]
+        return {**self._token(probability.token, probability.logprob), "top_logprobs": top}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text, raw = self.token_text(token)
+        return {"id": token, "token": text, "bytes": raw, "logprob": logprob}
+
     def token_text(self, token: int) -> tuple[str, list[int]]:
         """A token's text, and its bytes: of a part of a character only these are true."""
         raw = self.form.tokenizer.decode_bytes(token, special=True)

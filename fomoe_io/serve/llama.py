@@ -11,7 +11,6 @@ from fomoe_io.serve.dialect import Answer, Dialect, Format, Prepared, server_sen
 from fomoe_io.serve.jobs import Piece, Progress, Work
 from fomoe_io.serve.openai import chat_messages, progress_document, thinking_of
 from fomoe_io.serve.prompts import Prompt, Prompts
-from fomoe_io.serve.sampling import Probability
 from fomoe_io.serve.schema import Sampled, read
 from fomoe_io.serve.settings import ServeConfig
 from fomoe_io.serve.thoughts import Part
@@ -131,7 +130,7 @@ class LlamaCompletion(Dialect):
             return
         chunk = self._partial(answer, text, self._take_unsent())
         if piece.probability is not None:
-            chunk["completion_probabilities"] = [self._probability(piece.probability)]
+            chunk["completion_probabilities"] = [self.probability(piece.probability)]
         if self.form.has_timings:
             chunk["timings"] = answer.timings.document()
         yield server_sent(chunk)
@@ -169,7 +168,7 @@ class LlamaCompletion(Dialect):
     def _whole(self, answer: Answer) -> dict[str, Any]:
         found = self._final(answer)
         if answer.probabilities:
-            found["completion_probabilities"] = [self._probability(p) for p in answer.probabilities]
+            found["completion_probabilities"] = [self.probability(p) for p in answer.probabilities]
         return found
 
     def _final(self, answer: Answer) -> dict[str, Any]:
@@ -191,14 +190,6 @@ class LlamaCompletion(Dialect):
             "tokens_cached": answer.cached_tokens,
             "timings": answer.timings.document(),
         }
-
-    def _probability(self, probability: Probability) -> dict[str, Any]:
-        top = [self._token(token, logprob) for token, logprob in probability.top]
-        return {**self._token(probability.token, probability.logprob), "top_logprobs": top}
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text, raw = self.token_text(token)
-        return {"id": token, "token": text, "bytes": raw, "logprob": logprob}
 
 
 # ---- what needs no engine ----

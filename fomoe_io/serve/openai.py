@@ -229,7 +229,7 @@ class Chat(OpenAI):
         deltas = [_delta_of(part) for part in parts]
         logprobs = None
         if piece.probability is not None:
-            logprobs = {"content": [self._logprob(piece.probability)], "refusal": None}
+            logprobs = {"content": [self.probability(piece.probability)], "refusal": None}
             deltas = deltas or [{}]
         for number, delta in enumerate(deltas):
             yield self._delta(answer, delta, logprobs=None if number else logprobs, **self._timings(answer))
@@ -254,21 +254,13 @@ class Chat(OpenAI):
         message: dict[str, Any] = {"role": "assistant", "content": answer.text}
         if answer.thoughts:
             message["reasoning_content"] = answer.thoughts
-        content = [self._logprob(probability) for probability in answer.probabilities]
+        content = [self.probability(probability) for probability in answer.probabilities]
         return {
             "index": answer.index,
             "message": message,
             "logprobs": {"content": content, "refusal": None} if content else None,
             "finish_reason": answer.finish_reason,
         }
-
-    def _logprob(self, probability: Probability) -> dict[str, Any]:
-        top = [self._token(token, logprob) for token, logprob in probability.top]
-        return {**self._token(probability.token, probability.logprob), "top_logprobs": top}
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text, raw = self.token_text(token)
-        return {"id": token, "token": text, "bytes": raw, "logprob": logprob}
 
 
 class Completion(OpenAI):

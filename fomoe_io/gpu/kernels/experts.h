@@ -74,8 +74,7 @@ DEVICE const u8 *await_record(u64 *late, const void *reply, const replayed *run,
         const u32 number = now(run);
         u64 record = system_load8(late + pair);
         for (u32 looks = 0; !record; ++looks) {
-            // Every look at the host's memory is a transfer over the link, which the copies need: one block of a pair
-            // looks, the others at the device's memory, and at the host's about once in a millisecond.
+            // every look is a transfer over the link, which the copies need: the others ask about once in a millisecond
             if (is_first || looks % 4096 == 4095) {
                 const bool is_over = system_load4(stop) != 0;
                 if (system_load4(a.has_inputs + pair) == number) {
