@@ -53,13 +53,13 @@ class Engine:
         What its sessions have read since :meth:`reset_statistics`.
     """
 
-    def __init__(self, store: Store, config: EngineConfig) -> None:
+    def __init__(self, store: Store, config: EngineConfig, peak_bytes_before: int = 0) -> None:
         started = time.monotonic()
         self.gate = Gate()
         self.kept_counts: dict[int, np.ndarray] = {}  # what a learned profile has of this run already
         self.store, self.config = store, config
         self.metadata, self.model_name = store.metadata, store.model_name
-        self._opened = OpenModel(store, config, self.gate)
+        self._opened = OpenModel(store, config, self.gate, peak_bytes_before)
         self._backend: Backend | None = None
         self.usage = Usage()
         self._trace: _cpu.Trace | None = None
@@ -94,7 +94,8 @@ class Engine:
         FomoeError
             FormatError or StoreError for a bad model, BudgetError when `ram_bytes` is too small.
         """
-        return cls(Store.open(Path(path)), config or EngineConfig())
+        peak_bytes_before = peak_resident_bytes()
+        return cls(Store.open(Path(path)), config or EngineConfig(), peak_bytes_before)
 
     @property
     def backend(self) -> Backend:

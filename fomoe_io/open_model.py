@@ -33,6 +33,8 @@ class OpenModel:
     config : EngineConfig
     gate : Gate
         Who may be inside, and what ends a run.
+    peak_bytes_before : int
+        The most that the process had held before `store` was read.
 
     Attributes
     ----------
@@ -51,8 +53,8 @@ class OpenModel:
         The architecture is not supported, or a key or tensor is missing, absurd or not computed with.
     """
 
-    def __init__(self, store: Store, config: EngineConfig, gate: Gate) -> None:
-        self.store, self.config, self.gate = store, config, gate
+    def __init__(self, store: Store, config: EngineConfig, gate: Gate, peak_bytes_before: int) -> None:
+        self.store, self.config, self.gate, self.peak_bytes_before = store, config, gate, peak_bytes_before
         self.model = check_model(store)
         self.shape = self.model.shape
         self.context_tokens = config.context_tokens or min(self.shape.context_tokens, DEFAULT_CONTEXT_TOKENS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fomoe_io.config import EngineConfig
 from fomoe_io.errors import BudgetError, UsageError
 from fomoe_io.models.shape import Shape
-from fomoe_io.system.memory import available_bytes, peak_resident_bytes, process_bytes, rounded_budget
+from fomoe_io.system.memory import available_bytes, held_since, process_bytes, rounded_budget
 from fomoe_io.units import format_bytes
 
 RESERVE_BYTES = 24 << 20
@@ -24,6 +24,8 @@ class RamBudget:
     model_name : str
     shape : Shape
     config : EngineConfig
+    peak_bytes_before : int
+        The process's peak before anything of the model was read: what it held then and freed is not this engine's.
 
     Attributes
     ----------
@@ -38,8 +40,8 @@ class RamBudget:
         `config.slots` are more than there are experts, or fewer than a token needs.
     """
 
-    def __init__(self, model_name: str, shape: Shape, config: EngineConfig) -> None:
-        self._name, self._config = model_name, config
+    def __init__(self, model_name: str, shape: Shape, config: EngineConfig, peak_bytes_before: int) -> None:
+        self._name, self._config, self._peak_bytes_before = model_name, config, peak_bytes_before
         self.slots = config.slots
         if self.slots is not None and not shape.used <= self.slots <= shape.experts:
             raise UsageError(
@@ -66,7 +68,7 @@ class RamBudget:
         if limit is None:
             available = self.process_bytes + int(RAM_SHARE * available_bytes())
             limit = max(rounded_budget(available), min(smallest, available))
-        least = max(smallest, peak_resident_bytes())
+        least = max(smallest, held_since(self._peak_bytes_before))
         if limit < least:
             raise self.too_small(limit, least)
         return limit

@@ -296,7 +296,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     _read_escapes(options)
     _check(options)
-    check_targets([None if options.is_mute else options.json, options.output])
+    check_targets([None if options.is_mute else options.json, options.output, options.profile])
     if not options.quiet:
         for text in options.notes:
             note(f"note: {text}")

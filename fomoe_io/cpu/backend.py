@@ -178,7 +178,7 @@ class CpuBackend:
     def _share_memory(self, layouts: dict[int, SlotLayout]) -> Budgets:
         """Share the budget: process, resident weights, state and activations first, slots get the rest."""
         s, config = self._shape, self._config
-        ram = RamBudget(self._opened.store.model_name, s, config)
+        ram = RamBudget(self._opened.store.model_name, s, config, self._opened.peak_bytes_before)
         sketch = self._record(1, None)
         state = config.sessions * sketch.state.bytes
         per_token = sketch.activation_bytes + _cpu.Experts.workspace_bytes(self._experts_shape(1))

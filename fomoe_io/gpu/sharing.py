@@ -71,7 +71,7 @@ class Sharing:
         self.scratch_bytes = self._product_scratch_bytes()
         self.spares = (self._shape.used + EXTRA_SPARES, 2 * self._shape.used)
         self.sketch = self.recordings(Addresses())
-        self._ram = RamBudget(opened.store.model_name, self._shape, config)
+        self._ram = RamBudget(opened.store.model_name, self._shape, config, opened.peak_bytes_before)
         self.budgets = self._share()
 
     def recordings(self, addresses: Addresses, context_tokens: int | None = None) -> Recordings:

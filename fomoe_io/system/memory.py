@@ -39,6 +39,16 @@ def peak_resident_bytes() -> int:
     return _status_bytes("VmHWM")
 
 
+def held_since(peak_bytes_before: int) -> int:
+    """The most that the process has held since its peak was `peak_bytes_before`, as far as can be told.
+
+    Where the peak has not risen since, it is what the process holds now: a program that needed much before it opened
+    an engine is no reason to refuse a budget.
+    """
+    peak = peak_resident_bytes()
+    return peak if peak > peak_bytes_before else resident_bytes()
+
+
 # ---- a number that does not change from run to run ----
 
 

@@ -115,6 +115,7 @@ def test_nobody_waits_in_the_dark(demo_model: Path, tmp_path: Path) -> None:
     terminal.type("unseen")
     seen = terminal.wait_for("context", 60)
     assert "unseen" not in seen
+    terminal.wait_for("unseen")  # now it is in the next line; a key before that might be the answer's
     terminal.type("\x03")
     terminal.type("\x04")
     assert terminal.close() == 0

@@ -98,12 +98,28 @@ def shared(model: Path, **options: object) -> Budgets:
 
 def test_pages_more_or_less_change_nothing(demo_model: Path, smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the process happens to hold when it opens varies from run to run; slots and batches do not."""
-    monkeypatch.setattr("fomoe_io.ram_budget.peak_resident_bytes", lambda: 0)  # pytest's
+    monkeypatch.setattr("fomoe_io.ram_budget.held_since", lambda _: 0)  # pytest's
     found = []
     for held in (52 << 20, (52 << 20) + 4096, (53 << 20) + 12288, 57 << 20):
         monkeypatch.setattr(memory, "resident_bytes", lambda *_, held=held: held)
         found.append(shared(demo_model, ram_bytes=(smallest + 20) << 20))
     assert all(budgets == found[0] for budgets in found[1:]), found
+
+
+def test_what_was_held_and_freed_before_is_not_the_engines(demo_model: Path) -> None:
+    """A program that needed much memory once may still open a model in less; one that holds it may not."""
+    code = f"""
+import sys, numpy
+from fomoe_io import Engine, EngineConfig
+held = numpy.ones(600 << 20, numpy.uint8)
+if sys.argv[1] == "freed":
+    del held
+Engine.open({str(demo_model)!r}, EngineConfig(context_tokens=512, threads=1, ram_bytes=300 << 20)).close()
+"""
+    for what, code_of_end in (("freed", 0), ("held", 1)):
+        done = subprocess.run([sys.executable, "-c", code, what], capture_output=True, text=True, timeout=60)
+        assert done.returncode == code_of_end, done.stderr
+    assert "a memory budget of 315 MB is too small" in done.stderr
 
 
 def test_an_automatic_budget_repeats(demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
