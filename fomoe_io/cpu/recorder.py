@@ -15,6 +15,7 @@ import numpy as np
 
 from fomoe_io import _cpu
 from fomoe_io._cpu import Experts, Matrix, Rows
+from fomoe_io.backend import StateParts
 from fomoe_io.errors import UsageError
 from fomoe_io.models.recorder import (
     CAR_NEEDS_LOGITS,
@@ -45,11 +46,11 @@ class Embedding:
 
 
 class StateLayout:
-    """Offsets of a session's memory: recurrent state (zero at the start) first come, KV caches after."""
+    """Offsets of a session's memory, in the order in which the model asks for them."""
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.zeroed: list[tuple[int, int]] = []
+        self.parts = StateParts()
 
     def take(self, floats: int, *, zeroed: bool) -> int:
         """Reserve float32 elements on a cache line; return their offset in bytes."""
@@ -57,7 +58,13 @@ class StateLayout:
         size = (floats * 4 + 63) // 64 * 64
         self.bytes += size
         if zeroed:
-            self.zeroed.append((offset, size))
+            self.parts.recurrent.append((offset, size))
+        return offset
+
+    def take_cache(self, heads: int, positions: int, columns: int) -> int:
+        """Reserve keys or values, a stream of positions a head."""
+        offset = self.take(heads * positions * columns, zeroed=False)
+        self.parts.streams += [(offset + 4 * head * positions * columns, 4 * columns) for head in range(heads)]
         return offset
 
 
@@ -185,9 +192,8 @@ class CpuRecorder:
 
     def kv_cache(self, heads: int, columns: int) -> KvCache:
         """Offsets in a session's memory."""
-        floats = heads * self.context_tokens * columns
-        keys = self.state.take(floats, zeroed=False)
-        return KvCache(keys, self.state.take(floats, zeroed=False), heads, columns)
+        keys, values = (self.state.take_cache(heads, self.context_tokens, columns) for _ in range(2))
+        return KvCache(keys, values, heads, columns)
 
     def attention(
         self, query: Rows, key: Rows, value: Rows, table: Rows, cache: KvCache, op: Attention[np.ndarray]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fomoe_io.backend import StateParts
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.kernels import up
 
@@ -119,17 +120,23 @@ class Mailbox:
 
 
 class DeviceState:
-    """Addresses of a session's memory; `zeroed` lists (address, bytes) that a new session clears."""
+    """Addresses of a session's memory; a new session clears what is recurrent."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self.zeroed: list[tuple[int, int]] = []
+        self.parts = StateParts()
 
     def take(self, floats: int, *, zeroed: bool) -> int:
         """Reserve float32 elements; return their address."""
         address = self._arena.take(4 * floats)
         if zeroed:
-            self.zeroed.append((address, 4 * floats))
+            self.parts.recurrent.append((address, 4 * floats))
+        return address
+
+    def take_cache(self, positions: int, row_bytes: int) -> int:
+        """Reserve keys or values, a row a position."""
+        address = self._arena.take(positions * row_bytes)
+        self.parts.streams.append((address, row_bytes))
         return address
 
 

@@ -22,8 +22,9 @@ from fomoe_io.gpu.products import WORKSPACE_BYTES, DenseProducts
 from fomoe_io.gpu.prompts import PromptRunner
 from fomoe_io.gpu.recorder import CAR_BYTES
 from fomoe_io.gpu.recordings import Addresses, ModelSource
-from fomoe_io.gpu.shared import SharedWords, part_sizes
+from fomoe_io.gpu.shared import STAGING_BYTES, SharedWords, part_sizes
 from fomoe_io.gpu.sharing import DRAM, VRAM, Sharing
+from fomoe_io.gpu.state_copies import StateCopies
 from fomoe_io.gpu.token import TokenRunner
 from fomoe_io.open_model import OpenModel
 from fomoe_io.storage.reader import aligned_memory
@@ -42,9 +43,31 @@ class GpuState(PooledState):
 
     is_clear = False
 
+    def __init__(self, pool: StatePool, copies: StateCopies) -> None:
+        self._copies = copies
+        self.row_bytes, self.recurrent_bytes = copies.parts.row_bytes, copies.parts.recurrent_bytes
+        super().__init__(pool)
+
     def clear(self) -> None:
         """Before its next token: the device may be at work for another session now."""
         self.is_clear = False
+
+    def save_rows(self, first: int, count: int) -> np.ndarray:
+        """KV of tokens."""
+        return self._copies.rows_out(first, count)
+
+    def load_rows(self, first: int, rows: np.ndarray) -> None:
+        """Put KV back."""
+        self._copies.rows_in(first, rows)
+
+    def save_recurrent(self) -> np.ndarray:
+        """All that is recurrent."""
+        return self._copies.recurrent_out() if self.is_clear else np.zeros(self.recurrent_bytes, np.uint8)
+
+    def load_recurrent(self, saved: np.ndarray) -> None:
+        """Put it back."""
+        self._copies.recurrent_in(saved)
+        self.is_clear = True
 
 
 class GpuBackend:
@@ -209,7 +232,8 @@ class GpuBackend:
 
     def new_state(self) -> GpuState:
         """Memory for another session."""
-        return GpuState(self._states)
+        staging = self._shared.part("staging", 0, STAGING_BYTES)
+        return GpuState(self._states, StateCopies(self.gpu.stream, self.recorded.token.state.parts, staging))
 
     def run(self, batch: Batch, logits: np.ndarray) -> None:
         """Read tokens, a session's after another's."""
@@ -240,7 +264,7 @@ class GpuBackend:
         """The state's memory is what the programs use."""
         assert isinstance(state, GpuState)
         if not state.is_clear:
-            for address, size in self.recorded.token.state.zeroed:
+            for address, size in self.recorded.token.state.parts.recurrent:
                 self.gpu.stream.fill(address, 0, size)
             state.is_clear = True
 

@@ -264,9 +264,8 @@ class DeviceRecorder:
 
     def kv_cache(self, heads: int, columns: int) -> KvCache:
         """Addresses in a session's memory."""
-        floats = heads * self.context_tokens * columns
-        keys = self.state.take(floats, zeroed=False)
-        return KvCache(keys, self.state.take(floats, zeroed=False), heads, columns)
+        keys, values = (self.state.take_cache(self.context_tokens, 4 * heads * columns) for _ in range(2))
+        return KvCache(keys, values, heads, columns)
 
     def attention(
         self, query: DeviceRows, key: DeviceRows, value: DeviceRows, table: DeviceRows, cache: KvCache,
