@@ -172,7 +172,8 @@ class GpuBackend:
         self.tokens = TokenRunner(gpu, self._experts, r, self._shared, embedding, opened.shape, opened.config)
         self._prompts = PromptRunner(
             gpu, self._experts, r.layers, opened.shape, r.inputs, self._shared.part("inputs", 0, r.inputs.bytes),
-            r.inputs_address, r.batch, embedding.read, self._products, self._check,
+            r.inputs_address, r.batch, embedding.read, self._products, opened.gate,
+            self._check,
         ) if b.batch_tokens > 1 else None  # fmt: skip
 
     def _device_experts(self, vram_address: int, events: list[list[_hip.Event]]) -> _gpu.DeviceExperts:
@@ -192,7 +193,7 @@ class GpuBackend:
         )  # fmt: skip
         return _gpu.DeviceExperts(
             layers, classes, b.slot_table, s.used, policy_number(config.policy), DECAY, reader.address, self._streams,
-            events, (reader, self.pool, self._shared, self.buffers),
+            events, self._opened.gate, (reader, self.pool, self._shared, self.buffers),
         )  # fmt: skip
 
     def _fill(self) -> None:

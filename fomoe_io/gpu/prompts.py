@@ -16,6 +16,7 @@ from fomoe_io.gpu.batch_recorder import LOGITS_TOKENS, BatchRecorder, DenseProdu
 from fomoe_io.gpu.kernels import up
 
 if TYPE_CHECKING:
+    from fomoe_io._gate import Gate
     from fomoe_io.gpu.device import Gpu
     from fomoe_io.gpu.products import DenseProducts
     from fomoe_io.models.shape import Shape
@@ -93,6 +94,8 @@ class PromptRunner:
         (ids, rows) fills uint8 rows with the tokens' embeddings.
     products : DenseProducts or None
         The vendor's library, when it is there.
+    gate : Gate
+        What ends a batch before its time, and is told how far it is.
     check : callable
         Raises what an error code of a read stands for.
     """
@@ -109,11 +112,13 @@ class PromptRunner:
         record: Callable[[int, bool], BatchRecorder],
         embed: Callable[[np.ndarray, np.ndarray], None],
         products: DenseProducts | None,
+        gate: Gate,
         check: Callable[[int], None],
     ) -> None:
         self._gpu, self._experts, self._layers, self._shape = gpu, experts, layers, shape
         self._inputs, self._host, self._device_address = inputs, host, device_address
         self._record, self._embed, self._products, self._check = record, embed, products, check
+        self._gate = gate
         self._programs: dict[tuple[int, bool], _Program] = {}
         self._posted = gpu.event()
         self._is_running = False
@@ -170,11 +175,12 @@ class PromptRunner:
         tokens, stream = len(joined.ids), self._gpu.stream
         program = self._program(tokens, uses_products)
         if self._is_running:  # the last run was interrupted: the device may still read what the host wrote for it
-            stream.synchronize()
+            stream.synchronize(self._gate)
         self._is_running = True
         self._fill_inputs(program.recorder, joined, states)
         self._experts.begin_batch(tokens, stream)
-        for step in program.steps:
+        for i, step in enumerate(program.steps):
+            self._gate.tell(i, len(program.steps))
             if isinstance(step, PostPicks):
                 address, nbytes = self._host.ctypes.data, 4 * tokens * self._shape.used
                 stream.copy_out(address + self._inputs.picks, step.ids, nbytes)
@@ -200,7 +206,7 @@ class PromptRunner:
     def _serve(self, step: ServeExperts, tokens: int, picks: np.ndarray | None) -> None:
         """Bring a layer's experts wave by wave; what is there is computed with while the next are read."""
         at, gpu, e, pairs = self._inputs, self._gpu, self._layers[step.layer], tokens * step.used
-        self._posted.synchronize()
+        self._posted.synchronize(self._gate)
         found = self._words(at.picks, pairs, np.int32).reshape(tokens, step.used)
         if picks is not None:
             picks[step.layer] = found
@@ -234,8 +240,8 @@ class PromptRunner:
             for spec in recorder.tail(first, count):
                 self._gpu.prepare(spec.kernel, spec.grid, *spec.arguments).run(stream)
             stream.copy_out(self._host.ctypes.data + place, recorder.logits_address, 4 * count * vocabulary)
-            stream.synchronize()
+            stream.synchronize(self._gate)
             logits[start : start + count] = self._words(place, count * vocabulary, np.float32).reshape(count, -1)
             start += count
         if not len(logits):
-            stream.synchronize()
+            stream.synchronize(self._gate)
