@@ -105,11 +105,60 @@ class Counters:
         return type(self)(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
 
 
+@dataclass(slots=True)
+class StateParts:
+    """Where the parts of a session's memory lie, as its recorder has laid them out.
+
+    Attributes
+    ----------
+    streams : list of (int, int)
+        Where each part of the KV caches begins, and the bytes of a position in it: one position follows another.
+    recurrent : list of (int, int)
+        (Where, bytes) of what every token writes anew; zero before the first.
+    """
+
+    streams: list[tuple[int, int]] = field(default_factory=list)
+    recurrent: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a position, in all streams."""
+        return sum(width for _, width in self.streams)
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """Of all that is recurrent."""
+        return sum(size for _, size in self.recurrent)
+
+
 class State(Protocol):
-    """The memory of one session, KV caches and recurrent state: made by its backend, which alone looks inside."""
+    """The memory of one session, KV caches and recurrent state: made by its backend, which alone looks inside.
+
+    KV is a row a token, which nothing changes once it is written; the rest can only be kept as a whole.
+    """
+
+    @property
+    def row_bytes(self) -> int:
+        """KV of a token, in all layers."""
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """What every token changes; 0: a state can be cut at any token."""
 
     def clear(self) -> None:
         """Zero what the next token would see of earlier ones."""
+
+    def save_rows(self, first: int, count: int) -> np.ndarray:
+        """uint8 [count, row_bytes]: KV of tokens from `first` on."""
+
+    def load_rows(self, first: int, rows: np.ndarray) -> None:
+        """Put back what `save_rows` gave."""
+
+    def save_recurrent(self) -> np.ndarray:
+        """uint8 [recurrent_bytes]"""
+
+    def load_recurrent(self, saved: np.ndarray) -> None:
+        """Put back what `save_recurrent` gave."""
 
     def close(self) -> None:
         """Give it back.  Idempotent."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,8 @@ class CpuState(PooledState):
     """A session's memory in host memory."""
 
     def __init__(self, layout: StateLayout, pool: StatePool) -> None:
-        self._zeroed = layout.zeroed
+        self._parts = layout.parts
+        self.row_bytes, self.recurrent_bytes = layout.parts.row_bytes, layout.parts.recurrent_bytes
         self._memory = aligned_memory(max(layout.bytes, LEAST_BLOCK_BYTES))  # address space alone, until it is used
         super().__init__(pool)
 
@@ -41,8 +42,42 @@ class CpuState(PooledState):
 
     def clear(self) -> None:
         """Zero what the next token would see of earlier ones."""
-        for offset, size in self._zeroed:
-            np.frombuffer(self._memory.view, np.uint8, size, offset)[:] = 0
+        for offset, size in self._parts.recurrent:
+            self._bytes(offset, size)[:] = 0
+
+    def _bytes(self, offset: int, size: int) -> np.ndarray:
+        return np.frombuffer(self._memory.view, np.uint8, size, offset)
+
+    def _columns(self, first: int, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """Where each stream stands in a row, and its positions."""
+        place = 0
+        for offset, width in self._parts.streams:
+            yield slice(place, place + width), self._bytes(offset + first * width, count * width).reshape(count, width)
+            place += width
+
+    def save_rows(self, first: int, count: int) -> np.ndarray:
+        """KV of tokens."""
+        rows = np.empty((count, self.row_bytes), np.uint8)
+        for columns, stream in self._columns(first, count):
+            rows[:, columns] = stream
+        return rows
+
+    def load_rows(self, first: int, rows: np.ndarray) -> None:
+        """Put KV back."""
+        for columns, stream in self._columns(first, len(rows)):
+            stream[:] = rows[:, columns]
+
+    def save_recurrent(self) -> np.ndarray:
+        """All that is recurrent."""
+        parts = [self._bytes(offset, size) for offset, size in self._parts.recurrent]
+        return np.concatenate(parts) if parts else np.empty(0, np.uint8)
+
+    def load_recurrent(self, saved: np.ndarray) -> None:
+        """Put it back."""
+        place = 0
+        for offset, size in self._parts.recurrent:
+            self._bytes(offset, size)[:] = saved[place : place + size]
+            place += size
 
     def _release(self) -> None:
         self._memory.close()

@@ -15,6 +15,7 @@ import numpy as np
 
 from fomoe_io import _cpu
 from fomoe_io._cpu import Experts, Matrix, Rows
+from fomoe_io.backend import StateParts
 from fomoe_io.errors import UsageError
 from fomoe_io.models.recorder import (
     CAR_NEEDS_LOGITS,
@@ -46,11 +47,11 @@ class Embedding:
 
 
 class StateLayout:
-    """Offsets of a session's memory: recurrent state (zero at the start) first come, KV caches after."""
+    """Offsets of a session's memory, in the order in which the model asks for them."""
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.zeroed: list[tuple[int, int]] = []
+        self.parts = StateParts()
 
     def take(self, nbytes: int, *, zeroed: bool) -> int:
         """Reserve memory on a cache line; return its offset."""
@@ -58,7 +59,13 @@ class StateLayout:
         size = (nbytes + 63) // 64 * 64
         self.bytes += size
         if zeroed:
-            self.zeroed.append((offset, size))
+            self.parts.recurrent.append((offset, size))
+        return offset
+
+    def take_cache(self, heads: int, positions: int, row_bytes: int) -> int:
+        """Reserve keys or values, a stream of positions a head."""
+        offset = self.take(heads * positions * row_bytes, zeroed=False)
+        self.parts.streams += [(offset + head * positions * row_bytes, row_bytes) for head in range(heads)]
         return offset
 
 
@@ -188,9 +195,9 @@ class CpuRecorder:
 
     def kv_cache(self, heads: int, columns: int) -> KvCache:
         """Offsets in a session's memory."""
-        nbytes = heads * self.context_tokens * columns * self._kv_type.bytes
-        keys = self.state.take(nbytes, zeroed=False)
-        return KvCache(keys, self.state.take(nbytes, zeroed=False), heads, columns, self._kv_type)
+        positions, row_bytes = self.context_tokens, columns * self._kv_type.bytes
+        keys, values = (self.state.take_cache(heads, positions, row_bytes) for _ in range(2))
+        return KvCache(keys, values, heads, columns, self._kv_type)
 
     def attention(
         self, query: Rows, key: Rows, value: Rows, table: Rows, cache: KvCache, op: Attention[np.ndarray]

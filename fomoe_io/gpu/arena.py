@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fomoe_io.backend import StateParts
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.kernels import up
 from fomoe_io.models.recorder import KvType
@@ -120,11 +121,12 @@ class Mailbox:
 
 
 class DeviceState:
-    """Places in a session's memory, which begins at `base`; `zeroed` lists (offset, bytes) that a new one clears."""
+    """Places in a session's memory, which begins at `base`; `parts` are offsets in it.  A new session clears what is
+    recurrent."""
 
     def __init__(self, base: int) -> None:
         self._arena = Arena(base)
-        self.zeroed: list[tuple[int, int]] = []
+        self.parts = StateParts()
 
     @property
     def bytes(self) -> int:
@@ -134,8 +136,13 @@ class DeviceState:
     def take(self, nbytes: int, *, zeroed: bool) -> int:
         """Reserve memory; return its place."""
         if zeroed:
-            self.zeroed.append((self._arena.bytes, nbytes))
+            self.parts.recurrent.append((self._arena.bytes, nbytes))
         return self._arena.take(nbytes)
+
+    def take_cache(self, positions: int, row_bytes: int) -> int:
+        """Reserve keys or values, a row a position."""
+        self.parts.streams.append((self._arena.bytes, row_bytes))
+        return self._arena.take(positions * row_bytes)
 
 
 @dataclass(slots=True)

@@ -23,8 +23,9 @@ from fomoe_io.gpu.products import WORKSPACE_BYTES, DenseProducts
 from fomoe_io.gpu.prompts import PromptRunner
 from fomoe_io.gpu.recorder import CAR_BYTES
 from fomoe_io.gpu.recordings import Addresses, ModelSource
-from fomoe_io.gpu.shared import SharedWords, part_sizes
+from fomoe_io.gpu.shared import STAGING_BYTES, SharedWords, part_sizes
 from fomoe_io.gpu.sharing import DRAM, VRAM, Sharing
+from fomoe_io.gpu.state_copies import StateCopies
 from fomoe_io.gpu.token import TokenRunner
 from fomoe_io.models.recorder import KvType
 from fomoe_io.open_model import OpenModel
@@ -50,13 +51,31 @@ class GpuState(PooledState):
 
     is_clear = False
 
-    def __init__(self, pool: StatePool, address: int, nbytes: int) -> None:
+    def __init__(self, pool: StatePool, copies: StateCopies, address: int, nbytes: int) -> None:
+        self.row_bytes, self.recurrent_bytes = copies.parts.row_bytes, copies.parts.recurrent_bytes
         super().__init__(pool)
-        self.address = address + self.place * nbytes
+        self._copies, self.address = copies, address + self.place * nbytes
 
     def clear(self) -> None:
         """Before its next token: the device may be at work for another session now."""
         self.is_clear = False
+
+    def save_rows(self, first: int, count: int) -> np.ndarray:
+        """KV of tokens."""
+        return self._copies.rows_out(self.address, first, count)
+
+    def load_rows(self, first: int, rows: np.ndarray) -> None:
+        """Put KV back."""
+        self._copies.rows_in(self.address, first, rows)
+
+    def save_recurrent(self) -> np.ndarray:
+        """All that is recurrent."""
+        return self._copies.recurrent_out(self.address) if self.is_clear else np.zeros(self.recurrent_bytes, np.uint8)
+
+    def load_recurrent(self, saved: np.ndarray) -> None:
+        """Put it back."""
+        self._copies.recurrent_in(self.address, saved)
+        self.is_clear = True
 
 
 class GpuBackend:
@@ -223,7 +242,9 @@ class GpuBackend:
 
     def new_state(self) -> GpuState:
         """Memory for another session."""
-        return GpuState(self._states, self._states_address, self.recorded.token.state.bytes)
+        state, staging = self.recorded.token.state, self._shared.part("staging", 0, STAGING_BYTES)
+        copies = StateCopies(self.gpu.stream, state.parts, staging)
+        return GpuState(self._states, copies, self._states_address, state.bytes)
 
     def run(self, batch: Batch, logits: np.ndarray) -> None:
         """Read tokens, of as many sessions at once as a batch holds; tokens that may be substituted one by one."""
@@ -258,7 +279,7 @@ class GpuBackend:
         """Where the state's memory begins; what a new session sees of it is zero."""
         assert isinstance(state, GpuState)
         if not state.is_clear:
-            for offset, size in self.recorded.token.state.zeroed:
+            for offset, size in self.recorded.token.state.parts.recurrent:
                 self.gpu.stream.fill(state.address + offset, 0, size)
             state.is_clear = True
         return state.address

@@ -266,9 +266,9 @@ class DeviceRecorder:
     def kv_cache(self, heads: int, columns: int) -> KvCache:
         """Places in a session's memory."""
         kv_type = self.memory.kv_type
-        nbytes = heads * self.context_tokens * columns * kv_type.bytes
-        keys = self.state.take(nbytes, zeroed=False)
-        return KvCache(keys, self.state.take(nbytes, zeroed=False), heads, columns, kv_type)
+        row_bytes = heads * columns * kv_type.bytes
+        keys, values = (self.state.take_cache(self.context_tokens, row_bytes) for _ in range(2))
+        return KvCache(keys, values, heads, columns, kv_type)
 
     def attention(
         self, query: DeviceRows, key: DeviceRows, value: DeviceRows, table: DeviceRows, cache: KvCache,
