@@ -63,7 +63,7 @@ class Form:
 
 def quoted(text: str) -> str:
     """A text as a literal of a rule."""
-    return json.dumps(text)
+    return json.dumps(text, ensure_ascii=False)
 
 
 def json_rule(schema: Mapping[str, Any] | bool, *, is_lenient: bool = False) -> str:
