@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -333,6 +333,73 @@ class Session:
         with self._gate:
             self._is_closed = True
             self._state.close()
+
+
+def read_together(parts: Sequence[tuple[Session, Sequence[int] | np.ndarray]]) -> np.ndarray:
+    """Read tokens of several sessions of one engine in batches that they share: an expert is read once for all of them.
+
+    Parameters
+    ----------
+    parts : sequence of (Session, sequence of int)
+        Each session once.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 [parts, vocabulary]: logits after the last token of each, the same bits as from a `prefill` of its own.
+
+    Raises
+    ------
+    UsageError
+        There is none, one session comes twice, is of another engine, closed or broken, or has no room for its tokens.
+    """
+    sessions = [session for session, _ in parts]
+    if not parts or len({id(s) for s in sessions}) < len(parts) or len({id(s._backend) for s in sessions}) > 1:
+        raise UsageError("sessions read together are of one engine, and each comes once")
+    one = sessions[0]
+    for session in sessions:
+        session._check_open()
+    with one._gate:
+        started = time.monotonic()
+        ids = [session.checked(tokens) for session, tokens in parts]
+        logits = np.empty((len(parts), one._shape.vocabulary), np.float32)
+        done = 0
+        for batch in _shared_batches(ids, one._backend.budgets.batch_tokens):
+            one._gate.check_run()
+            spans = []
+            for i, first, last in batch:
+                is_end = last == len(ids[i])
+                spans.append(sessions[i]._span(ids[i][first:last], int(is_end), len(ids[i])))
+            ends = sum(span.outputs for span in spans)
+            inside = [sessions[i] for i, _, _ in batch]
+            for session in inside:
+                session._broken = True
+            one._backend.run(Batch(spans), logits[done : done + ends])
+            done += ends
+            for session, span in zip(inside, spans, strict=True):
+                session._broken = False
+                session.position += len(span.ids)
+        one._usage.prompt_tokens += sum(map(len, ids))
+        one._usage.prompt_seconds += time.monotonic() - started
+    return logits
+
+
+def _shared_batches(ids: Sequence[np.ndarray], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """(which, first, last) of the parts that fill each batch."""
+    batch: list[tuple[int, int, int]] = []
+    room = most
+    for i, tokens in enumerate(ids):
+        first = 0
+        while first < len(tokens):
+            last = min(len(tokens), first + room)
+            batch.append((i, first, last))
+            room -= last - first
+            first = last
+            if not room:
+                yield batch
+                batch, room = [], most
+    if batch:
+        yield batch
 
 
 def token_ids(tokens: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndarray:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from fomoe_io import _cpu
-from fomoe_io.backend import Batch, Budgets, Counters, PooledState, Span, StatePool, kept_text
+from fomoe_io.backend import Batch, Budgets, Counters, Joined, PooledState, Span, StatePool, kept_text, together
 from fomoe_io.cpu import dot_library
 from fomoe_io.cpu.recorder import CpuRecorder, Embedding, StateLayout
 from fomoe_io.cpu.weights import Weights
 from fomoe_io.errors import FormatError, UsageError
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import SlotLayout, native_layers, share_slots, slot_layout, slot_pairs, tier_slots
+from fomoe_io.models.recorder import KvType
 from fomoe_io.open_model import OpenModel
 from fomoe_io.ram_budget import RamBudget
 from fomoe_io.storage.reader import aligned_memory
@@ -207,6 +208,7 @@ class CpuBackend:
             scratch_floats=max(2 * s.widest_row, opened.context_tokens),
             experts=experts,
             lookahead=self._config.lookahead > 0,
+            kv_type=KvType[self._config.kv_type.upper()],
         )
         opened.model.architecture.build(recorder, self._weights, s)
         return recorder
@@ -270,19 +272,19 @@ class CpuBackend:
         return CpuState(self._recorder.state, self._states)
 
     def run(self, batch: Batch, logits: np.ndarray) -> None:
-        """Read tokens, a session's after another's."""
-        place = 0
-        for span in batch.spans:
-            self._run(span, batch, logits[place : place + span.outputs])
-            place += span.outputs
+        """Read tokens, of as many sessions at once as a batch holds; tokens that may be substituted one by one."""
+        most, place = 1 if batch.may_substitute else self.budgets.batch_tokens, 0
+        for spans in together(batch.spans, most):
+            joined = Joined(spans)
+            self._run(joined, batch, logits[place : place + len(joined.output_rows)])
+            place += len(joined.output_rows)
 
-    def _run(self, span: Span, batch: Batch, logits: np.ndarray) -> None:
-        assert isinstance(span.state, CpuState)
+    def _run(self, joined: Joined, batch: Batch, logits: np.ndarray) -> None:
         error = self._recorder.program.run(
-            span.ids,
-            span.outputs,
-            span.position,
-            span.state.address,
+            joined.ids,
+            joined.positions,
+            joined.of_tokens([_address(span) for span in joined.spans]),
+            joined.output_rows,
             logits,
             substitute=batch.may_substitute,
             gate=self._opened.gate,
@@ -315,6 +317,11 @@ class CpuBackend:
             owner = self.__dict__.pop(name, None)
             if owner is not None:
                 owner.close()
+
+
+def _address(span: Span) -> int:
+    assert isinstance(span.state, CpuState)
+    return span.state.address
 
 
 def _slots_text(slots: Iterable[int]) -> str:

@@ -19,7 +19,7 @@ class StateCopies:
     stream : Stream
         The one that computes: a copy comes after what was computed before.
     parts : StateParts
-        Addresses.
+        Offsets in a state's memory.
     staging : numpy.ndarray
         uint8, registered with the device.
     """
@@ -27,32 +27,32 @@ class StateCopies:
     def __init__(self, stream: Stream, parts: StateParts, staging: np.ndarray) -> None:
         self._stream, self.parts, self._staging = stream, parts, staging
 
-    def rows_out(self, first: int, count: int) -> np.ndarray:
-        """KV of tokens, as :meth:`State.save_rows` has it."""
+    def rows_out(self, base: int, first: int, count: int) -> np.ndarray:
+        """KV of tokens of the state at `base`, as :meth:`State.save_rows` has it."""
         rows, place = np.empty((count, self.parts.row_bytes), np.uint8), 0
-        for address, width in self.parts.streams:
-            stream = self._out(address + first * width, count * width)
+        for offset, width in self.parts.streams:
+            stream = self._out(base + offset + first * width, count * width)
             rows[:, place : place + width] = stream.reshape(count, width)
             place += width
         return rows
 
-    def rows_in(self, first: int, rows: np.ndarray) -> None:
+    def rows_in(self, base: int, first: int, rows: np.ndarray) -> None:
         """The other way."""
         place = 0
-        for address, width in self.parts.streams:
-            self._in(address + first * width, np.ascontiguousarray(rows[:, place : place + width]).reshape(-1))
+        for offset, width in self.parts.streams:
+            self._in(base + offset + first * width, np.ascontiguousarray(rows[:, place : place + width]).reshape(-1))
             place += width
 
-    def recurrent_out(self) -> np.ndarray:
+    def recurrent_out(self, base: int) -> np.ndarray:
         """All that is recurrent."""
-        parts = [self._out(address, size) for address, size in self.parts.recurrent]
+        parts = [self._out(base + offset, size) for offset, size in self.parts.recurrent]
         return np.concatenate(parts) if parts else np.empty(0, np.uint8)
 
-    def recurrent_in(self, saved: np.ndarray) -> None:
+    def recurrent_in(self, base: int, saved: np.ndarray) -> None:
         """The other way."""
         place = 0
-        for address, size in self.parts.recurrent:
-            self._in(address, saved[place : place + size])
+        for offset, size in self.parts.recurrent:
+            self._in(base + offset, saved[place : place + size])
             place += size
 
     def _out(self, address: int, size: int) -> np.ndarray:
