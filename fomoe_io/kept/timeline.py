@@ -38,13 +38,15 @@ class Timeline:
     ----------
     tokens : array of int
         What the session has read.
+    session, kept, tokenizer
+        As given.
     """
 
     def __init__(self, session: Session, kept: KeptSessions, tokenizer: Tokenizer) -> None:
         self.session, self.kept = session, kept
         self.context_tokens = session.context_tokens
         self.tokens: Any = array("i")
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._texts: dict[int, bytes] = {}
         self._text_end: TextEnd | None = None
         self._answer_first = 0
@@ -58,7 +60,7 @@ class Timeline:
 
     def _text_of(self, token: int) -> bytes:
         if token not in self._texts:
-            self._texts[token] = self._tokenizer.decode_bytes(token, special=True)
+            self._texts[token] = self.tokenizer.decode_bytes(token, special=True)
         return self._texts[token]
 
     # ---- a prompt ----
@@ -320,6 +322,14 @@ class Timeline:
         self.session.reset()
         self.tokens, self._text_end = array("i"), None
         self.kept.live = []
+
+    def erase(self) -> None:
+        """Forget what the session has read, and do not keep it elsewhere."""
+        for piece in self._own()[::-1]:
+            if piece.rows is None and piece.file is None:
+                self.kept.forget(piece)
+        self.session.reset()
+        self.tokens, self._text_end, self.kept.live = array("i"), None, []
 
     def close(self) -> None:
         """Give the session's memory back."""

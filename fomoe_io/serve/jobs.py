@@ -10,6 +10,7 @@ from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fomoe_io.serve.errors import ApiError, busy, unavailable
@@ -24,6 +25,8 @@ class Run:
 
     tokens: array[int]
     choosing: Choosing
+    turn: int | None = None
+    """Where the last message of the user begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,14 @@ class Work:
     stops: Sequence[str] = ()
     ignore_eos: bool = False
     reuse: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SlotWork:
+    """What is asked of the session itself: to be saved to a file, restored from it, or erased."""
+
+    action: Literal["save", "restore", "erase"]
+    path: Path
 
 
 class Timings(NamedTuple):
@@ -113,13 +124,19 @@ class Ended(NamedTuple):
     timings: Timings
 
 
+class Told(NamedTuple):
+    """What became of a slot's work."""
+
+    document: dict[str, Any]
+
+
 class Over(NamedTuple):
     """The last event of every job."""
 
     error: ApiError | None
 
 
-Event = Started | Progress | Piece | Ended | Over
+Event = Started | Progress | Piece | Ended | Told | Over
 
 
 class Job:
@@ -127,12 +144,12 @@ class Job:
 
     Parameters
     ----------
-    work : Work
+    work : Work or SlotWork
     most_pending : int or None
         Events that may wait to be sent: a client that lets more come together has stalled.
     """
 
-    def __init__(self, work: Work, most_pending: int | None = None) -> None:
+    def __init__(self, work: Work | SlotWork, most_pending: int | None = None) -> None:
         self.work = work
         self.created = time.monotonic()
         self.is_cancelled = False

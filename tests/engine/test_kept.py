@@ -182,7 +182,7 @@ def test_an_interrupted_prompt_is_known_as_far_as_it_was_read(timeline: Timeline
 
 def test_a_repeated_answer_keeps_its_tokens(timeline: Timeline, alone: Any) -> None:
     """The vocabulary merges `Ġ t`: an answer of both apart is one token when it is encoded again."""
-    space, letter, merged = (timeline._tokenizer.encode(text)[0] for text in (" ", "t", " t"))
+    space, letter, merged = (timeline.tokenizer.encode(text)[0] for text in (" ", "t", " t"))
     assert len({space, letter, merged}) == 3
     tokens = timeline.begin(HELPER)
     timeline.read(tokens)
@@ -202,7 +202,7 @@ def test_a_repeated_answer_keeps_its_tokens(timeline: Timeline, alone: Any) -> N
 
 def test_a_repeated_answer_after_a_restart(reopened: Any, alone: Any, tmp_path: Path) -> None:
     timeline = reopened(tmp_path)
-    space, letter, merged = (timeline._tokenizer.encode(text)[0] for text in (" ", "t", " t"))
+    space, letter, merged = (timeline.tokenizer.encode(text)[0] for text in (" ", "t", " t"))
     timeline.read(timeline.begin(MAIN[:400]))
     for token in [space, letter] * 40:
         timeline.decode(token)
@@ -212,7 +212,7 @@ def test_a_repeated_answer_after_a_restart(reopened: Any, alone: Any, tmp_path: 
 
 
 def test_a_seam_within_a_token_is_no_repetition(timeline: Timeline, alone: Any) -> None:
-    space, merged = (timeline._tokenizer.encode(text)[0] for text in (" ", " t"))
+    space, merged = (timeline.tokenizer.encode(text)[0] for text in (" ", " t"))
     tokens = timeline.begin(HELPER)
     timeline.read(tokens)
     timeline.decode(space)
