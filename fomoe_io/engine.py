@@ -184,7 +184,7 @@ class Engine:
         """
         session = self.session()
         fingerprint = form_fingerprint(
-            self.store.fingerprint, self.kernels, self.config.activations, str(self.config.car or "off"),
+            self.store.fingerprint, self.kernels, self.config.activations, self.config.kv_type, self.config.car,
             session.row_bytes, session.recurrent_bytes,
         )  # fmt: skip
         form = Form(session.row_bytes, session.recurrent_bytes, fingerprint)

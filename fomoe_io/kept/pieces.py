@@ -49,7 +49,7 @@ class Piece:
     seconds : float
         The same by the clock.
     text_end : (int, int) or None
-        Bytes of all tokens up to here as text, and their hash, where an answer ends.
+        Bytes of all tokens up to here as text, and their hash, of a checkpoint after sampled tokens.
     children, checkpoints : dict
         By their own tokens.
     """

@@ -19,7 +19,7 @@ from fomoe_io.kept.piece_file import Head, PieceReader
 from fomoe_io.kept.pieces import BLOCK_TOKENS, Piece, best_checkpoint, best_cut, extend, walk
 from fomoe_io.ram_budget import kept_work_bytes, least_kept_bytes
 
-APART_ON_DRIVE_TOKENS = 64
+APART_ON_DRIVE_TOKENS = 48
 """Between checkpoints that are worth a file: what a restart may cost to read again."""
 
 VERSION = 1

@@ -50,6 +50,7 @@ class Timeline:
         self._texts: dict[int, bytes] = {}
         self._text_end: TextEnd | None = None
         self._answer_first = 0
+        self._is_replayed = False
         self._stops: list[int] = []
         self._prompt_tokens: int | None = None
 
@@ -86,6 +87,7 @@ class Timeline:
         tokens = self._replayed(given) if reuse else given
         self._stand(tokens, len(tokens) - 1 if reuse else 0)
         self._text_end, self._answer_first = None, len(tokens)
+        self._is_replayed = tokens != given
         self._prompt_tokens = len(tokens) - len(self.tokens)
         self._plan(tokens, None if turn is None else turn + len(tokens) - len(given))
         return tokens
@@ -231,7 +233,10 @@ class Timeline:
         if not self.is_sound or not self.tokens or not self.kept.is_enough:
             return None
         recurrent = None if self.kept.can_cut else self.session.recurrent()
-        piece = self.kept.checkpoint(self.tokens, recurrent, self._text_end)
+        end = self._text_end
+        if end is None and self._is_replayed and len(self.tokens) <= self._answer_first:
+            end = text_end(self.tokens, self._text_of)  # its text alone would be other tokens
+        piece = self.kept.checkpoint(self.tokens, recurrent, end)
         self._note_live()
         return piece
 

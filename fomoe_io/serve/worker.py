@@ -141,14 +141,14 @@ class EngineWorker(threading.Thread):
         while (job := self._queue.take()) is not None:
             started = time.monotonic()
             error = self._outcome(job, lambda job=job: self._do(engine, timeline, job))  # type: ignore[misc]
+            self._keep(timeline)
             self.slot.is_processing = False
             self._take_snapshot(at_once=True)
             self._queue.done(time.monotonic() - started)
             job.emit(Over(error))
-            self._keep(timeline)
 
     def _keep(self, timeline: Timeline) -> None:
-        """What was read stays known; the client has its answer already."""
+        """What was read stays known, also when the process is killed as soon as the client has its answer."""
         try:
             timeline.end()
         except FomoeError as error:
