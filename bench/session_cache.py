@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,28 +106,37 @@ def first_tokens(options: argparse.Namespace, folder: Path) -> None:
 
 
 def stream_speed(options: argparse.Namespace, folder: Path) -> None:
-    """Print tokens a second of one stream, and of fomoe-run."""
-    prompt, count = "It was a dark and stormy night", 300
+    """Print tokens a second of one stream, and of fomoe-run, by the clock of who reads them."""
+    prompt, count = "It was a dark and stormy night", 400
     command = [
-        sys.executable, "-m", "fomoe_io.cli.run", str(options.model), "-p", prompt, "--raw", "-n", str(count),
-        "--temp", "0", "--ignore-eos", "--no-profile", "-q", "-c", str(options.prefix_tokens + 2048),
-        "-t", str(options.threads), "--json", "-",
+        sys.executable, "-m", "fomoe_io.cli.run", str(options.model), "-p", prompt, "--raw", "--no-display-prompt",
+        "-n", str(count), "--temp", "0", "--ignore-eos", "--no-profile", "-q", "-c", str(options.prefix_tokens + 2048),
+        "-t", str(options.threads),
     ]  # fmt: skip
     served, ran = [], []
     with server(options, folder) as (client, process):
-        ask(client, "/completion", {"prompt": prompt, "n_predict": 16})
-        for _ in range(2 * options.rounds):
-            body = {"prompt": prompt, "n_predict": count, "cache_prompt": False}
-            served.append(ask(client, "/completion", body)[1]["predicted_per_second"])
+        body = {"prompt": prompt, "n_predict": count, "cache_prompt": False, "ignore_eos": True, "stream": True}
+        for number in range(2 * options.rounds + 1):
+            with client.stream("POST", "/completion", json=body) as response:
+                rate = _rate(response.iter_raw(), count)
             process.send_signal(signal.SIGSTOP)  # its threads spin
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-            )
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0, env=environment) as done:
+                assert done.stdout is not None
+                pair = (rate, _rate(iter(lambda: os.read(done.stdout.fileno(), 1 << 16), b""), count))  # noqa: B023
             process.send_signal(signal.SIGCONT)
-            ran.append(json.loads(done.stdout)["tokens_per_second"])
+            if number:  # the first warms up
+                served.append(pair[0])
+                ran.append(pair[1])
     ratio = statistics.median(a / b for a, b in zip(served, ran, strict=True))
     print(f"one stream: {statistics.median(served):.1f} tok/s, fomoe-run: {statistics.median(ran):.1f} tok/s, "
         f"median of the ratios: {ratio:.3f}")  # fmt: skip
+
+
+def _rate(pieces: Iterable[bytes], count: int) -> float:
+    """Tokens a second between the first piece and the last."""
+    times = [time.monotonic() for _ in pieces]
+    return (count - 1) / (times[-1] - times[0])
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -158,6 +158,7 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._events: deque[Event] = deque()
         self._arrived = asyncio.Event()
+        self._is_waking = self._is_full = False
 
     def cancel(self) -> None:
         """The answer is no longer wanted: the engine ends it after the piece or token in flight."""
@@ -165,25 +166,27 @@ class Job:
 
     def emit(self, event: Event) -> None:
         """From any thread: an event for the client."""
-        with contextlib.suppress(RuntimeError):  # the loop was closed by a second Ctrl-C
-            self._loop.call_soon_threadsafe(self._arrive, event)
-
-    def _arrive(self, event: Event) -> None:
-        if self.has_stalled.is_set() and not isinstance(event, Over):
+        if self._is_full and not isinstance(event, Over):
             return
         self._events.append(event)
-        self._arrived.set()
-        if self._most_pending is not None and len(self._events) > self._most_pending:
-            self.has_stalled.set()
+        if self._most_pending is not None and len(self._events) > self._most_pending and not self._is_full:
+            self._is_full = True
             self.cancel()
+            self._call(self.has_stalled.set)
+        if not self._is_waking:  # once for all that come until they are taken: a wake-up costs the engine time
+            self._is_waking = True
+            self._call(self._arrived.set)
+
+    def _call(self, act: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed by a second Ctrl-C
+            self._loop.call_soon_threadsafe(act)
 
     async def events(self) -> list[Event]:
-        """Wait for events; all that have come."""
+        """Wait for events; all that have come, at times none."""
         await self._arrived.wait()
         self._arrived.clear()
-        found = list(self._events)
-        self._events.clear()
-        return found
+        self._is_waking = False  # before they are taken: what comes now wakes again
+        return [self._events.popleft() for _ in range(len(self._events))]
 
 
 class JobQueue:
