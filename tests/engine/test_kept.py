@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import signal
+import subprocess
+import sys
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -379,6 +382,42 @@ def test_what_a_killed_writer_has_left_is_removed(recurrent: None, reopened: Any
     (tmp_path / ".mine.tmp").write_bytes(b"somebody else's")
     reopened(tmp_path)
     assert set(tmp_path.iterdir()) == files | {tmp_path / ".mine.tmp"}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fomoe_io import Engine
+from tests.engine.test_kept import CONFIG, MAIN, turn
+import dataclasses
+writes = int(sys.argv[3])
+sync = os.fsync
+def fsync(descriptor):
+    global writes
+    writes -= 1
+    if not writes:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(descriptor)
+os.fsync = fsync
+config = dataclasses.replace(CONFIG, cache_folder=Path(sys.argv[2]), cache_disk_bytes=64 << 20)
+with Engine.open(sys.argv[1], config) as engine:
+    turn(engine.timeline(), MAIN, answers=60, turn=300)
+"""
+
+
+def test_killed_while_it_writes(recurrent: None, model: Path, reopened: Any, alone: Any, tmp_path: Path) -> None:
+    """Each piece that was written is whole, and what was being written is gone."""
+    root = Path(__file__).resolve().parent.parent.parent
+    known = []
+    for writes in (1, 3, 5):
+        path = tmp_path / str(writes)
+        command = [sys.executable, "-c", KILLED, str(model), str(path), str(writes)]
+        assert subprocess.run(command, cwd=root, timeout=60).returncode == -signal.SIGKILL
+        assert any(file.name.endswith(".tmp") for file in path.iterdir())
+        unread, answer = turn(reopened(path), MAIN)
+        assert answer == alone(MAIN) and not any(file.name.endswith(".tmp") for file in path.iterdir())
+        known.append(len(MAIN) - unread)
+    assert known[0] == 0 < known[-1]
 
 
 # ---- one file ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -186,6 +187,24 @@ def replay(model: Path, cache: Path, *, context: int, prefix_words: int, turns: 
 
 def test_turns_of_an_agent_whose_server_is_killed(demo_model: Path, tmp_path: Path) -> None:
     replay(demo_model, tmp_path, context=2048, prefix_words=300, turns=5)
+
+
+def test_a_server_that_is_told_to_end_writes_first(demo_model: Path, tmp_path: Path) -> None:
+    body = {"prompt": text(300, 5), "n_predict": -1, "ignore_eos": True, "stream": True}
+    said, told = "", False
+    with command(str(demo_model), "-c", "2048", *FLAGS, cache=tmp_path) as process:
+        url = url_of(process)
+        with httpx.stream("POST", f"{url}/completion", json=body, timeout=60, trust_env=False) as response:
+            for line in response.iter_lines():
+                said += json.loads(line[6:]).get("content", "") if line.startswith("data: ") else ""
+                if len(said) > 300 and not told:
+                    told = True
+                    process.process.send_signal(signal.SIGTERM)
+        assert process.process.wait(30) == 0
+    with command(str(demo_model), "-c", "2048", *FLAGS, cache=tmp_path) as process:
+        more = {**body, "prompt": body["prompt"] + said + " and then", "n_predict": 1, "stream": False}
+        found = httpx.post(f"{url_of(process)}/completion", json=more, timeout=60, trust_env=False).json()
+        assert found["timings"]["prompt_n"] <= SLACK_TOKENS < found["timings"]["cache_n"]
 
 
 @pytest.mark.slow
