@@ -134,7 +134,7 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
     KERNEL(256, attention_prepare_##type)                                                                             \
     (const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm, const float *cos_sin,  \
      const replayed *positions, const replayed *states, float *q_out, cache_##type::element *k_cache,                 \
-     cache_##type::element *v_cache, int heads, int kv_heads, int dim, int q_stride, int rotary, float eps) {                                                    \
+     cache_##type::element *v_cache, int heads, int kv_heads, int dim, int q_stride, int rotary, float eps) { \
         start_kernel();                                                                                               \
         prepare_head<cache_##type>(q, k, v, q_norm, k_norm, cos_sin, positions, states, q_out, k_cache, v_cache, heads, \
                                    kv_heads, dim, q_stride, rotary, eps);                                             \
