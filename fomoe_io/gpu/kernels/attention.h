@@ -11,8 +11,8 @@
 
 // parts: [tokens][heads][splits][dim + 2]: weighted values, their largest score, the sum of weights.  Splits past the
 // token's position are left unwritten.  q: [tokens][heads][dim]; caches: [positions][kv_heads][dim]
-// in the memory of each token's session.  Grid (kv_heads * blocks of a key head, splits, tokens); splits covers the longest context, so that a captured graph
-// fits every position.
+// in the memory of each token's session.  Grid (kv_heads * blocks of a key head, splits, tokens); splits covers the
+// longest context, so that a captured graph fits every position.
 template <class CACHE, int PER_LANE>
 DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const typename CACHE::element *v_cache,
                    const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits, float scale) {
@@ -105,7 +105,8 @@ EXPORT_KERNEL(attention_merge)
 #define ATTENTION_KERNEL(type, dim)                                                                                   \
     KERNEL(32 * ATTENTION_WARPS, attention_##type##_##dim)                                                            \
     (const float *q, const cache_##type::element *k_cache, const cache_##type::element *v_cache,                      \
-     const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits, float scale) {                          \
+     const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits,            \
+     float scale) {                                                                                                   \
         start_kernel();                                                                                               \
         attend<cache_##type, dim / 32>(q, k_cache, v_cache, positions, states, parts, heads, kv_heads, splits, scale);        \
     }                                                                                                                 \
