@@ -17,6 +17,8 @@ from fomoe_io.serve.schema import Sampled
 from fomoe_io.serve.settings import MOST_CHOICES, MOST_MESSAGES, MOST_REPORTED, ServeConfig
 from fomoe_io.storage.metadata import Metadata
 from fomoe_io.text.chat import TEMPLATE_KEY, ChatTemplate
+from fomoe_io.text.grammar import Grammars
+from fomoe_io.text.tool_formats import thoughts_of, tool_format
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -72,6 +74,10 @@ class Prompts:
         except FormatError as error:
             raise FormatError(error.message, hint="--chat-template chatml, or --chat-template-file FILE") from None
 
+        self.grammars = Grammars(self.tokenizer, self.shape.vocabulary)
+        self.tool_format = tool_format(self.template_source)
+        self.thoughts = thoughts_of(self.template_source)
+
     # ---- prompts ----
 
     def of_text(self, text: str, *, special: bool = True, add_bos: bool = True) -> list[int]:
@@ -105,8 +111,14 @@ class Prompts:
             raise bad_request(f"token {token} is not in 0..{self.shape.vocabulary - 1}")
         return token
 
-    def render(self, messages: Sequence[dict[str, Any]], *, thinking: bool | None = None) -> str:
-        """A conversation as text.
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        thinking: bool | None = None,
+        names: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation as text; `names` are known to the template besides.
 
         Raises
         ------
@@ -121,13 +133,19 @@ class Prompts:
             raise bad_request("continuing a message of the assistant is not supported", param="messages")
         enable = self._config.thinking if thinking is None else thinking
         try:
-            return self._template.render(list(messages), enable_thinking=enable)
+            return self._template.render(list(messages), enable_thinking=enable, names=names)
         except FomoeError as error:
             raise bad_request(error.message, param="messages") from None
 
-    def of_chat(self, messages: Sequence[dict[str, Any]], *, thinking: bool | None = None) -> ChatPrompt:
+    def of_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        thinking: bool | None = None,
+        names: Mapping[str, Any] | None = None,
+    ) -> ChatPrompt:
         """A conversation as tokens."""
-        text = self.render(messages, thinking=thinking)
+        text = self.render(messages, thinking=thinking, names=names)
         tokens = self.of_text(text, add_bos=not (self.bos_text and text.startswith(self.bos_text)))
         return ChatPrompt(text, tokens, text.rstrip().endswith(THOUGHT_BEGIN))
 

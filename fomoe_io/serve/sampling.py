@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fomoe_io.text.grammar import Grammar
 from fomoe_io.text.sampler import Sampler, SamplingConfig
 
 NEVER = np.float32(-1e30)
@@ -28,6 +29,8 @@ class Choosing:
         Taken from the logits of the last `repeat_last` tokens, once and for each time, as llama.cpp does.
     probabilities : int or None
         How many alternatives to report with each token; None reports nothing.
+    grammar : Grammar or None
+        What answers have to follow: no bias lets a token come that may not.
     """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -35,6 +38,7 @@ class Choosing:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     probabilities: int | None = None
+    grammar: Grammar | None = None
 
     def of_choice(self, number: int) -> Choosing:
         """For one of several choices: each draws from a seed of its own."""
@@ -64,13 +68,19 @@ class Chooser:
 
     def __init__(self, choosing: Choosing, prompt: Sequence[int]) -> None:
         self._choosing = choosing
-        self._sampler = Sampler(choosing.sampling)
+        grammar = choosing.grammar
+        self._sampler = Sampler(choosing.sampling, None if grammar is None else grammar.start())
         self._bias_ids = np.fromiter(choosing.bias.keys(), np.int64)
         self._bias = np.fromiter(choosing.bias.values(), np.float32)
         last = choosing.sampling.repeat_last
         self._recent: deque[int] = deque(maxlen=last)
         for token in prompt[-last:] if last else ():
             self.accept(token)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the grammar lets nothing come but an end."""
+        return self._sampler.is_over
 
     def accept(self, token: int) -> None:
         """Let the penalties see a token."""
