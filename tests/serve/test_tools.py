@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from fomoe_io import Engine
+from fomoe_io.serve.cache import Timeline
 from fomoe_io.serve.settings import ServeConfig
 from tests.serve.conftest import GREEDY, Live, serving
 
@@ -115,6 +117,20 @@ def test_a_stream_of_calls_equals_the_whole(client: Any) -> None:
     assert "".join(delta.function.arguments for delta in deltas) == whole.arguments
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
     assert all(chunk.choices[0].delta.content is None for chunk in chunks)
+
+
+def test_a_stream_that_has_nothing_to_say_yet_is_kept_alive(tooled: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call's head is held back for many tokens: a client that hears nothing hangs up."""
+    decode = Timeline.decode
+
+    def slow(self: Timeline, token: int) -> Any:
+        time.sleep(0.05)
+        return decode(self, token)
+
+    monkeypatch.setattr(Timeline, "decode", slow)
+    body = {"messages": ASK, "tools": TOOLS, "tool_choice": NAMED, "stream": True, "max_tokens": 20}
+    text = tooled.post("/v1/chat/completions", body).text
+    assert text.count(": keep-alive") >= 2
 
 
 def test_the_packages_helper_for_streams(client: Any) -> None:
