@@ -1,6 +1,6 @@
 # The CPU backend's Python face: records the steps of a program, owns its memory, replays it without the GIL.
 # Thin on purpose: what the steps do is in csrc/, what a model is made of in models/, the documented face in program.py.
-from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from posix.stdlib cimport posix_memalign
@@ -252,6 +252,15 @@ cdef class Experts:
     def picks(self):
         cdef const int64_t *p = fomoe_experts_picks(self.c)
         return np.array(<const int64_t[:self.shape.layers, :self.most]>p)
+
+    def tiers(self):
+        cdef int layer, count
+        tiers = np.full((self.shape.layers, self.most), FOMOE_TIER_NVME, np.int8)
+        for layer in range(self.shape.layers):
+            count = self.counts[layer]
+            if count:
+                tiers[layer, :count] = <const int8_t[:count]>fomoe_residency_tiers(self.residency, layer)
+        return tiers
 
     def scores(self, int layer):
         scores = np.zeros(self.most)

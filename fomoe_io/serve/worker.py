@@ -15,6 +15,7 @@ from fomoe_io.engine import Engine
 from fomoe_io.errors import FomoeError, printable
 from fomoe_io.serve.cache import LiveSession, SessionCache
 from fomoe_io.serve.errors import ApiError, internal_error, unavailable
+from fomoe_io.serve.expert_map import ExpertMap
 from fomoe_io.serve.generate import Answering, PieceSize, Unwanted
 from fomoe_io.serve.jobs import Ended, Event, Job, JobQueue, Over, Piece, Progress, Started, Timings
 
@@ -58,6 +59,8 @@ class EngineWorker(threading.Thread):
         Once loaded; others than this thread may only look at what never changes (tokenizer, metadata, shape).
     statistics : dict
         The engine's, as of a moment ago.
+    experts : ExpertMap or None
+        Likewise, while somebody watches.
     outcomes : Counter
         Jobs by how they ended.
     """
@@ -87,6 +90,8 @@ class EngineWorker(threading.Thread):
         self.engine: Engine | None = None
         self.error: Exception | None = None
         self.statistics: dict[str, Any] = {}
+        self.experts: ExpertMap | None = None
+        self.watched_until = 0.0  # by the clock of time.monotonic(): whether `experts` is worth its copies
         self.slot = Slot()
         self.outcomes: Counter[str] = Counter()
         self.cached_tokens = 0
@@ -187,3 +192,5 @@ class EngineWorker(threading.Thread):
         if self.engine is not None and (at_once or now - self._snapshot_time >= SNAPSHOT_SECONDS):
             self._snapshot_time = now
             self.statistics = self.engine.statistics()
+            if at_once or now < self.watched_until:
+                self.experts = ExpertMap.of(self.engine)

@@ -31,6 +31,8 @@ START_SECONDS = 60.0
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _PROBE = "fomoe probe"
+_THINKING = "message.thinking"
+"""What templates of gpt-oss call the thoughts before a call."""
 _CALL_PROBE = {"fomoe_probe": "fomoe value"}
 
 
@@ -170,6 +172,7 @@ class ChatTemplate:
             values["enable_thinking"] = enable_thinking
         try:
             if any(message.get("tool_calls") for message in messages):
+                messages = _with_thinking(messages) if _THINKING in self._source else messages
                 if self._takes_json is None:
                     self._takes_json = self._probe_calls(values)
                 messages = _with_json(messages) if self._takes_json else messages
@@ -220,6 +223,15 @@ class ChatTemplate:
 
 def _with_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def _with_thinking(messages: Sequence[Message]) -> list[Message]:
+    """Beside a text, thoughts of a call are refused by these templates."""
+    return [
+        {**message, "thinking": message["reasoning_content"]}
+        if message.get("tool_calls") and message.get("reasoning_content") and not message["content"] else message
+        for message in messages
+    ]  # fmt: skip
 
 
 def _with_json(messages: Sequence[Message]) -> list[Message]:

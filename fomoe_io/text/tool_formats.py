@@ -215,7 +215,7 @@ FORMATS = (
     ),
     ToolFormat(
         name="hermes",
-        marks=("<tool_call>", '"name"', '"arguments"'),
+        marks=("<tool_call>", "arguments"),
         begin="<tool_call>",
         end="</tool_call>",
         head=re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'),

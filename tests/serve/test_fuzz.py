@@ -99,9 +99,9 @@ def bodies(draw: st.DrawFn) -> tuple[str, bytes]:
             case 0:
                 del holder[last]
             case 1 if isinstance(holder, dict):
-                holder[draw(st.sampled_from([*body, "other", "type", "name"]))] = draw(VALUES)
+                holder[draw(st.sampled_from([*body, "other", "type", "name"]))] = copy.deepcopy(draw(VALUES))
             case _:
-                holder[last] = draw(VALUES)
+                holder[last] = copy.deepcopy(draw(VALUES))
     raw = json.dumps(body).encode()
     if draw(st.integers(0, 19)) == 0:
         cut = draw(st.integers(0, len(raw)))
