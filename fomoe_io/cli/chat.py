@@ -87,6 +87,11 @@ class Chat:
         self.is_thinking = False
 
     @property
+    def asked(self) -> str:
+        """The text up to where the next answer begins; none without a template."""
+        return self._asked
+
+    @property
     def turns(self) -> int:
         """Questions answered."""
         return sum(m["role"] == "assistant" for m in self.messages)

@@ -242,7 +242,7 @@ def props(prompts: Prompts, config: ServeConfig) -> dict[str, Any]:
     return {
         "default_generation_settings": {
             "params": {
-                **sampling_document(config.sampling),
+                **sampling_document(prompts.sampling),
                 "presence_penalty": config.presence_penalty,
                 "frequency_penalty": config.frequency_penalty,
                 "n_predict": config.most_tokens,

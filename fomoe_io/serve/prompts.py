@@ -18,6 +18,7 @@ from fomoe_io.serve.settings import MOST_CHOICES, MOST_MESSAGES, MOST_REPORTED, 
 from fomoe_io.storage.metadata import Metadata
 from fomoe_io.text.chat import TEMPLATE_KEY, ChatTemplate
 from fomoe_io.text.grammar import Grammars
+from fomoe_io.text.sampler import SamplingConfig
 from fomoe_io.text.tool_formats import thoughts_of, tool_format
 
 CHATML = (
@@ -57,7 +58,11 @@ class Prompts:
     """
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        if config.chosen_sampling is not None:
+            own = SamplingConfig.of_model(engine.metadata, **config.chosen_sampling)
+            config = replace(config, sampling=own)
         self._config = config
+        self.sampling = config.sampling
         self.tokenizer = engine.tokenizer
         self.shape = engine.shape
         self.context_tokens = engine.context_tokens

@@ -15,7 +15,7 @@ from fomoe_io.serve.prompts import ChatPrompt, Prompts
 from fomoe_io.serve.sampling import Choosing
 from fomoe_io.serve.schema import Sampled
 from fomoe_io.serve.thoughts import CallSplitter, Splitter, ThoughtSplitter
-from fomoe_io.text.grammar import Form, after_thoughts, check_package, grammar_form, json_form
+from fomoe_io.text.grammar import Form, check_package, grammar_form, json_form
 from fomoe_io.text.tool_formats import (
     HARMONY,
     Function,
@@ -24,6 +24,7 @@ from fomoe_io.text.tool_formats import (
     may_call,
     must_call,
     must_not_call,
+    with_thoughts,
 )
 from fomoe_io.text.tool_parser import CallParser, HarmonyParser
 
@@ -279,10 +280,7 @@ def _call_form(
 
 
 def _thinking(form: Form | None, thoughts: Thoughts | None, prompt: ChatPrompt) -> Form | None:
-    """The form after the thoughts that may come, or that have begun."""
-    if form is None or thoughts is None or prompt.text.rstrip().endswith(thoughts.end):
-        return form
-    return after_thoughts(form, thoughts.begin, thoughts.end, plain=thoughts.plain, has_begun=prompt.is_thinking)
+    return None if form is None else with_thoughts(form, thoughts, prompt.text, has_begun=prompt.is_thinking)
 
 
 def _if_possible(choosing: Choosing, prompts: Prompts, form: Form | None) -> Choosing:

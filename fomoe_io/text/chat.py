@@ -142,6 +142,11 @@ class ChatTemplate:
         with _bounds():
             self._started()
 
+    @property
+    def source(self) -> str:
+        """The template itself."""
+        return self._source
+
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], *, bos_text: str, eos_text: str) -> ChatTemplate | None:
         """The GGUF's template, None when it has none.
