@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fomoe_io.errors import UsageError
+from fomoe_io.serve.errors import bad_request
 from fomoe_io.text.grammar import Grammar
 from fomoe_io.text.sampler import Sampler, SamplingConfig
 
@@ -88,8 +90,17 @@ class Chooser:
         self._recent.append(token)
 
     def choose(self, logits: np.ndarray) -> tuple[int, Probability | None]:
-        """The next token, and how likely it was when that was asked for."""
-        token = self._sampler.sample(self._adjusted(logits))
+        """The next token, and how likely it was when that was asked for.
+
+        Raises
+        ------
+        ApiError
+            400: the grammar has come to be too much to follow.
+        """
+        try:
+            token = self._sampler.sample(self._adjusted(logits))
+        except UsageError as error:  # the grammar's, which is the client's
+            raise bad_request(error.message, param="grammar") from None
         many = self._choosing.probabilities
         return token, None if many is None else probability(logits, token, many)
 

@@ -146,6 +146,9 @@ class EngineWorker(threading.Thread):
         except Unwanted:
             self.outcomes["cancelled"] += 1
             return unavailable("the server is shutting down") if self._is_stopping else None
+        except ApiError as error:
+            self.outcomes["failed"] += 1
+            return error
         except FomoeError as error:
             self.outcomes["failed"] += 1
             print(printable(f"fomoe-serve: {error.message}"), file=sys.stderr)

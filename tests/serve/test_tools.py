@@ -307,6 +307,21 @@ def test_a_wrong_grammar_is_told(tooled: Live, fields: dict[str, Any], word: str
     assert tooled.running.service.queue.at_work == 0
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_grammar_that_comes_to_be_too_much(tooled: Live, is_stream: bool) -> None:
+    """It is the request's fault, whenever it turns out."""
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}}
+    body = {"prompt": "Say", "n_predict": 20, "json_schema": schema}
+    if is_stream:
+        error = tooled.stream("/completion", body)[-1]["error"]
+    else:
+        response = tooled.post("/completion", body)
+        error = response.json()["error"]
+        assert response.status_code == 400
+    assert error["code"] == 400 and "can't be followed" in error["message"]
+    assert tooled.post("/completion", {"prompt": "Say", "n_predict": 1}).status_code == 200
+
+
 def test_without_the_package_it_says_what_to_install(tooled: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     bodies: list[dict[str, Any]] = [
