@@ -209,6 +209,11 @@ class Engine:
         picks = self._ask(self.backend.picks)
         return {layer: picks[layer, : self.shape.experts].copy() for layer in self.shape.expert_layers}
 
+    def expert_tiers(self) -> dict[int, np.ndarray]:
+        """Where each expert is now: layer -> int8 [experts], 0 VRAM, 1 DRAM, 2 the drive."""
+        tiers = self._ask(self.backend.tiers)
+        return {layer: tiers[layer, : self.shape.experts].copy() for layer in self.shape.expert_layers}
+
     def _counters(self) -> Counters:
         """The experts' counters; while a run is at work in another thread, as they were before it."""
         self.gate.check()

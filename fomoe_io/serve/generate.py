@@ -144,6 +144,9 @@ class Answering:
             self._count += 1
             texts.append(decoder.add(token))
             self._show(token, stop.add(texts[-1]), probability)
+            if chooser.is_over:
+                stop_type = "eos"
+                break
             if stop.found or self._count == work.most or len(timeline.tokens) >= timeline.context_tokens:
                 break
             logits = timeline.decode(token)

@@ -18,6 +18,9 @@ from fomoe_io.serve.settings import MOST_CHOICES, MOST_MESSAGES, MOST_REPORTED, 
 from fomoe_io.storage.metadata import Metadata
 from fomoe_io.text.chat import TEMPLATE_KEY, ChatTemplate
 from fomoe_io.text.generation import last_turn
+from fomoe_io.text.grammar import Grammars
+from fomoe_io.text.sampler import SamplingConfig
+from fomoe_io.text.tool_formats import thoughts_of, tool_format
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -57,7 +60,11 @@ class Prompts:
     """
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        if config.chosen_sampling is not None:
+            own = SamplingConfig.of_model(engine.metadata, **config.chosen_sampling)
+            config = replace(config, sampling=own)
         self._config = config
+        self.sampling = config.sampling
         self.tokenizer = engine.tokenizer
         self.shape = engine.shape
         self.context_tokens = engine.context_tokens
@@ -73,6 +80,10 @@ class Prompts:
             self._template = ChatTemplate(self.template_source, bos_text=self.bos_text, eos_text=self.eos_text)
         except FormatError as error:
             raise FormatError(error.message, hint="--chat-template chatml, or --chat-template-file FILE") from None
+
+        self.grammars = Grammars(self.tokenizer, self.shape.vocabulary)
+        self.tool_format = tool_format(self.template_source)
+        self.thoughts = thoughts_of(self.template_source)
 
     # ---- prompts ----
 
@@ -107,8 +118,14 @@ class Prompts:
             raise bad_request(f"token {token} is not in 0..{self.shape.vocabulary - 1}")
         return token
 
-    def render(self, messages: Sequence[dict[str, Any]], *, thinking: bool | None = None) -> str:
-        """A conversation as text.
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        thinking: bool | None = None,
+        names: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation as text; `names` are known to the template besides.
 
         Raises
         ------
@@ -122,19 +139,27 @@ class Prompts:
         if messages[-1]["role"] == "assistant":
             raise bad_request("continuing a message of the assistant is not supported", param="messages")
         try:
-            return self._rendered(messages, thinking)
+            return self._rendered(messages, thinking, names)
         except FomoeError as error:
             raise bad_request(error.message, param="messages") from None
 
-    def _rendered(self, messages: Sequence[dict[str, Any]], thinking: bool | None) -> str:
+    def _rendered(
+        self, messages: Sequence[dict[str, Any]], thinking: bool | None, names: Mapping[str, Any] | None
+    ) -> str:
         enable = self._config.thinking if thinking is None else thinking
-        return self._template.render(list(messages), enable_thinking=enable)
+        return self._template.render(list(messages), enable_thinking=enable, names=names)
 
-    def of_chat(self, messages: Sequence[dict[str, Any]], *, thinking: bool | None = None) -> ChatPrompt:
+    def of_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        thinking: bool | None = None,
+        names: Mapping[str, Any] | None = None,
+    ) -> ChatPrompt:
         """A conversation as tokens."""
-        text = self.render(messages, thinking=thinking)
+        text = self.render(messages, thinking=thinking, names=names)
         tokens = self.of_text(text, add_bos=not (self.bos_text and text.startswith(self.bos_text)))
-        turn = last_turn(lambda other: self._rendered(other, thinking), messages, text, tokens, self.tokenizer)
+        turn = last_turn(lambda other: self._rendered(other, thinking, names), messages, text, tokens, self.tokenizer)
         return ChatPrompt(text, tokens, text.rstrip().endswith(THOUGHT_BEGIN), turn)
 
     # ---- work ----
