@@ -16,6 +16,48 @@ RAM_SHARE = 0.8
 """Of what is available, for an engine that is not told how much it may take."""
 
 
+class RamPart:
+    """A device's part of a budget, where several share a model.
+
+    Parameters
+    ----------
+    budget : RamBudget
+    limit_bytes : int
+        Of the whole process.
+    share : float
+        This device's of what is not spoken for.
+    is_first : bool
+        What is spoken for is counted here.
+    """
+
+    def __init__(self, budget: RamBudget, limit_bytes: int, share: float, is_first: bool) -> None:
+        self._budget, self._limit_bytes, self._share, self._is_first = budget, limit_bytes, share, is_first
+        self.slots = budget.slots
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What is spoken for before the device's host memory."""
+        return self._budget.fixed_bytes if self._is_first else 0
+
+    def limit(self, smallest: int) -> int:
+        """The part's bound.
+
+        Raises
+        ------
+        BudgetError
+            It is less than `smallest`.
+        """
+        limit = self.fixed_bytes + int(self._share * (self._limit_bytes - self._budget.fixed_bytes))
+        if limit < smallest:
+            raise self.too_small(limit, smallest)
+        return limit
+
+    def too_small(self, limit: int, smallest: int) -> BudgetError:
+        """The error that names what would do for the whole."""
+        whole = self._budget.fixed_bytes + int((smallest - self.fixed_bytes) / self._share)
+        return self._budget.too_small(self._limit_bytes, whole)
+
+
 class RamBudget:
     """How much memory an engine may take, and how many experts it is asked to hold.
 
