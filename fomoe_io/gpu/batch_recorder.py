@@ -51,6 +51,7 @@ class ServeExperts:
     input : activation rows, one a token
     hidden, hidden_floats : what gate and up make, a row a pair; floats where down reads those
     outputs : float32 [pairs, columns], what down makes
+    form : address of an expert_form (gpu/kernels/experts.h), or None
     """
 
     layer: int
@@ -60,6 +61,7 @@ class ServeExperts:
     outputs: int
     columns: int
     used: int
+    form: int | None
 
 
 class BatchRecorder(DeviceRecorder):
@@ -145,13 +147,13 @@ class BatchRecorder(DeviceRecorder):
             self._add(
                 f"attention_f32_{cache.columns}", kernels.attention_grid(op.heads, cache.heads, splits, tokens),
                 turned.address + first * turned.stride_bytes, cache.keys, cache.values, positions, parts, op.heads,
-                cache.heads, splits, cache.columns**-0.5,
+                cache.heads, splits, cache.columns**-0.5, op.window,
             )  # fmt: skip
             gate = query.address + 4 * cache.columns + first * query.stride_bytes if op.gated else None
             self._add(
                 "attention_merge", (op.heads, tokens, 1), parts, positions, gate,
                 output.address + first * output.stride_bytes, None, op.heads, cache.columns, splits,
-                query.columns // op.heads,
+                query.columns // op.heads, op.sinks, op.window,
             )  # fmt: skip
 
     # ---- experts ----
@@ -174,10 +176,12 @@ class BatchRecorder(DeviceRecorder):
         rows, used = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used
         hidden, floats = self._hidden(self._experts[picks.layer], used, self.hidden)
         outputs = self.memory.words("pair_outputs", 4 * self.memory.batch_tokens * used * rows.columns)
-        self.body.append(ServeExperts(picks.layer, rows.address, hidden, floats, outputs, rows.columns, used))
+        form = self._expert_form(picks, op)
+        self.body.append(ServeExperts(picks.layer, rows.address, hidden, floats, outputs, rows.columns, used, form))
         total = self.rows("added", output.columns)
         self._add(
             "combine_picks", (up(output.columns, 256), self.tokens, 1), outputs, picks.weights.address,
             shared and shared.address, shared_gate and shared_gate.address, total.address, output.columns, used,
+            form,
         )  # fmt: skip
         self._add_later(output, total)

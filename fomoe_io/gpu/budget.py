@@ -98,7 +98,7 @@ def check_shape(s: Shape) -> None:
         ("experts a token", s.used, range(1, kernels.MOST_PICKS + 1)),
         ("expert width", s.hidden, range(32, 1 << 24, 32)),
         ("model width", s.columns, range(32, kernels.NORM_MOST_COLUMNS + 1, 32)),
-        ("head size", s.head_columns, (64, 128, 256)),
+        ("head size", s.head_columns, kernels.HEAD_SIZES),
     ]
     if s.state_columns:
         limits.append(("delta-rule head size", s.state_columns, (64, 128)))

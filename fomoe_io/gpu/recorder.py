@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,9 @@ def refuse(**wanted: bool) -> None:
 
 CAR_BYTES = ctypes.sizeof(NativeCar)
 """gpu/kernels/car_rule.h, fomoe_car."""
+
+FORM = "@4Pi4x"
+"""gpu/kernels/experts.h, expert_form."""
 
 
 class DeviceRecorder:
@@ -259,8 +263,7 @@ class DeviceRecorder:
 
     def rope_table(self, rope: Rope, *, name: str = "rope") -> DeviceRows:
         """(cos, sin) of every position; the engine fills the table once."""
-        refuse(positions_of_two_kinds=name != "rope")
-        return self.rows("rope", 2 * len(rope.frequencies))
+        return self.memory.rope_table(rope, name)
 
     def kv_cache(self, heads: int, columns: int) -> KvCache:
         """Addresses in a session's memory."""
@@ -273,7 +276,6 @@ class DeviceRecorder:
         op: Attention[int],
     ) -> DeviceRows:  # fmt: skip
         """What fills the cache, and what reads it."""
-        refuse(attention_sinks=op.sinks is not None, a_sliding_window=op.window > 0)
         for rows, bias in ((query, op.query_bias), (key, op.key_bias), (value, op.value_bias)):
             self._add_bias(rows, bias)
         norms = [op.query_norm, op.key_norm]
@@ -302,12 +304,12 @@ class DeviceRecorder:
         self._add(
             f"attention_f32_{cache.columns}", kernels.attention_grid(op.heads, cache.heads, splits, self.tokens),
             turned.address, cache.keys, cache.values, self.positions, parts, op.heads, cache.heads, splits,
-            cache.columns**-0.5,
+            cache.columns**-0.5, op.window,
         )  # fmt: skip
         gate = query.address + 4 * cache.columns if op.gated else None
         self._makers[output.address] = self._add(
             "attention_merge", (op.heads, self.tokens, 1), parts, self.positions, gate, output.address, "q8", op.heads,
-            cache.columns, splits, query.columns // op.heads,
+            cache.columns, splits, query.columns // op.heads, op.sinks, op.window,
         )  # fmt: skip
 
     def _attention_parts(self, floats: int) -> tuple[int, int]:
@@ -393,6 +395,13 @@ class DeviceRecorder:
     def _late(self, used: int) -> int:
         return self.memory.words("late", 8 * used)
 
+    def _expert_form(self, picks: Picks[int, DeviceRows], op: Experts[int]) -> int | None:
+        """Address of what experts compute beside their products (gpu/kernels/experts.h); None: nothing."""
+        if op == Experts():
+            return None
+        pointers = [picks.ids.address, *(bias or 0 for bias in op.biases)]
+        return self.memory.constant(f"form of {picks.layer}", struct.pack(FORM, *pointers, op.is_clamped))
+
     def _hidden(self, e: DeviceExpertLayer, used: int, hidden: int) -> tuple[int, int | None]:
         """Where the experts' activations go, a row a pair: as Q8, and as floats where down reads those."""
         floats = self.rows("hidden", used * hidden).address if e.down_kernel in kernels.FLOAT_TYPES else None
@@ -401,21 +410,18 @@ class DeviceRecorder:
 
     def experts_begin(self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int]) -> None:
         """Gate and up of the picks that are on the device."""
-        self._check_experts(op)
-        rows, used = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used
-        self._gate_and_up("", picks.layer, [self._records(used)], rows, used)
+        rows = x.forms[self._expert_inputs[picks.layer][0]]
+        self._gate_and_up("", picks, [self._records(picks.router.used)], rows, op)
 
-    def _gate_and_up(self, kind: str, layer: int, where: list[Any], x: DeviceRows, used: int) -> None:
-        e, hidden = self._experts[layer], self.hidden
+    def _gate_and_up(
+        self, kind: str, picks: Picks[int, DeviceRows], where: list[Any], x: DeviceRows, op: Experts[int]
+    ) -> None:
+        e, hidden, used = self._experts[picks.layer], self.hidden, picks.router.used
         q8, floats = self._hidden(e, used, hidden)
         self._add(
             f"experts_gate_up_{kind}{e.gate_kernel}", kernels.gate_up_grid(hidden, used), *where, e.device_offset[0],
-            e.device_offset[1], x.address, q8, floats, hidden, x.columns, used,
+            e.device_offset[1], x.address, q8, floats, hidden, x.columns, used, self._expert_form(picks, op),
         )  # fmt: skip
-
-    @staticmethod
-    def _check_experts(op: Experts[int]) -> None:
-        refuse(biases_of_experts=any(b is not None for b in op.biases), clamped_activations=op.is_clamped)
 
     def experts_end(
         self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int], output: DeviceRows,
@@ -424,7 +430,7 @@ class DeviceRecorder:
         """Gate and up of the others as they come, if there are any; then the sum, which the next norm adds."""
         rows, used, hidden = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used, self.hidden
         e, mail, late, records = self._experts[picks.layer], self._mailbox, self._late(used), self._records(used)
-        self._gate_and_up("late_", picks.layer, [records, late, e.answer, mail.run, mail.stop], rows, used)
+        self._gate_and_up("late_", picks, [records, late, e.answer, mail.run, mail.stop], rows, op)
         misses = self.memory.words("misses", 4)
         self._add("wait_for_misses", (1, 1, 1), misses, records, e.answer, mail.run, mail.stop, late, used)
         total = self.rows("added", output.columns)
@@ -433,6 +439,7 @@ class DeviceRecorder:
             f"experts_down_{e.down_kernel}", kernels.down_grid(output.columns), self._records(used), late,
             e.device_offset[2], floats or q8, picks.weights.address, shared and shared.address,
             shared_gate and shared_gate.address, total.address, output.columns, hidden, used,
+            self._expert_form(picks, op),
         )  # fmt: skip
         down.joins = True
         self._add_later(output, total)

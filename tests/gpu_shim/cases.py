@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any, Protocol
 
 import numpy as np
 
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import kernels
+from fomoe_io.gpu.recorder import FORM
 from tests.gpu_shim import reference as ref
 from tests.reference_model import route_by
 from tests.unit.test_car import choose
@@ -18,6 +20,7 @@ CLOSE = 3e-6
 
 class Handle(Protocol):
     pointer: int
+    parts: list[Handle]
 
     def get(self) -> np.ndarray: ...
 
@@ -123,6 +126,21 @@ def make_records(
     return records, offsets, weights
 
 
+def expert_form(
+    runner: Runner, rng: np.random.Generator, ids: np.ndarray, sizes: tuple[int, int, int], *, is_biased: bool
+) -> tuple[list[np.ndarray], Handle | None]:
+    """Biases of gate, up and down, and what tells the kernels of them and of clamps; zeros and nothing without."""
+    experts, ff, columns = sizes
+    if not is_biased:
+        return [np.zeros((experts, size), np.float32) for size in (ff, ff, columns)], None
+    biases = [np.float32(scale) * normal(rng, experts, size) for scale, size in ((5, ff), (5, ff), (1, columns))]
+    parts = [runner.put(part) for part in (ids.astype(np.int32), *biases)]
+    words = struct.pack(FORM, *(part.pointer for part in parts), 1)
+    form = runner.put(np.frombuffer(words, np.uint8))
+    form.parts = parts  # they live as long
+    return biases, form
+
+
 def check_experts(
     runner: Runner,
     rng: np.random.Generator,
@@ -132,13 +150,18 @@ def check_experts(
     columns: int,
     picks: int,
     tokens: int,
+    is_biased: bool = False,
 ) -> None:
-    """All resident, then some late, then (of one token) some read in place: right, and the same bits."""
+    """All resident, then some late, then (of one token) some read in place: right, and the same bits.
+
+    With biases the activation is clamped, too, and the inputs reach its limits.
+    """
     experts = picks + 2
     records, offsets, weights = make_records(runner, rng, experts, gate_type, down_type, ff, columns)
     ids = np.stack([rng.permutation(experts)[:picks] for _ in range(tokens)])
     share = rng.uniform(0.1, 1, (tokens, picks)).astype(np.float32)
     x, values = activations(runner, gate_type, normal(rng, tokens, columns))
+    biases, form = expert_form(runner, rng, ids, (experts, ff, columns), is_biased=is_biased)
     shared, gate = normal(rng, tokens, columns), normal(rng, tokens)
     addresses = np.array([records[e].pointer for e in ids.ravel()], np.uint64)
     is_late = rng.random(addresses.size) < 0.4
@@ -159,17 +182,17 @@ def check_experts(
         for table in (here, late) if late_mask.any() and not in_place else (here,):
             runner.launch(
                 f"experts_gate_up_{gate_type}", kernels.gate_up_grid(ff, pairs),
-                table, 0, offsets["up"], x, hidden, floats, ff, columns, picks,
+                table, 0, offsets["up"], x, hidden, floats, ff, columns, picks, form,
             )  # fmt: skip
         if in_place:
             runner.launch(
                 f"experts_gate_up_late_{gate_type}", kernels.gate_up_grid(ff, pairs), here, late, reply, run, stop,
-                0, offsets["up"], x, hidden, floats, ff, columns, picks,
+                0, offsets["up"], x, hidden, floats, ff, columns, picks, form,
             )  # fmt: skip
         runner.launch(
             f"experts_down_{down_type}", kernels.down_grid(columns, tokens),
             here, late, offsets["down"], hidden if down_type in kernels.QUANTIZED_TYPES else floats,
-            runner.put(share), runner.put(shared), runner.put(gate), y, columns, ff, picks,
+            runner.put(share), runner.put(shared), runner.put(gate), y, columns, ff, picks, form,
         )  # fmt: skip
         results.append((floats.get(), hidden.get(), y.get()))
     for result in results[1:]:
@@ -181,9 +204,12 @@ def check_experts(
     hidden_used = ref.from_q8(hidden_got, ff) if down_type in kernels.QUANTIZED_TYPES else floats_got
     for pair in range(pairs):
         token, rank = divmod(pair, picks)
-        gate_w, up_w, down_w = weights[ids[token, rank]]
-        want_hidden[pair] = ref.silu(gate_w @ values[token]) * (up_w @ values[token])
-        want[token] += share[token, rank].astype(np.float64) * (down_w @ hidden_used[pair])
+        expert = ids[token, rank]
+        gate_w, up_w, down_w = weights[expert]
+        gate_bias, up_bias, down_bias = (bias[expert] for bias in biases)
+        products = gate_w @ values[token] + gate_bias, up_w @ values[token] + up_bias
+        want_hidden[pair] = ref.hidden(*products, is_clamped=is_biased)
+        want[token] += share[token, rank].astype(np.float64) * (down_w @ hidden_used[pair] + down_bias)
     assert ref.error(floats_got, want_hidden) < CLOSE
     np.testing.assert_allclose(ref.from_q8(hidden_got, ff), floats_got, atol=np.abs(floats_got).max() / 127 * 0.51)
     assert ref.error(y_got, want) < CLOSE
@@ -197,7 +223,7 @@ def check_absent_expert_is_nan(runner: Runner, rng: np.random.Generator) -> None
     share = runner.put(np.array([0.5, 0.5], np.float32))
     runner.launch(
         "experts_down_q4_k", kernels.down_grid(256), table, None, offsets["down"], hidden, share, None, None, y,
-        256, 256, 2,
+        256, 256, 2, None,
     )  # fmt: skip
     assert np.isnan(y.get()).all()
 
@@ -245,8 +271,13 @@ def check_attention(
     positions: list[int],
     rotary: int,
     gated: bool,
+    window: int = 0,
 ) -> None:
-    """Norm, rope, cache, attention and merge of consecutive tokens over a cache that holds what came before."""
+    """Norm, rope, cache, attention and merge of consecutive tokens over a cache that holds what came before.
+
+    With a window the heads have sinks, too.
+    """
+    sinks = normal(rng, heads) if window else None
     tokens, context, eps = len(positions), max(positions) + 1, 1e-6
     q_stride = 2 * dim if gated else dim
     q, k, v = (
@@ -283,12 +314,13 @@ def check_attention(
     q8 = runner.put(np.full((tokens, kernels.q8_row_bytes(heads * dim)), 0xAA, np.uint8))
     runner.launch(
         f"attention_{cache}_{dim}", kernels.attention_grid(heads, kv_heads, splits, tokens),
-        q_out, device_keys, device_values, place, parts, heads, kv_heads, splits, dim**-0.5,
+        q_out, device_keys, device_values, place, parts, heads, kv_heads, splits, dim**-0.5, window,
     )  # fmt: skip
     gate = runner.put(q[..., dim:]) if gated else None
-    runner.launch("attention_merge", (heads, tokens, 1), parts, place, gate, y, q8, heads, dim, splits, dim)
+    runner.launch("attention_merge", (heads, tokens, 1), parts, place, gate, y, q8, heads, dim, splits, dim,
+                  None if sinks is None else runner.put(sinks), window)  # fmt: skip
     stored = (device_keys.get().astype(np.float64), device_values.get().astype(np.float64))
-    want = ref.attention(q_out.get().astype(np.float64), *stored, np.array(positions), dim**-0.5)
+    want = ref.attention(q_out.get().astype(np.float64), *stored, np.array(positions), dim**-0.5, sinks, window)
     if gated:
         want = want * ref.sigmoid(q[..., dim:].astype(np.float64))
     assert ref.error(y.get(), want.reshape(tokens, -1)) < 2 * CLOSE
