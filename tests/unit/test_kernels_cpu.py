@@ -11,7 +11,7 @@ import pytest
 
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import kernels
-from tests.gpu_shim import cases, tile_cases
+from tests.gpu_shim import cases, router_cases, tile_cases
 from tests.gpu_shim.cpu_kernels import CpuRunner, build
 from tests.unit.test_car import RULES
 
@@ -175,24 +175,24 @@ def test_delta(
 
 @pytest.mark.parametrize(("experts", "picks", "tokens"), [(32, 4, 3), (512, 10, 2), (1000, 32, 1), (5, 5, 1)])
 def test_route(runner: CpuRunner, rng: np.random.Generator, experts: int, picks: int, tokens: int) -> None:
-    cases.check_route(runner, rng, experts, picks, tokens)
+    router_cases.check_route(runner, rng, experts, picks, tokens)
     for score in ("softmax", "sigmoid", "logits"):
         for is_biased in (False, True):
-            cases.check_route_by(runner, rng, experts, picks, tokens, score, is_biased)
+            router_cases.check_route_by(runner, rng, experts, picks, tokens, score, is_biased)
 
 
 def test_resolve(runner: CpuRunner, rng: np.random.Generator) -> None:
-    cases.check_resolve(runner, rng, 128, 8)
+    router_cases.check_resolve(runner, rng, 128, 8)
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_substitution(runner: CpuRunner, rng: np.random.Generator, rule: str) -> None:
     shapes = ((128, 8), (512, 10), (40, 4))
-    assert sum(cases.check_substitution(runner, rng, *shape, CarRule.parse(rule)) for shape in shapes) > 0
+    assert sum(router_cases.check_substitution(runner, rng, *shape, CarRule.parse(rule)) for shape in shapes) > 0
 
 
 def test_nan_logits_show(runner: CpuRunner, rng: np.random.Generator) -> None:
-    cases.check_nan_logits_show(runner, rng)
+    router_cases.check_nan_logits_show(runner, rng)
 
 
 def test_read_memory(runner: CpuRunner, rng: np.random.Generator) -> None:
