@@ -71,7 +71,7 @@ def token_bytes(engine: Engine) -> dict[str, int]:
     output = "token_embd.weight" if recorded.weights.tied else "output.weight"
     dense = sum(p.tensor.bytes for name, p in planned.items() if name != output)
     experts = sum(engine.shape.used * sum(r.part_bytes) for r in gpu_of(engine).records.values())
-    state = 2 * sum(size for _, size in recorded.token.state.zeroed)
+    state = 2 * sum(size for _, size in recorded.token.state.parts.recurrent)
     return {"dense": dense, "experts": experts, "state": state, "output": planned[output].tensor.bytes}
 
 

@@ -440,8 +440,8 @@ cdef class Program:
         self._add(&s, (output, frequency))
 
     def kv(self, Rows query, Rows key, Rows value, Rows table, query_norm, key_norm, int64_t key_offset,
-           int64_t value_offset, int64_t context, int heads, int kv_heads, int head_columns, int query_stride,
-           int rotated, float epsilon, biases):
+           int64_t value_offset, int64_t context, int type, int heads, int kv_heads, int head_columns,
+           int query_stride, int rotated, float epsilon, biases):
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
         s.execute = fomoe_step_kv
@@ -458,6 +458,7 @@ cdef class Program:
         s.arguments.kv.key_offset = key_offset
         s.arguments.kv.value_offset = value_offset
         s.arguments.kv.context = context
+        s.arguments.kv.type = <fomoe_kv_type>type
         s.arguments.kv.heads = heads
         s.arguments.kv.kv_heads = kv_heads
         s.arguments.kv.head_columns = head_columns
@@ -466,8 +467,9 @@ cdef class Program:
         s.arguments.kv.epsilon = epsilon
         self._add(&s, (query, key, value, table, query_norm, key_norm, biases))
 
-    def attention(self, Rows query, Rows output, int64_t key_offset, int64_t value_offset, int64_t context, int heads,
-                  int kv_heads, int head_columns, int query_stride, bint gated, sinks=None, int64_t window=0):
+    def attention(self, Rows query, Rows output, int64_t key_offset, int64_t value_offset, int64_t context, int type,
+                  int heads, int kv_heads, int head_columns, int query_stride, bint gated, sinks=None,
+                  int64_t window=0):
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
         s.execute = fomoe_step_attention
@@ -476,6 +478,7 @@ cdef class Program:
         s.arguments.attention.key_offset = key_offset
         s.arguments.attention.value_offset = value_offset
         s.arguments.attention.context = context
+        s.arguments.attention.type = <fomoe_kv_type>type
         s.arguments.attention.heads = heads
         s.arguments.attention.kv_heads = kv_heads
         s.arguments.attention.head_columns = head_columns
@@ -586,21 +589,24 @@ cdef class Program:
         s.arguments.layer_end.layer = layer
         self._add(&s, (input,))
 
-    def run(self, const int32_t[::1] ids, int outputs, int64_t position, uintptr_t state, float[:, ::1] logits,
+    def run(self, const int32_t[::1] ids, const int64_t[::1] positions, const uintptr_t[::1] states,
+            const int32_t[::1] output_rows, float[:, ::1] logits,
             int32_t[:, :, ::1] experts=None, float[:, :, ::1] weights=None, float[:, :, ::1] router_logits=None,
             float[:, :, ::1] layer_output=None, float[:, ::1] final_norm=None, bint substitute=False,
             Gate gate=None):
-        """0, or a negative errno; the gate may end it.  logits: [outputs, vocabulary]; the rest are records,
-        [layers, tokens, ...]."""
+        """0, or a negative errno; the gate may end it.  positions, states: of each token; output_rows: the tokens
+        that get logits, [outputs, vocabulary]; the rest are records, [layers, tokens, ...]."""
         cdef fomoe_run r
         cdef int error
+        assert ids.shape[0] == positions.shape[0] == states.shape[0] and output_rows.shape[0] == logits.shape[0]
         memset(&r, 0, sizeof(r))
         r.tokens = ids.shape[0]
-        r.outputs = outputs
-        r.position = position
+        r.outputs = output_rows.shape[0]
         r.ids = &ids[0]
-        r.state = <uint8_t *>state
-        r.logits = &logits[0, 0] if outputs else NULL
+        r.positions = &positions[0]
+        r.states = <uint8_t **>&states[0]
+        if r.outputs:
+            r.output_rows, r.logits = &output_rows[0], &logits[0, 0]
         r.substitute = substitute
         r.watch = NULL if gate is None else &gate.watch
         r.trace = NULL if self.tracer is None else self.tracer.c
@@ -612,7 +618,7 @@ cdef class Program:
             r.record.router_logits = &router_logits[0, 0, 0]
         if layer_output is not None:
             r.record.layer_output = &layer_output[0, 0, 0]
-        if final_norm is not None and outputs:
+        if final_norm is not None and r.outputs:
             r.record.final_norm = &final_norm[0, 0]
         with nogil:
             error = fomoe_program_run(self.c, &r)

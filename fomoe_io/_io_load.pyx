@@ -48,6 +48,11 @@ cdef extern from "csrc/read/io_load.h" nogil:
         uint8_t *buffers
         uint64_t buffer_bytes
         int depth
+    ctypedef struct fomoe_span_sum:
+        uint64_t min_ns
+        uint64_t max_ns
+        double sum_ns
+        double square_sum
     ctypedef struct fomoe_load_counts:
         uint64_t reads
         uint64_t bytes
@@ -61,6 +66,8 @@ cdef extern from "csrc/read/io_load.h" nogil:
         uint64_t latency_max_ns
         double latency_sum_ns
         double latency_square_sum
+        fomoe_span_sum submission
+        fomoe_span_sum total
         uint64_t *latency
         uint64_t *in_flight
     int fomoe_load_run(const fomoe_reader *, const fomoe_load *, fomoe_load_counts *)
@@ -150,6 +157,11 @@ cdef class PacedReader:
         return self.inner.counters | {"paced_late": c.late, "paced_late_seconds": c.late_ns * 1e-9}
 
 
+cdef tuple _spans(fomoe_span_sum s, uint64_t reads):
+    """(min, max, sum, sum of squares) in ns."""
+    return (s.min_ns if reads else 0, s.max_ns, s.sum_ns, s.square_sum)
+
+
 cdef class Load:
     cdef fomoe_load_counts *counts
     cdef fomoe_load load
@@ -205,6 +217,8 @@ cdef class Load:
             "latency_max_ns": c.latency_max_ns,
             "latency_sum_ns": c.latency_sum_ns,
             "latency_square_sum": c.latency_square_sum,
+            "submission": _spans(c.submission, c.reads),
+            "total": _spans(c.total, c.reads),
             "latency": np.array([c.latency[i] for i in range(FOMOE_LATENCY_BINS)], np.int64),
             "in_flight": np.array([c.in_flight[i] for i in range(self.load.depth + 1)], np.int64),
         }

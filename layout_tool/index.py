@@ -11,7 +11,7 @@ from fomoe_io.cli.common import note
 from fomoe_io.cli.progress import Progress
 from fomoe_io.errors import StoreError
 from fomoe_io.storage.gguf import TensorInfo
-from fomoe_io.storage.manifest import JOURNAL, MANIFEST, METADATA, page_up, seal
+from fomoe_io.storage.manifest import JOURNAL, MANIFEST, METADATA, page_up, seal, unseal
 from fomoe_io.storage.store import Store
 from fomoe_io.system.files import write_atomically
 from layout_tool import targets as target_tools
@@ -46,7 +46,12 @@ def index(model_path: Path, directory: Path, *, checksums: bool, overwrite: bool
     if not overwrite:
         if (targets[0] / JOURNAL).exists():
             raise StoreError(f"{directory} holds an unfinished pack", hint="choose another directory, or --overwrite")
-        target_tools.check_unused(targets)
+        known = _index_of(store, targets[0])
+        if known is None:
+            target_tools.check_unused(targets)
+        elif has_checksums(known) and known.paths == [path.absolute() for path in model.paths]:
+            note(f"{directory} already is an index of this model, with checksums; to check it: fomoe-layout verify")
+            return 0
     resident, records = _checksums(store) if checksums else (None, None)
     if overwrite:
         check_idle(targets[0])
@@ -60,6 +65,34 @@ def index(model_path: Path, directory: Path, *, checksums: bool, overwrite: bool
         raise write_error(error, targets[0] / MANIFEST) from error
     note(f"index  {len(store.experts)} layers of {model.paths[0]} -> {directory}")
     return 0
+
+
+def _index_of(store: Store, directory: Path) -> Store | None:
+    """The index of the same model that a directory holds: it may be written again, as nothing is lost.
+
+    Raises
+    ------
+    StoreError
+        It holds the experts themselves, packed.
+    """
+    if not (directory / MANIFEST).exists():
+        return None
+    found = unseal(directory / MANIFEST)
+    if found.text("fingerprint") != store.fingerprint:
+        return None
+    if found.text("kind") == "packed":
+        raise StoreError(
+            f"{directory} holds this model packed, which needs no index", hint=f"fomoe-run {directory}, as it is"
+        )
+    try:
+        return Store.open(directory)
+    except StoreError:  # it points to where the model was
+        return store
+
+
+def has_checksums(store: Store) -> bool:
+    """Whether every tensor and every expert has one."""
+    return store.resident_checksums is not None and all(layer.checksums is not None for layer in store.experts.values())
 
 
 def id_runs(store: Store) -> list[Run]:

@@ -14,8 +14,8 @@ from fomoe_io.errors import FormatError, printable
 from fomoe_io.storage.store import Store
 from fomoe_io.units import format_bytes
 from layout_tool.check_runs import check_runs
+from layout_tool.index import has_checksums
 from layout_tool.plan import model_lines, model_report
-from layout_tool.verify import has_checksums
 
 
 def inspect(path: Path, *, as_json: bool) -> int:

@@ -14,10 +14,11 @@ from fomoe_io.units import parse_bytes
 from layout_tool import collect
 from layout_tool.index import index
 from layout_tool.inspect import inspect
-from layout_tool.mirror import mirror
+from layout_tool.mirror import mirror, unmirror
 from layout_tool.pack import pack
 from layout_tool.plan import plan
 from layout_tool.relocate import relocate
+from layout_tool.striping import SHARES, Striping
 from layout_tool.targets import IGNORE_FREE_SPACE
 from layout_tool.verify import verify
 
@@ -47,11 +48,19 @@ def parser() -> Parser:
     _add_targets(sub, required=False)
     _add_profile(sub)
     _add_calibration(sub)
+    _add_by(sub)
+    sub.add_argument(
+        "--probe", action="store_true", help="measure the drives by a file of at most 1 GiB, which is removed again"
+    )
     sub.add_argument("--json", action="store_true", help="for programs")
     _add_ignore_free_space(sub)
     sub.set_defaults(
         run=lambda o: plan(
-            o.model, o.to, o.profile, o.calibration, as_json=o.json, ignore_free_space=o.ignore_free_space
+            o.model,
+            o.to,
+            o.profile,
+            Striping(o.by, o.calibration, measures=o.probe, ignore_free_space=o.ignore_free_space),
+            as_json=o.json,
         )
     )
 
@@ -60,11 +69,16 @@ def parser() -> Parser:
     _add_targets(sub, required=True)
     _add_profile(sub)
     _add_calibration(sub)
+    _add_by(sub)
     _add_overwrite(sub)
     _add_ignore_free_space(sub)
     sub.set_defaults(
         run=lambda o: pack(
-            o.model, o.to, o.profile, o.calibration, overwrite=o.overwrite, ignore_free_space=o.ignore_free_space
+            o.model,
+            o.to,
+            o.profile,
+            Striping(o.by, o.calibration, ignore_free_space=o.ignore_free_space),
+            overwrite=o.overwrite,
         )
     )
 
@@ -92,9 +106,13 @@ def parser() -> Parser:
 
     sub = command("mirror", "copy a store's data to another drive, which then serves reads too and takes over")
     sub.add_argument("store", type=Path, metavar="STORE", help="the directory with the manifest")
-    sub.add_argument("--to", type=Path, required=True, metavar="DIR", help="directory on the other drive")
+    where = sub.add_mutually_exclusive_group(required=True)
+    where.add_argument("--to", type=Path, metavar="DIR", help="directory on the other drive")
+    where.add_argument("--remove", action="store_true", help="have none any more: forget the copies and remove them")
     _add_ignore_free_space(sub)
-    sub.set_defaults(run=lambda o: mirror(o.store, o.to, ignore_free_space=o.ignore_free_space))
+    sub.set_defaults(
+        run=lambda o: unmirror(o.store) if o.remove else mirror(o.store, o.to, ignore_free_space=o.ignore_free_space)
+    )
 
     sub = command("profile", "count which experts a text picks, for pack --profile")
     sub.add_argument("model", type=Path, metavar="MODEL", help="store or GGUF")
@@ -160,6 +178,15 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help="of each --to in turn, from fomoe-bench io --calibrate: stripe by it instead of a quick probe",
+    )
+
+
+def _add_by(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--by",
+        choices=SHARES,
+        default=SHARES[0],
+        help="how several drives share the experts: by speed while there is room (default), by free space, or evenly",
     )
 
 

@@ -72,6 +72,35 @@ def mirror(directory: Path, target: Path, *, ignore_free_space: bool = False) ->
     return 0
 
 
+def unmirror(directory: Path) -> int:
+    """Make a mirrored store one without: the manifest first, then the copies go.
+
+    Raises
+    ------
+    StoreError
+        It has no mirror, or the first copy is not whole by itself; nothing is changed.
+    """
+    path = manifest_path(directory)
+    found = unseal(path)
+    if not found.optional("mirror"):
+        raise UsageError(f"{directory} has no mirror", hint=f"fomoe-layout inspect {directory}")
+    second = Path(found.text("mirror"))
+    body = json.loads(path.read_bytes())
+    del body["xxh3_64"], body["mirror"]
+    store = Store.of_manifest(directory, Fields(body, str(path)))  # whole without it
+    copies = {number: second / source.name for number, source in enumerate(store.paths)}
+    copies = {number: copy for number, copy in copies.items() if _is_copy(store, number, copy)}
+    try:
+        write_atomically(directory / MANIFEST, seal(body))
+        for copy in copies.values():
+            copy.unlink()
+    except OSError as error:
+        raise write_error(error, path) from error
+    size = format_bytes(sum(store.file_bytes[number] for number in copies))
+    note(f"mirror  {second} is none any more; {len(copies)} files, {size} removed")
+    return 0
+
+
 def _is_copy(store: Store, number: int, copy: Path) -> bool:
     """Whether a finished copy of the file is there: renamed only when whole, and its first page names the store."""
     if not copy.is_file() or copy.stat().st_size != store.file_bytes[number]:

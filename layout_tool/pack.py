@@ -17,7 +17,6 @@ from fomoe_io.cli.common import note
 from fomoe_io.cli.progress import Progress
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.experts.profile import Profile
-from fomoe_io.storage.calibration import Calibration
 from fomoe_io.storage.gguf import GGUFFile, TensorInfo
 from fomoe_io.storage.manifest import JOURNAL, MANIFEST, METADATA, data_header, page_up, seal, unseal
 from fomoe_io.storage.store import Store
@@ -30,6 +29,7 @@ from layout_tool.direct import DirectFile, buffered_notes, write_error
 from layout_tool.journal import Journal, check_idle, journal_header
 from layout_tool.placement import RESIDENT_FILE, Placement, Run, place, runs
 from layout_tool.records import buffer_bytes, opened, read_records, read_tensor
+from layout_tool.striping import Striping
 from layout_tool.workers import Buffers, run_tasks
 
 SYNC_SECONDS = 2.0
@@ -66,29 +66,13 @@ def model_frequencies(source: Store, profile: Profile | None) -> dict[int, np.nd
     return profile.frequencies({number: layer.n_experts for number, layer in source.experts.items()})
 
 
-def striping(
-    source: Store, targets: Sequence[Path], calibrations: Sequence[Path], *, ignore_free_space: bool
-) -> tuple[int, ...]:
-    """Records each target gets in turn, by the calibrations of their drives, or a quick probe.
-
-    Raises
-    ------
-    FormatError, UsageError
-    """
-    largest = max(layer.record_bytes for layer in source.experts.values())
-    return target_tools.stripe_weights(
-        targets, [Calibration.load(path) for path in calibrations], largest, ignore_free_space=ignore_free_space
-    )
-
-
 def pack(
     model_path: Path,
     directories: Sequence[Path],
     profile_path: Path | None,
-    calibrations: Sequence[Path] = (),
+    striping: Striping,
     *,
     overwrite: bool,
-    ignore_free_space: bool = False,
 ) -> int:
     """Write a store, or finish one that was interrupted.
 
@@ -99,12 +83,10 @@ def pack(
     directories : sequence of Path
         One a drive.
     profile_path : Path or None
-    calibrations : sequence of Path
-        Of each directory's drive, for the striping; empty: the drives are probed.
+    striping : Striping
+        How the directories share the experts.
     overwrite : bool
         Replace the stores that the directories hold.
-    ignore_free_space : bool
-        Write though the drives say that they are too full.
 
     Returns
     -------
@@ -119,25 +101,27 @@ def pack(
     profile = None if profile_path is None else Profile.load(profile_path)
     frequencies = model_frequencies(source, profile)
     targets = target_tools.resolve(directories)
-    weights = _known_weights(targets, overwrite) or striping(
-        source, targets, calibrations, ignore_free_space=ignore_free_space
-    )
-    placement = place(source, frequencies, weights)
+    weights = known_weights(targets, overwrite)
+    if weights:
+        placement = place(source, frequencies, weights)
+    else:
+        placement = striping.placement(source, frequencies, targets, model.header_bytes[0])
     if not overwrite and (targets[0] / MANIFEST).exists():
         return _already_packed(targets, placement)
     if not overwrite and journal_header(targets[0]) is None:
         target_tools.check_unused(targets)
-    if not ignore_free_space:
+    if not striping.ignore_free_space:
         _check_space(targets, placement, model.header_bytes[0])
     if overwrite:
         check_idle(targets[0])
         target_tools.clear(targets)
+    _tell_foreign(targets)
     target_tools.make(targets)
     _Pack(model, source, placement, targets, profile).run()
     return 0
 
 
-def _known_weights(targets: Sequence[Path], overwrite: bool) -> tuple[int, ...]:
+def known_weights(targets: Sequence[Path], overwrite: bool) -> tuple[int, ...]:
     """Of the striping: an interrupted pack keeps its own, a finished one too; empty when there is none."""
     if not overwrite and (targets[0] / MANIFEST).exists():
         found = unseal(targets[0] / MANIFEST)
@@ -169,6 +153,14 @@ def _already_packed(targets: Sequence[Path], placement: Placement) -> int:
     (directory / JOURNAL).unlink(missing_ok=True)  # left by a death between the manifest and its removal
     note(f"{directory} already holds this store; to check its data: fomoe-layout verify {directory}")
     return 0
+
+
+def _tell_foreign(targets: Sequence[Path]) -> None:
+    for target in targets:
+        names = target_tools.foreign_files(target)
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            note(f"note: {target} holds other files ({shown}), which stay as they are")
 
 
 def _check_space(targets: Sequence[Path], placement: Placement, metadata_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""`fomoe-layout plan`: what pack would write, whether it fits and how long it takes.  Writes nothing that stays."""
+"""`fomoe-layout plan`: what pack would write, whether it fits and how long it takes.  Writes nothing."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import Any
 
 from fomoe_io.errors import printable
 from fomoe_io.experts.profile import Profile
+from fomoe_io.storage.gguf import GGUFFile
+from fomoe_io.storage.manifest import MANIFEST, Fields, unseal
 from fomoe_io.storage.store import Store
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
-from layout_tool.pack import model_frequencies, open_model, striping
+from layout_tool.pack import known_weights, model_frequencies, open_model
 from layout_tool.placement import place
+from layout_tool.striping import Striping
 
 
 def plan(
     model_path: Path,
     directories: Sequence[Path],
     profile_path: Path | None,
-    calibrations: Sequence[Path] = (),
+    striping: Striping,
     *,
     as_json: bool,
-    ignore_free_space: bool = False,
 ) -> int:
     """Print the plan; exit code 1 when it does not fit.
 
@@ -35,12 +37,15 @@ def plan(
     profile = None if profile_path is None else Profile.load(profile_path)
     frequencies = model_frequencies(source, profile)
     targets = target_tools.resolve(directories)
-    weights: tuple[int, ...] = (1,)
-    if targets:
-        weights = striping(source, targets, calibrations, ignore_free_space=ignore_free_space)
-    placement = place(source, frequencies, weights)
+    held = _held(targets)
+    known = known_weights(targets, False) if targets else ()
+    if not targets or known:
+        placement = place(source, frequencies, known or (1,))
+    else:
+        placement = striping.placement(source, frequencies, targets, model.header_bytes[0])
+    is_there = held is not None and held.optional("id") and held.text("id") == placement.store_id
     needs = target_tools.still_needed(targets, placement, model.header_bytes[0]) if targets else []
-    short = [] if ignore_free_space else target_tools.shortages(targets, needs)
+    short = [] if striping.ignore_free_space or is_there else target_tools.shortages(targets, needs)
     total = sum(file.bytes for file in placement.files)
     report = {
         **model_report(source),
@@ -50,19 +55,40 @@ def plan(
         "profile_tokens": profile.tokens if profile else 0,
         "targets": [
             {"path": str(target), "needs_bytes": need, "free_bytes": target_tools.free_bytes(target), "weight": weight}
-            for target, need, weight in zip(targets, needs, weights if targets else (), strict=True)
+            for target, need, weight in zip(targets, needs, placement.weights if targets else (), strict=True)
         ],
         "fits": not short,
+        "is_there": bool(is_there),
+        "holds_another": None if held is None or is_there else held.text("model"),
     }
-    if targets and not short:
-        report["seconds"] = round(
-            target_tools.copy_seconds(model.paths[0], targets, needs, ignore_free_space=ignore_free_space), 1
-        )
+    if targets and not short and not is_there:
+        report.update(_time(model, targets, needs, striping))
     if as_json:
         print(json.dumps(report, indent=1))
     else:
         _print(report, short)
     return 1 if short else 0
+
+
+def _held(targets: Sequence[Path]) -> Fields | None:
+    """The manifest of the store that the directories hold already."""
+    return unseal(targets[0] / MANIFEST) if targets and (targets[0] / MANIFEST).exists() else None
+
+
+def _time(model: GGUFFile, targets: Sequence[Path], needs: Sequence[int], striping: Striping) -> dict[str, Any]:
+    """How long a pack takes: by measuring the drives, or by reading alone, which writes nothing."""
+    size = sum(needs)
+    if striping.measures:
+        seconds = target_tools.copy_seconds(
+            model.paths[0], targets, needs, ignore_free_space=striping.ignore_free_space
+        )
+        how = "reading and writing measured, 1 s a drive"
+    else:
+        seconds, how = (
+            size / target_tools.read_rate(model.paths[0]),
+            "at least: reading is measured, --probe writes",
+        )
+    return {"seconds": round(seconds, 1), "seconds_by": how, "bytes_per_second": size / max(seconds, 1e-9)}
 
 
 def model_report(store: Store) -> dict[str, Any]:
@@ -121,14 +147,18 @@ def _print(report: dict[str, Any], short: Sequence[str]) -> None:
             f"  needs      {format_bytes(target['needs_bytes']):>9}  on {target['path']}   "
             f"{format_bytes(target['free_bytes'])} free   {fits}"
         )
+    if report["is_there"]:
+        lines.append("  there      the directory holds this store already: nothing is to be written")
+    if report["holds_another"] is not None:
+        lines.append(f"  holds      another store, of {report['holds_another']}: pack asks for --overwrite")
     lines += [f"  short      {line}" for line in short]
     if short:
         lines.append(
             f"  fix        {target_tools.no_room(short, 'free space, or add a drive with another --to DIR').hint}"
         )
     if "seconds" in report:
-        rate = report["store_bytes"] / max(report["seconds"], 1e-9)
         lines.append(
-            f"  takes      ~{format_seconds(report['seconds'])} at {format_rate(rate)} (measured, 1 s a drive)"
+            f"  takes      ~{format_seconds(report['seconds'])} at {format_rate(report['bytes_per_second'])} "
+            f"({report['seconds_by']})"
         )
     print("\n".join(printable(line) for line in lines))

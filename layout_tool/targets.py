@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from fomoe_io.errors import StoreError, UsageError
-from fomoe_io.storage.calibration import Calibration
 from fomoe_io.storage.manifest import JOURNAL, MANIFEST, METADATA
 from fomoe_io.units import format_bytes
 from layout_tool.direct import DirectFile, aligned_buffer, write_error
@@ -149,44 +148,6 @@ def make(targets: Sequence[Path]) -> None:
             raise write_error(error, target) from error
 
 
-def stripe_weights(
-    targets: Sequence[Path],
-    calibrations: Sequence[Calibration] = (),
-    record_bytes: int = PROBE_BLOCK_BYTES,
-    *,
-    ignore_free_space: bool = False,
-) -> tuple[int, ...]:
-    """Records each target gets in turn: as its drive reads, in eighths of the fastest; equal on one drive.
-
-    Parameters
-    ----------
-    targets : sequence of Path
-    calibrations : sequence of Calibration
-        Of each target; empty: the drives are probed.
-    record_bytes : int
-        What is read at once, where there are calibrations.
-    ignore_free_space : bool
-        Probe also where the file system reports none.
-
-    Raises
-    ------
-    UsageError
-        Neither no calibration nor one for each target.
-    """
-    if calibrations and len(calibrations) != len(targets):
-        raise UsageError(
-            f"{len(calibrations)} calibrations for {len(targets)} directories", hint="--calibration FILE for each --to"
-        )
-    if len({existing_parent(target).stat().st_dev for target in targets}) == 1:
-        return (1,) * len(targets)
-    if calibrations:
-        rates = [calibration.best_bytes_per_second(record_bytes) for calibration in calibrations]
-    else:
-        rates = [probe(target, ignore_free_space=ignore_free_space)[1] for target in targets]
-    weights = [max(1, round(8 * rate / max(rates))) for rate in rates]
-    return (1,) * len(targets) if len(set(weights)) == 1 else tuple(weights)
-
-
 def probe(target: Path, *, ignore_free_space: bool = False) -> tuple[float, float]:
     """(write, read) bytes per second of a target's drive, with direct I/O and 4 MiB blocks, in about a second.
 
@@ -223,10 +184,18 @@ def read_rate(source: Path) -> float:
         return _rate(lambda at: file.read(at, size, block), source.stat().st_size)[1]
 
 
+def foreign_files(target: Path) -> list[str]:
+    """Names of what lies in a directory and is no part of a store."""
+    if not target.is_dir():
+        return []
+    own = {MANIFEST, METADATA, JOURNAL, "lost+found", *(path.name for path in data_files(target))}
+    return sorted(path.name for path in target.iterdir() if path.name not in own)
+
+
 def copy_seconds(
     source: Path, targets: Sequence[Path], needs: Sequence[int], *, ignore_free_space: bool = False
 ) -> float:
-    """How long a pack will take: reading and writing overlap, but share the drive where it is the same."""
+    """How long a pack will take, its drives measured by writing: reading and writing overlap, but share one drive."""
     reading = read_rate(source)
     devices = {existing_parent(target).stat().st_dev for target in targets}
     rates = [probe(target, ignore_free_space=ignore_free_space)[0] for target in targets]

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,11 +15,11 @@ from fomoe_io.cli.common import note
 from fomoe_io.cli.progress import Progress
 from fomoe_io.errors import StoreError, UsageError
 from fomoe_io.storage.gguf import GGUFFile, TensorInfo
-from fomoe_io.storage.manifest import PACK_AGAIN, page_up
-from fomoe_io.storage.store import Store
+from fomoe_io.storage.manifest import page_up, unseal
+from fomoe_io.storage.store import Store, manifest_path
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool.direct import DirectFile
-from layout_tool.index import id_runs
+from layout_tool.index import has_checksums, id_runs
 from layout_tool.placement import Run, runs
 from layout_tool.records import buffer_bytes, opened, read_records, read_tensor
 from layout_tool.workers import Buffers, run_tasks
@@ -46,26 +48,63 @@ def verify(path: Path, against: Path | None) -> int:
     store = Store.open(path)
     original = None if against is None else Store.of_gguf(GGUFFile.open(against))
     if original is not None and original.fingerprint != store.fingerprint:
-        raise StoreError(f"{path} is a store of {store.model_name}, not of {against}", hint=PACK_AGAIN)
+        names = [source.text("name") for source in unseal(manifest_path(path)).objects("source")]
+        raise StoreError(
+            f"{path} is a store of {store.model_name}, not of {against}",
+            hint=f"--against {names[0]}, which it was made from",
+        )
     if original is None and not has_checksums(store):
         raise StoreError(
             f"{path} was indexed without checksums",
             hint=f"fomoe-layout index MODEL.gguf --to {path} --checksums --overwrite, or verify --against MODEL.gguf",
         )
-    damaged = list(store.lost_copies) + _Check(store, original).run()
+    first, second = _Check(store, original).run(), []
     if any(store.mirrors):
-        second = [mirror or path for mirror, path in zip(store.mirrors, store.paths, strict=True)]
-        damaged += _Check(replace(store, paths=second), original).run()
-    if damaged:
-        for line in damaged[:SHOWN]:
-            note(line)
-        raise StoreError(f"{path}: {len(damaged):,} damaged records or tensors", hint=PACK_AGAIN)
+        mirrored = [mirror or path for mirror, path in zip(store.mirrors, store.paths, strict=True)]
+        second = _Check(replace(store, paths=mirrored), original).run()
+    for line in [*store.lost_copies, *(found.text for found in first + second)][:SHOWN]:
+        note(line)
+    if first or second:
+        raise StoreError(
+            f"{path}: {len(first) + len(second):,} damaged records or tensors", hint=_remedy(store, first, second)
+        )
+    if store.lost_copies:
+        raise StoreError(
+            f"{path} is whole, and {len(store.lost_copies)} of its second copies are lost", hint=_remedy(store, [], [])
+        )
     return 0
 
 
-def has_checksums(store: Store) -> bool:
-    """Whether every tensor and every expert has one."""
-    return store.resident_checksums is not None and all(layer.checksums is not None for layer in store.experts.values())
+def _remedy(store: Store, first: Sequence[Damage], second: Sequence[Damage]) -> str:
+    """From the copy that is whole, where one is; only what is damaged in both is packed again."""
+    bad = dict(store.lost_paths)
+    good = dict(enumerate(store.paths))
+    for number in {found.file for found in first}:
+        other = store.mirrors[number] if store.mirrors else None
+        if other is None or any(found.file == number for found in second):
+            return _made_again(store)
+        bad[store.paths[number]], good[number] = number, other
+    bad |= {copy: found.file for found in second if (copy := store.mirrors[found.file]) is not None}
+    second_place = Path(unseal(manifest_path(store.path)).text("mirror"))
+    if all(copy.parent == second_place and not copy.exists() for copy in bad):
+        return f"fomoe-layout mirror {quote(str(store.path))} --to {quote(str(second_place))}"
+    return "; ".join(f"cp {quote(str(good[number]))} {quote(str(copy))}" for copy, number in sorted(bad.items()))
+
+
+def _made_again(store: Store) -> str:
+    manifest = unseal(manifest_path(store.path))
+    name = manifest.objects("source")[0].text("name")
+    if store.kind != "packed":
+        return f"the GGUF changed or is damaged: get {name} again, or fomoe-layout index it with --overwrite"
+    targets = [str(store.path), *manifest.texts("targets")[1:]]
+    return f"fomoe-layout pack {quote(name)} {' '.join(f'--to {quote(t)}' for t in targets)} --overwrite"
+
+
+class Damage(NamedTuple):
+    """A record or tensor that is not what its checksum says: number of its file, and where."""
+
+    file: int
+    text: str
 
 
 class _Check:
@@ -77,15 +116,15 @@ class _Check:
         self._files: Sequence[DirectFile] = []
         self._original_files: Sequence[DirectFile] = []
 
-    def run(self) -> list[str]:
-        """One line for everything that is damaged."""
+    def run(self) -> list[Damage]:
+        """Everything that is damaged."""
         store, original = self._store, self._original
         tasks: list[TensorInfo | Run] = list(store.resident.values())
         if store.kind == "packed":
             tasks += [run for layer in store.experts.values() for run in runs(layer)]
         else:
             tasks += id_runs(store)
-        damaged: list[str] = []
+        damaged: list[Damage] = []
         total = sum(page_up(task.bytes) for task in tasks)
         with (
             opened(store.paths) as self._files,
@@ -93,7 +132,7 @@ class _Check:
             Progress("verify", total) as progress,
         ):
 
-            def done(task: TensorInfo | Run, lines: list[str]) -> None:
+            def done(task: TensorInfo | Run, lines: list[Damage]) -> None:
                 damaged.extend(lines)
                 progress.add(page_up(task.bytes))
 
@@ -106,7 +145,7 @@ class _Check:
         )
         return damaged
 
-    def _check(self, task: TensorInfo | Run, buffers: Buffers) -> list[str]:
+    def _check(self, task: TensorInfo | Run, buffers: Buffers) -> list[Damage]:
         if isinstance(task, Run):
             return self._check_run(task, buffers)
         expected = self._store.resident_checksums
@@ -114,9 +153,10 @@ class _Check:
         wrong = expected is not None and int(found, 16) != expected[task.name]
         if self._original is not None:
             wrong |= found != read_tensor(self._original_files, self._original.resident[task.name], buffers)
-        return [f"tensor {task.name} in {self._store.paths[task.file]} at {task.offset:,}"] if wrong else []
+        text = f"tensor {task.name} in {self._store.paths[task.file]} at {task.offset:,}"
+        return [Damage(task.file, text)] if wrong else []
 
-    def _check_run(self, run: Run, buffers: Buffers) -> list[str]:
+    def _check_run(self, run: Run, buffers: Buffers) -> list[Damage]:
         layer = self._store.experts[run.layer]
         _, texts = read_records(self._files, layer, run.experts, buffers)
         found = np.array([int(text, 16) for text in texts], np.uint64)
@@ -129,5 +169,6 @@ class _Check:
         lines = []
         for expert in run.experts[wrong]:
             file, offset, _ = layer.extents[expert, 0]
-            lines.append(f"expert {expert} of layer {run.layer} in {self._store.paths[file]} at {offset:,}")
+            text = f"expert {expert} of layer {run.layer} in {self._store.paths[file]} at {offset:,}"
+            lines.append(Damage(int(file), text))
         return lines

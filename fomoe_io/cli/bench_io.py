@@ -7,13 +7,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fomoe_io.cli.common import note, run_command
 from fomoe_io.cli.parser import Foreign, Parser, checked, new_parser, package_version
 from fomoe_io.cli.progress import Progress
 from fomoe_io.errors import UsageError, printable
 from fomoe_io.io_bench.calibrate import DEPTHS, POINT_SECONDS, calibrate, sizes_within
-from fomoe_io.io_bench.job import DIRECTIONS, ENGINES, IOJob, IOResult
+from fomoe_io.io_bench.job import DIRECTIONS, ENGINES, IOJob, IOResult, Share
 from fomoe_io.io_bench.job_file import parse_engine, parse_flag, parse_seconds, read_job_file
 from fomoe_io.io_bench.report import format_result, json_results
 from fomoe_io.io_bench.run import file_bytes, run_jobs
@@ -26,7 +27,6 @@ from fomoe_io.units import format_rate, parse_bytes
 PROGRAM = "fomoe-bench io"
 FIO = [
     Foreign(("--group_reporting", "--thread"), "0", "each job is reported once, and its jobs are threads"),
-    Foreign(("--offset",), "1", "the whole file is read", "--size SIZE", ("0",)),
     Foreign(("--verify", "--rwmixread", "--fsync", "--rate"), "1", "this is not measured", "fio"),
 ]
 """fio's options that a job here does not have."""
@@ -49,13 +49,16 @@ def parser() -> Parser:
     )
     what.add_argument("--rw", "--readwrite", choices=DIRECTIONS, default="randread")
     what.add_argument("--bs", "--blocksize", type=checked(parse_bytes), default=4096, metavar="SIZE", help="block size")
-    what.add_argument("--size", type=checked(parse_bytes), metavar="SIZE", help="bytes to use; lays out a file")
-    what.add_argument("--overwrite", action="store_true", help="let a job write to a file that exists")
+    what.add_argument("--size", type=checked(Share.parse), default=Share(), metavar="SIZE",
+        help="bytes to use, or a share such as 50%%; lays out a file (default: all)")  # fmt: skip
+    what.add_argument("--offset", type=checked(Share.parse), default=Share(), metavar="SIZE",
+        help="where to begin, also as a share (default: 0)")  # fmt: skip
+    _add_flag(what, "--overwrite", "let a job write to a file that exists")
     how = p.add_argument_group("how")
     how.add_argument("--iodepth", type=int, default=1, metavar="N", help="reads in flight")
     how.add_argument("--numjobs", type=int, default=1, metavar="N", help="threads, each with a reader of its own")
     how.add_argument("--runtime", type=checked(parse_seconds), default=0.0, metavar="TIME", help="stop after so long")
-    how.add_argument("--time_based", action="store_true", help="go on until --runtime is over, whatever --size is")
+    _add_flag(how, "--time_based", "go on until --runtime is over, whatever --size is")
     how.add_argument("--ramp_time", type=checked(parse_seconds), default=0.0, metavar="TIME", help="do not count it")
     how.add_argument("--direct", type=checked(parse_flag), default=True, metavar="0|1", help="O_DIRECT")
     engines = ", ".join(ENGINES)
@@ -74,6 +77,12 @@ def parser() -> Parser:
     return p
 
 
+def _add_flag(group: Any, name: str, about: str) -> None:
+    """As fio has them: alone, or with 0 or 1."""
+    group.add_argument(name, nargs="?", choices=("0", "1"), const="1", default="0", metavar="0|1",
+        help=f"{about} (default: 0; alone: 1)")  # fmt: skip
+
+
 def _job(options: argparse.Namespace) -> IOJob:
     return IOJob(
         name=options.name,
@@ -84,13 +93,14 @@ def _job(options: argparse.Namespace) -> IOJob:
         block_bytes=options.bs,
         depth=options.iodepth,
         jobs=options.numjobs,
-        size_bytes=options.size,
+        size=options.size,
+        offset=options.offset,
         runtime_seconds=options.runtime,
         ramp_seconds=options.ramp_time,
-        time_based=options.time_based,
+        time_based=options.time_based == "1",
         direct=options.direct,
         fixed_buffers=options.fixedbufs,
-        overwrite=options.overwrite,
+        overwrite=options.overwrite == "1",
         engine=options.engine,
         mode=options.mode,
         sub_read_bytes=options.sub_read,

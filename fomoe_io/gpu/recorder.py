@@ -24,6 +24,7 @@ from fomoe_io.gpu.arena import (
     Memory,
 )
 from fomoe_io.gpu.kernels import up
+from fomoe_io.gpu.launches import mat_vec, mat_vec_many
 from fomoe_io.models.recorder import (
     CAR_NEEDS_LOGITS,
     Activation,
@@ -83,6 +84,8 @@ class DeviceRecorder:
     tokens : int
     positions : int
         Address of int32 [tokens].
+    states : int or None
+        Address of uint64 [tokens]: where each token's session has its memory; None: places in it are addresses.
     body : list of LaunchSpec
         All but the logits.
     """
@@ -104,8 +107,7 @@ class DeviceRecorder:
         self._substitutes = substitutes
         self.memory, self.hidden, self.vocabulary = memory, hidden, vocabulary
         self.context_tokens = memory.context_tokens
-        memory.state_arena.bytes = 0  # every program of a session shares its state
-        self.state = DeviceState(memory.state_arena)
+        self.state = DeviceState(memory.state_base)  # every program's places are the same
         self._experts, self._expert_inputs = experts, expert_inputs
         self.body: list[Any] = []
         self._mailbox = mailbox
@@ -117,7 +119,7 @@ class DeviceRecorder:
         self._take_inputs()
 
     def _take_inputs(self) -> None:
-        self.positions = self.memory.words("positions", 4)
+        self.positions, self.states = self.memory.words("positions", 4), self.memory.states("states")
         self.logits_address = self.memory.words("logits", 4 * self.vocabulary)
 
     def _add(self, kernel: str, grid: tuple[int, int, int], *arguments: Any) -> LaunchSpec:
@@ -210,13 +212,6 @@ class DeviceRecorder:
         self.body += self._as_halves(forms, self.tokens)
         return Activation(forms)
 
-    def _product(self, matrix: DeviceMatrix, x: int, y: int) -> LaunchSpec:
-        split = kernels.split_of(matrix.kernel, matrix.columns, matrix.rows)
-        grid = kernels.mat_vec_grid(matrix.kernel, matrix.rows, split)
-        return LaunchSpec(
-            f"mat_vec_{matrix.kernel}", grid, [matrix.address, x, y, matrix.rows, matrix.columns, 1, split]
-        )
-
     def mat_mul(self, products: Sequence[tuple[DeviceMatrix, Activation[DeviceRows], DeviceRows]]) -> None:
         """output = matrix @ input, for each; products of one format and input share a launch."""
         alike: dict[tuple[str, int], list[tuple[DeviceMatrix, int, int]]] = {}
@@ -226,7 +221,7 @@ class DeviceRecorder:
         for group in alike.values():
             for i in range(0, len(group), kernels.MAT_VEC_MANY):
                 part = group[i : i + kernels.MAT_VEC_MANY]
-                self.body.append(self._product(*part[0]) if len(part) == 1 else _many(part))
+                self.body.append(mat_vec(*part[0]) if len(part) == 1 else mat_vec_many(part))
 
     def mat_mul_add(
         self, matrix: DeviceMatrix, x: Activation[DeviceRows], output: DeviceRows, bias: int | None = None
@@ -257,7 +252,7 @@ class DeviceRecorder:
         """The last product, for the positions that want logits."""
         final, row = self._final, x.forms[matrix.activation_type].address
         assert final is not None
-        self._tail = lambda first, tokens: [*final(first, tokens), self._product(matrix, row, self.logits_address)]
+        self._tail = lambda first, tokens: [*final(first, tokens), mat_vec(matrix, row, self.logits_address)]
 
     # ---- attention ----
 
@@ -266,10 +261,11 @@ class DeviceRecorder:
         return self.memory.rope_table(rope, name)
 
     def kv_cache(self, heads: int, columns: int) -> KvCache:
-        """Addresses in a session's memory."""
-        floats = heads * self.context_tokens * columns
-        keys = self.state.take(floats, zeroed=False)
-        return KvCache(keys, self.state.take(floats, zeroed=False), heads, columns)
+        """Places in a session's memory."""
+        kv_type = self.memory.kv_type
+        row_bytes = heads * columns * kv_type.bytes
+        keys, values = (self.state.take_cache(self.context_tokens, row_bytes) for _ in range(2))
+        return KvCache(keys, values, heads, columns, kv_type)
 
     def attention(
         self, query: DeviceRows, key: DeviceRows, value: DeviceRows, table: DeviceRows, cache: KvCache,
@@ -287,9 +283,9 @@ class DeviceRecorder:
         turned = self.rows("rotated_query", op.heads * cache.columns)
         stride = query.columns // op.heads
         self._add(
-            "attention_prepare_f32", (op.heads + 2 * cache.heads, self.tokens, 1), query.address, key.address,
-            value.address, *norms, table.address, self.positions, turned.address, cache.keys,
-            cache.values, op.heads, cache.heads, cache.columns, stride, op.rotated, op.epsilon,
+            f"attention_prepare_{cache.type.suffix}", (op.heads + 2 * cache.heads, self.tokens, 1), query.address,
+            key.address, value.address, *norms, table.address, self.positions, self.states, turned.address,
+            cache.keys, cache.values, op.heads, cache.heads, cache.columns, stride, op.rotated, op.epsilon,
         )  # fmt: skip
         output = self.rows("attended", op.heads * cache.columns)
         self._attend(query, turned, output, cache, op)
@@ -302,9 +298,10 @@ class DeviceRecorder:
         splits = kernels.attention_splits(self.context_tokens)
         parts = self._attention_parts(op.heads * splits * (cache.columns + 2))[0]
         self._add(
-            f"attention_f32_{cache.columns}", kernels.attention_grid(op.heads, cache.heads, splits, self.tokens),
-            turned.address, cache.keys, cache.values, self.positions, parts, op.heads, cache.heads, splits,
-            cache.columns**-0.5, op.window,
+            f"attention_{cache.type.suffix}_{cache.columns}",
+            kernels.attention_grid(op.heads, cache.heads, splits, self.tokens),
+            turned.address, cache.keys, cache.values, self.positions, self.states, parts, op.heads, cache.heads,
+            splits, cache.columns**-0.5, op.window,
         )  # fmt: skip
         gate = query.address + 4 * cache.columns if op.gated else None
         self._makers[output.address] = self._add(
@@ -321,10 +318,13 @@ class DeviceRecorder:
 
     def conv(self, x: DeviceRows, weight: int, taps: int, *, name: str) -> DeviceRows:
         """Causal convolution over each channel, then silu."""
-        state = self.state.take((taps - 1) * x.columns, zeroed=True)
+        state = self.state.take(4 * (taps - 1) * x.columns, zeroed=True)
         output = self.rows(name, x.columns)
         grid = (up(x.columns, 128), 1, 1)
-        self._add("conv_step", grid, weight, x.address, state, output.address, x.columns, taps, self.tokens)
+        self._add(
+            "conv_step", grid, weight, x.address, self.states, state, output.address, x.columns, taps,
+            self.tokens,
+        )  # fmt: skip
         return output
 
     def delta(
@@ -332,12 +332,12 @@ class DeviceRecorder:
     ) -> DeviceRows:
         """The gated delta rule, then the norm of each head times silu(gate)."""
         columns = op.value_heads * op.head_columns
-        state = self.state.take(columns * op.head_columns, zeroed=True)
+        state = self.state.take(4 * columns * op.head_columns, zeroed=True)
         output, recalled = self.rows(name, columns), self.rows("recalled", columns)
         self._add(
             f"delta_step_{op.head_columns}", (op.head_columns // 16, op.value_heads, 1), qkv.address, alpha.address,
-            beta.address, op.decay_bias, op.decay_rate, state, recalled.address, op.key_heads, op.value_heads,
-            op.head_columns, int(op.grouped), self.tokens, op.epsilon,
+            beta.address, op.decay_bias, op.decay_rate, self.states, state, recalled.address, op.key_heads,
+            op.value_heads, op.head_columns, int(op.grouped), self.tokens, op.epsilon,
         )  # fmt: skip
         self._makers[output.address] = self._add(
             "gated_norm", (up(op.value_heads, 4), self.tokens, 1), recalled.address, gate.address, op.norm,
@@ -483,17 +483,3 @@ def _finished(specs: list[Any]) -> list[Any]:
         if isinstance(spec, LaunchSpec):
             spec.arguments = [None if isinstance(a, str) else a for a in spec.arguments]
     return specs
-
-
-def _many(products: Sequence[tuple[DeviceMatrix, int, int]]) -> LaunchSpec:
-    """One launch for one token's products of several matrices of one format with one input."""
-    first, x, _ = products[0]
-    split = kernels.split_of(first.kernel, first.columns, max(m.rows for m, _, _ in products))
-    blocks = sum(kernels.mat_vec_grid(m.kernel, m.rows, split)[0] for m, _, _ in products)
-    unused = kernels.MAT_VEC_MANY - len(products)
-    weights = [m.address for m, _, _ in products] + [None] * unused
-    outputs = [y for _, _, y in products] + [None] * unused
-    rows = [m.rows for m, _, _ in products] + [0] * unused
-    return LaunchSpec(
-        f"mat_vec_many_{first.kernel}", (blocks, 1, 1), [*weights, *outputs, *rows, x, first.columns, 1, split]
-    )

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from fomoe_io._io_load import LATENCY_STEP_BITS
 from fomoe_io.errors import UsageError
 from fomoe_io.storage.reader import ALIGNMENT, MOST_DEPTH
+from fomoe_io.units import parse_bytes
 
 ENGINES = ("auto", "uring", "pread", "mmap", "python-liburing")
 DIRECTIONS = ("randread", "read", "randwrite", "write")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A size, or a part of a file's."""
+
+    bytes: int = 0
+    percent: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Of `64M` or `25%`.
+
+        Raises
+        ------
+        UsageError
+        """
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)%", text.strip())
+        if match is None:
+            return cls(bytes=parse_bytes(text))
+        if float(match[1]) > 100:
+            raise UsageError(f"{text} is more than there is", hint="100%")
+        return cls(percent=float(match[1]))
+
+    def of(self, whole: int) -> int:
+        """In bytes, of a file of so many."""
+        return int(whole * self.percent / 100) if self.percent else self.bytes
+
+    def __str__(self) -> str:
+        return f"{self.percent:g}%" if self.percent else str(self.bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +58,19 @@ class IOJob:
     name : str
     rw : {"randread", "read", "randwrite", "write"}
     filenames : tuple of Path
-        Files to read; one that is missing is made with `size_bytes` random bytes.
+        Files to read; one that is missing is made with `size` random bytes.
     store : Path or None
         Read the records of this store's experts instead.
     trace : Path or None
         In the order of this routing trace; None draws experts by the store's profile.
     block_bytes, depth, jobs : int
         Block size; reads in flight; threads with a reader each.
-    size_bytes : int or None
-        Bytes of each file to use, and to transfer unless time_based; None: all.
+    size : Share
+        Of each file to use, and to transfer unless time_based; nothing: all.
+    offset : Share
+        Where in each file to begin, rounded down to whole blocks of the drive.
     runtime_seconds, ramp_seconds : float
-        Stop after so long (0: when `size_bytes` are done); nothing is counted during the ramp.
+        Stop after so long (0: when `size` is done); nothing is counted during the ramp.
     time_based : bool
         Go on until the runtime is over.
     direct, fixed_buffers, overwrite : bool
@@ -56,7 +92,8 @@ class IOJob:
     block_bytes: int = 4096
     depth: int = 1
     jobs: int = 1
-    size_bytes: int | None = None
+    size: Share = Share()
+    offset: Share = Share()
     runtime_seconds: float = 0
     ramp_seconds: float = 0
     time_based: bool = False
@@ -75,6 +112,10 @@ class IOJob:
             raise UsageError(f"{self.name}: engine {self.engine!r} is unknown", hint=", ".join(ENGINES))
         if self.rw not in DIRECTIONS:
             raise UsageError(f"{self.name}: rw={self.rw} is unknown", hint=", ".join(DIRECTIONS))
+        if self.store and (self.size.percent or self.offset != Share()):
+            raise UsageError(
+                f"{self.name}: parts of a file are no parts of a store", hint="--size 1G, without --offset"
+            )
         if self.trace and not self.store:
             raise UsageError(f"{self.name}: a trace needs a store", hint="--store DIR")
         if self.writes and (self.store or self.engine in ("mmap", "python-liburing")):
@@ -98,6 +139,29 @@ class IOJob:
         return self.rw.endswith("write")
 
 
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Times of many reads, ns."""
+
+    least: float = 0.0
+    most: float = 0.0
+    mean: float = 0.0
+    deviation: float = 0.0
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[float, float, float, float]], reads: Sequence[int]) -> Self:
+        """Of threads: (min, max, sum, sum of squares) each, and how many reads."""
+        count = sum(reads)
+        if not count:
+            return cls()
+        found = [part for part, n in zip(parts, reads, strict=True) if n]
+        mean = sum(part[2] for part in found) / count
+        square = sum(part[3] for part in found) / count
+        return cls(
+            min(part[0] for part in found), max(part[1] for part in found), mean, max(0.0, square - mean**2) ** 0.5
+        )
+
+
 @dataclass(slots=True)
 class IOResult:
     """What a job did, its threads together.
@@ -113,7 +177,9 @@ class IOResult:
         Counted time (without ramp).
     latency_bins : numpy.ndarray
         int64; bin -> completions (see `bin_ns`).
-    latency_min_ns, latency_max_ns, latency_mean_ns, latency_deviation_ns : float
+    submission, completion, total : Spans
+        fio's slat, clat and lat: the call that submitted a read, from its return to the completion, and both.  What
+        the kernel finished inside that call was complete at once: only `total` tells how long a read took.
     in_flight : numpy.ndarray
         int64 [depth + 1]: reads in flight when a read was started.
     user_seconds, system_seconds : float
@@ -134,10 +200,9 @@ class IOResult:
     bytes: int = 0
     seconds: float = 0.0
     latency_bins: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    latency_min_ns: float = 0.0
-    latency_max_ns: float = 0.0
-    latency_mean_ns: float = 0.0
-    latency_deviation_ns: float = 0.0
+    submission: Spans = Spans()
+    completion: Spans = Spans()
+    total: Spans = Spans()
     in_flight: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     user_seconds: float = 0.0
     system_seconds: float = 0.0
@@ -166,7 +231,7 @@ class IOResult:
         if not total:
             return 0.0
         rank = np.searchsorted(np.cumsum(self.latency_bins), max(1, np.ceil(total * percent / 100)))
-        return min(float(bin_ns(int(rank))), self.latency_max_ns)
+        return min(float(bin_ns(int(rank))), self.completion.most)
 
 
 def bin_ns(index: int) -> float:

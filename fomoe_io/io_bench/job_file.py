@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_io.errors import UsageError
-from fomoe_io.io_bench.job import IOJob
+from fomoe_io.io_bench.job import IOJob, Share
 from fomoe_io.units import parse_bytes
 
 FIO_ENGINES = {
@@ -63,7 +63,8 @@ KEYS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "runtime": ("runtime_seconds", parse_seconds),
     "ramp_time": ("ramp_seconds", parse_seconds),
     "time_based": ("time_based", parse_flag),
-    "size": ("size_bytes", parse_bytes),
+    "size": ("size", Share.parse),
+    "offset": ("offset", Share.parse),
     "direct": ("direct", parse_flag),
     "ioengine": ("engine", parse_engine),
     "filename": ("filenames", _files),
@@ -101,7 +102,8 @@ def read_job_file(path: Path) -> list[list[IOJob]]:
             continue
         pairs = {**shared, **dict(parser.items(section))}
         alone = any(parse_flag(pairs.pop(key) or "") for key in ("stonewall", "wait_for_previous") if key in pairs)
-        pairs.pop("group_reporting", None)  # a job's threads are always reported together
+        for key in ("group_reporting", "thread"):  # jobs are threads, always reported together
+            pairs.pop(key, None)
         if alone or not groups:
             groups.append([])
         groups[-1].append(_job(path, section, pairs))

@@ -139,16 +139,20 @@ class LiburingLoad:
         bins, counts = np.unique([_bin(t) for t in self._times], return_counts=True)
         self._latency[:] = 0
         self._latency[bins.astype(np.int64)] = counts
+        least = int(times.min()) if len(times) else 0
+        spans = (least, int(times.max(initial=0)), float(times.sum()), float((times**2).sum()))
         return {
             "reads": self._reads,
             "bytes": self._bytes,
             "issued": self._reads,
             "started_ns": self._span[0],
             "ended_ns": self._span[1],
-            "latency_min_ns": int(times.min(initial=np.inf)) if len(times) else 0,
-            "latency_max_ns": int(times.max(initial=0)),
-            "latency_sum_ns": float(times.sum()),
-            "latency_square_sum": float((times**2).sum()),
+            "latency_min_ns": spans[0],
+            "latency_max_ns": spans[1],
+            "latency_sum_ns": spans[2],
+            "latency_square_sum": spans[3],
+            "submission": (0, 0, 0.0, 0.0),  # submitted and waited for in one call
+            "total": spans,
             "latency": self._latency,
             "in_flight": self._in_flight,
         }

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fomoe_io.io_bench.job import IOResult
+from fomoe_io.io_bench.job import IOResult, Share, Spans
 
 PERCENTILES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99, 99.5, 99.9, 99.95, 99.99)
 """Those that fio prints."""
@@ -21,6 +21,15 @@ def _duration(ns: float) -> str:
         if ns >= scale:
             return f"{ns / scale:.4g} {unit}"
     return f"{ns:.0f} ns"
+
+
+def _spans(result: IOResult) -> list[tuple[str, Spans]]:
+    """By fio's names."""
+    return [("slat", result.submission), ("clat", result.completion), ("lat", result.total)]
+
+
+def _row(spans: Spans) -> str:
+    return "".join(f"{_duration(ns):>10}" for ns in (spans.least, spans.mean, spans.most, spans.deviation))
 
 
 def depth_shares(in_flight: np.ndarray) -> dict[str, float]:
@@ -49,9 +58,9 @@ def format_result(result: IOResult) -> str:
         f"{job.name}: {job.rw}, {what}, iodepth {job.depth}, numjobs {job.jobs}, {how}",
         f"  {'write' if job.writes else 'read'}: IOPS {result.iops:,.0f}, "
         f"{rate / 2**20:,.1f} MiB/s ({rate / 1e6:,.1f} MB/s), {result.reads:,} in {result.seconds:.2f} s",
-        f"  completion latency: min {_duration(result.latency_min_ns)}  mean {_duration(result.latency_mean_ns)}  "
-        f"max {_duration(result.latency_max_ns)}",
-        f"    {percentiles}",
+        f"  {'latency':16}{'min':>10}{'mean':>10}{'max':>10}{'stdev':>10}",
+        *(f"    {name:14}{_row(spans)}" for name, spans in _spans(result)),
+        f"    clat percentiles: {percentiles}",
         f"  cpu: {result.cpu_us_per_read:.2f} us a read ({cpu})",
         f"  in flight: {depths}",
     ]
@@ -62,13 +71,17 @@ def _direction(result: IOResult) -> dict[str, Any]:
     """fio's `read` or `write` object."""
     samples = np.array(result.samples or [0.0]) / 1024
     iops = samples * 1024 * (result.reads / result.bytes if result.bytes else 0.0)
-    latency = {
-        "min": round(result.latency_min_ns),
-        "max": round(result.latency_max_ns),
-        "mean": result.latency_mean_ns,
-        "stddev": result.latency_deviation_ns,
-        "N": result.reads,
+    latency: dict[str, dict[str, Any]] = {
+        f"{name}_ns": {
+            "min": round(spans.least),
+            "max": round(spans.most),
+            "mean": spans.mean,
+            "stddev": spans.deviation,
+            "N": result.reads,
+        }
+        for name, spans in _spans(result)
     }
+    latency["clat_ns"]["percentile"] = {f"{p:.6f}": round(result.percentile_ns(p)) for p in PERCENTILES}
     return {
         "io_bytes": result.bytes,
         "io_kbytes": result.bytes // 1024,
@@ -77,7 +90,7 @@ def _direction(result: IOResult) -> dict[str, Any]:
         "iops": result.iops,
         "runtime": round(1000 * result.seconds),
         "total_ios": result.reads,
-        "clat_ns": {**latency, "percentile": {f"{p:.6f}": round(result.percentile_ns(p)) for p in PERCENTILES}},
+        **latency,
         "bw_min": round(float(samples.min())),
         "bw_max": round(float(samples.max())),
         "bw_mean": float(samples.mean()),
@@ -103,8 +116,7 @@ def _options(result: IOResult) -> dict[str, str]:
         options.update({"bs": str(job.block_bytes), "filename": ":".join(str(path) for path in job.filenames)})
     if job.runtime_seconds:
         options["runtime"] = f"{job.runtime_seconds:g}"
-    if job.size_bytes:
-        options["size"] = str(job.size_bytes)
+    options.update({name: str(s) for name, s in (("size", job.size), ("offset", job.offset)) if s != Share()})
     return options
 
 

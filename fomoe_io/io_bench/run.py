@@ -16,7 +16,7 @@ import numpy as np
 
 from fomoe_io._io_load import Load, MmapReader
 from fomoe_io.errors import ReadError, UsageError
-from fomoe_io.io_bench.job import IOJob, IOResult
+from fomoe_io.io_bench.job import IOJob, IOResult, Spans
 from fomoe_io.io_bench.plan import block_plan, random_picks, read_trace, record_plan
 from fomoe_io.storage.read_files import ReadFault, ReadFiles, read_fault
 from fomoe_io.storage.reader import ALIGNMENT, HUGE_PAGE_BYTES, Memory, Reader, aligned_memory, open_reader
@@ -77,19 +77,20 @@ def lay_out(job: IOJob) -> list[str]:
             if job.writes and not job.overwrite:
                 raise UsageError(f"{path} exists; {job.rw} would overwrite it", hint="--overwrite, or another file")
             continue
-        if not job.size_bytes:
+        if not job.size.bytes:
             raise UsageError(f"{path} does not exist", hint="--size 1G lays it out")
+        length = job.offset.bytes + job.size.bytes
         random = np.random.default_rng(job.seed)
         partial = path.with_name(f".{path.name}.partial")
         try:
             with partial.open("wb") as stream:
-                for start in range(0, job.size_bytes, LAYOUT_BYTES):
-                    stream.write(random.bytes(min(LAYOUT_BYTES, job.size_bytes - start)))
+                for start in range(0, length, LAYOUT_BYTES):
+                    stream.write(random.bytes(min(LAYOUT_BYTES, length - start)))
                 os.fsync(stream.fileno())
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-        notes.append(f"{path}: laid out {format_bytes(job.size_bytes)} of random bytes")
+        notes.append(f"{path}: laid out {format_bytes(length)} of random bytes")
     return notes
 
 
@@ -116,8 +117,12 @@ def _plan(job: IOJob, seed: int, files: ReadFiles | Reader) -> np.ndarray:
             f"{files.block_bytes:,} bytes",
             hint=f"--bs {files.block_bytes >> 10}K, or --direct 0",
         )
-    usable = [min(size, job.size_bytes or size) for size in files.sizes]
-    return block_plan(usable, job.block_bytes, random=job.rw.startswith("rand"), seed=seed)
+    starts = [job.offset.of(size) // files.block_bytes * files.block_bytes for size in files.sizes]
+    rooms = [max(0, size - start) for size, start in zip(files.sizes, starts, strict=True)]
+    usable = [min(room, job.size.of(size) or room) for room, size in zip(rooms, files.sizes, strict=True)]
+    plan = block_plan(usable, job.block_bytes, random=job.rw.startswith("rand"), seed=seed)
+    plan["offset"] += np.array(starts, np.uint64)[plan["file"]]
+    return plan
 
 
 def file_bytes(path: Path) -> int:
@@ -168,8 +173,8 @@ def _liburing_thread(job: IOJob, number: int, paths: list[Path], probed: ReadFil
 def _buffers(job: IOJob, plan: np.ndarray) -> tuple[Memory, dict[str, Any]]:
     """Memory for a job's reads, and what `Load` is told beside the plan."""
     most = 0 if job.time_based else len(plan)
-    if job.size_bytes and job.store and not job.time_based:
-        most = int(np.searchsorted(np.cumsum(plan["bytes"]), job.size_bytes)) + 1
+    if job.size.bytes and job.store and not job.time_based:
+        most = int(np.searchsorted(np.cumsum(plan["bytes"]), job.size.bytes)) + 1
     stride = -(-int(plan["bytes"].max()) // ALIGNMENT) * ALIGNMENT
     # whole huge pages, though the buffers be small: pieces of small pages make a read cost more
     memory = aligned_memory(-(-job.depth * stride // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES)
@@ -285,10 +290,11 @@ def _result(job: IOJob, threads: Sequence[_Thread]) -> IOResult:
     result.seconds = max(max(0, count["ended_ns"] - count["started_ns"]) for count in counts) / 1e9
     result.latency_bins = np.sum([count["latency"] for count in counts], axis=0)
     result.in_flight = np.sum([count["in_flight"] for count in counts], axis=0)
-    if result.reads:
-        result.latency_min_ns = min(count["latency_min_ns"] for count in counts if count["reads"])
-        result.latency_max_ns = max(count["latency_max_ns"] for count in counts)
-        result.latency_mean_ns = sum(count["latency_sum_ns"] for count in counts) / result.reads
-        square = sum(count["latency_square_sum"] for count in counts) / result.reads
-        result.latency_deviation_ns = max(0.0, square - result.latency_mean_ns**2) ** 0.5
+    reads = [count["reads"] for count in counts]
+    completion = [
+        (c["latency_min_ns"], c["latency_max_ns"], c["latency_sum_ns"], c["latency_square_sum"]) for c in counts
+    ]
+    result.completion = Spans.of(completion, reads)
+    result.submission = Spans.of([count["submission"] for count in counts], reads)
+    result.total = Spans.of([count["total"] for count in counts], reads)
     return result

@@ -18,6 +18,7 @@ PAGE_BYTES = 4096
 """Alignment of records and resident tensors: the largest logical block size of common drives."""
 
 MANIFEST_LIMIT_BYTES = 1 << 30
+DATA_START = b'{"format": "fomoe-data"'
 PART_NAMES = ("gate", "up", "down")
 PACK_AGAIN = "fomoe-layout pack MODEL.gguf --to DIR --overwrite"
 

@@ -15,6 +15,7 @@ from fomoe_io.storage.expert_layers import ExpertLayer, experts_of, resident_ten
 from fomoe_io.storage.gguf import GGUFFile, TensorInfo, fingerprint_of, read_metadata
 from fomoe_io.storage.gguf_cursor import HEADER_LIMIT_BYTES
 from fomoe_io.storage.manifest import (
+    DATA_START,
     JOURNAL,
     MANIFEST,
     METADATA,
@@ -56,6 +57,8 @@ class Store:
         For each data file the same bytes on another drive; None where there are none, or they can't be used.
     lost_copies : list of str
         What is wrong with copies of mirrored files that can't be used.
+    lost_paths : dict of Path to int
+        Where those copies should be -> number of the file.
     resident : dict of str to TensorInfo
         Everything that is not a routed expert.
     resident_checksums : dict of str to int or None
@@ -81,6 +84,7 @@ class Store:
     profile_tokens: int = 0
     mirrors: list[Path | None] = field(default_factory=list)
     lost_copies: list[str] = field(default_factory=list)
+    lost_paths: dict[Path, int] = field(default_factory=dict)
 
     def copies(self) -> tuple[list[Path], dict[int, int]]:
         """Every file to open, data files first; and for each that is mirrored the number of its other copy."""
@@ -136,7 +140,7 @@ class Store:
         kind = manifest.text("kind", "packed|in-place")
         fingerprint = manifest.text("fingerprint", "[0-9a-f]{32}")
         mirrors: list[Path | None] = []
-        lost: list[str] = []
+        lost: dict[Path, StoreError] = {}
         if kind == "packed":
             paths, mirrors, sizes, lost = _packed_files(directory, manifest)
         else:
@@ -167,7 +171,8 @@ class Store:
             fingerprint=fingerprint,
             profile_tokens=profile,
             mirrors=mirrors,
-            lost_copies=lost,
+            lost_copies=[problem.message for problem in lost.values()],
+            lost_paths={copy: number for copy in lost for number, path in enumerate(paths) if path.name == copy.name},
         )
 
 
@@ -202,12 +207,28 @@ def manifest_path(directory: Path) -> Path:
             f"{directory} is an unfinished store: its pack was interrupted",
             hint=f"finish it with the same command: fomoe-layout pack MODEL.gguf --to {directory}",
         )
+    if any(directory.glob("*.bin")) and (part := _part_of_store(directory)) is not None:
+        raise StoreError(
+            f"{directory} holds {part}, a part of a store whose manifest is elsewhere",
+            hint="give the directory that was pack's first --to: it has the manifest.json",
+        )
     models = sorted(directory.glob("*.gguf"))
     hint = f"give the model itself: {models[0]}" if models else f"fomoe-layout pack MODEL.gguf --to {directory}"
     raise StoreError(f"{directory} is not a store: it has no {MANIFEST}", hint=hint)
 
 
-def _packed_files(directory: Path, manifest: Fields) -> tuple[list[Path], list[Path | None], list[int], list[str]]:
+def _part_of_store(directory: Path) -> str | None:
+    """Name of a data file: this is the second directory of a striped store, or a mirror."""
+    for path in sorted(directory.glob("*.bin")):
+        with path.open("rb") as stream:
+            if stream.read(len(DATA_START)) == DATA_START:
+                return path.name
+    return None
+
+
+def _packed_files(
+    directory: Path, manifest: Fields
+) -> tuple[list[Path], list[Path | None], list[int], dict[Path, StoreError]]:
     """Data files of a packed store and their mirrors, each present, of the right size and of this very store.
 
     Of a mirrored file one copy is enough: it becomes the file, and what is wrong with the other is told.
@@ -219,20 +240,21 @@ def _packed_files(directory: Path, manifest: Fields) -> tuple[list[Path], list[P
     second = Path(manifest.text("mirror")) if manifest.optional("mirror") else None
     paths: list[Path] = []
     mirrors: list[Path | None] = []
-    sizes, lost = [], []
+    sizes: list[int] = []
+    lost: dict[Path, StoreError] = {}
     for index, fields in enumerate(manifest.objects("files")):
         target = targets[fields.integer("target", 0, len(targets) - 1)]
         name, size = fields.text("name", r"[A-Za-z0-9][A-Za-z0-9._-]*"), fields.integer("bytes", PAGE_BYTES)
-        usable, problems = [], []
+        usable, problems = [], {}
         for copy in [target / name, *([second / name] if second else [])]:
             try:
                 _check_data_file(copy, size, data_header(store_id, index))
                 usable.append(copy)
             except StoreError as problem:
-                problems.append(problem)
+                problems[copy] = problem
         if not usable:
-            raise problems[0]
-        lost += [problem.message for problem in problems]
+            raise next(iter(problems.values()))
+        lost |= problems
         paths.append(usable[0])
         mirrors.append(usable[1] if len(usable) > 1 else None)
         sizes.append(size)

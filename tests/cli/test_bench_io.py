@@ -9,6 +9,7 @@ import lzma
 import os
 import shutil
 import subprocess
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from fomoe_io._io_load import LATENCY_BINS, PLAN
 from fomoe_io.cli.bench import main as bench
 from fomoe_io.errors import FormatError, UsageError
 from fomoe_io.io_bench import peers as io_peers
-from fomoe_io.io_bench.job import IOJob, IOResult, bin_ns
+from fomoe_io.io_bench.job import IOJob, IOResult, Share, Spans, bin_ns
 from fomoe_io.io_bench.job_file import read_job_file
 from fomoe_io.io_bench.plan import block_plan, random_picks, read_trace, record_plan
 from fomoe_io.io_bench.report import depth_shares
-from fomoe_io.io_bench.run import run_jobs
+from fomoe_io.io_bench.run import _plan, run_jobs
+from fomoe_io.storage.read_files import ReadFiles
 from fomoe_io.storage.store import Store
 
 PAGE = 4096
@@ -120,7 +122,7 @@ def test_percentiles() -> None:
     times = np.exp(random.normal(12, 1, 5000)).astype(int)
     bins = np.bincount([io_peers._bin(int(t)) for t in times], minlength=LATENCY_BINS)
     result = IOResult(IOJob(filenames=(Path("x"),)), "uring", "coop", True, True, latency_bins=bins)
-    result.latency_max_ns = float(times.max())
+    result.completion = Spans(most=float(times.max()))
     for percent in (1, 50, 90, 99, 99.9):
         assert result.percentile_ns(percent) == pytest.approx(
             np.percentile(times, percent, method="inverted_cdf"), rel=0.01
@@ -162,6 +164,47 @@ def test_size_time_and_threads(capsys: pytest.CaptureFixture[str], file: Path) -
     assert timed["jobs"][0]["read"]["total_ios"] > PAGES  # more than once around
     assert 90 <= timed["jobs"][0]["read"]["runtime"] <= 5000
     assert timed["jobs"][0]["job options"]["runtime"] == "0.1"
+
+
+def test_shares_of_a_file(capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path) -> None:
+    half = results(capsys, "--filename", str(file), "--size=50%", "--offset=75%", "--readwrite=read")["jobs"][0]
+    assert half["read"]["total_ios"] == PAGES // 4  # to its end
+    assert half["job options"]["size"] == "50%" and half["job options"]["offset"] == "75%"
+    assert results(capsys, "--filename", str(file), "--size=100%")["jobs"][0]["read"]["total_ios"] == PAGES
+    job = IOJob(filenames=(file,), rw="read", size=Share.parse("8k"), offset=Share.parse("41k"))
+    with closing(ReadFiles([file], direct=True)) as files:
+        plan = _plan(job, 1, files)
+    first = 41 * 1024 // files.block_bytes * files.block_bytes
+    assert plan["offset"].tolist() == [first, first + PAGE]
+    (tmp_path / "o.fio").write_text(f"[a]\nfilename={file}\ndirect=1\noffset=50%\nsize=25%\nthread\n")
+    assert results(capsys, str(tmp_path / "o.fio"))["jobs"][0]["read"]["total_ios"] == PAGES // 4
+    for wrong in (["--size=101%"], ["--offset=100%"], ["--store", "x", "--size=5%"]):
+        with suppress(SystemExit):
+            assert bench(["io", *wrong, *([] if "--store" in wrong else ["--filename", str(file)])]) == 1
+        assert "fix: " in capsys.readouterr().err
+
+
+def test_flags_as_fio_has_them(capsys: pytest.CaptureFixture[str], file: Path) -> None:
+    """Alone or with a value; what is always so is accepted with a note."""
+    options = ["--filename", str(file), "--blocksize=8k", "--group_reporting=1", "--thread", "--runtime=20ms"]
+    assert results(capsys, *options, "--time_based=1")["jobs"][0]["read"]["runtime"] >= 19
+    assert results(capsys, *options, "--time_based")["jobs"][0]["read"]["runtime"] >= 19
+    assert results(capsys, *options[:-1], "--time_based=0", "--overwrite", "0")["jobs"][0]["read"]["total_ios"] == 150
+
+
+def test_what_a_reader_waits_is_told(capsys: pytest.CaptureFixture[str], file: Path) -> None:
+    """A direct read that was complete when its submission returned took as long as that: lat says so, clat can not."""
+    arguments = ["--filename", str(file), "--bs", "64k", "--iodepth", "4"]
+    read = results(capsys, *arguments)["jobs"][0]["read"]
+    slat, clat, lat = (read[f"{name}_ns"] for name in ("slat", "clat", "lat"))
+    assert slat["N"] == clat["N"] == lat["N"] > 0 and slat["min"] > 0
+    assert abs(lat["mean"] - slat["mean"] - clat["mean"]) < 1
+    assert lat["min"] >= slat["min"] + clat["min"] and lat["max"] <= slat["max"] + clat["max"]
+    assert lat["min"] > 1000  # no drive and no page cache copies 64 KiB faster
+    assert bench(["io", *arguments]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["latency", "min", "mean", "max", "stdev"] in rows
+    assert {row[0] for row in rows if len(row) > 4 and row[1][0].isdigit()} >= {"slat", "clat", "lat"}
 
 
 def test_a_store_by_trace(capsys: pytest.CaptureFixture[str], demo_model: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fomoe_io.storage.calibration import Calibration, Point
 from fomoe_io.storage.manifest import JOURNAL, MANIFEST, PAGE_BYTES
 from fomoe_io.storage.store import Store
 from layout_tool import pack as pack_module
+from layout_tool import striping
 from layout_tool import targets as target_tools
 from layout_tool.direct import DirectFile
 from layout_tool.main import main
@@ -273,10 +274,10 @@ def test_an_unfinished_pack_keeps_its_striping(model: Path, tmp_path: Path, monk
     command = ["pack", str(model), "--to", str(tmp_path / "a"), "--to", str(tmp_path / "b")]
     with monkeypatch.context() as patch:
         one_thread_small_runs(patch)
-        patch.setattr(target_tools, "stripe_weights", lambda *_, **__: (3, 1))
+        patch.setattr(striping, "stripe_weights", lambda *_, **__: (3, 1))
         Writes(patch, 12, OSError(errno.EIO, "Input/output error"))
         assert main(command) == 1
-    monkeypatch.setattr(target_tools, "stripe_weights", lambda *_, **__: (1, 7))
+    monkeypatch.setattr(striping, "stripe_weights", lambda *_, **__: (1, 7))
     writes = Writes(monkeypatch)
     assert main(command) == 0
     assert 0 < writes.bytes < sum(path.stat().st_size for path in tmp_path.glob("[ab]/*.bin"))
@@ -293,8 +294,8 @@ def test_drives_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     try:
         rates = {tmp_path / "one": (1e9, 2e9), tmp_path / "other": (1e9, 8e9)}
         monkeypatch.setattr(target_tools, "probe", lambda target, **_: rates[target])
-        assert target_tools.stripe_weights(list(rates)) == (2, 8)
-        assert target_tools.stripe_weights([tmp_path / "one", tmp_path / "two"]) == (1, 1)
+        assert striping.stripe_weights(list(rates)) == (2, 8)
+        assert striping.stripe_weights([tmp_path / "one", tmp_path / "two"]) == (1, 1)
         slow, fast = (
             Calibration(
                 tuple(Point(size, depth, rate * depth * size, 1, 1, 1) for size in (1, 1 << 22) for depth in (1, 2)),
@@ -302,9 +303,9 @@ def test_drives_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             )
             for rate in (1, 4)
         )  # fmt: skip
-        assert target_tools.stripe_weights(list(rates), [fast, slow], 1 << 20) == (8, 2)
+        assert striping.stripe_weights(list(rates), [fast, slow], 1 << 20) == (8, 2)
         with pytest.raises(UsageError, match="1 calibrations for 2 directories"):
-            target_tools.stripe_weights(list(rates), [fast], 1 << 20)
+            striping.stripe_weights(list(rates), [fast], 1 << 20)
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path / "other")], check=True)
 

@@ -323,7 +323,7 @@ def test_a_missing_second_drive_is_named(tmp_path: Path, model: tuple[Path, dict
     with pytest.raises(StoreError, match=r"b/experts-01\.bin.*missing") as caught:
         Store.open(first)
     assert caught.value.hint
-    with pytest.raises(StoreError, match=r"no manifest\.json"):
+    with pytest.raises(StoreError, match=r"holds experts-01\.bin, a part of a store"):
         Store.open(tmp_path / "c")
 
 

@@ -15,7 +15,7 @@ static int latency_bin(uint64_t ns) {
 }
 
 typedef struct {
-    uint64_t submitted_ns;
+    uint64_t begun_ns, submitted_ns;
     uint32_t bytes;
 } flight;
 
@@ -38,6 +38,13 @@ static void count_latency(fomoe_load_counts *c, uint64_t ns) {
     c->latency_square_sum += (double)ns * (double)ns;
     if (ns < c->latency_min_ns) c->latency_min_ns = ns;
     if (ns > c->latency_max_ns) c->latency_max_ns = ns;
+}
+
+static void add_span(fomoe_span_sum *s, uint64_t ns) {
+    s->sum_ns += (double)ns;
+    s->square_sum += (double)ns * (double)ns;
+    if (ns < s->min_ns) s->min_ns = ns;
+    if (ns > s->max_ns) s->max_ns = ns;
 }
 
 static void start(run *r) {
@@ -68,7 +75,7 @@ static void start(run *r) {
         r->counts->submit_ns += after - before;
         r->counts->submit_calls++;
     }
-    for (int i = 0; i < count; i++) r->flights[r->reads[i].tag] = (flight){after, r->reads[i].bytes};
+    for (int i = 0; i < count; i++) r->flights[r->reads[i].tag] = (flight){before, after, r->reads[i].bytes};
 }
 
 static void finish(run *r) {
@@ -84,7 +91,10 @@ static void finish(run *r) {
         r->idle[r->idle_count++] = (int32_t)buffer;
         if (r->done[i].error && !r->error) r->error = r->done[i].error;
         if (!r->counting || r->done[i].error) continue;
-        count_latency(r->counts, now - r->flights[buffer].submitted_ns);
+        const flight *f = &r->flights[buffer];
+        count_latency(r->counts, now - f->submitted_ns);
+        add_span(&r->counts->submission, f->submitted_ns - f->begun_ns);
+        add_span(&r->counts->total, now - f->begun_ns);
         atomic_fetch_add_explicit(&r->counts->reads, 1, memory_order_relaxed);
         atomic_fetch_add_explicit(&r->counts->bytes, r->flights[buffer].bytes, memory_order_relaxed);
     }
@@ -119,7 +129,7 @@ int fomoe_load_run(const fomoe_reader *reader, const fomoe_load *load, fomoe_loa
     r.done = calloc(depth, sizeof *r.done);
     r.flights = calloc(depth, sizeof *r.flights);
     r.idle = calloc(depth, sizeof *r.idle);
-    counts->latency_min_ns = UINT64_MAX;
+    counts->latency_min_ns = counts->submission.min_ns = counts->total.min_ns = UINT64_MAX;
     if (r.reads && r.done && r.flights && r.idle) {
         for (int i = depth - 1; i >= 0; i--) r.idle[r.idle_count++] = i;
         error = drive_load(&r);

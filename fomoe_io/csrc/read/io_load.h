@@ -28,6 +28,11 @@ typedef struct {
     int depth;
 } fomoe_load;
 
+typedef struct {
+    uint64_t min_ns, max_ns;
+    double sum_ns, square_sum;
+} fomoe_span_sum;
+
 /* Written by the load, read by a thread that shows progress. */
 typedef struct {
     _Atomic uint64_t reads, bytes;
@@ -35,9 +40,10 @@ typedef struct {
     uint64_t issued;  /* reads started, those of the ramp included */
     uint64_t started_ns, ended_ns;
     uint64_t submit_ns, submit_calls; /* in submit(); reads start several at a time */
-    uint64_t latency_min_ns, latency_max_ns;
-    double latency_sum_ns, latency_square_sum;
-    uint64_t latency[FOMOE_LATENCY_BINS];       /* submitted to completed */
+    uint64_t latency_min_ns, latency_max_ns; /* submitted to completed (fio's clat): a read that the kernel finished */
+    double latency_sum_ns, latency_square_sum; /* inside the call that submitted it was complete before that returned */
+    uint64_t latency[FOMOE_LATENCY_BINS];
+    fomoe_span_sum submission, total; /* the call that submitted it (slat), and from its begin to the end (lat) */
     uint64_t in_flight[FOMOE_MOST_LOAD_DEPTH + 1]; /* reads in flight when a read was started, itself included */
 } fomoe_load_counts;
 

@@ -11,13 +11,13 @@
 
 // parts: [tokens][heads][splits][dim + 2]: weighted values, their largest score, the sum of weights.  Splits past the
 // token's position, and before its window, are left unwritten.  q: [tokens][heads][dim];
-// caches: [positions][kv_heads][dim].
+// caches: [positions][kv_heads][dim] in the memory of each token's session.
 // Grid (kv_heads * blocks of a key head, splits, tokens); splits covers the longest context, so that a captured graph
 // fits every position.
 template <class CACHE, int PER_LANE>
 DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const typename CACHE::element *v_cache,
-                   const replayed *positions, float *parts, int heads, int kv_heads, int splits, float scale,
-                   int window) {
+                   const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits,
+                   float scale, int window) {
     const int dim = 32 * PER_LANE, row = dim + 4;  // four floats apart, rows start in different banks
     __shared__ quad tile_quads[ATTENTION_SPLIT * row / 4], query_quads[ATTENTION_WARPS][dim / 4];
     __shared__ float weight_of[ATTENTION_WARPS][ATTENTION_SPLIT];
@@ -28,6 +28,8 @@ DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const
     const int length = (int)now(positions + token) + 1, begin = split * ATTENTION_SPLIT;
     const int first = window && window < length ? length - window : 0;  // position that the token sees
     if (begin >= length || begin + ATTENTION_SPLIT <= first) return;
+    const u64 base = state_base(states, token);
+    k_cache = in_state(base, k_cache), v_cache = in_state(base, v_cache);
     const u64 head = (u64)token * heads + kv_head * group + (g < group ? g : 0);
     quad keys[PER_LANE], values[PER_LANE];
 #pragma unroll
@@ -111,9 +113,11 @@ EXPORT_KERNEL(attention_merge)
 #define ATTENTION_KERNEL(type, dim)                                                                                   \
     KERNEL(32 * ATTENTION_WARPS, attention_##type##_##dim)                                                            \
     (const float *q, const cache_##type::element *k_cache, const cache_##type::element *v_cache,                      \
-     const replayed *positions, float *parts, int heads, int kv_heads, int splits, float scale, int window) {         \
+     const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits,            \
+     float scale, int window) {                                                                                       \
         start_kernel();                                                                                               \
-        attend<cache_##type, dim / 32>(q, k_cache, v_cache, positions, parts, heads, kv_heads, splits, scale, window); \
+        attend<cache_##type, dim / 32>(q, k_cache, v_cache, positions, states, parts, heads, kv_heads, splits, scale, \
+                                       window);                                                                       \
     }                                                                                                                 \
     EXPORT_KERNEL(attention_##type##_##dim)
 
