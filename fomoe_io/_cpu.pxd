@@ -281,7 +281,7 @@ cdef extern from "csrc/cpu/program.h" nogil:
         fomoe_experts *experts
         const float *bias[3]
         int32_t layer
-        int32_t normalise
+        fomoe_router router
         int32_t is_clamped
     ctypedef struct combine_step:
         fomoe_rows weights

@@ -501,7 +501,7 @@ cdef class Program:
         s.arguments.route.logit_bias = vector(router.logit_bias)
         self._add(&s, (logits, ids, weights, router))
 
-    def experts_begin(self, Experts experts, Rows logits, Rows ids, Rows weights, int layer, bint normalise):
+    def experts_begin(self, Experts experts, Rows logits, Rows ids, Rows weights, int layer, router):
         """What the layer's route left, which it may change."""
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
@@ -511,8 +511,8 @@ cdef class Program:
         s.arguments.experts.ids = ids.c
         s.arguments.experts.weights = weights.c
         s.arguments.experts.layer = layer
-        s.arguments.experts.normalise = normalise
-        self._add(&s, (experts, logits, ids, weights))
+        s.arguments.experts.router = native_router(router)
+        self._add(&s, (experts, logits, ids, weights, router))
 
     def experts(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer, biases=(None, None, None),
                 bint is_clamped=False):

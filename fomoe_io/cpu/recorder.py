@@ -16,9 +16,7 @@ import numpy as np
 from fomoe_io import _cpu
 from fomoe_io._cpu import Experts, Matrix, Rows
 from fomoe_io.backend import StateParts
-from fomoe_io.errors import UsageError
 from fomoe_io.models.recorder import (
-    CAR_NEEDS_LOGITS,
     Activation,
     Attention,
     Delta,
@@ -27,7 +25,6 @@ from fomoe_io.models.recorder import (
     Picks,
     Recorder,
     Router,
-    Score,
 )
 from fomoe_io.models.recorder import Experts as ExpertsOp
 
@@ -252,10 +249,7 @@ class CpuRecorder:
         """Begin to read those that are missing; experts of a single token may stand in for others."""
         if self._experts is None:
             return
-        if self._experts.substitutes and not picks.router.follows_logits:
-            raise UsageError(CAR_NEEDS_LOGITS, hint="drop --car")
-        sums_to_one = picks.router.normalise or picks.router.score == Score.LOGITS
-        self.program.experts_begin(self._experts, picks.logits, picks.ids, picks.weights, picks.layer, sums_to_one)
+        self.program.experts_begin(self._experts, picks.logits, picks.ids, picks.weights, picks.layer, picks.router)
 
     @contextmanager
     def beside(self) -> Iterator[None]:

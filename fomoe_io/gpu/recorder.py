@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fomoe_io.errors import FormatError, UsageError
+from fomoe_io.errors import FormatError
 from fomoe_io.experts.car import NativeCar
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import (
@@ -26,7 +26,6 @@ from fomoe_io.gpu.arena import (
 from fomoe_io.gpu.kernels import up
 from fomoe_io.gpu.launches import mat_vec, mat_vec_many
 from fomoe_io.models.recorder import (
-    CAR_NEEDS_LOGITS,
     Activation,
     Attention,
     Delta,
@@ -360,8 +359,13 @@ class DeviceRecorder:
         else:
             self._add(
                 "route_by", grid, picks.logits.address, r.logit_bias, r.bias, *rows, int(r.score), int(r.normalise),
-                r.scale,
+                r.scale, self._chosen_by(r),
             )  # fmt: skip
+
+    def _chosen_by(self, r: Router[int]) -> int | None:
+        """Where the router's kernel leaves what it chose by, for cache-aware routing; None: that is the logits."""
+        wanted = self._substitutes and not r.follows_logits
+        return self.rows("chosen_by", r.experts).address if wanted else None
 
     def route(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
         """The picks, their records, and word of them to the host."""
@@ -372,12 +376,21 @@ class DeviceRecorder:
             e.table, self._records(used), self._late(used), e.post, self._mailbox.run, self.memory.words("misses", 4),
         ]  # fmt: skip
         if self._substitutes:
-            if not router.follows_logits:
-                raise UsageError(CAR_NEEDS_LOGITS, hint="drop --car")
             self._route(picks)
+            chosen_by = self._chosen_by(router)
+            values, p = (chosen_by, logits.address) if chosen_by is not None else (logits.address, None)
             rule, sums_to_one = self.memory.words("car", CAR_BYTES), router.normalise or router.score == Score.LOGITS
             self._add(
-                "substitute_and_resolve", (1, 1, 1), *rows, *resolved, rule, router.experts, used, int(sums_to_one)
+                "substitute_and_resolve",
+                (1, 1, 1),
+                values,
+                p,
+                *rows[1:],
+                *resolved,
+                rule,
+                router.experts,
+                used,
+                int(sums_to_one),
             )
         elif _is_plain(router):
             self._add(

@@ -134,9 +134,6 @@ class Delta(Generic[Vector]):
     norm: Vector
 
 
-CAR_NEEDS_LOGITS = "cache-aware routing compares logits, and this model chooses its experts by more than those"
-
-
 class Score(IntEnum):
     """What a router makes of its logits: softmax of all, the sigmoid of each, or nothing (csrc/experts/routing.h)."""
 
@@ -179,7 +176,7 @@ class Router(Generic[Vector]):
 
     @property
     def follows_logits(self) -> bool:
-        """Whether the experts are those of the greatest logits: what cache-aware routing takes for granted."""
+        """Whether the experts are those of the greatest logits."""
         return self.score != Score.SIGMOID and self.bias is None and self.groups == 1
 
 

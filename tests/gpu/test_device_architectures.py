@@ -11,6 +11,7 @@ import pytest
 
 from fomoe_io import Engine
 from fomoe_io.config import Tiers
+from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import device
 from tests.fake_hip.build import installed_fake
 from tests.gpu.test_device_engine import TOKENS, evaluate, nmse, settings, tiny
@@ -112,6 +113,21 @@ def test_bits_of_other_architectures(tmp_path: Path, changes: dict[str, Any]) ->
             assert (picks[:dense] == -1).all() and (picks[dense:] >= 0).all()
             found.append((logits.tobytes(), picks.tobytes()))
         assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("architecture", ["minimax-m2", "gpt-oss"])
+def test_stand_ins_are_those_of_the_processor(tmp_path: Path, architecture: str) -> None:
+    """Where a bias chooses, and where logits do."""
+    shape = tiny(architecture=architecture, layers=2, rotated=32 if architecture == "minimax-m2" else 64)
+    path, found = write_tiny(tmp_path / "model.gguf", shape, seed=2), []
+    for kind in ("cpu", "hip"):
+        rule = CarRule.parse("regret:0.2,handicap=0")
+        with Engine.open(path, settings(device=kind, tiers=Tiers(0.25, 0.0), batch_tokens=1, car=rule)) as engine:
+            session = engine.session()
+            logits = np.stack([session.decode(int(token)).copy() for token in TOKENS])
+            found.append((logits, engine.statistics()["substitutions"]))
+    assert found[0][1] == found[1][1] > 5
+    assert nmse(found[1][0], found[0][0]) < 1e-9
 
 
 @pytest.mark.parametrize("name", ["minimax-m2", "glm4moe", "glm4moe-air", "gpt-oss"])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from fomoe_io.experts.car import CarRule
+from tests.gpu_shim import reference as ref
 from tests.gpu_shim.cases import Runner, normal, poison
 from tests.reference_model import route_by
 from tests.unit.test_car import choose
 
 
 def route_reference(logits: np.ndarray, picks: int, normalise: bool, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
+    p = softmax(logits)
     ids = np.argsort(-p, axis=1, kind="stable")[:, :picks]
     weights = np.take_along_axis(p, ids, axis=1)
     if normalise:
@@ -32,6 +32,11 @@ def check_route(runner: Runner, rng: np.random.Generator, experts: int, picks: i
         np.testing.assert_allclose(weights.get(), want_weights, rtol=1e-5)
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return p / p.sum(axis=1, keepdims=True)
+
+
 def check_route_by(
     runner: Runner, rng: np.random.Generator, experts: int, picks: int, tokens: int, score: str, is_biased: bool
 ) -> None:
@@ -43,9 +48,16 @@ def check_route_by(
         device_logits = runner.put(logits)
         biases = (runner.put(logit_bias), runner.put(bias)) if is_biased else (None, None)
         runner.launch("route_by", (tokens, 1, 1), device_logits, *biases, ids, weights, experts, picks,
-                      scores.index(score), normalise, scale)  # fmt: skip
+                      scores.index(score), normalise, scale, None)  # fmt: skip
         seen = logits + logit_bias if is_biased else logits
         np.testing.assert_array_equal(device_logits.get(), seen)
+        values = runner.put(poison(tokens, experts))
+        again = runner.put(logits), *biases, runner.put(ids.get()), runner.put(weights.get())
+        runner.launch("route_by", (tokens, 1, 1), *again, experts, picks, scores.index(score), normalise, scale,
+                      values)  # fmt: skip
+        p = {"softmax": softmax, "sigmoid": ref.sigmoid, "logits": np.array}[score](seen.astype(np.float64))
+        np.testing.assert_allclose(again[0].get(), p, rtol=1e-5)
+        np.testing.assert_allclose(values.get(), p + bias if is_biased else p, rtol=1e-5, atol=1e-6)
         for token in range(tokens):
             want, expected = route_by(
                 seen[token].astype(np.float64), picks, score, bias if is_biased else 0.0,
@@ -85,19 +97,30 @@ def check_resolve(runner: Runner, rng: np.random.Generator, experts: int, picks:
     assert count.get()[0] == misses
 
 
-def check_substitution(runner: Runner, rng: np.random.Generator, experts: int, picks: int, rule: CarRule) -> int:
+def check_substitution(
+    runner: Runner, rng: np.random.Generator, experts: int, picks: int, rule: CarRule, is_biased: bool = False
+) -> int:
     """The device's stand-ins are those of csrc/experts/car.h; returns how many there were."""
     logits = (2 * normal(rng, 1, experts)).astype(np.float32)
     where = rng.integers(0, 3, experts).astype(np.int8)  # VRAM, DRAM, NVMe
     table = np.select([where == 0, where == 1], [16 * rng.integers(1, 1 << 56, experts), 1], 0).astype(np.uint64)
     true, weight = route_reference(logits.astype(np.float64), picks, True, 1.0)
-    want, want_weight, replaced = choose(rule, logits[0], where, true[0].astype(np.int32), weight[0].astype(np.float32))
+    p = None
+    if is_biased:
+        p = ref.sigmoid(logits[0].astype(np.float64)).astype(np.float32)
+        logits = p[None] + rng.uniform(-0.5, 0.1, (1, experts)).astype(np.float32)
+        logits[0, experts - 9 :] = -np.inf
+        true = np.argsort(-logits, axis=1, kind="stable")[:, :picks]
+        weight = p[true] / p[true].sum()
+    true_ids, true_weights = true[0].astype(np.int32), weight[0].astype(np.float32)
+    want, want_weight, replaced = choose(rule, logits[0], where, true_ids, true_weights, p=p)
     ids, weights = runner.put(true[0].astype(np.int32)), runner.put(weight[0].astype(np.float32))
     records, post = runner.put(np.full(picks, 77, np.uint64)), runner.put(np.zeros(1 + 2 * picks, np.uint64))
     run, count = runner.put(np.array([3, 1], np.uint32)), runner.put(np.zeros(1, np.uint32))
     native = runner.put(np.frombuffer(bytes(rule.native()), np.uint8))
-    runner.launch("substitute_and_resolve", (1, 1, 1), runner.put(logits), ids, weights, runner.put(table), records,
-                  runner.put(np.zeros(picks, np.uint64)), post, run, count, native, experts, picks, 1)  # fmt: skip
+    scores = None if p is None else runner.put(p)
+    runner.launch("substitute_and_resolve", (1, 1, 1), runner.put(logits), scores, ids, weights, runner.put(table),
+                  records, runner.put(np.zeros(picks, np.uint64)), post, run, count, native, experts, picks, 1)  # fmt: skip
     np.testing.assert_array_equal(ids.get(), want)
     np.testing.assert_allclose(weights.get(), want_weight, rtol=1e-5)
     posted = (post.get()[1:] & 0xFFFFFFFF).astype(np.uint32)

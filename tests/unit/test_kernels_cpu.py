@@ -186,9 +186,10 @@ def test_resolve(runner: CpuRunner, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_substitution(runner: CpuRunner, rng: np.random.Generator, rule: str) -> None:
-    shapes = ((128, 8), (512, 10), (40, 4))
-    assert sum(router_cases.check_substitution(runner, rng, *shape, CarRule.parse(rule)) for shape in shapes) > 0
+@pytest.mark.parametrize("is_biased", [False, True])
+def test_substitution(runner: CpuRunner, rng: np.random.Generator, rule: str, is_biased: bool) -> None:
+    shapes, parsed = ((128, 8), (512, 10), (40, 4)), CarRule.parse(rule)
+    assert sum(router_cases.check_substitution(runner, rng, *shape, parsed, is_biased) for shape in shapes) > 0
 
 
 def test_nan_logits_show(runner: CpuRunner, rng: np.random.Generator) -> None:

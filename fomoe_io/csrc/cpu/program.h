@@ -165,7 +165,8 @@ struct fomoe_step {
             fomoe_rows input[2]; /* of gate and of up, in their activation types */
             fomoe_experts *experts;
             const float *bias[FOMOE_PARTS]; /* [experts][rows] of gate, up, down; NULL: none */
-            int32_t layer, normalise;
+            fomoe_router router;
+            int32_t layer;
             int32_t is_clamped; /* 1: fomoe_clamped_swiglu between them, not fomoe_silu_mul */
         } experts;
         struct {
