@@ -119,8 +119,9 @@ def check_substitution(
     run, count = runner.put(np.array([3, 1], np.uint32)), runner.put(np.zeros(1, np.uint32))
     native = runner.put(np.frombuffer(bytes(rule.native()), np.uint8))
     scores = None if p is None else runner.put(p)
+    late = runner.put(np.zeros(picks, np.uint64))
     runner.launch("substitute_and_resolve", (1, 1, 1), runner.put(logits), scores, ids, weights, runner.put(table),
-                  records, runner.put(np.zeros(picks, np.uint64)), post, run, count, native, experts, picks, 1)  # fmt: skip
+                  records, late, post, run, count, native, experts, picks, 1)  # fmt: skip
     np.testing.assert_array_equal(ids.get(), want)
     np.testing.assert_allclose(weights.get(), want_weight, rtol=1e-5)
     posted = (post.get()[1:] & 0xFFFFFFFF).astype(np.uint32)

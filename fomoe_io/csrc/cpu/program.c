@@ -317,11 +317,11 @@ void fomoe_step_attention(const fomoe_step *step, fomoe_run *run, int thread) {
         int64_t first = window && length > window ? length - window : 0;
         fomoe_kv_type type = step->as.attention.type;
         uint8_t *state = run->states[t];
-        fomoe_attention_head(
-            type, n, n, length - first, 1.0f / sqrtf((float)n), q,
-            cache_row(state, type, step->as.attention.key_offset, context, n, head / group, first), n,
-            cache_row(state, type, step->as.attention.value_offset, context, n, head / group, first), n,
-            run->scratch[thread], step->as.attention.sinks ? step->as.attention.sinks + head : NULL, out);
+        fomoe_attention_head(type, n, n, length - first, 1.0f / sqrtf((float)n), q,
+                             cache_row(state, type, step->as.attention.key_offset, context, n, head / group, first), n,
+                             cache_row(state, type, step->as.attention.value_offset, context, n, head / group, first),
+                             n, run->scratch[thread], step->as.attention.sinks ? step->as.attention.sinks + head : NULL,
+                             out);
         if (step->as.attention.gated) fomoe_sigmoid_mul(n, q + n, out, out);
     }
 }

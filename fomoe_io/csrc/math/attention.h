@@ -12,8 +12,8 @@ typedef enum { FOMOE_KV_F32 = 0, FOMOE_KV_F16 = 1 } fomoe_kv_type;
  * keys: k_t at keys + t*key_stride elements; values alike.  scores: scratch of length floats.
  * q: k_dim floats. */
 void fomoe_attention_head(fomoe_kv_type type, int k_dim, int v_dim, int64_t length, float scale, const float *q,
-                          const void *keys, int64_t key_stride, const void *values, int64_t value_stride,
-                          float *scores, const float *sink, float *out);
+                          const void *keys, int64_t key_stride, const void *values, int64_t value_stride, float *scores,
+                          const float *sink, float *out);
 /* n floats as keys or values are kept: halves are rounded to nearest even. */
 void fomoe_to_kv(fomoe_kv_type type, int n, const float *x, void *y);
 

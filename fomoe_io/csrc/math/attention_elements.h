@@ -1,9 +1,9 @@
-/* The scores of positions, and their values' weighted sum, for keys and values of one type: included once for each, with
- * ELEMENT, its name in ELEMENTS(), LOAD_ELEMENTS and ELEMENT_FLOAT.  Four positions at a time: q is loaded once for
- * them, and out once. */
+/* The scores of positions, and their values' weighted sum, for keys and values of one type: included once for each,
+ * with ELEMENT, its name in ELEMENTS(), LOAD_ELEMENTS and ELEMENT_FLOAT.  Four positions at a time: q is loaded once
+ * for them, and out once. */
 
 static void ELEMENTS(scores_of)(int n, int64_t length, float scale, const float *q, const ELEMENT *keys, int64_t stride,
-                      float *scores) {
+                                float *scores) {
     int64_t t = 0;
     for (; t + 4 <= length; t += 4) {
         const ELEMENT *k = keys + t * stride;
@@ -36,7 +36,7 @@ static void ELEMENTS(scores_of)(int n, int64_t length, float scale, const float 
 }
 
 static void ELEMENTS(weighted_values)(int n, int64_t length, const float *scores, const ELEMENT *values, int64_t stride,
-                            float *out) {
+                                      float *out) {
     int64_t t = 0;
     memset(out, 0, n * sizeof *out);
     for (; t + 4 <= length; t += 4) {
@@ -55,7 +55,8 @@ static void ELEMENTS(weighted_values)(int n, int64_t length, const float *scores
     for (; t < length; t++) {
         const ELEMENT *v = values + t * stride;
         int i = 0;
-        for (; i + LANES <= n; i += LANES) store(out + i, plus_product(load(out + i), fill(scores[t]), LOAD_ELEMENTS(v + i)));
+        for (; i + LANES <= n; i += LANES)
+            store(out + i, plus_product(load(out + i), fill(scores[t]), LOAD_ELEMENTS(v + i)));
         for (; i < n; i++) out[i] += scores[t] * ELEMENT_FLOAT(v[i]);
     }
 }

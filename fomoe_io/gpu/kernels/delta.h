@@ -47,7 +47,8 @@ DEVICE void store_rows(const float (&memory)[DELTA_ROWS][PER_LANE], float *state
 //   state *= exp(softplus(alpha + dt) * a);  delta = sigmoid(beta) * (v - state k);  state += delta k^T;  y = state q.
 // Rows of the state (one a value element) do not meet, so a warp keeps DELTA_ROWS of them in registers for all tokens.
 // mixed: [tokens][2 * key_heads * k_dim + value_heads * v_dim] (q, k, v); alpha, beta: [tokens][value_heads];
-// state: [value_heads][v_dim][k_dim] of each token's session, whose tokens follow one another; y: [tokens][value_heads][v_dim].  is_grouped: value head h reads key head
+// state: [value_heads][v_dim][k_dim] of each token's session, whose tokens follow one another;
+// y: [tokens][value_heads][v_dim].  is_grouped: value head h reads key head
 // h / (value_heads / key_heads), else h % key_heads.  Grid (v_dim / 16, value_heads).
 template <int PER_LANE>
 DEVICE void delta(const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a,
@@ -107,7 +108,8 @@ DEVICE void delta(const float *mixed, const float *alpha, const float *beta, con
 #define DELTA_KERNEL(dim)                                                                                             \
     KERNEL(32 * DELTA_WARPS, delta_step_##dim)                                                                        \
     (const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a,                      \
-     const replayed *states, float *place, float *y, int key_heads, int value_heads, int v_dim, int is_grouped, int tokens, float eps) {                    \
+     const replayed *states, float *place, float *y, int key_heads, int value_heads, int v_dim, int is_grouped,       \
+     int tokens, float eps) {                                                                                         \
         start_kernel();                                                                                               \
         delta<dim / 32>(mixed, alpha, beta, dt, a, states, place, y, key_heads, value_heads, v_dim, is_grouped,       \
                         tokens, eps);                                                                                 \
