@@ -44,8 +44,9 @@ static inline int fomoe_car_candidates(int n, int last_pick, const float *values
  * n, k: experts, and picks of a token.  values: what the router chooses by, its logits where p is NULL.  p: the weights
  * of all experts, not yet normalised, of a router that chooses by more than logits (a sigmoid, a bias, groups): what it
  * gives up is then the difference of values, as a share of p.  tiers: where each expert is.  ids, weights: the k true
- * picks, best first, and their weights; changed where a swap happens.  A stand-in gets its own probability on the same scale, and the weights
- * are then scaled to their old sum when normalise != 0, as if the router had picked the new set itself.
+ * picks, best first, and their weights; changed where a swap happens.  A stand-in gets its own probability on the same
+ * scale, and the weights are then scaled to their old sum when normalise != 0, as if the router had picked the new set
+ * itself.
  * replaced: k entries, the true pick in whose place ids[i] stands, -1 where nothing changed.
  * Returns the number of swaps; with none, ids and weights are untouched. */
 static inline int fomoe_car_choose(const fomoe_car *car, int n, int k, int normalise, const float *values,
