@@ -1,5 +1,6 @@
 # The CPU backend's Python face: records the steps of a program, owns its memory, replays it without the GIL.
 # Thin on purpose: what the steps do is in csrc/, what a model is made of in models/, the documented face in program.py.
+from libc.math cimport sqrtf
 from libc.stdint cimport int32_t, int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -327,7 +328,8 @@ cdef class Program:
 
     def attention(self, Rows query, Rows output, int64_t key_offset, int64_t value_offset, int64_t context, int type,
                   int heads, int kv_heads, int head_columns, int query_stride, bint gated, sinks=None,
-                  int64_t window=0):
+                  int64_t window=0, int value_columns=0, double scale=0):
+        """`value_columns`, `scale` 0: those of the key, and 1 / sqrt of them."""
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
         s.execute = fomoe_step_attention
@@ -344,7 +346,40 @@ cdef class Program:
         s.arguments.attention.gated = gated
         s.arguments.attention.sinks = vector(sinks)
         s.arguments.attention.window = window
+        s.arguments.attention.value_columns = value_columns or head_columns
+        s.arguments.attention.scale = scale or <float>1 / sqrtf(<float>head_columns)
         self._add(&s, (query, output, sinks))
+
+    def latent(self, Rows query, Rows latent, Rows key, Rows table, Rows absorbed, int64_t key_offset, int type,
+               int heads, int rotated):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_latent
+        s.arguments.latent.query = query.c
+        s.arguments.latent.latent = latent.c
+        s.arguments.latent.key = key.c
+        s.arguments.latent.table = table.c
+        s.arguments.latent.absorbed = absorbed.c
+        s.arguments.latent.key_offset = key_offset
+        s.arguments.latent.type = <fomoe_kv_type>type
+        s.arguments.latent.heads = heads
+        s.arguments.latent.rotated = rotated
+        self._add(&s, (query, latent, key, table, absorbed))
+
+    def head_mul(self, Matrix matrix, Rows input, Rows output, int heads, int at):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        if matrix.kernels is not self.kernels:
+            raise ValueError("a product's weights were made for other kernels than the program's")
+        if matrix.c.columns > input.c.columns // heads or at + matrix.c.rows // heads > output.c.columns // heads:
+            raise ValueError("parts beyond the rows")
+        s.execute = fomoe_step_head_mul
+        s.arguments.head_mul.matrix = matrix.c
+        s.arguments.head_mul.input = input.c
+        s.arguments.head_mul.output = output.c
+        s.arguments.head_mul.heads = heads
+        s.arguments.head_mul.at = at
+        self._add(&s, (matrix, input, output))
 
     def route(self, Rows logits, Rows ids, Rows weights, int layer, router):
         """By a models.recorder.Router."""

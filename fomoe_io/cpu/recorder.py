@@ -22,6 +22,7 @@ from fomoe_io.models.recorder import (
     Delta,
     KvCache,
     KvType,
+    LatentAttention,
     Picks,
     Recorder,
     Router,
@@ -216,6 +217,26 @@ class CpuRecorder:
             query, attended, cache.keys, cache.values, self.context_tokens, cache.type.value, op.heads, cache.heads,
             cache.columns, stride, op.gated, op.sinks, op.window,
         )  # fmt: skip
+        return attended
+
+    def latent_attention(
+        self, query: Rows, latent: Rows, key: Rows, table: Rows, w_key: Matrix, w_value: Matrix,
+        op: LatentAttention[np.ndarray],
+    ) -> Rows:  # fmt: skip
+        """A position's key is its value, too: the columns behind those that turn."""
+        columns, kv_type = op.rotated + latent.columns, self._kv_type
+        keys = self.state.take_cache(1, self.context_tokens, columns * kv_type.bytes)
+        self.program.norm(latent, op.norm, op.epsilon, [latent], False)
+        absorbed = self.rows("absorbed", op.heads * columns)
+        self.program.head_mul(w_key, query, absorbed, op.heads, op.rotated)
+        self.program.latent(query, latent, key, table, absorbed, keys, kv_type.value, op.heads, op.rotated)
+        sums = self.rows("latent_sums", op.heads * latent.columns)
+        self.program.attention(
+            absorbed, sums, keys, keys + op.rotated * kv_type.bytes, self.context_tokens, kv_type.value, op.heads, 1,
+            columns, columns, False, None, 0, latent.columns, op.scale,
+        )  # fmt: skip
+        attended = self.rows("attended", op.heads * op.value_columns)
+        self.program.head_mul(w_value, sums, attended, op.heads, 0)
         return attended
 
     # ---- gated delta rule ----

@@ -91,8 +91,15 @@ def _aligned(offset: int) -> int:
     return up(offset, RECORD_ALIGNMENT_BYTES) * RECORD_ALIGNMENT_BYTES
 
 
+def refusal(op: str) -> FormatError:
+    """Of what no kernel computes."""
+    return FormatError(f"the GPU kernels do not compute {op}", hint="--device cpu")
+
+
 def check_shape(s: Shape) -> None:
     """FormatError when the kernels have no size for the model's."""
+    if s.latent:
+        raise refusal("attention over latents")
     limits: list[tuple[str, int, Sequence[int] | range]] = [
         ("experts a layer", s.experts, range(1, kernels.MOST_EXPERTS + 1)),
         ("experts a token", s.used, range(1, kernels.MOST_PICKS + 1)),

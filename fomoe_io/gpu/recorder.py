@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fomoe_io.errors import FormatError
 from fomoe_io.experts.car import NativeCar
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import (
@@ -23,6 +22,7 @@ from fomoe_io.gpu.arena import (
     Mailbox,
     Memory,
 )
+from fomoe_io.gpu.budget import refusal
 from fomoe_io.gpu.kernels import up
 from fomoe_io.gpu.launches import mat_vec, mat_vec_many
 from fomoe_io.models.recorder import (
@@ -31,6 +31,7 @@ from fomoe_io.models.recorder import (
     Delta,
     Experts,
     KvCache,
+    LatentAttention,
     Picks,
     Recorder,
     Router,
@@ -43,13 +44,6 @@ if TYPE_CHECKING:
 ATTENTION_TOKENS, ATTENTION_BYTES = 8, 256 << 20
 """Tokens of a batch whose attention is computed at once, and room for what each position range has found until it is
 merged: a long context takes fewer tokens at once, down to one."""
-
-
-def refuse(**wanted: bool) -> None:
-    """FormatError for the first op that is wanted and that no kernel computes."""
-    for name, is_wanted in wanted.items():
-        if is_wanted:
-            raise FormatError(f"the GPU kernels do not compute {name.replace('_', ' ')}", hint="--device cpu")
 
 
 CAR_BYTES = ctypes.sizeof(NativeCar)
@@ -313,6 +307,13 @@ class DeviceRecorder:
         most = max(1, min(self.memory.batch_tokens, ATTENTION_TOKENS, ATTENTION_BYTES // (4 * floats)))
         return self.memory.words("attention", 4 * floats * most), most
 
+    def latent_attention(
+        self, query: DeviceRows, latent: DeviceRows, key: DeviceRows, table: DeviceRows, w_key: DeviceMatrix,
+        w_value: DeviceMatrix, op: LatentAttention[int],
+    ) -> DeviceRows:  # fmt: skip
+        """Not computed."""
+        raise refusal("attention over latents")
+
     # ---- gated delta rule ----
 
     def conv(self, x: DeviceRows, weight: int, taps: int, *, name: str) -> DeviceRows:
@@ -347,7 +348,8 @@ class DeviceRecorder:
     # ---- experts ----
 
     def _picks(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
-        refuse(groups_of_experts=router.groups > 1)
+        if router.groups > 1:
+            raise refusal("groups of experts")
         ids, weights = self.rows("experts", router.used), self.rows("weights", router.used)
         return Picks(layer, router, logits, ids, weights)
 

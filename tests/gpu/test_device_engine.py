@@ -405,6 +405,7 @@ def test_a_failed_read_names_the_expert_and_the_device_goes_on(model: Path, tmp_
     ("changes", "text"),
     [
         ({"head_columns": 48, "rotated": 16}, "head size 48"),
+        ({"architecture": "deepseek2", "query_rank": 32}, "attention over latents"),
         ({"state_columns": 16}, "delta-rule head size 16"),
         ({"hidden": 48, "shared_hidden": 64}, "expert width 48"),
         ({"down": Type.Q5_1}, "which the GPU kernels do not know"),
