@@ -72,16 +72,8 @@ class Shape:
         """Of all rows that the ops make of a token."""
         channels = (2 * self.key_heads + self.value_heads) * self.state_columns
         heads = self.heads * max(self.head_columns, self.query_columns, self.value_columns)
-        return max(
-            self.query_rank,
-            self.columns,
-            self.hidden,
-            self.shared_hidden,
-            self.dense_hidden,
-            self.experts,
-            channels,
-            heads,
-        )
+        networks = max(self.hidden, self.shared_hidden, self.dense_hidden)
+        return max(self.columns, networks, self.experts, channels, heads, self.query_rank)
 
     def check(self) -> None:
         """What the kernels take for granted, whatever the architecture.
