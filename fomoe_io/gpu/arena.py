@@ -7,12 +7,15 @@ needs, and once more on the device gives its launches.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fomoe_io.backend import StateParts
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.kernels import up
 from fomoe_io.models.recorder import KvType
+
+if TYPE_CHECKING:
+    from fomoe_io.models.rope import Rope
 
 F32, Q8, HALF = 0, 1, 2
 """Forms of an activation: floats, a row of ``gpu/kernels/activations.h``, or (in batches) halves."""
@@ -207,6 +210,8 @@ class Memory:
     context_tokens: int
     rows: dict[tuple[str, int, int], DeviceRows] = field(default_factory=dict)
     scratch: dict[str, int] = field(default_factory=dict)
+    ropes: dict[int, Rope] = field(default_factory=dict)  # of which a table lies at an address
+    constants: dict[int, bytes] = field(default_factory=dict)  # what lies at an address from the start
     is_complete: bool = False
 
     def row(self, name: str, columns: int, type: int) -> DeviceRows:
@@ -219,9 +224,18 @@ class Memory:
             self.rows[key] = rows
         return self.rows[key]
 
-    def row_at(self, name: str, columns: int, address: int) -> None:
-        """Float rows that have a place already."""
-        self.rows[(name, columns, F32)] = DeviceRows(address, columns)
+    def rope_table(self, rope: Rope, name: str) -> DeviceRows:
+        """Float rows, one a position of the context."""
+        columns = 2 * len(rope.frequencies)
+        address = self.words(name, 4 * columns * self.context_tokens)
+        self.ropes[address] = rope
+        return DeviceRows(address, columns)
+
+    def constant(self, name: str, data: bytes) -> int:
+        """Address of what the host writes once."""
+        address = self.words(name, len(data))
+        self.constants[address] = data
+        return address
 
     def states(self, name: str) -> int | None:
         """Where the words lie that say where the tokens' sessions are."""

@@ -224,11 +224,16 @@ class GpuBackend:
         )  # fmt: skip
 
     def _fill(self) -> None:
-        """Weights, the positions' table and the rule of cache-aware routing go to the device."""
+        """Weights, the positions' tables and the rule of cache-aware routing go to the device."""
         r, stream, opened = self.recorded, self.gpu.stream, self._opened
         r.weights.load(opened.reader, self.gpu, opened.config.progress)
-        rope = opened.shape.rope.table(opened.context_tokens)
-        stream.copy_in(r.rope_address, rope.ctypes.data, rope.nbytes)
+        for address, rope in r.memory.ropes.items():
+            table = rope.table(opened.context_tokens)
+            stream.copy_in(address, table.ctypes.data, table.nbytes)
+            stream.synchronize()
+        for address, data in r.memory.constants.items():
+            words = np.frombuffer(data, np.uint8)
+            stream.copy_in(address, words.ctypes.data, words.nbytes)
         if opened.config.car is not None:
             rule = opened.config.car.native()
             stream.copy_in(r.memory.words("car", CAR_BYTES), ctypes.addressof(rule), CAR_BYTES)

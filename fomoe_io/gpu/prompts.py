@@ -255,7 +255,7 @@ class PromptRunner:
             gpu.prepare(
                 f"group_gate_up_{e.gate_kernel}", kernels.group_gate_up_grid(hidden, count), tiles, pairs_at,
                 e.device_offset[0], e.device_offset[1], step.input, step.hidden, step.hidden_floats, hidden,
-                step.columns, step.used,
+                step.columns, step.used, step.form,
             ).run(gpu.stream)  # fmt: skip
             gpu.prepare(
                 f"group_down_{e.down_kernel}", kernels.group_down_grid(step.columns, count), tiles, pairs_at,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fomoe_io.errors import FormatError, UsageError
 from fomoe_io.experts.car import NativeCar
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import (
@@ -24,14 +24,16 @@ from fomoe_io.gpu.arena import (
     Memory,
     Part,
 )
+from fomoe_io.gpu.budget import refusal
 from fomoe_io.gpu.kernels import up
+from fomoe_io.gpu.launches import mat_vec, mat_vec_many
 from fomoe_io.models.recorder import (
-    CAR_NEEDS_LOGITS,
     Activation,
     Attention,
     Delta,
     Experts,
     KvCache,
+    LatentAttention,
     Picks,
     Recorder,
     Router,
@@ -46,15 +48,11 @@ ATTENTION_TOKENS, ATTENTION_BYTES = 8, 256 << 20
 merged: a long context takes fewer tokens at once, down to one."""
 
 
-def refuse(**wanted: bool) -> None:
-    """FormatError for the first op that is wanted and that no kernel computes."""
-    for name, is_wanted in wanted.items():
-        if is_wanted:
-            raise FormatError(f"the GPU kernels do not compute {name.replace('_', ' ')}", hint="--device cpu")
-
-
 CAR_BYTES = ctypes.sizeof(NativeCar)
 """gpu/kernels/car_rule.h, fomoe_car."""
+
+FORM = "@4Pi4x"
+"""gpu/kernels/experts.h, expert_form."""
 
 
 class DeviceRecorder:
@@ -221,13 +219,6 @@ class DeviceRecorder:
         self.body.extend(self._as_halves(forms, self.tokens))
         return Activation(forms)
 
-    def _product(self, matrix: DeviceMatrix, x: int, y: int) -> LaunchSpec:
-        split = kernels.split_of(matrix.kernel, matrix.columns, matrix.rows)
-        grid = kernels.mat_vec_grid(matrix.kernel, matrix.rows, split)
-        return LaunchSpec(
-            f"mat_vec_{matrix.kernel}", grid, [matrix.address, x, y, matrix.rows, matrix.columns, 1, split]
-        )
-
     def mat_mul(self, products: Sequence[tuple[DeviceMatrix, Activation[DeviceRows], DeviceRows]]) -> None:
         """output = matrix @ input, for each; products of one format and input share a launch."""
         alike: dict[tuple[str, int], list[tuple[DeviceMatrix, int, int]]] = {}
@@ -237,7 +228,7 @@ class DeviceRecorder:
         for group in alike.values():
             for i in range(0, len(group), kernels.MAT_VEC_MANY):
                 part = group[i : i + kernels.MAT_VEC_MANY]
-                self.body.append(self._product(*part[0]) if len(part) == 1 else _many(part))
+                self.body.append(mat_vec(*part[0]) if len(part) == 1 else mat_vec_many(part))
 
     def mat_mul_add(
         self, matrix: DeviceMatrix, x: Activation[DeviceRows], output: DeviceRows, bias: int | None = None
@@ -268,14 +259,13 @@ class DeviceRecorder:
         """The last product, for the positions that want logits."""
         final, row = self._final, x.forms[matrix.activation_type].address
         assert final is not None
-        self._tail = lambda first, tokens: [*final(first, tokens), self._product(matrix, row, self.logits_address)]
+        self._tail = lambda first, tokens: [*final(first, tokens), mat_vec(matrix, row, self.logits_address)]
 
     # ---- attention ----
 
     def rope_table(self, rope: Rope, *, name: str = "rope") -> DeviceRows:
         """(cos, sin) of every position; the engine fills the table once."""
-        refuse(positions_of_two_kinds=name != "rope")
-        return self.rows("rope", 2 * len(rope.frequencies))
+        return self.memory.rope_table(rope, name)
 
     def kv_cache(self, heads: int, columns: int) -> KvCache:
         """Places in a session's memory."""
@@ -289,7 +279,6 @@ class DeviceRecorder:
         op: Attention[int],
     ) -> DeviceRows:  # fmt: skip
         """What fills the cache, and what reads it."""
-        refuse(attention_sinks=op.sinks is not None, a_sliding_window=op.window > 0)
         for rows, bias in ((query, op.query_bias), (key, op.key_bias), (value, op.value_bias)):
             self._add_bias(rows, bias)
         norms = [op.query_norm, op.key_norm]
@@ -319,18 +308,25 @@ class DeviceRecorder:
             f"attention_{cache.type.suffix}_{cache.columns}",
             kernels.attention_grid(op.heads, cache.heads, splits, self.tokens),
             turned.address, cache.keys, cache.values, self.positions, self.states, parts, op.heads, cache.heads,
-            splits, cache.columns**-0.5,
+            splits, cache.columns**-0.5, op.window,
         )  # fmt: skip
         gate = query.address + 4 * cache.columns if op.gated else None
         self._makers[output.address] = self._add(
             "attention_merge", (op.heads, self.tokens, 1), parts, self.positions, gate, output.address, "q8", op.heads,
-            cache.columns, splits, query.columns // op.heads,
+            cache.columns, splits, query.columns // op.heads, op.sinks, op.window,
         )  # fmt: skip
 
     def _attention_parts(self, floats: int) -> tuple[int, int]:
         """Room for the parts of some tokens, and how many: those of a launch of a batch."""
         most = max(1, min(self.memory.batch_tokens, ATTENTION_TOKENS, ATTENTION_BYTES // (4 * floats)))
         return self.memory.words("attention", 4 * floats * most), most
+
+    def latent_attention(
+        self, query: DeviceRows, latent: DeviceRows, key: DeviceRows, table: DeviceRows, w_key: DeviceMatrix,
+        w_value: DeviceMatrix, op: LatentAttention[int],
+    ) -> DeviceRows:  # fmt: skip
+        """Not computed."""
+        raise refusal("attention over latents")
 
     # ---- gated delta rule ----
 
@@ -366,7 +362,8 @@ class DeviceRecorder:
     # ---- experts ----
 
     def _picks(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
-        refuse(groups_of_experts=router.groups > 1)
+        if router.groups > 1:
+            raise refusal("groups of experts")
         ids, weights = self.rows("experts", router.used), self.rows("weights", router.used)
         return Picks(layer, router, logits, ids, weights)
 
@@ -378,8 +375,13 @@ class DeviceRecorder:
         else:
             self._add(
                 "route_by", grid, picks.logits.address, r.logit_bias, r.bias, *rows, int(r.score), int(r.normalise),
-                r.scale,
+                r.scale, self._chosen_by(r),
             )  # fmt: skip
+
+    def _chosen_by(self, r: Router[int]) -> int | None:
+        """Where the router's kernel leaves what it chose by, for cache-aware routing; None: that is the logits."""
+        wanted = self._substitutes and not r.follows_logits
+        return self.rows("chosen_by", r.experts).address if wanted else None
 
     def route(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
         """The picks, their records, and word of them to the host."""
@@ -390,12 +392,21 @@ class DeviceRecorder:
             e.table, self._records(used), self._late(used), e.post, self._mailbox.run, self.memory.words("misses", 4),
         ]  # fmt: skip
         if self._substitutes:
-            if not router.follows_logits:
-                raise UsageError(CAR_NEEDS_LOGITS, hint="drop --car")
             self._route(picks)
+            chosen_by = self._chosen_by(router)
+            values, p = (chosen_by, logits.address) if chosen_by is not None else (logits.address, None)
             rule, sums_to_one = self.memory.words("car", CAR_BYTES), router.normalise or router.score == Score.LOGITS
             self._add(
-                "substitute_and_resolve", (1, 1, 1), *rows, *resolved, rule, router.experts, used, int(sums_to_one)
+                "substitute_and_resolve",
+                (1, 1, 1),
+                values,
+                p,
+                *rows[1:],
+                *resolved,
+                rule,
+                router.experts,
+                used,
+                int(sums_to_one),
             )
         elif _is_plain(router):
             self._add(
@@ -413,6 +424,13 @@ class DeviceRecorder:
     def _late(self, used: int) -> int:
         return self.memory.words("late", 8 * used)
 
+    def _expert_form(self, picks: Picks[int, DeviceRows], op: Experts[int]) -> int | None:
+        """Address of what experts compute beside their products (gpu/kernels/experts.h); None: nothing."""
+        if op == Experts():
+            return None
+        pointers = [picks.ids.address, *(bias or 0 for bias in op.biases)]
+        return self.memory.constant(f"form of {picks.layer}", struct.pack(FORM, *pointers, op.is_clamped))
+
     def _hidden(self, e: DeviceExpertLayer, used: int, hidden: int) -> tuple[int, int | None]:
         """Where the experts' activations go, a row a pair: as Q8, and as floats where down reads those."""
         floats = self.rows("hidden", used * hidden).address if e.down_kernel in kernels.FLOAT_TYPES else None
@@ -421,21 +439,18 @@ class DeviceRecorder:
 
     def experts_begin(self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int]) -> None:
         """Gate and up of the picks that are on the device."""
-        self._check_experts(op)
-        rows, used = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used
-        self._gate_and_up("", picks.layer, [self._records(used)], rows, used)
+        rows = x.forms[self._expert_inputs[picks.layer][0]]
+        self._gate_and_up("", picks, [self._records(picks.router.used)], rows, op)
 
-    def _gate_and_up(self, kind: str, layer: int, where: list[Any], x: DeviceRows, used: int) -> None:
-        e, hidden = self._experts[layer], self.hidden
+    def _gate_and_up(
+        self, kind: str, picks: Picks[int, DeviceRows], where: list[Any], x: DeviceRows, op: Experts[int]
+    ) -> None:
+        e, hidden, used = self._experts[picks.layer], self.hidden, picks.router.used
         q8, floats = self._hidden(e, used, hidden)
         self._add(
             f"experts_gate_up_{kind}{e.gate_kernel}", kernels.gate_up_grid(hidden, used), *where, e.device_offset[0],
-            e.device_offset[1], x.address, q8, floats, hidden, x.columns, used,
+            e.device_offset[1], x.address, q8, floats, hidden, x.columns, used, self._expert_form(picks, op),
         )  # fmt: skip
-
-    @staticmethod
-    def _check_experts(op: Experts[int]) -> None:
-        refuse(biases_of_experts=any(b is not None for b in op.biases), clamped_activations=op.is_clamped)
 
     def experts_end(
         self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int], output: DeviceRows,
@@ -444,7 +459,7 @@ class DeviceRecorder:
         """Gate and up of the others as they come, if there are any; then the sum, which the next norm adds."""
         rows, used, hidden = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used, self.hidden
         e, mail, late, records = self._experts[picks.layer], self._mailbox, self._late(used), self._records(used)
-        self._gate_and_up("late_", picks.layer, [records, late, e.answer, mail.run, mail.stop], rows, used)
+        self._gate_and_up("late_", picks, [records, late, e.answer, mail.run, mail.stop], rows, op)
         misses = self.memory.words("misses", 4)
         self._add("wait_for_misses", (1, 1, 1), misses, records, e.answer, mail.run, mail.stop, late, used)
         total = self.rows("added", output.columns)
@@ -453,6 +468,7 @@ class DeviceRecorder:
             f"experts_down_{e.down_kernel}", kernels.down_grid(output.columns), self._records(used), late,
             e.device_offset[2], floats or q8, picks.weights.address, shared and shared.address,
             shared_gate and shared_gate.address, total.address, output.columns, hidden, used,
+            self._expert_form(picks, op),
         )  # fmt: skip
         down.joins = True
         self._add_later(output, total)
@@ -521,17 +537,3 @@ def _finished(specs: list[Any]) -> list[Any]:
         if isinstance(spec, LaunchSpec):
             spec.arguments = [None if isinstance(a, str) else a for a in spec.arguments]
     return specs
-
-
-def _many(products: Sequence[tuple[DeviceMatrix, int, int]]) -> LaunchSpec:
-    """One launch for one token's products of several matrices of one format with one input."""
-    first, x, _ = products[0]
-    split = kernels.split_of(first.kernel, first.columns, max(m.rows for m, _, _ in products))
-    blocks = sum(kernels.mat_vec_grid(m.kernel, m.rows, split)[0] for m, _, _ in products)
-    unused = kernels.MAT_VEC_MANY - len(products)
-    weights = [m.address for m, _, _ in products] + [None] * unused
-    outputs = [y for _, _, y in products] + [None] * unused
-    rows = [m.rows for m, _, _ in products] + [0] * unused
-    return LaunchSpec(
-        f"mat_vec_many_{first.kernel}", (blocks, 1, 1), [*weights, *outputs, *rows, x, first.columns, 1, split]
-    )

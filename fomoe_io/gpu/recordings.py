@@ -97,8 +97,6 @@ class Recordings:
         table, file, offset = self.weights.embedding(s.columns, s.vocabulary)
         self.embedding, self._embedding = table, (table, source.files[file], offset)
         self._place_inputs(batch_tokens)
-        self.rope_address = self.memory.words("rope", 4 * source.context_tokens * s.rotated)
-        self.memory.row_at("rope", s.rotated, self.rope_address)
         self.tables_address = self.memory.words("tables", 8 * s.layers * s.experts)
         self.products_address = self.memory.words("products", product_bytes) if product_bytes else 0
         self.mail = Mail(s.used, s.layers)

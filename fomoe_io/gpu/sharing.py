@@ -98,7 +98,7 @@ class Sharing:
             open_blas(self._gpu.info.provider)
         except DeviceError:
             return 0
-        names = [n for n, t in self._source.resident.items() if kernel_of(int(t.type)) in kernels.QUANTIZED_TYPES]
+        names = [n for n, t in self._source.resident.items() if kernel_of(int(t.type)) in kernels.EXPANDED_TYPES]
         largest = max((2 * int(np.prod(self._source.resident[n].shape)) for n in names), default=0)
         return min(SCRATCH_BYTES, round_up(largest + 2 * TILE_ROWS * self._shape.columns, LEAST_BLOCK_BYTES))
 

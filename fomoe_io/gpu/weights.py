@@ -79,7 +79,7 @@ class DeviceWeights:
             self.planned[tensor.name] = Planned(tensor, self._arena.take(size), is_expanded)
         return self.planned[tensor.name].address
 
-    def matrix(self, name: str, columns: int, rows: int, part: slice | None = None) -> DeviceMatrix:
+    def matrix(self, name: str, columns: int, rows: int, part: slice | None = None, groups: int = 1) -> DeviceMatrix:
         """A [rows, columns] weight matrix or a `part` of its rows, as floats where no kernel takes its type.
 
         Raises
@@ -87,7 +87,7 @@ class DeviceWeights:
         FormatError
             The file's shape differs, or no kernel takes rows of that length.
         """
-        tensor = checked(self._info(name), (columns, rows))
+        tensor = checked(self._info(name), (columns, rows // groups, groups))
         if columns % 32:
             raise FormatError(
                 f"{name} has rows of {columns}; the GPU kernels take multiples of 32", hint="--device cpu"
