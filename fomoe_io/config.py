@@ -170,6 +170,9 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "ram_bytes": (_size, 'a number of bytes, or a size such as "16G"'),
     "vram_bytes": (_sizes, 'a number of bytes, a size such as "16G", or one a device'),
     "tensor_split": (_weights, 'numbers, one a device: "3,1"'),
+    "cache_bytes": (_size, 'a number of bytes, or a size such as "1G"'),
+    "cache_disk_bytes": (_size, 'a number of bytes, or a size such as "100G"'),
+    "cache_folder": (_path, "a path"),
     "threads": (_integer, "an integer"),
     "context_tokens": (_integer, "an integer"),
     "sessions": (_integer, "an integer"),
@@ -185,7 +188,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "profile": (_profile, 'a path or "learned"'),
     "trace": (_path, "a path"),
 }
-_NEEDED = ("sessions", "batch_tokens", "lookahead", "logit_rows", "direct")
+_NEEDED = ("cache_disk_bytes", "sessions", "batch_tokens", "lookahead", "logit_rows", "direct")
 """None is no choice."""
 
 
@@ -237,6 +240,13 @@ class EngineConfig:
         How several devices share a model: whole runs of layers, or layer by layer in turn.
     tensor_split : tuple of float or None
         How much of it each takes; None: all the same.
+    cache_bytes : int or None
+        Of `ram_bytes`, for what sessions have read and others may go on from (:meth:`Engine.timeline`); None: a
+        sixteenth, at most 2 GiB, as far as that is of use.
+    cache_disk_bytes : int
+        Of files that keep it beyond the process; 0: none.
+    cache_folder : Path or None
+        Where they are; None: in the user's cache directory.
     lookahead : int
         How many of the experts are read ahead that the next layer's router would pick from this layer's output; 0 none.
     car : CarRule or None
@@ -272,6 +282,9 @@ class EngineConfig:
     vram_bytes: int | tuple[int, ...] | None = None
     split_mode: str = "layer"
     tensor_split: tuple[float, ...] | None = None
+    cache_bytes: int | None = 0
+    cache_disk_bytes: int = 0
+    cache_folder: Path | None = None
     lookahead: int = 0
     car: CarRule | None = None
     profile: Path | Literal["learned"] | None = None
@@ -317,6 +330,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise UsageError(f"{name} is {value}, expected 1 to {most}")
+        for name in ("cache_bytes", "cache_disk_bytes"):
+            if (getattr(self, name) or 0) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
         if self.slots is not None and self.tiers is not None:
             raise UsageError("tiers say how many experts memory holds, and so do slots", hint="drop --slots or --tiers")
         for name in ("ram_bytes", "vram_bytes"):

@@ -171,6 +171,23 @@ def add_engine_options(parser: Parser, *, batch: int = 512) -> None:
     group.add_argument("--kernels", choices=("auto", "ggml", "portable"), default=d.kernels, help="what multiplies")
 
 
+def _cache_size(text: str) -> int:
+    """Of --cache-ram: a bare number is MiB, as llama-server has it."""
+    size = parse_bytes(text)
+    return size << 20 if re.fullmatch(r"\d+", text.strip()) else size
+
+
+def add_cache_options(parser: Parser) -> None:
+    """What commands that answer keep of what they have read."""
+    group = parser.add_argument_group("prompts that were read before (none changes an answer)")
+    group.add_argument("-cram", "--cache-ram", type=checked(_cache_size), metavar="SIZE",
+        help="memory for them, of --ram (default: a sixteenth of it, at most 2G; 0: none)")  # fmt: skip
+    group.add_argument("--cache-disk", type=checked(parse_bytes), default=0, metavar="SIZE",
+        help="files that keep them beyond this run, such as 50G (default: none)")  # fmt: skip
+    group.add_argument("--cache-dir", type=Path, metavar="DIR",
+        help="where those are (default: sessions, in the cache directory)")  # fmt: skip
+
+
 def engine_config(options: argparse.Namespace, path: Path | None = None) -> EngineConfig:
     """The configuration that the options ask for; the model's path is needed for `-c 0`.
 
@@ -186,6 +203,9 @@ def engine_config(options: argparse.Namespace, path: Path | None = None) -> Engi
             ram_bytes=options.ram,
             slots=options.slots,
             threads=None if options.threads is None or options.threads <= 0 else options.threads,
+            cache_bytes=getattr(options, "cache_ram", 0),
+            cache_disk_bytes=getattr(options, "cache_disk", 0),
+            cache_folder=getattr(options, "cache_dir", None),
             context_tokens=trained_tokens(path) if options.ctx_size == 0 and path is not None else options.ctx_size,
             batch_tokens=options.batch_size,
             kv_type=_one_kv_type(options.cache_type_k, options.cache_type_v),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fomoe_io import _gpu, _hip
-from fomoe_io.backend import Batch, Counters, Joined, PooledState, Span, StatePool
+from fomoe_io.backend import Batch, Counters, Joined, PooledState, Span, StatePool, kept_text
 from fomoe_io.errors import DeviceError, UsageError
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import slot_layout
@@ -159,7 +159,8 @@ class GpuBackend:
             f"VRAM {format_bytes(b.vram_bytes)}: weights {format_bytes(b.resident_bytes)}, experts "
             f"{format_bytes(b.vram_pool_bytes)} ({least[VRAM]} of {s.experts} a layer), "
             f"state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}",
-            f"memory {format_bytes(b.ram_bytes)}{again}: experts {format_bytes(b.pool_bytes)} ({least[DRAM]} a layer)",
+            f"memory {format_bytes(b.ram_bytes)}{again}: experts {format_bytes(b.pool_bytes)} ({least[DRAM]} a layer)"
+            f"{kept_text(b)}",
         ]
 
     # ---- opening ----

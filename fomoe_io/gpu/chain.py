@@ -162,6 +162,7 @@ class ChainBackend:
             if f.name not in ("ram_bytes", "batch_tokens", "slots")
         }
         slots = tuple(all_of[i].slots[layer] for layer, i in enumerate(self._owner))
+        added["kept_bytes"] -= (len(all_of) - 1) * (self._opened.config.cache_bytes or 0)  # each has counted it
         batch = min(b.batch_tokens for b in all_of)
         return replace(all_of[0], **added, ram_bytes=self._ram_bytes, batch_tokens=batch, slots=slots)
 

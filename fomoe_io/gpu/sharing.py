@@ -132,12 +132,13 @@ class Sharing:
         for layer, count in slots.items():
             table[layer, VRAM] = count
         host_bytes = shared_bytes(part_sizes(self.sketch, s, self.batch_tokens))
-        ram_limit = self._share_host(table, host_bytes)
+        ram_limit, kept = self._share_host(table, host_bytes)
         pools = [pool_places(self._records, table, self.spares, tier)[2] for tier in (VRAM, DRAM)]
         return Budgets(
             ram_bytes=ram_limit, vram_bytes=limit, resident_bytes=fixed[0], state_bytes=fixed[2],
             workspace_bytes=fixed[1] + host_bytes, vram_pool_bytes=pools[VRAM], pool_bytes=pools[DRAM],
             batch_tokens=self.batch_tokens, slots=slot_pairs(table),
+            kept_bytes=kept,
         )  # fmt: skip
 
     def _too_small(self, limit: int) -> BudgetError:
@@ -160,11 +161,14 @@ class Sharing:
             hint=hint,
         )
 
-    def _share_host(self, table: np.ndarray, shared: int) -> int:
-        """Fill in the DRAM slots; returns the budget."""
+    def _share_host(self, table: np.ndarray, shared: int) -> tuple[int, int]:
+        """Fill in the DRAM slots; returns the budget, and what of it is for kept sessions."""
         config, layers = self._config, list(self._records)
         base = self._ram.fixed_bytes + shared + self._spare_bytes(DRAM)
         limit = self._ram.limit(base)
+        parts = self.sketch.token.state.parts
+        kept = self._ram.kept_bytes(limit - base, limit, parts, self._opened.context_tokens)
+        base += kept
         wanted = self._ram.slots or self._shape.experts
         missing = max(0, wanted - int(table[layers, VRAM].min()))
         most = missing if config.tiers is None else min(missing, self._most_slots(config.tiers.dram, 0))
@@ -175,4 +179,4 @@ class Sharing:
         if config.slots is not None and (table[layers].sum(1) < wanted).any():
             rest = sum((wanted - table[i, VRAM]) * self._layouts[i].slot_bytes for i in layers)
             raise self._ram.too_small(limit, base + int(rest))
-        return limit
+        return limit, kept + (config.cache_bytes or 0)
