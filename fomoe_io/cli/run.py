@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from fomoe_io import commands
 from fomoe_io.cli.chat import Chat
 from fomoe_io.cli.common import decoded, note, run_command
+from fomoe_io.cli.grammar_options import add_grammar_options, answer_form
 from fomoe_io.cli.kept_profile import keep_profile
 from fomoe_io.cli.llama_options import RUN
 from fomoe_io.cli.model_help import explained
@@ -64,6 +65,7 @@ def parser() -> Parser:
     _add_prompt(p)
     _add_conversation(p)
     add_sampling_options(p)
+    add_grammar_options(p.add_argument_group("form of answers (pip install 'fomoe_io[grammar]')"))
     _add_output(p)
     add_engine_options(p)
     add_cache_options(p)
@@ -236,6 +238,7 @@ def _template_names(options: argparse.Namespace) -> dict[str, Any]:
 def _check(options: argparse.Namespace) -> None:
     """Mistakes that should not cost the loading."""
     sampling_config(options)
+    options.form = answer_form(options)
     options.is_mute = options.json is not None and str(options.json) == "-"
     talks = options.conversation or (options.prompt is None and options.file is None and _is_terminal(sys.stdin))
     if options.is_mute and talks:

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from fomoe_io.cli.chat import Answer, Chat
 from fomoe_io.cli.common import Terminated, decoded
+from fomoe_io.cli.grammar_options import AnswerGrammar
 from fomoe_io.cli.kept_profile import keep_profile
 from fomoe_io.cli.progress import PromptProgress
 from fomoe_io.cli.report import Report
@@ -70,6 +71,7 @@ class Talk:
         self._report = report
         self._copy = copy
         self._sampler = Sampler(sampling)
+        self._grammar = AnswerGrammar(engine, options.form)
         self._conversation = Conversation(engine.timeline(lambda text: self._say(f"note: {text}")))
         self._progress = PromptProgress(engine, quiet=options.quiet)
         self._put_before = ""
@@ -135,6 +137,7 @@ class Talk:
         if unread == len(tokens) > LONG_TOKENS and self.chat.turns:
             why = "" if options.reasoning_preserve else " (--reasoning-preserve keeps thoughts in it)"
             self._say(f"reading all {unread} tokens again: the history is not what was read before{why}")
+        self._sampler.constraint = self._grammar.start(self.chat)
         self._progress.begin(unread)
         for token, text in conversation.generate(
             tokens, self._sampler, most=options.predict, stops=options.stop, ignore_eos=options.ignore_eos,

@@ -334,6 +334,10 @@ class GpuBackend:
         """How often the router has picked each expert."""
         return self._experts.picks()
 
+    def tiers(self) -> np.ndarray:
+        """Where each expert is."""
+        return self._experts.tiers()
+
     def counters(self) -> Counters:
         """What has been counted."""
         return Counters(**self._experts.counters())

@@ -21,6 +21,7 @@ from fomoe_io import Engine, EngineConfig  # noqa: E402
 from fomoe_io.serve.server import Running  # noqa: E402
 from fomoe_io.serve.settings import ServeConfig  # noqa: E402
 from fomoe_io.text.sampler import SamplingConfig  # noqa: E402
+from tests.tiny_model import Tiny, write_tiny  # noqa: E402
 
 GREEDY = SamplingConfig(temperature=0)
 CONTEXT = 512
@@ -99,6 +100,15 @@ def open_demo(demo_model: Path) -> Callable[[], Engine]:
     """Opens the demo model with a small context."""
     config = EngineConfig(context_tokens=CONTEXT, batch_tokens=32, threads=2, sessions=2)
     return lambda: Engine.open(demo_model, config)
+
+
+@pytest.fixture(scope="session")
+def open_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Engine]:
+    """Opens a model of random weights, whose tokens are bytes and cost next to nothing."""
+    shape = Tiny(layers=2, experts=4, used=2, vocabulary=300)
+    path = write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf", shape, 1)
+    config = EngineConfig(context_tokens=4096, batch_tokens=64, threads=1, sessions=2)
+    return lambda: Engine.open(path, config)
 
 
 @pytest.fixture(scope="session")
