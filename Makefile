@@ -50,7 +50,8 @@ sanitize-address: $(VENV)/.installed-dev
 	    tests/engine/test_engine_reference.py
 sanitize-thread: $(VENV)/.installed-dev
 	tools/test-build thread tests/io/test_reader.py tests/io/test_mirror.py tests/engine/test_interrupts.py \
-	    tests/engine/test_lookahead.py tests/engine/test_turns.py tests/gpu/test_hip_fake.py -k "not fork"
+	    tests/engine/test_lookahead.py tests/engine/test_turns.py tests/engine/test_sessions.py \
+	    tests/gpu/test_hip_fake.py tests/gpu/test_device_turns.py tests/gpu/test_device_sessions.py -k "not fork"
 
 # The same tests again and again while the processors are busy with more than they can do: make stress N=50 TESTS=...
 N ?= 20

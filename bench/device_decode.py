@@ -67,11 +67,11 @@ def gpu_of(engine: Engine) -> GpuBackend:
 def token_bytes(engine: Engine) -> dict[str, int]:
     """What a token reads: dense weights without the output matrix, experts, state (read and written), output matrix."""
     recorded = gpu_of(engine).recorded
-    planned = recorded.weights._planned
+    planned = recorded.weights.planned
     output = "token_embd.weight" if recorded.weights.tied else "output.weight"
     dense = sum(p.tensor.bytes for name, p in planned.items() if name != output)
     experts = sum(engine.shape.used * sum(r.part_bytes) for r in gpu_of(engine).records.values())
-    state = 2 * sum(size for _, size in recorded.token.state.zeroed)
+    state = 2 * recorded.token.state.parts.recurrent_bytes
     return {"dense": dense, "experts": experts, "state": state, "output": planned[output].tensor.bytes}
 
 

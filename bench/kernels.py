@@ -32,9 +32,9 @@ def speed(name: str, kind: int, weights: np.ndarray) -> float:
     y = Rows(kernels, matrix.rows, 1)
     program.norm(x, np.ones(COLUMNS, np.float32), 1e-6, [converted], False)
     program.mat_mul([(matrix, converted, y, False)])
-    ids, logits = np.zeros(1, np.int32), np.zeros((1, 1), np.float32)
+    ids, logits, place = np.zeros(1, np.int32), np.zeros((0, 1), np.float32), np.zeros(1, np.int64)
     started = time.monotonic()
-    program.run(ids, 0, 0, 0, logits)
+    program.run(ids, place, place.astype(np.uint64), ids[:0], logits)
     return weights.nbytes / (time.monotonic() - started) / 1e9
 
 

@@ -24,7 +24,7 @@ from fomoe_io.experts.car import CarRule
 if TYPE_CHECKING:
     from fomoe_io.engine import Engine
     from fomoe_io.llm import LLM, Completion
-    from fomoe_io.session import Session
+    from fomoe_io.session import Session, Snapshot
     from fomoe_io.storage.store import Store
     from fomoe_io.text.sampler import Sampler, SamplingConfig
 
@@ -45,6 +45,7 @@ __all__ = [
     "Sampler",
     "SamplingConfig",
     "Session",
+    "Snapshot",
     "Store",
     "StoreError",
     "Tiers",
@@ -59,6 +60,7 @@ _LAZY = {
     "Sampler": "fomoe_io.text.sampler",
     "SamplingConfig": "fomoe_io.text.sampler",
     "Session": "fomoe_io.session",
+    "Snapshot": "fomoe_io.session",
     "Store": "fomoe_io.storage.store",
 }
 

@@ -21,6 +21,11 @@ cdef extern from "csrc/math/dot.h" nogil:
     const fomoe_type *fomoe_type_of(const fomoe_kernels *, int32_t type)
     size_t fomoe_row_bytes(const fomoe_kernels *, int32_t type, int64_t elements)
 
+cdef extern from "csrc/math/attention.h" nogil:
+    ctypedef enum fomoe_kv_type:
+        FOMOE_KV_F32
+        FOMOE_KV_F16
+
 cdef extern from "csrc/cpu/threads.h" nogil:
     ctypedef struct fomoe_team:
         pass
@@ -153,9 +158,10 @@ cdef extern from "csrc/cpu/program.h" nogil:
     ctypedef struct fomoe_run:
         int32_t tokens
         int32_t outputs
-        int64_t position
         const int32_t *ids
-        uint8_t *state
+        const int64_t *positions
+        uint8_t **states
+        const int32_t *output_rows
         float *logits
         int32_t substitute
         fomoe_record record
@@ -229,6 +235,7 @@ cdef extern from "csrc/cpu/program.h" nogil:
         int64_t key_offset
         int64_t value_offset
         int64_t context
+        fomoe_kv_type type
         int32_t heads
         int32_t kv_heads
         int32_t head_columns
@@ -242,6 +249,7 @@ cdef extern from "csrc/cpu/program.h" nogil:
         int64_t key_offset
         int64_t value_offset
         int64_t context
+        fomoe_kv_type type
         int64_t window
         int32_t heads
         int32_t kv_heads

@@ -146,149 +146,7 @@ cdef fomoe_router native_router(r):
     return native
 
 
-cdef class Experts:
-    """The routed experts: slots, residency and reads.  layers: one dict a layer (None for a dense layer)."""
-    cdef fomoe_experts *c
-    cdef fomoe_residency *residency
-    cdef fomoe_expert_layer *layer
-    cdef fomoe_experts_shape shape
-    cdef readonly Kernels kernels
-    cdef readonly int most
-    cdef readonly tuple counts
-    cdef readonly bint substitutes
-    cdef object keep
-
-    def __cinit__(
-        self, Kernels kernels not None, dict shape, list layers, slots, int policy, decay, uintptr_t reader, keep
-    ):
-        cdef int32_t[:, ::1] slot_view = slots
-        cdef int32_t[::1] experts = np.array([0 if l is None else l["experts"] for l in layers], np.int32)
-        cdef const uint8_t[::1] extents
-        cdef const int32_t[::1] extent_count
-        cdef const uint32_t[:, ::1] part_offset
-        cdef int i, part
-        cdef fomoe_decay decays
-        decays.slow, decays.fast, decays.fast_share = decay
-        self.shape.layers = len(layers)
-        self.shape.columns = shape["columns"]
-        self.shape.hidden = shape["hidden"]
-        self.shape.used = shape["used"]
-        self.shape.batch = shape["batch"]
-        self.shape.float_activations = shape["float_activations"]
-        self.keep = (layers, keep)
-        self.kernels = kernels
-        self.counts = tuple(experts)
-        self.most = max(self.counts)
-        self.layer = <fomoe_expert_layer *>calloc(len(layers), sizeof(fomoe_expert_layer))
-        if self.layer == NULL:
-            raise MemoryError
-        for i, source in enumerate(layers):
-            if source is None:
-                continue
-            self.layer[i].experts = source["experts"]
-            for part in range(FOMOE_PARTS):
-                self.layer[i].type[part] = fomoe_type_of(kernels.c, source["types"][part])
-                self.layer[i].row_bytes[part] = source["row_bytes"][part]
-            extents = source["extents"].view(np.uint8).reshape(-1)
-            extent_count = source["extent_count"]
-            part_offset = source["part_offset"]
-            self.layer[i].extents = <const fomoe_extent *>&extents[0]
-            self.layer[i].extent_count = &extent_count[0]
-            self.layer[i].part_offset = &part_offset[0, 0]
-            self.layer[i].pool = <uint8_t *><uintptr_t>source["pool"]
-            self.layer[i].slot_bytes = source["slot_bytes"]
-            self.layer[i].slots = slot_view[i, 0] + slot_view[i, 1]
-        self.residency = fomoe_residency_new(len(layers), &experts[0], &slot_view[0, 0], policy, &decays)
-        if self.residency == NULL:
-            raise MemoryError
-        self.c = fomoe_experts_new(&self.shape, self.layer, self.residency, <fomoe_reader *>reader)
-        if self.c == NULL:
-            raise MemoryError
-
-    def __dealloc__(self):
-        fomoe_experts_free(self.c)
-        fomoe_residency_free(self.residency)
-        free(self.layer)
-
-    @staticmethod
-    def workspace_bytes(dict shape):
-        cdef fomoe_experts_shape s
-        s.layers = 0
-        s.columns = shape["columns"]
-        s.hidden = shape["hidden"]
-        s.used = shape["used"]
-        s.batch = shape["batch"]
-        s.float_activations = shape["float_activations"]
-        return fomoe_experts_workspace_bytes(&s)
-
-    def warm(self, int layer, const int32_t[::1] experts, const double[::1] scores, Gate gate=None):
-        cdef int error, count = experts.shape[0]
-        cdef fomoe_watch *watch = NULL if gate is None else &gate.watch
-        if count == 0:
-            return 0
-        with nogil:
-            error = fomoe_experts_warm(self.c, layer, &experts[0], &scores[0], count, watch)
-        return error
-
-    def set_lookahead(self, int ranks):
-        fomoe_experts_set_lookahead(self.c, ranks)
-
-    def set_car(self, uintptr_t car):
-        """The address of a fomoe_car, which is copied."""
-        fomoe_experts_set_car(self.c, <const fomoe_car *>car)
-        self.substitutes = True
-
-    def counters(self):
-        cdef const fomoe_residency_counters *r = fomoe_residency_count(self.residency)
-        cdef const fomoe_expert_counters *e = fomoe_experts_count(self.c)
-        return {
-            "requests": r.requests, "vram_hits": r.hits[0], "dram_hits": r.hits[1], "nvme_hits": r.hits[2],
-            "evictions": r.evictions, "promotions": r.promotions, "demotions": r.demotions,
-            "substitutions": r.substitutions, "prefetches": e.prefetches, "prefetch_bytes": e.prefetch_bytes,
-            "prefetch_useful": e.useful, "prefetch_late": e.late,
-            "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes, "stall_ns": e.stall_ns, "groups": e.groups,
-        }
-
-    def picks(self):
-        cdef const int64_t *p = fomoe_experts_picks(self.c)
-        return np.array(<const int64_t[:self.shape.layers, :self.most]>p)
-
-    def scores(self, int layer):
-        scores = np.zeros(self.most)
-        cdef double[::1] view = scores
-        fomoe_residency_scores(self.residency, layer, &view[0])
-        return scores[:self.counts[layer]]
-
-    def failure(self):
-        cdef int layer, expert
-        fomoe_experts_failure(self.c, &layer, &expert)
-        return layer, expert
-
-
-cdef class Trace:
-    """Appends the records of runs to an open file, which its owner keeps open."""
-
-    def __cinit__(self, int file, int batch, int used, int most):
-        self.c = fomoe_trace_new(file, batch, used, most)
-        if self.c == NULL:
-            raise MemoryError
-
-    def __dealloc__(self):
-        fomoe_trace_free(self.c)
-
-    def seeds(self, int layer, const int32_t[::1] experts, const double[::1] scores):
-        cdef int count = experts.shape[0]
-        if count != scores.shape[0]:
-            raise ValueError("a score for every seed")
-        if count:
-            fomoe_trace_seeds(self.c, layer, count, &experts[0], &scores[0])
-
-    def flush(self):
-        """0, or the negative errno of the first write that failed."""
-        cdef int error
-        with nogil:
-            error = fomoe_trace_flush(self.c)
-        return error
+include "_cpu_experts.pxi"
 
 
 cdef class Program:
@@ -440,8 +298,8 @@ cdef class Program:
         self._add(&s, (output, frequency))
 
     def kv(self, Rows query, Rows key, Rows value, Rows table, query_norm, key_norm, int64_t key_offset,
-           int64_t value_offset, int64_t context, int heads, int kv_heads, int head_columns, int query_stride,
-           int rotated, float epsilon, biases):
+           int64_t value_offset, int64_t context, int type, int heads, int kv_heads, int head_columns,
+           int query_stride, int rotated, float epsilon, biases):
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
         s.execute = fomoe_step_kv
@@ -458,6 +316,7 @@ cdef class Program:
         s.arguments.kv.key_offset = key_offset
         s.arguments.kv.value_offset = value_offset
         s.arguments.kv.context = context
+        s.arguments.kv.type = <fomoe_kv_type>type
         s.arguments.kv.heads = heads
         s.arguments.kv.kv_heads = kv_heads
         s.arguments.kv.head_columns = head_columns
@@ -466,8 +325,9 @@ cdef class Program:
         s.arguments.kv.epsilon = epsilon
         self._add(&s, (query, key, value, table, query_norm, key_norm, biases))
 
-    def attention(self, Rows query, Rows output, int64_t key_offset, int64_t value_offset, int64_t context, int heads,
-                  int kv_heads, int head_columns, int query_stride, bint gated, sinks=None, int64_t window=0):
+    def attention(self, Rows query, Rows output, int64_t key_offset, int64_t value_offset, int64_t context, int type,
+                  int heads, int kv_heads, int head_columns, int query_stride, bint gated, sinks=None,
+                  int64_t window=0):
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
         s.execute = fomoe_step_attention
@@ -476,6 +336,7 @@ cdef class Program:
         s.arguments.attention.key_offset = key_offset
         s.arguments.attention.value_offset = value_offset
         s.arguments.attention.context = context
+        s.arguments.attention.type = <fomoe_kv_type>type
         s.arguments.attention.heads = heads
         s.arguments.attention.kv_heads = kv_heads
         s.arguments.attention.head_columns = head_columns
@@ -586,21 +447,24 @@ cdef class Program:
         s.arguments.layer_end.layer = layer
         self._add(&s, (input,))
 
-    def run(self, const int32_t[::1] ids, int outputs, int64_t position, uintptr_t state, float[:, ::1] logits,
+    def run(self, const int32_t[::1] ids, const int64_t[::1] positions, const uintptr_t[::1] states,
+            const int32_t[::1] output_rows, float[:, ::1] logits,
             int32_t[:, :, ::1] experts=None, float[:, :, ::1] weights=None, float[:, :, ::1] router_logits=None,
             float[:, :, ::1] layer_output=None, float[:, ::1] final_norm=None, bint substitute=False,
             Gate gate=None):
-        """0, or a negative errno; the gate may end it.  logits: [outputs, vocabulary]; the rest are records,
-        [layers, tokens, ...]."""
+        """0, or a negative errno; the gate may end it.  positions, states: of each token; output_rows: the tokens
+        that get logits, [outputs, vocabulary]; the rest are records, [layers, tokens, ...]."""
         cdef fomoe_run r
         cdef int error
+        assert ids.shape[0] == positions.shape[0] == states.shape[0] and output_rows.shape[0] == logits.shape[0]
         memset(&r, 0, sizeof(r))
         r.tokens = ids.shape[0]
-        r.outputs = outputs
-        r.position = position
+        r.outputs = output_rows.shape[0]
         r.ids = &ids[0]
-        r.state = <uint8_t *>state
-        r.logits = &logits[0, 0] if outputs else NULL
+        r.positions = &positions[0]
+        r.states = <uint8_t **>&states[0]
+        if r.outputs:
+            r.output_rows, r.logits = &output_rows[0], &logits[0, 0]
         r.substitute = substitute
         r.watch = NULL if gate is None else &gate.watch
         r.trace = NULL if self.tracer is None else self.tracer.c
@@ -612,7 +476,7 @@ cdef class Program:
             r.record.router_logits = &router_logits[0, 0, 0]
         if layer_output is not None:
             r.record.layer_output = &layer_output[0, 0, 0]
-        if final_norm is not None and outputs:
+        if final_norm is not None and r.outputs:
             r.record.final_norm = &final_norm[0, 0]
         with nogil:
             error = fomoe_program_run(self.c, &r)

@@ -102,6 +102,10 @@ cdef class Gate:
             raise raised
         raise UsageError("the engine was closed while it ran")
 
+    def tell(self, int done, int steps):
+        """How far a run is that Python drives."""
+        self.watch.done, self.watch.steps = done, steps
+
     def check_run(self):
         """Between two native runs of one call: UsageError when the engine was closed meanwhile."""
         if self.watch.stop:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from fomoe_io._cpu import Trace
+from fomoe_io._gate import Gate
 from fomoe_io._hip import Event, Graph, Stream
 
 TILE_PAIRS: int
@@ -30,6 +31,7 @@ class DeviceExperts:
         reader: int,
         streams: list[Stream],
         events: list[list[Event]],
+        gate: Gate,
         keep: object,
     ) -> None: ...
     def warm(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> int: ...

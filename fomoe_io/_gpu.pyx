@@ -8,11 +8,15 @@ from libc.string cimport memset
 import numpy as np
 
 from fomoe_io._cpu cimport Trace, fomoe_trace
+from fomoe_io._gate cimport Gate
 from fomoe_io._hip cimport (
-    FOMOE_STUCK, NOT_READY, Event, Graph, Stream, api, check, count_host_sync, fomoe_patience, patience,
-    raise_interruption, stuck,
+    FOMOE_STUCK, NOT_READY, Event, Graph, Stream, api, check, count_host_sync, fomoe_patience,
+    patience_of, stuck,
 )
 from fomoe_io.errors import DeviceError
+
+cdef extern from "<errno.h>" nogil:
+    int ECANCELED
 
 cdef extern from "csrc/read/reader.h" nogil:
     ctypedef struct fomoe_reader:
@@ -121,6 +125,8 @@ cdef class DeviceExperts:
     cdef fomoe_device_experts *c
     cdef fomoe_residency *residency
     cdef object keep
+    cdef Gate gate
+    cdef fomoe_patience own  # the limits of the run at work, and whether the gate has ended it
     cdef Trace tracer
     cdef readonly int most, count
     cdef int device
@@ -131,7 +137,7 @@ cdef class DeviceExperts:
     cdef bint is_lost  # a run could not be ended: the device may still use what the next one would overwrite
 
     def __cinit__(self, list layers, list classes, slots, int used, int policy, decay,
-                  uintptr_t reader, list streams, list events, keep):
+                  uintptr_t reader, list streams, list events, Gate gate not None, keep):
         cdef fomoe_device_layer *layer = <fomoe_device_layer *>calloc(len(layers), sizeof(fomoe_device_layer))
         cdef fomoe_size_class *size_class = <fomoe_size_class *>calloc(len(classes), sizeof(fomoe_size_class))
         cdef int32_t[:, ::1] slot_view = slots
@@ -154,6 +160,9 @@ cdef class DeviceExperts:
                     size_class[i].spare[tier] = <uint8_t *><uintptr_t>source["spare"][tier]
                     size_class[i].spares[tier] = source["spares"][tier]
             fill_copies(&copies, streams, events)
+            self.gate = gate
+            self.begin()
+            copies.patience = &self.own
             self.residency = fomoe_residency_new(len(layers), &experts[0], &slot_view[0, 0], policy, &decays)
             if self.residency == NULL:
                 raise MemoryError
@@ -202,14 +211,21 @@ cdef class DeviceExperts:
         cdef int error, count = experts.shape[0]
         if count == 0:
             return 0
+        self.begin()
         with nogil:
             api.hipSetDevice(self.device)
             error = fomoe_device_experts_warm(self.c, layer, &experts[0], &scores[0], count)
         return self.checked(error)
 
+    cdef int begin(self) except -1:
+        """Work that the gate may end."""
+        self.own = patience_of(self.gate)
+        return 0
+
     cdef int checked(self, int error) except? -1:
-        """A device call that failed is raised, and an interrupt; an error of a read is returned."""
-        raise_interruption()
+        """A device call that failed is raised; an error of a read is returned, or that the gate has ended the run."""
+        if self.own.is_interrupted:
+            return -ECANCELED
         if error == 1:
             self.raise_failure(fomoe_device_experts_copies(self.c).error)
         return error
@@ -256,6 +272,7 @@ cdef class DeviceExperts:
 
     def begin_batch(self, int tokens, Stream stream not None):
         """A batch whose kernels go to this stream."""
+        self.begin()
         with nogil:
             api.hipSetDevice(self.device)
             fomoe_device_batch_begin(self.c, tokens, stream.handle)
@@ -281,15 +298,19 @@ cdef class DeviceExperts:
     def run(self, Stream stream, Graph graph, unsigned int number, size_t logits_bytes):
         """One replay: the graph, which begins by fetching header and changed tables, and so much of the logits out.
 
-        0 or a negative errno of a read.  However it ends, the graph has ended too: what it reads may be written again.
+        0 or a negative errno: of a read, or ECANCELED.  However it ends, the graph has ended too: what it reads may be
+        written again.
         """
         cdef int code, drained = 0, served = 0
         cdef fomoe_device_copies *copies = fomoe_device_experts_copies(self.c)
+        self.begin()
         if self.is_lost:
             with nogil:
                 api.hipSetDevice(self.device)
                 drained = fomoe_stream_wait(copies, stream.handle)
             self.end_of_run(drained)
+            if self.own.is_interrupted:
+                return -ECANCELED
         self.stop[0] = 0
         call = "hipGraphLaunch"
         with nogil:
@@ -309,7 +330,7 @@ cdef class DeviceExperts:
             drained = fomoe_stream_wait(copies, stream.handle)
         count_host_sync()
         self.is_lost = drained != 0  # also when another error is raised
-        self.checked(served)
+        served = self.checked(served)
         check(code, call)
         self.end_of_run(drained)
         fomoe_device_experts_tables_arrived(self.c)
@@ -317,7 +338,8 @@ cdef class DeviceExperts:
 
     cdef int end_of_run(self, int drained) except -1:
         self.is_lost = drained != 0
-        raise_interruption()
+        if self.own.is_interrupted:
+            return 0
         if drained == FOMOE_STUCK:
             raise stuck("the end of a token")
         return check(drained, "hipStreamSynchronize")
@@ -355,7 +377,6 @@ cdef int fill_copies(fomoe_device_copies *copies, list streams, list events) exc
     copies.calls.stream_query = api.hipStreamQuery
     copies.calls.stream_synchronize = api.hipStreamSynchronize
     copies.calls.write_value = api.hipStreamWriteValue32
-    copies.patience = &patience
     copies.calls.not_ready = NOT_READY
     for lane in range(FOMOE_LANES):
         if lane < FOMOE_COPY_LANES:

@@ -3,12 +3,14 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
+from fomoe_io._gate cimport Gate, fomoe_watch
+
 cdef extern from "csrc/gpu/patience.h" nogil:
     int FOMOE_STUCK
     ctypedef struct fomoe_patience:
         uint64_t limit_ns
         uint64_t interrupted_limit_ns
-        int (*was_interrupted)() noexcept nogil
+        fomoe_watch *watch
         int is_interrupted
     ctypedef struct fomoe_wait:
         uint64_t since_ns
@@ -91,7 +93,8 @@ cdef fomoe_patience patience
 cdef device_counters counters
 cdef int check(int code, str call) except -1
 cdef void count_host_sync() noexcept nogil
-cdef int raise_interruption() except -1
+cdef fomoe_patience patience_of(Gate gate)
+cdef int raise_end(fomoe_patience *ended, Gate gate) except -1
 cdef object stuck(str what)
 
 cdef str pending_exception()

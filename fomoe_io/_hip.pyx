@@ -204,9 +204,11 @@ cdef class Event:
         check(code, "hipEventCreateWithFlags")
         count_alive(1)
 
-    def synchronize(self):
+    def synchronize(self, Gate gate=None):
+        """The gate's end is this wait's, too."""
         cdef int code
         cdef fomoe_wait wait
+        cdef fomoe_patience mine = patience_of(gate)
         memset(&wait, 0, sizeof(wait))
         with nogil:
             code = api.hipSetDevice(self.device)
@@ -214,9 +216,9 @@ cdef class Event:
                 code = api.hipEventQuery(self.handle)
                 if code != NOT_READY:
                     break
-                code = 0 if fomoe_look_again(&patience, &wait) and not patience.is_interrupted else FOMOE_STUCK
+                code = 0 if fomoe_look_again(&mine, &wait) and not mine.is_interrupted else FOMOE_STUCK
         fomoe_count(counters.host_syncs, 1)
-        raise_interruption()
+        raise_end(&mine, gate)
         if code == FOMOE_STUCK:
             raise stuck("an event")
         check(code, "hipEventQuery")
@@ -319,9 +321,11 @@ cdef class Stream:
                 code = api.hipStreamWaitEvent(self.handle, event.handle, 0)
         check(code, "hipStreamWaitEvent")
 
-    def synchronize(self):
+    def synchronize(self, Gate gate=None):
+        """The gate's end is this wait's, too."""
         cdef int code
         cdef bint is_stuck = False
+        cdef fomoe_patience mine = patience_of(gate)
         cdef fomoe_wait wait
         memset(&wait, 0, sizeof(wait))
         with nogil:
@@ -331,11 +335,11 @@ cdef class Stream:
                 if code != NOT_READY:
                     break
                 code = 0
-                is_stuck = not fomoe_look_again(&patience, &wait) or patience.is_interrupted
+                is_stuck = not fomoe_look_again(&mine, &wait) or mine.is_interrupted
             if code == 0 and not is_stuck:
                 code = api.hipStreamSynchronize(self.handle)
         fomoe_count(counters.host_syncs, 1)
-        raise_interruption()
+        raise_end(&mine, gate)
         if is_stuck:
             raise stuck("a stream")
         check(code, "hipStreamSynchronize")

@@ -291,8 +291,16 @@ cdef void count_host_sync() noexcept nogil:
 _interruption = None
 
 
-cdef int was_interrupted() noexcept with gil:
-    """What a native wait asks now and then: whether a signal's handler has raised.  raise_interruption() raises it."""
+cdef fomoe_watch signals  # of waits outside an engine
+
+
+cdef int ask_python(void *_) noexcept nogil:
+    with gil:
+        return was_interrupted()
+
+
+cdef int was_interrupted() noexcept:
+    """Whether a signal's handler has raised: on the main thread, which alone runs them.  raise_end() raises it."""
     global _interruption
     try:
         PyErr_CheckSignals()
@@ -302,13 +310,22 @@ cdef int was_interrupted() noexcept with gil:
     return 0
 
 
-cdef int raise_interruption() except -1:
+cdef fomoe_patience patience_of(Gate gate):
+    """For one wait: it ends when the gate's run does, or without one when a signal's handler raises."""
+    cdef fomoe_patience mine = patience
+    mine.watch = &signals if gate is None else &gate.watch
+    return mine
+
+
+cdef int raise_end(fomoe_patience *ended, Gate gate) except -1:
+    """What ended a wait, if something has."""
     global _interruption
-    if patience.is_interrupted:
-        patience.is_interrupted = 0
-        raised, _interruption = _interruption, None
-        raise raised
-    return 0
+    if not ended.is_interrupted:
+        return 0
+    if gate is not None:
+        gate.raise_end()
+    raised, _interruption = _interruption, None
+    raise raised
 
 
 def set_patience(double seconds=10.0):
@@ -316,7 +333,6 @@ def set_patience(double seconds=10.0):
     most."""
     patience.limit_ns = <uint64_t>(1e9 * seconds)
     patience.interrupted_limit_ns = <uint64_t>(1e9 * min(seconds, 0.5))
-    patience.was_interrupted = was_interrupted
 
 
 cdef object stuck(str what):
@@ -327,6 +343,7 @@ cdef object stuck(str what):
 
 
 set_patience()
+signals.poll = ask_python
 
 
 def counts():

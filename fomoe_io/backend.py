@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -105,11 +105,60 @@ class Counters:
         return type(self)(*(getattr(self, f.name) - getattr(before, f.name) for f in fields(self)))
 
 
+@dataclass(slots=True)
+class StateParts:
+    """Where the parts of a session's memory lie, as its recorder has laid them out.
+
+    Attributes
+    ----------
+    streams : list of (int, int)
+        Where each part of the KV caches begins, and the bytes of a position in it: one position follows another.
+    recurrent : list of (int, int)
+        (Where, bytes) of what every token writes anew; zero before the first.
+    """
+
+    streams: list[tuple[int, int]] = field(default_factory=list)
+    recurrent: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a position, in all streams."""
+        return sum(width for _, width in self.streams)
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """Of all that is recurrent."""
+        return sum(size for _, size in self.recurrent)
+
+
 class State(Protocol):
-    """The memory of one session, KV caches and recurrent state: made by its backend, which alone looks inside."""
+    """The memory of one session, KV caches and recurrent state: made by its backend, which alone looks inside.
+
+    KV is a row a token, which nothing changes once it is written; the rest can only be kept as a whole.
+    """
+
+    @property
+    def row_bytes(self) -> int:
+        """KV of a token, in all layers."""
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """What every token changes; 0: a state can be cut at any token."""
 
     def clear(self) -> None:
         """Zero what the next token would see of earlier ones."""
+
+    def save_rows(self, first: int, count: int) -> np.ndarray:
+        """uint8 [count, row_bytes]: KV of tokens from `first` on."""
+
+    def load_rows(self, first: int, rows: np.ndarray) -> None:
+        """Put back what `save_rows` gave."""
+
+    def save_recurrent(self) -> np.ndarray:
+        """uint8 [recurrent_bytes]"""
+
+    def load_recurrent(self, saved: np.ndarray) -> None:
+        """Put back what `save_recurrent` gave."""
 
     def close(self) -> None:
         """Give it back.  Idempotent."""
@@ -157,6 +206,51 @@ class Batch:
     spans: Sequence[Span]
     may_substitute: bool = False
     records: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def together(spans: Sequence[Span], most_tokens: int) -> Iterator[list[Span]]:
+    """The spans in order, cut into batches of up to so many tokens; a longer span is a batch of its own."""
+    batch: list[Span] = []
+    for span in spans:
+        if batch and sum(len(other.ids) for other in batch) + len(span.ids) > most_tokens:
+            yield batch
+            batch = []
+        batch.append(span)
+    yield batch
+
+
+class Joined:
+    """The spans of a batch, a token after another.
+
+    Attributes
+    ----------
+    ids : numpy.ndarray
+        int32 [tokens]
+    positions : numpy.ndarray
+        int64 [tokens], of each in its session.
+    output_rows : numpy.ndarray
+        int32 [outputs]: the tokens that get logits.
+    """
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self.spans = spans
+        lengths = [len(span.ids) for span in spans]
+        self.ids = np.ascontiguousarray(np.concatenate([span.ids for span in spans]), np.int32)
+        self.positions = np.concatenate([np.arange(s.position, s.position + len(s.ids)) for s in spans])
+        ends = np.cumsum(lengths)
+        rows = [np.arange(end - span.outputs, end) for span, end in zip(spans, ends, strict=True)]
+        self.output_rows = np.concatenate(rows).astype(np.int32)
+        self._lengths, self._ends = lengths, ends
+
+    def of_tokens(self, values: Sequence[int]) -> np.ndarray:
+        """uint64 [tokens]: a value of each span at each of its tokens."""
+        return np.repeat(np.array(values, np.uint64), self._lengths)
+
+    def output_runs(self, most: int) -> Iterator[tuple[int, int]]:
+        """(first, count) of tokens one after another that get logits, up to so many at a time."""
+        for span, end in zip(self.spans, self._ends, strict=True):
+            for first in range(end - span.outputs, end, most):
+                yield int(first), int(min(most, end - first))
 
 
 class Backend(Protocol):

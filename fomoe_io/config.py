@@ -19,6 +19,7 @@ _CHOICES = {
     "reader": ("auto", "uring", "pread"),
     "kernels": ("auto", "ggml", "portable"),
     "activations": ("quantized", "float32"),
+    "kv_type": ("f32", "f16"),
     "policy": ("lru", "lfu", "decayed", "lfru"),
 }
 
@@ -192,6 +193,8 @@ class EngineConfig:
         Timelines that may be open at once; memory is set aside for the state of each.
     batch_tokens : int
         Most tokens of a prompt computed at once (less under a tight budget; results do not depend on it).
+    kv_type : {"f32", "f16"}
+        What keys and values are kept as: f16 takes half the memory of a long context, and rounds.
     logit_rows : int
         How many positions' logits the caller keeps at once, beside a session's own; `ram_bytes` has room for them.
     reader : {"auto", "uring", "pread"}
@@ -235,6 +238,7 @@ class EngineConfig:
     context_tokens: int | None = None
     sessions: int = 1
     batch_tokens: int = 512
+    kv_type: str = "f32"
     logit_rows: int = 0
     reader: str = "auto"
     ring_depth: int | None = None

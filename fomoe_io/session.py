@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,25 @@ class Usage:
         """Begin anew."""
         self.prompt_tokens = self.generated_tokens = 0
         self.prompt_seconds = self.decode_seconds = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A session at a moment: what its tokens have left behind.  Made by :meth:`Session.snapshot`.
+
+    Attributes
+    ----------
+    position : int
+        Tokens read.
+    rows : numpy.ndarray
+        uint8 [position, row_bytes]: KV of each token.
+    recurrent : numpy.ndarray
+        uint8 [recurrent_bytes]
+    """
+
+    position: int
+    rows: np.ndarray
+    recurrent: np.ndarray
 
 
 class Session:
@@ -73,6 +92,106 @@ class Session:
             self.position = 0
             self._broken = False
 
+    # ---- what tokens leave behind ----
+
+    @property
+    def row_bytes(self) -> int:
+        """KV of a token, in all layers: a row that later tokens read and none changes."""
+        return self._state.row_bytes
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """What every token changes.  0: attention alone, and the session can be cut at any token."""
+        return self._state.recurrent_bytes
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """KV of tokens, from `first` on: uint8 [count, row_bytes]; also of a session that stopped after them."""
+        self._check_open()
+        self._check_range(first, count, self.position)
+        with self._gate:
+            return self._state.save_rows(first, count)
+
+    def recurrent(self) -> np.ndarray:
+        """What is recurrent, as the tokens so far have left it: uint8 [recurrent_bytes]."""
+        self._check_open()
+        if self._broken:
+            raise UsageError("the session stopped in the middle of a token after an error; reset() it first")
+        with self._gate:
+            return self._state.save_recurrent()
+
+    def snapshot(self) -> Snapshot:
+        """All of it; `restore` makes a session of the same model and kernels go on from there, to the same bits."""
+        recurrent = self.recurrent()
+        return Snapshot(self.position, self.rows(0, self.position), recurrent)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Stand where a snapshot was taken, whatever was read since, or in another session.
+
+        Raises
+        ------
+        UsageError
+            It is of another model, or longer than this session's context.
+        """
+        self.resume(snapshot.position, snapshot.recurrent, [snapshot.rows])
+
+    def resume(self, position: int, recurrent: np.ndarray, pieces: Iterable[np.ndarray] = (), known: int = 0) -> None:
+        """Stand at a position: the `known` first rows are this session's own, the others come in pieces.
+
+        Parameters
+        ----------
+        position : int
+        recurrent : numpy.ndarray
+            What :meth:`recurrent` gave there.
+        pieces : iterable of numpy.ndarray
+            What :meth:`rows` gave, one after the other; looked at one by one.
+        known : int
+            Rows that the session has, of the same tokens.
+
+        Raises
+        ------
+        UsageError
+            Sizes do not fit; the session must be reset then.
+        """
+        self._check_open()
+        self._check_range(0, known, min(self.position, position))
+        self._check_range(0, position, self.context_tokens)
+        if recurrent.shape != (self.recurrent_bytes,):
+            raise UsageError("what is recurrent in this state is not this model's")
+        with self._gate:
+            self._broken = True
+            self._state.load_recurrent(recurrent)
+            for rows in pieces:
+                if rows.shape[1:] != (self.row_bytes,) or known + len(rows) > position:
+                    raise UsageError("the rows of this state are not this model's")
+                self._state.load_rows(known, rows)
+                known += len(rows)
+            if known != position:
+                raise UsageError(f"this state has {known} rows of {position}")
+            self.position = position
+            self._broken = False
+
+    def truncate(self, position: int) -> None:
+        """Forget the tokens from `position` on.
+
+        Raises
+        ------
+        UsageError
+            There are fewer; or the model has a recurrent state, which can't be wound back, and it is not 0.
+        """
+        if position == 0:
+            self.reset()
+            return
+        if self.recurrent_bytes and position != self.position:
+            raise UsageError("a recurrent state can't be wound back", hint="restore() a snapshot, or reset()")
+        self.resume(position, np.empty(0, np.uint8) if not self.recurrent_bytes else self.recurrent(), known=position)
+
+    @staticmethod
+    def _check_range(first: int, count: int, most: int) -> None:
+        if first < 0 or count < 0 or first + count > most:
+            raise UsageError(f"tokens {first} to {first + count} are not among the {most} that there are")
+
+    # ---- reading ----
+
     def checked(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """The tokens as int32; UsageError when this session can't read them now."""
         self._check_open()
@@ -96,7 +215,11 @@ class Session:
         return Span(self._state, ids, self.position, outputs, prompt_tokens)
 
     def prefill(
-        self, tokens: Sequence[int] | np.ndarray, progress: Callable[[int, int], None] | None = None
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        prompt_tokens: int | None = None,
     ) -> np.ndarray:
         """Read tokens in batches.
 
@@ -105,6 +228,9 @@ class Session:
         tokens : sequence of int
         progress : callable, optional
             Called with (tokens done, tokens in all) after each batch.
+        prompt_tokens : int, optional
+            Of the prompt that they are a piece of, if it is read in several: how long a prompt is may decide how it is
+            computed, how it is cut may not.
 
         Returns
         -------
@@ -121,7 +247,7 @@ class Session:
                 part = ids[first : first + batch]
                 outputs = 1 if first + batch >= len(ids) else 0
                 self._gate.check_run()
-                self._run(Batch([self._span(part, outputs, len(ids))]), logits[:outputs])
+                self._run(Batch([self._span(part, outputs, prompt_tokens or len(ids))]), logits[:outputs])
                 if progress:
                     progress(first + len(part), len(ids))
             self._usage.prompt_tokens += len(ids)
@@ -207,6 +333,73 @@ class Session:
         with self._gate:
             self._is_closed = True
             self._state.close()
+
+
+def read_together(parts: Sequence[tuple[Session, Sequence[int] | np.ndarray]]) -> np.ndarray:
+    """Read tokens of several sessions of one engine in batches that they share: an expert is read once for all of them.
+
+    Parameters
+    ----------
+    parts : sequence of (Session, sequence of int)
+        Each session once.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 [parts, vocabulary]: logits after the last token of each, the same bits as from a `prefill` of its own.
+
+    Raises
+    ------
+    UsageError
+        There is none, one session comes twice, is of another engine, closed or broken, or has no room for its tokens.
+    """
+    sessions = [session for session, _ in parts]
+    if not parts or len({id(s) for s in sessions}) < len(parts) or len({id(s._backend) for s in sessions}) > 1:
+        raise UsageError("sessions read together are of one engine, and each comes once")
+    one = sessions[0]
+    for session in sessions:
+        session._check_open()
+    with one._gate:
+        started = time.monotonic()
+        ids = [session.checked(tokens) for session, tokens in parts]
+        logits = np.empty((len(parts), one._shape.vocabulary), np.float32)
+        done = 0
+        for batch in _shared_batches(ids, one._backend.budgets.batch_tokens):
+            one._gate.check_run()
+            spans = []
+            for i, first, last in batch:
+                is_end = last == len(ids[i])
+                spans.append(sessions[i]._span(ids[i][first:last], int(is_end), len(ids[i])))
+            ends = sum(span.outputs for span in spans)
+            inside = [sessions[i] for i, _, _ in batch]
+            for session in inside:
+                session._broken = True
+            one._backend.run(Batch(spans), logits[done : done + ends])
+            done += ends
+            for session, span in zip(inside, spans, strict=True):
+                session._broken = False
+                session.position += len(span.ids)
+        one._usage.prompt_tokens += sum(map(len, ids))
+        one._usage.prompt_seconds += time.monotonic() - started
+    return logits
+
+
+def _shared_batches(ids: Sequence[np.ndarray], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """(which, first, last) of the parts that fill each batch."""
+    batch: list[tuple[int, int, int]] = []
+    room = most
+    for i, tokens in enumerate(ids):
+        first = 0
+        while first < len(tokens):
+            last = min(len(tokens), first + room)
+            batch.append((i, first, last))
+            room -= last - first
+            first = last
+            if not room:
+                yield batch
+                batch, room = [], most
+    if batch:
+        yield batch
 
 
 def token_ids(tokens: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndarray:

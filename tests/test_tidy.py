@@ -20,7 +20,6 @@ LONG_FILES = {
     "tests/gpu/test_device_engine.py": "what an engine does, each with a device",
     "tests/cli/test_layout_hostile.py": "a list of attacks on stores",
     "tests/fake_hip/fake_hip.c": "a driver's whole face",
-    "fomoe_io/_cpu.pyx": "every step of a program once, and nothing else",
 }
 """Longer than LINES, and why; at most LONGEST."""
 

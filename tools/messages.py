@@ -1,13 +1,11 @@
 """Every error that the code can raise, as a page: mkdocs makes docs/messages.md of it (mkdocs.yml, hooks).
 
-    python tools/messages.py        prints the page
+python tools/messages.py        prints the page
 """
 
 from __future__ import annotations
 
 import ast
-import builtins
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,8 @@ ERRORS = {
 }
 HEAD = """# Every message
 
-Made from the code: each error's text, `…` for what differs, and its `fix:`. What to do about the common ones is said at more length under
-[Troubleshooting](troubleshooting.md).
+Made from the code: each error's text, `…` for what differs, and its `fix:`. What to do about the common ones is said
+at more length under [Troubleshooting](troubleshooting.md).
 """
 
 
@@ -97,4 +95,4 @@ def on_files(files: object, config: object) -> object:
 
 
 if __name__ == "__main__":
-    builtins.print(page(), file=sys.stdout)
+    print(page())

@@ -181,11 +181,12 @@ def _product_rate(kind: int, kernels: Any, team: Any) -> float:
     y = Rows(kernels, matrix.rows, 1)
     program.norm(x, np.ones(columns, np.float32), 1e-6, [converted], False)
     program.mat_mul([(matrix, converted, y, False)])
-    ids, logits = np.zeros(1, np.int32), np.zeros((1, 1), np.float32)
-    program.run(ids, 0, 0, 0, logits)  # the first pass brings pages in
+    ids, place, logits = np.zeros(1, np.int32), np.zeros(1, np.int64), np.zeros((0, 1), np.float32)
+    one_pass = (ids, place, place.astype(np.uint64), ids[:0], logits)
+    program.run(*one_pass)  # the first brings pages in
     passes, started = 0, time.monotonic()
     while passes < 2 or time.monotonic() - started < MEASURED_SECONDS:
-        program.run(ids, 0, 0, 0, logits)
+        program.run(*one_pass)
         passes += 1
     return passes * weights.nbytes / (time.monotonic() - started)
 

@@ -42,7 +42,6 @@ ENGINE: list[Foreign] = [
     _noted("--perf --no-perf", "speeds are always measured: the last line, or --json"),
     _noted("-kvo --kv-offload -nkvo --no-kv-offload --op-offload --no-op-offload", "the device of --device computes"),
     _noted("--repack -nr --no-repack --no-host", "weights are computed with as they lie in the file"),
-    _noted("-ctk --cache-type-k -ctv --cache-type-v", "the KV cache is float32", ONE),
     _noted("-dt --defrag-thold", "the KV cache has no holes", ONE),
     _noted("-lm --load-mode -lzm --lazy-mode", _LOADED, ONE),
     _noted("--mlock --mmap --no-mmap -dio --direct-io -ndio --no-direct-io", _LOADED),

@@ -138,6 +138,10 @@ def add_engine_options(parser: Parser, *, batch: int = 512) -> None:
         help="-1 and default: all processors of this process")  # fmt: skip
     group.add_argument("-c", "--ctx-size", type=whole, metavar="N",
         help="context, in tokens; 0: all that the model was trained on (default: that, at most 4096)")  # fmt: skip
+    for name, what in (("k", "keys"), ("v", "values")):
+        group.add_argument(f"-ct{name}", f"--cache-type-{name}", type=checked(_kv_type), metavar="TYPE",
+            help=f"what the context's {what} are kept as: f32 (default), or f16, which takes half the memory and "
+            "rounds; both in one type")  # fmt: skip
     group.add_argument("-b", "--batch-size", type=whole, default=batch, metavar="N", help="prompt tokens at once")
     group = parser.add_argument_group("experts (none but --car changes an answer)")
     group.add_argument("--slots", type=whole, metavar="N",
@@ -179,6 +183,7 @@ def engine_config(options: argparse.Namespace, path: Path | None = None) -> Engi
             threads=None if options.threads is None or options.threads <= 0 else options.threads,
             context_tokens=trained_tokens(path) if options.ctx_size == 0 and path is not None else options.ctx_size,
             batch_tokens=options.batch_size,
+            kv_type=_one_kv_type(options.cache_type_k, options.cache_type_v),
             reader=options.reader,
             calibration=options.calibration,
             pace=options.pace,
@@ -191,6 +196,19 @@ def engine_config(options: argparse.Namespace, path: Path | None = None) -> Engi
             device=options.device,
             vram_bytes=options.vram,
         )
+
+
+def _kv_type(text: str) -> str:
+    if text not in ("f32", "f16"):
+        raise UsageError(f"keys and values are kept as f32 or f16, not as {text}", hint="-ctk f16 -ctv f16")
+    return text
+
+
+def _one_kv_type(keys: str | None, values: str | None) -> str:
+    keys, values = keys or "f32", values or "f32"
+    if keys != values:
+        raise UsageError(f"keys as {keys} and values as {values}: both are kept in one type", hint="-ctk f16 -ctv f16")
+    return keys
 
 
 def trained_tokens(path: Path) -> int | None:

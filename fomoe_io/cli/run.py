@@ -321,7 +321,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     _read_escapes(options)
     _check(options)
-    check_targets([None if options.is_mute else options.json, options.output, options.profile])
+    check_targets([None if options.is_mute else options.json, options.output])
+    check_targets([options.profile], makes_directories=True)
     if not options.quiet:
         for text in options.notes:
             note(f"note: {text}")

@@ -5,19 +5,20 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from fomoe_io import _cpu
-from fomoe_io.backend import Batch, Budgets, Counters, PooledState, Span, StatePool
+from fomoe_io.backend import Batch, Budgets, Counters, Joined, PooledState, Span, StatePool, together
 from fomoe_io.cpu import dot_library
 from fomoe_io.cpu.recorder import CpuRecorder, Embedding, StateLayout
 from fomoe_io.cpu.weights import Weights
 from fomoe_io.errors import FormatError, UsageError
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import SlotLayout, native_layers, share_slots, slot_layout, slot_pairs, tier_slots
+from fomoe_io.models.recorder import KvType
 from fomoe_io.open_model import OpenModel
 from fomoe_io.ram_budget import RamBudget
 from fomoe_io.storage.reader import aligned_memory
@@ -29,7 +30,8 @@ class CpuState(PooledState):
     """A session's memory in host memory."""
 
     def __init__(self, layout: StateLayout, pool: StatePool) -> None:
-        self._zeroed = layout.zeroed
+        self._parts = layout.parts
+        self.row_bytes, self.recurrent_bytes = layout.parts.row_bytes, layout.parts.recurrent_bytes
         self._memory = aligned_memory(max(layout.bytes, LEAST_BLOCK_BYTES))  # address space alone, until it is used
         super().__init__(pool)
 
@@ -40,8 +42,42 @@ class CpuState(PooledState):
 
     def clear(self) -> None:
         """Zero what the next token would see of earlier ones."""
-        for offset, size in self._zeroed:
-            np.frombuffer(self._memory.view, np.uint8, size, offset)[:] = 0
+        for offset, size in self._parts.recurrent:
+            self._bytes(offset, size)[:] = 0
+
+    def _bytes(self, offset: int, size: int) -> np.ndarray:
+        return np.frombuffer(self._memory.view, np.uint8, size, offset)
+
+    def _columns(self, first: int, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """Where each stream stands in a row, and its positions."""
+        place = 0
+        for offset, width in self._parts.streams:
+            yield slice(place, place + width), self._bytes(offset + first * width, count * width).reshape(count, width)
+            place += width
+
+    def save_rows(self, first: int, count: int) -> np.ndarray:
+        """KV of tokens."""
+        rows = np.empty((count, self.row_bytes), np.uint8)
+        for columns, stream in self._columns(first, count):
+            rows[:, columns] = stream
+        return rows
+
+    def load_rows(self, first: int, rows: np.ndarray) -> None:
+        """Put KV back."""
+        for columns, stream in self._columns(first, len(rows)):
+            stream[:] = rows[:, columns]
+
+    def save_recurrent(self) -> np.ndarray:
+        """All that is recurrent."""
+        parts = [self._bytes(offset, size) for offset, size in self._parts.recurrent]
+        return np.concatenate(parts) if parts else np.empty(0, np.uint8)
+
+    def load_recurrent(self, saved: np.ndarray) -> None:
+        """Put it back."""
+        place = 0
+        for offset, size in self._parts.recurrent:
+            self._bytes(offset, size)[:] = saved[place : place + size]
+            place += size
 
     def _release(self) -> None:
         self._memory.close()
@@ -171,6 +207,7 @@ class CpuBackend:
             scratch_floats=max(2 * s.widest_row, opened.context_tokens),
             experts=experts,
             lookahead=self._config.lookahead > 0,
+            kv_type=KvType[self._config.kv_type.upper()],
         )
         opened.model.architecture.build(recorder, self._weights, s)
         return recorder
@@ -231,19 +268,19 @@ class CpuBackend:
         return CpuState(self._recorder.state, self._states)
 
     def run(self, batch: Batch, logits: np.ndarray) -> None:
-        """Read tokens, a session's after another's."""
-        place = 0
-        for span in batch.spans:
-            self._run(span, batch, logits[place : place + span.outputs])
-            place += span.outputs
+        """Read tokens, of as many sessions at once as a batch holds; tokens that may be substituted one by one."""
+        most, place = 1 if batch.may_substitute else self.budgets.batch_tokens, 0
+        for spans in together(batch.spans, most):
+            joined = Joined(spans)
+            self._run(joined, batch, logits[place : place + len(joined.output_rows)])
+            place += len(joined.output_rows)
 
-    def _run(self, span: Span, batch: Batch, logits: np.ndarray) -> None:
-        assert isinstance(span.state, CpuState)
+    def _run(self, joined: Joined, batch: Batch, logits: np.ndarray) -> None:
         error = self._recorder.program.run(
-            span.ids,
-            span.outputs,
-            span.position,
-            span.state.address,
+            joined.ids,
+            joined.positions,
+            joined.of_tokens([_address(span) for span in joined.spans]),
+            joined.output_rows,
             logits,
             substitute=batch.may_substitute,
             gate=self._opened.gate,
@@ -276,6 +313,11 @@ class CpuBackend:
             owner = self.__dict__.pop(name, None)
             if owner is not None:
                 owner.close()
+
+
+def _address(span: Span) -> int:
+    assert isinstance(span.state, CpuState)
+    return span.state.address
 
 
 def _slots_text(slots: Iterable[int]) -> str:

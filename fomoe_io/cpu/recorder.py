@@ -15,6 +15,7 @@ import numpy as np
 
 from fomoe_io import _cpu
 from fomoe_io._cpu import Experts, Matrix, Rows
+from fomoe_io.backend import StateParts
 from fomoe_io.errors import UsageError
 from fomoe_io.models.recorder import (
     CAR_NEEDS_LOGITS,
@@ -22,6 +23,7 @@ from fomoe_io.models.recorder import (
     Attention,
     Delta,
     KvCache,
+    KvType,
     Picks,
     Recorder,
     Router,
@@ -45,19 +47,25 @@ class Embedding:
 
 
 class StateLayout:
-    """Offsets of a session's memory: recurrent state (zero at the start) first come, KV caches after."""
+    """Offsets of a session's memory, in the order in which the model asks for them."""
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.zeroed: list[tuple[int, int]] = []
+        self.parts = StateParts()
 
-    def take(self, floats: int, *, zeroed: bool) -> int:
-        """Reserve float32 elements on a cache line; return their offset in bytes."""
+    def take(self, nbytes: int, *, zeroed: bool) -> int:
+        """Reserve memory on a cache line; return its offset."""
         offset = self.bytes
-        size = (floats * 4 + 63) // 64 * 64
+        size = (nbytes + 63) // 64 * 64
         self.bytes += size
         if zeroed:
-            self.zeroed.append((offset, size))
+            self.parts.recurrent.append((offset, size))
+        return offset
+
+    def take_cache(self, heads: int, positions: int, row_bytes: int) -> int:
+        """Reserve keys or values, a stream of positions a head."""
+        offset = self.take(heads * positions * row_bytes, zeroed=False)
+        self.parts.streams += [(offset + head * positions * row_bytes, row_bytes) for head in range(heads)]
         return offset
 
 
@@ -84,6 +92,7 @@ class CpuRecorder:
         (`activation_bytes`, `state.bytes`).
     lookahead : bool
         Whether layers end with a guess at the next one's experts.
+    kv_type : KvType
     """
 
     def __init__(
@@ -98,6 +107,7 @@ class CpuRecorder:
         scratch_floats: int,
         experts: Experts | None,
         lookahead: bool = False,
+        kv_type: KvType = KvType.F32,
     ) -> None:
         self.program = _cpu.Program(team, kernels, scratch_floats)
         self._kernels = kernels
@@ -106,7 +116,7 @@ class CpuRecorder:
         self._embedding = embedding
         self._expert_inputs = expert_inputs
         self._experts = experts
-        self._looks_ahead = lookahead
+        self._looks_ahead, self._kv_type = lookahead, kv_type
         self.state = StateLayout()
         self.activation_bytes = 0
         self._rows: dict[tuple[str, int, int], Rows] = {}
@@ -185,9 +195,9 @@ class CpuRecorder:
 
     def kv_cache(self, heads: int, columns: int) -> KvCache:
         """Offsets in a session's memory."""
-        floats = heads * self.context_tokens * columns
-        keys = self.state.take(floats, zeroed=False)
-        return KvCache(keys, self.state.take(floats, zeroed=False), heads, columns)
+        positions, row_bytes = self.context_tokens, columns * self._kv_type.bytes
+        keys, values = (self.state.take_cache(heads, positions, row_bytes) for _ in range(2))
+        return KvCache(keys, values, heads, columns, self._kv_type)
 
     def attention(
         self, query: Rows, key: Rows, value: Rows, table: Rows, cache: KvCache, op: Attention[np.ndarray]
@@ -201,13 +211,13 @@ class CpuRecorder:
             query_norm = key_norm = None
         self.program.kv(
             query, key, value, table, query_norm, key_norm, cache.keys, cache.values, self.context_tokens,
-            op.heads, cache.heads, cache.columns, stride, op.rotated, op.epsilon,
+            cache.type.value, op.heads, cache.heads, cache.columns, stride, op.rotated, op.epsilon,
             (op.query_bias, op.key_bias, op.value_bias),
         )  # fmt: skip
         attended = self.rows("attended", op.heads * cache.columns)
         self.program.attention(
-            query, attended, cache.keys, cache.values, self.context_tokens, op.heads, cache.heads, cache.columns,
-            stride, op.gated, op.sinks, op.window,
+            query, attended, cache.keys, cache.values, self.context_tokens, cache.type.value, op.heads, cache.heads,
+            cache.columns, stride, op.gated, op.sinks, op.window,
         )  # fmt: skip
         return attended
 
@@ -215,14 +225,14 @@ class CpuRecorder:
 
     def conv(self, x: Rows, weight: np.ndarray, taps: int, *, name: str) -> Rows:
         """Causal convolution over each channel, then silu; the last inputs stay in the session's memory."""
-        state = self.state.take((taps - 1) * x.columns, zeroed=True)
+        state = self.state.take(4 * (taps - 1) * x.columns, zeroed=True)
         output = self.rows(name, x.columns)
         self.program.conv(x, output, weight, state, taps)
         return output
 
     def delta(self, qkv: Rows, beta: Rows, alpha: Rows, gate: Rows, op: Delta[np.ndarray], *, name: str) -> Rows:
         """The gated delta rule, then the norm of each head times silu(gate)."""
-        state = self.state.take(op.value_heads * op.head_columns**2, zeroed=True)
+        state = self.state.take(4 * op.value_heads * op.head_columns**2, zeroed=True)
         output = self.rows(name, op.value_heads * op.head_columns)
         self.program.delta(
             qkv, beta, alpha, gate, output, op.decay_rate, op.decay_bias, op.norm, state, op.key_heads, op.value_heads,

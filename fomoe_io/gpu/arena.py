@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fomoe_io.backend import StateParts
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.kernels import up
+from fomoe_io.models.recorder import KvType
 
 F32, Q8, HALF = 0, 1, 2
 """Forms of an activation: floats, a row of ``gpu/kernels/activations.h``, or (in batches) halves."""
@@ -119,30 +121,43 @@ class Mailbox:
 
 
 class DeviceState:
-    """Addresses of a session's memory; `zeroed` lists (address, bytes) that a new session clears."""
+    """Places in a session's memory, which begins at `base`; `parts` are offsets in it.  A new session clears what is
+    recurrent."""
 
-    def __init__(self, arena: Arena) -> None:
-        self._arena = arena
-        self.zeroed: list[tuple[int, int]] = []
+    def __init__(self, base: int) -> None:
+        self._arena = Arena(base)
+        self.parts = StateParts()
 
-    def take(self, floats: int, *, zeroed: bool) -> int:
-        """Reserve float32 elements; return their address."""
-        address = self._arena.take(4 * floats)
+    @property
+    def bytes(self) -> int:
+        """Of one session."""
+        return self._arena.bytes
+
+    def take(self, nbytes: int, *, zeroed: bool) -> int:
+        """Reserve memory; return its place."""
         if zeroed:
-            self.zeroed.append((address, 4 * floats))
-        return address
+            self.parts.recurrent.append((self._arena.bytes, nbytes))
+        return self._arena.take(nbytes)
+
+    def take_cache(self, positions: int, row_bytes: int) -> int:
+        """Reserve keys or values, a row a position."""
+        self.parts.streams.append((self._arena.bytes, row_bytes))
+        return self._arena.take(positions * row_bytes)
 
 
 @dataclass(slots=True)
 class Memory:
     """The arenas of a recording: shared by the programs of a token and of batches, so they are laid out once.
 
-    Rows have room for `batch_tokens` tokens.  Once `is_complete`, nothing new may be asked for: the device's buffer
-    ends with what was.
+    Sessions' memory begins at `state_base` where there is one session; where there are several, that is 0 and the
+    launches learn each token's from words beside its position.  Rows have room for `batch_tokens` tokens.  Once
+    `is_complete`, nothing new may be asked for: the device's buffer ends with what was.
     """
 
     arena: Arena
-    state_arena: Arena
+    state_base: int
+    has_many_states: bool
+    kv_type: KvType
     batch_tokens: int
     context_tokens: int
     rows: dict[tuple[str, int, int], DeviceRows] = field(default_factory=dict)
@@ -162,6 +177,10 @@ class Memory:
     def row_at(self, name: str, columns: int, address: int) -> None:
         """Float rows that have a place already."""
         self.rows[(name, columns, F32)] = DeviceRows(address, columns)
+
+    def states(self, name: str) -> int | None:
+        """Where the words lie that say where the tokens' sessions are."""
+        return self.scratch[name] if self.has_many_states else None
 
     def words(self, name: str, nbytes: int) -> int:
         """Other device memory by name."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import suppress
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fomoe_io import _gpu, _hip
-from fomoe_io.backend import Batch, Counters, PooledState, Span, StatePool
+from fomoe_io.backend import Batch, Counters, Joined, PooledState, Span, StatePool, together
 from fomoe_io.errors import DeviceError, UsageError
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import slot_layout
@@ -22,9 +23,11 @@ from fomoe_io.gpu.products import WORKSPACE_BYTES, DenseProducts
 from fomoe_io.gpu.prompts import PromptRunner
 from fomoe_io.gpu.recorder import CAR_BYTES
 from fomoe_io.gpu.recordings import Addresses, ModelSource
-from fomoe_io.gpu.shared import SharedWords, part_sizes
+from fomoe_io.gpu.shared import STAGING_BYTES, SharedWords, part_sizes
 from fomoe_io.gpu.sharing import DRAM, VRAM, Sharing
+from fomoe_io.gpu.state_copies import StateCopies
 from fomoe_io.gpu.token import TokenRunner
+from fomoe_io.models.recorder import KvType
 from fomoe_io.open_model import OpenModel
 from fomoe_io.storage.reader import aligned_memory
 from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES
@@ -38,13 +41,41 @@ PRODUCT_PROMPT_TOKENS = 32
 
 
 class GpuState(PooledState):
-    """A session's memory on the device."""
+    """A session's memory on the device.
+
+    Attributes
+    ----------
+    address : int
+        Where it begins.
+    """
 
     is_clear = False
+
+    def __init__(self, pool: StatePool, copies: StateCopies, address: int, nbytes: int) -> None:
+        self.row_bytes, self.recurrent_bytes = copies.parts.row_bytes, copies.parts.recurrent_bytes
+        super().__init__(pool)
+        self._copies, self.address = copies, address + self.place * nbytes
 
     def clear(self) -> None:
         """Before its next token: the device may be at work for another session now."""
         self.is_clear = False
+
+    def save_rows(self, first: int, count: int) -> np.ndarray:
+        """KV of tokens."""
+        return self._copies.rows_out(self.address, first, count)
+
+    def load_rows(self, first: int, rows: np.ndarray) -> None:
+        """Put KV back."""
+        self._copies.rows_in(self.address, first, rows)
+
+    def save_recurrent(self) -> np.ndarray:
+        """All that is recurrent."""
+        return self._copies.recurrent_out(self.address) if self.is_clear else np.zeros(self.recurrent_bytes, np.uint8)
+
+    def load_recurrent(self, saved: np.ndarray) -> None:
+        """Put it back."""
+        self._copies.recurrent_in(self.address, saved)
+        self.is_clear = True
 
 
 class GpuBackend:
@@ -70,11 +101,12 @@ class GpuBackend:
         inputs = {i: (form, form) for i, form in forms.items()}
         source = ModelSource(
             opened.shape, opened.model.architecture.build, opened.model.resident, opened.files, self.records, inputs,
-            opened.context_tokens, substitutes=opened.config.car is not None,
+            opened.context_tokens, opened.config.car is not None, opened.config.sessions,
+            KvType[opened.config.kv_type.upper()],
         )  # fmt: skip
         self.sharing = Sharing(gpu, opened, source, self.layouts)
         self.budgets = self.sharing.budgets
-        self._states = StatePool(1)
+        self._states = StatePool(opened.config.sessions)
         try:
             self._allocate()
             self._fill()
@@ -95,8 +127,6 @@ class GpuBackend:
         for name, is_wanted in unsupported.items():
             if is_wanted:
                 raise UsageError(f"{name} is made on the CPU alone", hint="--device cpu")
-        if config.sessions > 1:
-            raise UsageError("a GPU holds one session at a time", hint="sessions=1, or --device cpu")
 
     @property
     def device_name(self) -> str:
@@ -137,8 +167,10 @@ class GpuBackend:
         buffers = [gpu.allocate(max(n, 256)) for n in sharing.sketch.fixed_bytes]
         vram = gpu.allocate(max(b.vram_pool_bytes, 256))
         self.buffers = [*buffers, vram]
-        weights, activations, state = (buffer.pointer for buffer in buffers)
-        self.recorded = r = sharing.recordings(Addresses(weights, activations, state, mail=self._shared.device))
+        weights, activations, self._states_address = (buffer.pointer for buffer in buffers)
+        self.recorded = r = sharing.recordings(
+            Addresses(weights, activations, self._states_address, mail=self._shared.device)
+        )
         self._products: DenseProducts | None = None
         if sharing.scratch_bytes:
             tiles = r.products_address + WORKSPACE_BYTES
@@ -160,7 +192,8 @@ class GpuBackend:
         self.tokens = TokenRunner(gpu, self._experts, r, self._shared, embedding, opened.shape, opened.config)
         self._prompts = PromptRunner(
             gpu, self._experts, r.layers, opened.shape, r.inputs, self._shared.part("inputs", 0, r.inputs.bytes),
-            r.inputs_address, r.batch, embedding.read, self._products, self._check,
+            r.inputs_address, r.batch, embedding.read, self._products, opened.gate,
+            self._check,
         ) if b.batch_tokens > 1 else None  # fmt: skip
 
     def _device_experts(self, vram_address: int, events: list[list[_hip.Event]]) -> _gpu.DeviceExperts:
@@ -180,7 +213,7 @@ class GpuBackend:
         )  # fmt: skip
         return _gpu.DeviceExperts(
             layers, classes, b.slot_table, s.used, policy_number(config.policy), DECAY, reader.address, self._streams,
-            events, (reader, self.pool, self._shared, self.buffers),
+            events, self._opened.gate, (reader, self.pool, self._shared, self.buffers),
         )  # fmt: skip
 
     def _fill(self) -> None:
@@ -210,40 +243,47 @@ class GpuBackend:
 
     def new_state(self) -> GpuState:
         """Memory for another session."""
-        return GpuState(self._states)
+        state, staging = self.recorded.token.state, self._shared.part("staging", 0, STAGING_BYTES)
+        copies = StateCopies(self.gpu.stream, state.parts, staging)
+        return GpuState(self._states, copies, self._states_address, state.bytes)
 
     def run(self, batch: Batch, logits: np.ndarray) -> None:
-        """Read tokens, a session's after another's."""
+        """Read tokens, of as many sessions at once as a batch holds; tokens that may be substituted one by one."""
         unknown = sorted(set(batch.records) - {"experts"})
         if unknown:
             raise UsageError(f"a GPU records experts alone, not {', '.join(unknown)}")
-        place = 0
-        for span in batch.spans:
-            self._run(span, batch, logits[place : place + span.outputs])
-            place += span.outputs
-
-    def _run(self, span: Span, batch: Batch, logits: np.ndarray) -> None:
-        self._enter(span.state)
-        picks = batch.records.get("experts")
+        place, picks = 0, batch.records.get("experts")
         if batch.may_substitute or self._prompts is None:
-            error, found = self.tokens.run(
-                span.ids, span.position, span.outputs, may_substitute=batch.may_substitute
-            )  # fmt: skip
-            self._check(error)
-            logits[:] = found
-            if picks is not None:
-                picks[:, 0] = self.tokens.posted_picks()
+            for span in batch.spans:
+                self._run_token(span, batch.may_substitute, logits[place : place + span.outputs], picks)
+                place += span.outputs
             return
-        uses_products = self.uses_products(span.prompt_tokens)
-        self._prompts.run(span.ids, span.position, logits, uses_products=uses_products, picks=picks)
+        for uses_products, alike in groupby(batch.spans, lambda span: self.uses_products(span.prompt_tokens)):
+            for spans in together(list(alike), self.budgets.batch_tokens):
+                joined = Joined(spans)
+                states = joined.of_tokens([self._enter(span.state) for span in spans])
+                rows = logits[place : place + len(joined.output_rows)]
+                self._prompts.run(joined, states, rows, uses_products=uses_products, picks=picks)
+                place += len(rows)
 
-    def _enter(self, state: object) -> None:
-        """The state's memory is what the programs use."""
+    def _run_token(self, span: Span, may_substitute: bool, logits: np.ndarray, picks: np.ndarray | None) -> None:
+        address = self._enter(span.state)
+        error, found = self.tokens.run(
+            span.ids, span.position, address, span.outputs, may_substitute=may_substitute
+        )  # fmt: skip
+        self._check(error)
+        logits[:] = found
+        if picks is not None:
+            picks[:, 0] = self.tokens.posted_picks()
+
+    def _enter(self, state: object) -> int:
+        """Where the state's memory begins; what a new session sees of it is zero."""
         assert isinstance(state, GpuState)
         if not state.is_clear:
-            for address, size in self.recorded.token.state.zeroed:
-                self.gpu.stream.fill(address, 0, size)
+            for offset, size in self.recorded.token.state.parts.recurrent:
+                self.gpu.stream.fill(state.address + offset, 0, size)
             state.is_clear = True
+        return state.address
 
     def uses_products(self, prompt_tokens: int) -> bool:
         """Whether the vendor's library makes the dense products of a prompt of so many tokens.

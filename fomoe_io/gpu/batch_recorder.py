@@ -82,6 +82,7 @@ class BatchRecorder(DeviceRecorder):
 
     def _take_inputs(self) -> None:
         self.positions = self.memory.words("batch_positions", 4 * self.memory.batch_tokens)
+        self.states = self.memory.states("batch_states")
         self.logits_address = self.memory.words("batch_logits", 4 * self.vocabulary * LOGITS_TOKENS)
 
     def _embedding_rows(self, table: EmbeddingTable) -> int:
@@ -142,10 +143,12 @@ class BatchRecorder(DeviceRecorder):
         parts, most = self._attention_parts(op.heads * splits * (cache.columns + 2))
         for first in range(0, self.tokens, most):
             tokens, positions = min(most, self.tokens - first), self.positions + 4 * first
+            states = None if self.states is None else self.states + 8 * first
             self._add(
-                f"attention_f32_{cache.columns}", kernels.attention_grid(op.heads, cache.heads, splits, tokens),
-                turned.address + first * turned.stride_bytes, cache.keys, cache.values, positions, parts, op.heads,
-                cache.heads, splits, cache.columns**-0.5,
+                f"attention_{cache.type.suffix}_{cache.columns}",
+                kernels.attention_grid(op.heads, cache.heads, splits, tokens),
+                turned.address + first * turned.stride_bytes, cache.keys, cache.values, positions, states, parts,
+                op.heads, cache.heads, splits, cache.columns**-0.5,
             )  # fmt: skip
             gate = query.address + 4 * cache.columns + first * query.stride_bytes if op.gated else None
             self._add(

@@ -143,7 +143,7 @@ class Mail:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the host sends before each run, as offsets in one block: run number, positions, embeddings."""
+    """What the host sends before each run, as offsets in one block: run number, positions, states, embeddings."""
 
     tokens: int
     row_bytes: int
@@ -154,9 +154,14 @@ class Header:
         return ALIGNMENT_BYTES
 
     @property
+    def states(self) -> int:
+        """uint64 [tokens]: where the memory of each one's session begins"""
+        return self.positions + up(4 * self.tokens, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+    @property
     def embedding(self) -> int:
         """uint8 [tokens, row_bytes]"""
-        return self.positions + up(4 * self.tokens, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return self.states + up(8 * self.tokens, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
     @property
     def bytes(self) -> int:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fomoe_io import _gpu
+from fomoe_io.backend import Joined
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import ALIGNMENT_BYTES, DeviceExpertLayer, LaunchSpec
 from fomoe_io.gpu.batch_recorder import LOGITS_TOKENS, BatchRecorder, DenseProduct, PostPicks, ServeExperts
 from fomoe_io.gpu.kernels import up
 
 if TYPE_CHECKING:
+    from fomoe_io._gate import Gate
     from fomoe_io.gpu.device import Gpu
     from fomoe_io.gpu.products import DenseProducts
     from fomoe_io.models.shape import Shape
@@ -30,6 +32,7 @@ class PromptInputs:
     Attributes
     ----------
     positions : int32 [tokens]
+    states : uint64 [tokens], where the memory of each one's session begins
     embedding : uint8 [tokens, row_bytes]
     order : int32 [tokens * used], a layer's pairs sorted by expert
     tiles : csrc/gpu/device_experts.h, fomoe_tile: of a layer's experts
@@ -38,6 +41,7 @@ class PromptInputs:
     """
 
     positions: int
+    states: int
     embedding: int
     order: int
     tiles: int
@@ -51,7 +55,7 @@ class PromptInputs:
         """For batches of up to so many tokens."""
         pairs = tokens * s.used
         tiles = min(pairs, s.experts) + pairs // _gpu.TILE_PAIRS
-        sizes = [4 * tokens, row_bytes * tokens, 4 * pairs, _gpu.TILE_BYTES * tiles, 4 * pairs, 4 * pairs]
+        sizes = [4 * tokens, 8 * tokens, row_bytes * tokens, 4 * pairs, _gpu.TILE_BYTES * tiles, 4 * pairs, 4 * pairs]
         sizes.append(4 * s.vocabulary * min(tokens, LOGITS_TOKENS))
         offsets = [0]
         for size in sizes:
@@ -90,6 +94,8 @@ class PromptRunner:
         (ids, rows) fills uint8 rows with the tokens' embeddings.
     products : DenseProducts or None
         The vendor's library, when it is there.
+    gate : Gate
+        What ends a batch before its time, and is told how far it is.
     check : callable
         Raises what an error code of a read stands for.
     """
@@ -106,11 +112,13 @@ class PromptRunner:
         record: Callable[[int, bool], BatchRecorder],
         embed: Callable[[np.ndarray, np.ndarray], None],
         products: DenseProducts | None,
+        gate: Gate,
         check: Callable[[int], None],
     ) -> None:
         self._gpu, self._experts, self._layers, self._shape = gpu, experts, layers, shape
         self._inputs, self._host, self._device_address = inputs, host, device_address
         self._record, self._embed, self._products, self._check = record, embed, products, check
+        self._gate = gate
         self._programs: dict[tuple[int, bool], _Program] = {}
         self._posted = gpu.event()
         self._is_running = False
@@ -143,8 +151,8 @@ class PromptRunner:
 
     def run(
         self,
-        ids: np.ndarray,
-        position: int,
+        joined: Joined,
+        states: np.ndarray,
         logits: np.ndarray,
         *,
         uses_products: bool,
@@ -154,25 +162,25 @@ class PromptRunner:
 
         Parameters
         ----------
-        ids : numpy.ndarray
-            int32 [tokens]
-        position : int
-            Of the first in the session.
+        joined : Joined
+        states : numpy.ndarray
+            uint64 [tokens]: where the memory of each one's session begins.
         logits : numpy.ndarray
-            float32 [outputs, vocabulary], out: of the last tokens; none, one or all.
+            float32 [outputs, vocabulary], out: of each span's last tokens; none, one or all.
         uses_products : bool
             Dense products by the vendor's library.
         picks : numpy.ndarray, optional
             int32 [layers, tokens, used], out: what the router picked.
         """
-        tokens, stream = len(ids), self._gpu.stream
+        tokens, stream = len(joined.ids), self._gpu.stream
         program = self._program(tokens, uses_products)
         if self._is_running:  # the last run was interrupted: the device may still read what the host wrote for it
-            stream.synchronize()
+            stream.synchronize(self._gate)
         self._is_running = True
-        self._fill_inputs(program.recorder, ids, position)
+        self._fill_inputs(program.recorder, joined, states)
         self._experts.begin_batch(tokens, stream)
-        for step in program.steps:
+        for i, step in enumerate(program.steps):
+            self._gate.tell(i, len(program.steps))
             if isinstance(step, PostPicks):
                 address, nbytes = self._host.ctypes.data, 4 * tokens * self._shape.used
                 stream.copy_out(address + self._inputs.picks, step.ids, nbytes)
@@ -182,21 +190,23 @@ class PromptRunner:
                 self._serve(step, tokens, picks)
             else:
                 step.run(stream)
-        self._compute_logits(program.recorder, tokens, logits)
+        self._compute_logits(program.recorder, joined, logits)
         self._is_running = False
 
-    def _fill_inputs(self, recorder: BatchRecorder, ids: np.ndarray, position: int) -> None:
-        at, table = self._inputs, recorder.embedding
-        self._words(at.positions, len(ids), np.int32)[:] = np.arange(position, position + len(ids))
-        nbytes = len(ids) * table.row_bytes
-        self._embed(ids, self._words(at.embedding, nbytes, np.uint8).reshape(len(ids), table.row_bytes))
-        self._send(at.positions, 4 * len(ids))
+    def _fill_inputs(self, recorder: BatchRecorder, joined: Joined, states: np.ndarray) -> None:
+        at, table, tokens = self._inputs, recorder.embedding, len(joined.ids)
+        self._words(at.positions, tokens, np.int32)[:] = joined.positions
+        self._words(at.states, tokens, np.uint64)[:] = states
+        nbytes = tokens * table.row_bytes
+        self._embed(joined.ids, self._words(at.embedding, nbytes, np.uint8).reshape(tokens, table.row_bytes))
+        self._send(at.positions, 4 * tokens)
+        self._send(at.states, 8 * tokens)
         self._send(at.embedding, nbytes)
 
     def _serve(self, step: ServeExperts, tokens: int, picks: np.ndarray | None) -> None:
         """Bring a layer's experts wave by wave; what is there is computed with while the next are read."""
         at, gpu, e, pairs = self._inputs, self._gpu, self._layers[step.layer], tokens * step.used
-        self._posted.synchronize()
+        self._posted.synchronize(self._gate)
         found = self._words(at.picks, pairs, np.int32).reshape(tokens, step.used)
         if picks is not None:
             picks[step.layer] = found
@@ -223,16 +233,15 @@ class PromptRunner:
             ).run(gpu.stream)  # fmt: skip
             place += _gpu.TILE_BYTES * count
 
-    def _compute_logits(self, recorder: BatchRecorder, tokens: int, logits: np.ndarray) -> None:
+    def _compute_logits(self, recorder: BatchRecorder, joined: Joined, logits: np.ndarray) -> None:
         stream, vocabulary = self._gpu.stream, self._shape.vocabulary
-        place = self._inputs.logits
-        for first in range(tokens - len(logits), tokens, LOGITS_TOKENS):
-            count = min(LOGITS_TOKENS, tokens - first)
+        place, start = self._inputs.logits, 0
+        for first, count in joined.output_runs(LOGITS_TOKENS):
             for spec in recorder.tail(first, count):
                 self._gpu.prepare(spec.kernel, spec.grid, *spec.arguments).run(stream)
             stream.copy_out(self._host.ctypes.data + place, recorder.logits_address, 4 * count * vocabulary)
-            stream.synchronize()
-            start = first - (tokens - len(logits))
+            stream.synchronize(self._gate)
             logits[start : start + count] = self._words(place, count * vocabulary, np.float32).reshape(count, -1)
+            start += count
         if not len(logits):
-            stream.synchronize()
+            stream.synchronize(self._gate)

@@ -79,6 +79,8 @@ class DeviceRecorder:
     tokens : int
     positions : int
         Address of int32 [tokens].
+    states : int or None
+        Address of uint64 [tokens]: where each token's session has its memory; None: places in it are addresses.
     body : list of LaunchSpec
         All but the logits.
     """
@@ -100,8 +102,7 @@ class DeviceRecorder:
         self._substitutes = substitutes
         self.memory, self.hidden, self.vocabulary = memory, hidden, vocabulary
         self.context_tokens = memory.context_tokens
-        memory.state_arena.bytes = 0  # every program of a session shares its state
-        self.state = DeviceState(memory.state_arena)
+        self.state = DeviceState(memory.state_base)  # every program's places are the same
         self._experts, self._expert_inputs = experts, expert_inputs
         self.body: list[Any] = []
         self._mailbox = mailbox
@@ -113,7 +114,7 @@ class DeviceRecorder:
         self._take_inputs()
 
     def _take_inputs(self) -> None:
-        self.positions = self.memory.words("positions", 4)
+        self.positions, self.states = self.memory.words("positions", 4), self.memory.states("states")
         self.logits_address = self.memory.words("logits", 4 * self.vocabulary)
 
     def _add(self, kernel: str, grid: tuple[int, int, int], *arguments: Any) -> LaunchSpec:
@@ -263,10 +264,11 @@ class DeviceRecorder:
         return self.rows("rope", 2 * len(rope.frequencies))
 
     def kv_cache(self, heads: int, columns: int) -> KvCache:
-        """Addresses in a session's memory."""
-        floats = heads * self.context_tokens * columns
-        keys = self.state.take(floats, zeroed=False)
-        return KvCache(keys, self.state.take(floats, zeroed=False), heads, columns)
+        """Places in a session's memory."""
+        kv_type = self.memory.kv_type
+        row_bytes = heads * columns * kv_type.bytes
+        keys, values = (self.state.take_cache(self.context_tokens, row_bytes) for _ in range(2))
+        return KvCache(keys, values, heads, columns, kv_type)
 
     def attention(
         self, query: DeviceRows, key: DeviceRows, value: DeviceRows, table: DeviceRows, cache: KvCache,
@@ -285,9 +287,9 @@ class DeviceRecorder:
         turned = self.rows("rotated_query", op.heads * cache.columns)
         stride = query.columns // op.heads
         self._add(
-            "attention_prepare_f32", (op.heads + 2 * cache.heads, self.tokens, 1), query.address, key.address,
-            value.address, *norms, table.address, self.positions, turned.address, cache.keys,
-            cache.values, op.heads, cache.heads, cache.columns, stride, op.rotated, op.epsilon,
+            f"attention_prepare_{cache.type.suffix}", (op.heads + 2 * cache.heads, self.tokens, 1), query.address,
+            key.address, value.address, *norms, table.address, self.positions, self.states, turned.address,
+            cache.keys, cache.values, op.heads, cache.heads, cache.columns, stride, op.rotated, op.epsilon,
         )  # fmt: skip
         output = self.rows("attended", op.heads * cache.columns)
         self._attend(query, turned, output, cache, op)
@@ -300,9 +302,10 @@ class DeviceRecorder:
         splits = kernels.attention_splits(self.context_tokens)
         parts = self._attention_parts(op.heads * splits * (cache.columns + 2))[0]
         self._add(
-            f"attention_f32_{cache.columns}", kernels.attention_grid(op.heads, cache.heads, splits, self.tokens),
-            turned.address, cache.keys, cache.values, self.positions, parts, op.heads, cache.heads, splits,
-            cache.columns**-0.5,
+            f"attention_{cache.type.suffix}_{cache.columns}",
+            kernels.attention_grid(op.heads, cache.heads, splits, self.tokens),
+            turned.address, cache.keys, cache.values, self.positions, self.states, parts, op.heads, cache.heads,
+            splits, cache.columns**-0.5,
         )  # fmt: skip
         gate = query.address + 4 * cache.columns if op.gated else None
         self._makers[output.address] = self._add(
@@ -319,10 +322,13 @@ class DeviceRecorder:
 
     def conv(self, x: DeviceRows, weight: int, taps: int, *, name: str) -> DeviceRows:
         """Causal convolution over each channel, then silu."""
-        state = self.state.take((taps - 1) * x.columns, zeroed=True)
+        state = self.state.take(4 * (taps - 1) * x.columns, zeroed=True)
         output = self.rows(name, x.columns)
         grid = (up(x.columns, 128), 1, 1)
-        self._add("conv_step", grid, weight, x.address, state, output.address, x.columns, taps, self.tokens)
+        self._add(
+            "conv_step", grid, weight, x.address, self.states, state, output.address, x.columns, taps,
+            self.tokens,
+        )  # fmt: skip
         return output
 
     def delta(
@@ -330,12 +336,12 @@ class DeviceRecorder:
     ) -> DeviceRows:
         """The gated delta rule, then the norm of each head times silu(gate)."""
         columns = op.value_heads * op.head_columns
-        state = self.state.take(columns * op.head_columns, zeroed=True)
+        state = self.state.take(4 * columns * op.head_columns, zeroed=True)
         output, recalled = self.rows(name, columns), self.rows("recalled", columns)
         self._add(
             f"delta_step_{op.head_columns}", (op.head_columns // 16, op.value_heads, 1), qkv.address, alpha.address,
-            beta.address, op.decay_bias, op.decay_rate, state, recalled.address, op.key_heads, op.value_heads,
-            op.head_columns, int(op.grouped), self.tokens, op.epsilon,
+            beta.address, op.decay_bias, op.decay_rate, self.states, state, recalled.address, op.key_heads,
+            op.value_heads, op.head_columns, int(op.grouped), self.tokens, op.epsilon,
         )  # fmt: skip
         self._makers[output.address] = self._add(
             "gated_norm", (up(op.value_heads, 4), self.tokens, 1), recalled.address, gate.address, op.norm,

@@ -13,6 +13,7 @@ from fomoe_io.gpu.products import padded
 from fomoe_io.gpu.prompts import PromptInputs
 from fomoe_io.gpu.recorder import DeviceRecorder
 from fomoe_io.gpu.weights import DeviceWeights
+from fomoe_io.models.recorder import KvType
 
 if TYPE_CHECKING:
     from fomoe_io.models.architecture import Build
@@ -42,6 +43,8 @@ class ModelSource:
     records : layouts of the experts' records by layer
     expert_inputs : forms of the activations that gate and up read, by layer
     substitutes : whether a token goes through cache-aware routing
+    sessions : states that there are
+    kv_type : what keys and values are kept as
     """
 
     shape: Shape
@@ -52,6 +55,8 @@ class ModelSource:
     expert_inputs: Mapping[int, tuple[int, int]]
     context_tokens: int
     substitutes: bool
+    sessions: int = 1
+    kv_type: KvType = KvType.F32
 
 
 class Recordings:
@@ -82,7 +87,11 @@ class Recordings:
         room = padded(batch_tokens) if product_bytes else batch_tokens
         self._weights_arena = Arena(addresses.weights)
         self.weights = DeviceWeights(source.resident, self._weights_arena)
-        self.memory = Memory(Arena(addresses.activations), Arena(addresses.state), room, source.context_tokens)
+        many = source.sessions > 1
+        self.memory = Memory(
+            Arena(addresses.activations), 0 if many else addresses.state, many, source.kv_type, room,
+            source.context_tokens,
+        )  # fmt: skip
         table, file, offset = self.weights.embedding(s.columns, s.vocabulary)
         self.embedding, self._embedding = table, (table, source.files[file], offset)
         self._place_inputs(batch_tokens)
@@ -114,10 +123,12 @@ class Recordings:
         self.header = Header(1, row_bytes)
         self.header_address = memory.arena.take(self.header.bytes)
         memory.scratch["positions"] = self.header_address + self.header.positions
+        memory.scratch["states"] = self.header_address + self.header.states
         memory.scratch["embedding"] = self.header_address + self.header.embedding
         self.inputs = PromptInputs.of(s, batch_tokens, row_bytes)
         self.inputs_address = memory.arena.take(self.inputs.device_bytes if batch_tokens > 1 else 0)
         memory.scratch["batch_positions"] = self.inputs_address + self.inputs.positions
+        memory.scratch["batch_states"] = self.inputs_address + self.inputs.states
         memory.scratch["batch_embedding"] = self.inputs_address + self.inputs.embedding
 
     def _settings(self) -> dict[str, Any]:
@@ -143,5 +154,6 @@ class Recordings:
 
     @property
     def fixed_bytes(self) -> tuple[int, int, int]:
-        """Device bytes of weights, activations and state."""
-        return self._weights_arena.bytes, self.memory.arena.bytes, self.memory.state_arena.bytes
+        """Device bytes of weights, activations and states."""
+        states = self._source.sessions * self.token.state.bytes
+        return self._weights_arena.bytes, self.memory.arena.bytes, states

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from fomoe_io.models.shape import Shape
 
 
+STAGING_BYTES = 1 << 20
+"""Of a state on its way from or to the device."""
+
+
 def part_sizes(sketch: Recordings, s: Shape, batch_tokens: int) -> dict[str, int]:
     """Bytes of each part, by name."""
     return {
@@ -27,6 +31,7 @@ def part_sizes(sketch: Recordings, s: Shape, batch_tokens: int) -> dict[str, int
         "header": sketch.header.bytes,
         "logits": 4 * s.vocabulary,
         "inputs": sketch.inputs.bytes if batch_tokens > 1 else 0,
+        "staging": STAGING_BYTES,
     }
 
 

@@ -31,7 +31,9 @@ def kernel_of(type: int) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
+class Planned:
+    """A tensor that has its place; `is_expanded`: the host makes floats of it."""
+
     tensor: TensorInfo
     address: int
     is_expanded: bool
@@ -45,11 +47,16 @@ class DeviceWeights:
     tensors : mapping of str to TensorInfo
     arena : Arena
         Where they go; every tensor that is asked for takes its place once.
+
+    Attributes
+    ----------
+    planned : dict of str to Planned
+        Those that have been asked for.
     """
 
     def __init__(self, tensors: Mapping[str, TensorInfo], arena: Arena) -> None:
         self._tensors, self._arena = tensors, arena
-        self._planned: dict[str, _Planned] = {}
+        self.planned: dict[str, Planned] = {}
         self.tied = OUTPUT not in tensors
 
     def __contains__(self, name: str) -> bool:
@@ -61,10 +68,10 @@ class DeviceWeights:
         return self._tensors[name]
 
     def _place(self, tensor: TensorInfo, *, is_expanded: bool) -> int:
-        if tensor.name not in self._planned:
+        if tensor.name not in self.planned:
             size = 4 * int(np.prod(tensor.shape)) if is_expanded else tensor.bytes
-            self._planned[tensor.name] = _Planned(tensor, self._arena.take(size), is_expanded)
-        return self._planned[tensor.name].address
+            self.planned[tensor.name] = Planned(tensor, self._arena.take(size), is_expanded)
+        return self.planned[tensor.name].address
 
     def matrix(self, name: str, columns: int, rows: int, part: slice | None = None) -> DeviceMatrix:
         """A [rows, columns] weight matrix or a `part` of its rows, as floats where no kernel takes its type.
@@ -103,11 +110,11 @@ class DeviceWeights:
 
     def load(self, reader: Reader, gpu: Gpu, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Read and copy everything that was asked for."""
-        done, total = 0, sum(planned.tensor.bytes for planned in self._planned.values())
+        done, total = 0, sum(planned.tensor.bytes for planned in self.planned.values())
         staging = [aligned_memory(PIECE_BYTES + 2 * reader.block_bytes) for _ in range(2)]
         registrations = [gpu.register(np.frombuffer(memory.view, np.uint8)) for memory in staging]
         try:
-            for planned in self._planned.values():
+            for planned in self.planned.values():
                 if progress is not None:
                     progress("weights", done, total)
                 done += planned.tensor.bytes
@@ -122,7 +129,7 @@ class DeviceWeights:
             for memory in staging:
                 memory.close()
 
-    def _load_pieces(self, planned: _Planned, reader: Reader, gpu: Gpu, staging: list[Memory]) -> None:
+    def _load_pieces(self, planned: Planned, reader: Reader, gpu: Gpu, staging: list[Memory]) -> None:
         for i, first in enumerate(range(0, planned.tensor.bytes, PIECE_BYTES)):
             size = min(PIECE_BYTES, planned.tensor.bytes - first)
             memory = staging[i % 2]
@@ -133,7 +140,7 @@ class DeviceWeights:
             gpu.stream.copy_in(planned.address + first, memory.address + planned.tensor.offset + first - start, size)
         gpu.stream.synchronize()
 
-    def _load_expanded(self, planned: _Planned, reader: Reader, gpu: Gpu) -> None:
+    def _load_expanded(self, planned: Planned, reader: Reader, gpu: Gpu) -> None:
         start, window = aligned_window(planned.tensor.offset, planned.tensor.bytes, reader.block_bytes)
         memory = aligned_memory(window)
         reader.read_into([(planned.tensor.file, start, memory.address, window)])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -32,6 +32,23 @@ class Activation(Generic[Rows]):
     forms: dict[int, Rows]
 
 
+class KvType(Enum):
+    """What keys and values are kept as; they are computed with as floats.  The numbers are ggml's."""
+
+    F32 = 0
+    F16 = 1
+
+    @property
+    def bytes(self) -> int:
+        """Of an element."""
+        return 4 if self is KvType.F32 else 2
+
+    @property
+    def suffix(self) -> str:
+        """In the names of kernels."""
+        return self.name.lower()
+
+
 @dataclass(frozen=True, slots=True)
 class KvCache:
     """Keys and values of a layer, for every position of the context; made by :meth:`Recorder.kv_cache`.
@@ -42,12 +59,15 @@ class KvCache:
         Where they lie: what the backend finds them by.
     heads, columns : int
         Of a position; each head's history is one stream.
+    type : KvType
+        Of their elements.
     """
 
     keys: int
     values: int
     heads: int
     columns: int
+    type: KvType
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,14 @@ def cache_folder() -> Path:
         raise UsageError("there is no home directory to keep a cache in", hint="FOMOE_CACHE=DIR") from None
 
 
-def check_targets(paths: Iterable[Path | None]) -> None:
+def check_targets(paths: Iterable[Path | None], *, makes_directories: bool = False) -> None:
     """Refuse what can't become a file before the work whose result it should hold; None is skipped.
+
+    Parameters
+    ----------
+    paths : iterable of Path or None
+    makes_directories : bool
+        Directories above it that are missing will be made.
 
     Raises
     ------
@@ -47,6 +53,14 @@ def check_targets(paths: Iterable[Path | None]) -> None:
             continue
         if path.is_dir():
             raise _os_error(errno.EISDIR, path)
+        if makes_directories:
+            above = next(p for p in path.absolute().parents if p.exists())
+            if not above.is_dir():
+                raise _os_error(errno.ENOTDIR, above)
+            if above != path.absolute().parent:
+                if not os.access(above, os.W_OK):
+                    raise _os_error(errno.EACCES, above)
+                continue
         if not path.exists() and not path.parent.is_dir():
             raise _os_error(errno.ENOENT, path)
         if not os.access(path.parent if _is_replaced(path) else path, os.W_OK):

@@ -128,6 +128,9 @@ class Conversation:
             if stop.found:
                 self.stop_reason = "word"
                 break
+            if sampler.is_over:
+                self.stop_reason = "eos"
+                break
             if count != most and self.session.position >= self.session.context_tokens:
                 self.stop_reason = "context"
                 break

@@ -7,7 +7,7 @@ import secrets
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -139,6 +139,20 @@ def check_finite(logits: np.ndarray, position: int | None = None) -> None:
     )
 
 
+class Constraint(Protocol):
+    """What an answer has to follow; see :class:`fomoe_io.text.grammar.Constraint`."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing but an end may come."""
+
+    def masked(self, logits: np.ndarray) -> np.ndarray:
+        """A copy in which what may not come has no chance."""
+
+    def advance(self, token: int) -> None:
+        """A token was chosen."""
+
+
 class Sampler:
     """Draws tokens; the same seed and logits give the same tokens.
 
@@ -147,11 +161,19 @@ class Sampler:
     config : SamplingConfig
     seed : int
         In use: the configuration's, or the one that was drawn.
+    constraint : Constraint or None
+        Of the answer at hand: before all filters, and told of every token drawn.
     """
 
-    def __init__(self, config: SamplingConfig) -> None:
+    def __init__(self, config: SamplingConfig, constraint: Constraint | None = None) -> None:
         self.config = config
+        self.constraint = constraint
         self.reset()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the constraint lets nothing come but an end."""
+        return self.constraint is not None and self.constraint.is_over
 
     def reset(self) -> None:
         """As at the start: the seed's first number comes next, and the penalties have seen nothing."""
@@ -187,6 +209,13 @@ class Sampler:
         """
         check_finite(logits, position)
         logits = self._penalised(logits)
+        if self.constraint is None:
+            return self._drawn(logits)
+        token = self._drawn(self.constraint.masked(logits))
+        self.constraint.advance(token)
+        return token
+
+    def _drawn(self, logits: np.ndarray) -> int:
         if self.config.temperature == 0:
             return int(np.argmax(logits))
         ids, scores = self._filtered(logits)

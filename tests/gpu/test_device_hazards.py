@@ -300,6 +300,43 @@ def test_an_interrupt_ends_a_wait(model: Path, fake: Fake, expected: np.ndarray,
         np.testing.assert_array_equal(decoded(session), expected)
 
 
+@pytest.mark.parametrize("reads", ["a token", "a prompt"])
+def test_closing_ends_a_wait_of_another_thread(model: Path, fake: Fake, reads: str) -> None:
+    """Long before the device's time is up, and between no two batches."""
+    engine = opened(model)
+    session = engine.session()
+    session.decode(7)
+    fake.hang("hipGraphLaunch" if reads == "a token" else "hipModuleLaunchKernel")
+    errors: list[str] = []
+
+    def read() -> None:
+        try:
+            session.decode(8) if reads == "a token" else session.prefill([8, 9, 10])
+        except UsageError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    threading.Timer(1.5, fake.release).start()
+    engine.close()
+    thread.join(10)
+    assert errors == ["the engine was closed while it ran"] and time.monotonic() - began < 6
+
+
+def test_how_far_a_batch_is_comes_while_it_runs(model: Path, fake: Fake) -> None:
+    with opened(model) as engine:
+        session = engine.session()
+        told: list[float] = []
+        engine.gate.on_progress = told.append
+        session.prefill(np.arange(40))
+        fake.hang("hipModuleLaunchKernel")
+        threading.Timer(0.4, fake.release).start()
+        session.prefill([8, 9, 10])
+        assert told and all(0 <= share <= 1 for share in told)
+
+
 def test_a_lost_device_is_closed_without_an_error(model: Path, fake: Fake) -> None:
     engine = opened(model)
     session = engine.session()

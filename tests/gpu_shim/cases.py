@@ -266,7 +266,7 @@ def check_attention(
     runner.launch(
         f"attention_prepare_{cache}", (heads + 2 * kv_heads, tokens, 1),
         device_q, runner.put(k), runner.put(v), runner.put(q_norm), runner.put(k_norm), runner.put(turns), place,
-        q_out, device_keys, device_values, heads, kv_heads, dim, q_stride, rotary, eps,
+        None, q_out, device_keys, device_values, heads, kv_heads, dim, q_stride, rotary, eps,
     )  # fmt: skip
     want_q = ref.rope(ref.rms_norm(q[..., :dim].astype(np.float64), q_norm, eps), angles)
     keys, values = keys.astype(np.float64), values.astype(np.float64)
@@ -283,7 +283,7 @@ def check_attention(
     q8 = runner.put(np.full((tokens, kernels.q8_row_bytes(heads * dim)), 0xAA, np.uint8))
     runner.launch(
         f"attention_{cache}_{dim}", kernels.attention_grid(heads, kv_heads, splits, tokens),
-        q_out, device_keys, device_values, place, parts, heads, kv_heads, splits, dim**-0.5,
+        q_out, device_keys, device_values, place, None, parts, heads, kv_heads, splits, dim**-0.5,
     )  # fmt: skip
     gate = runner.put(q[..., dim:]) if gated else None
     runner.launch("attention_merge", (heads, tokens, 1), parts, place, gate, y, q8, heads, dim, splits, dim)
@@ -299,7 +299,7 @@ def check_conv(runner: Runner, rng: np.random.Generator, channels: int, taps: in
     weight, x, state = normal(rng, channels, taps), normal(rng, tokens, channels), normal(rng, taps - 1, channels)
     device_state, y = runner.put(state), runner.put(poison(tokens, channels))
     grid = (kernels.up(channels, 128), 1, 1)
-    runner.launch("conv_step", grid, runner.put(weight), runner.put(x), device_state, y, channels, taps, tokens)
+    runner.launch("conv_step", grid, runner.put(weight), runner.put(x), None, device_state, y, channels, taps, tokens)
     row = np.concatenate([state, x]).astype(np.float64)
     want = ref.silu(np.stack([(row[t : t + taps].T * weight).sum(axis=1) for t in range(tokens)]))
     assert ref.error(y.get(), want) < CLOSE
@@ -324,7 +324,7 @@ def check_delta(
     device_state, y = runner.put(state), runner.put(poison(tokens, value_heads, v_dim))
     runner.launch(
         f"delta_step_{k_dim}", (v_dim // 16, value_heads, 1),
-        runner.put(mixed), runner.put(alpha), runner.put(beta), runner.put(dt), runner.put(a), device_state, y,
+        runner.put(mixed), runner.put(alpha), runner.put(beta), runner.put(dt), runner.put(a), None, device_state, y,
         key_heads, value_heads, v_dim, int(is_grouped), tokens, 1e-6,
     )  # fmt: skip
     wide = mixed.astype(np.float64)

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <utility>
 
+#define GLOBAL_MEMORY
 #define DEVICE static inline
 #define DEVICE_MEMBER inline
 #define KERNEL(threads, name) \

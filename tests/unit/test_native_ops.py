@@ -131,13 +131,27 @@ def test_delta(n: int) -> None:
         close(state, expected, 1e-5)
 
 
+KV_TYPES = {np.float32: 0, np.float16: 1}
+
+
+def kept(rows: np.ndarray, kv_type: type) -> np.ndarray:
+    """Rows as a cache of that type keeps them."""
+    out = np.empty(rows.shape, kv_type)
+    NATIVE.fomoe_to_kv(KV_TYPES[kv_type], rows.size, pointer(rows), pointer(out))
+    np.testing.assert_array_equal(out, rows.astype(kv_type))
+    return out
+
+
+@pytest.mark.parametrize("kv_type", [np.float32, np.float16])
 @pytest.mark.parametrize(("columns", "length"), [(24, 1), (64, 7), (128, 300), (256, 1025)])
-def test_attention(columns: int, length: int) -> None:
+def test_attention(columns: int, length: int, kv_type: type) -> None:
     random = np.random.default_rng(length)
     q, keys, values = f32(random, columns) * 3, f32(random, length, columns), f32(random, length, columns)
+    keys, values = (kept(rows, kv_type) for rows in (keys, values))
     scores, out = np.empty(length, np.float32), np.empty(columns, np.float32)
     stride = ctypes.c_int64(columns)
     NATIVE.fomoe_attention_head(
+        KV_TYPES[kv_type],
         columns,
         columns,
         ctypes.c_int64(length),
@@ -151,7 +165,7 @@ def test_attention(columns: int, length: int) -> None:
         None,
         pointer(out),
     )
-    close(out, softmax(0.3 * keys.astype(np.float64) @ q) @ values, 1e-5)
+    close(out, softmax(0.3 * keys.astype(np.float64) @ q) @ values.astype(np.float64), 1e-5)
 
 
 @pytest.mark.parametrize(("experts", "used"), [(1, 1), (8, 3), (32, 4), (128, 8), (512, 10), (512, 16)])
@@ -230,8 +244,8 @@ def test_attention_with_a_sink(length: int, sink: float) -> None:
     scores, out, stride = np.empty(length, np.float32), np.empty(64, np.float32), ctypes.c_int64(64)
     logit = np.array([sink], np.float32)
     NATIVE.fomoe_attention_head(
-        64, 64, ctypes.c_int64(length), ctypes.c_float(0.3), pointer(q), pointer(keys), stride, pointer(values), stride,
-        pointer(scores), pointer(logit), pointer(out),
+        0, 64, 64, ctypes.c_int64(length), ctypes.c_float(0.3), pointer(q), pointer(keys), stride, pointer(values),
+        stride, pointer(scores), pointer(logit), pointer(out),
     )  # fmt: skip
     p = softmax(np.append(0.3 * keys.astype(np.float64) @ q, sink))[:length]
     close(out, p @ values, 1e-5)

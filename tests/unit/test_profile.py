@@ -112,7 +112,7 @@ def test_what_does_not_fit_is_refused_or_passed_over(
 def test_it_can_not_be_kept(
     demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A cache that can't be written is a note, a file that was named an error; the answer is out in both cases."""
+    """A cache that can't be written is a note, a file that was named an error before anything is read."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     text, _, said = answer(demo_model, tmp_path, capsys)
@@ -120,7 +120,7 @@ def test_it_can_not_be_kept(
     named = tmp_path / "file" / "profile"
     assert run([str(demo_model), "-p", PROMPT, "-n", "3", "--raw", "--profile", str(named)]) == 1
     said = capsys.readouterr()
-    assert said.out.startswith(PROMPT) and "file: File exists" in said.err.splitlines()[-1]
+    assert not said.out and said.err.startswith(f"fomoe-run: {tmp_path / 'file'}: Not a directory")
 
 
 def test_neither_a_home_nor_the_right_to_read(

@@ -6,6 +6,7 @@ Cython's declarations need no such test: it takes fields by name from the header
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 from pathlib import Path
 
@@ -57,6 +58,22 @@ def test_mirror(name: str, tmp_path: Path) -> None:
     command = ["gcc", "-std=gnu11", "-fsyntax-only", f"-I{ROOT}/fomoe_io/csrc", str(source)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def fields(text: str, pattern: str) -> list[str]:
+    """Types and names of a struct's fields, as both languages spell them."""
+    found = re.search(pattern, text, re.S)
+    assert found is not None
+    body = re.sub(r"/\*.*?\*/|//[^\n]*", "", found[1], flags=re.S)
+    return re.sub(r"\bu(8|16|32|64)\b", r"uint\1_t", " ".join(body.split())).split(";")
+
+
+def test_a_kernel_s_mirror() -> None:
+    """The kernels' headers are none of C's: structs that the host fills are written twice."""
+    kernels = (ROOT / "fomoe_io/gpu/kernels/tile.h").read_text()
+    host = (ROOT / "fomoe_io/csrc/gpu/device_experts.h").read_text()
+    mine, theirs = fields(kernels, r"struct tile {(.*?)}"), fields(host, r"typedef struct {([^}]*)} fomoe_tile;")
+    assert mine == theirs and len(mine) == 3
 
 
 def test_a_mirror_that_lies_is_found(tmp_path: Path) -> None:

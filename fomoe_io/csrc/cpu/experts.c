@@ -205,7 +205,8 @@ static void count_picks(fomoe_experts *e, int layer, const fomoe_rows *ids, int 
 /* Cache-aware routing, of a single token: the rows of picks and weights become those of what will be computed. */
 static void substitute(fomoe_experts *e, const fomoe_step *step, const fomoe_run *run) {
     int layer = step->as.experts.layer, used = e->shape.used;
-    int asked = run->substitute && run->tokens == 1 && e->car.rule != FOMOE_CAR_OFF && run->position >= e->car.warmup;
+    int asked =
+        run->substitute && run->tokens == 1 && e->car.rule != FOMOE_CAR_OFF && run->positions[0] >= e->car.warmup;
     memset(e->replaced, -1, used * sizeof *e->replaced);
     if (!asked) return;
     int swaps = fomoe_car_choose(

@@ -136,13 +136,12 @@ static void convert_row(const fomoe_run *run, const float *x, const fomoe_rows *
 }
 
 void fomoe_step_norm(const fomoe_step *step, fomoe_run *run, int thread) {
-    int first = step->as.norm.of_outputs ? run->tokens - run->outputs : 0;
     int rows = step->as.norm.of_outputs ? run->outputs : run->tokens;
     const fomoe_rows *input = &step->as.norm.input;
     float *y = run->scratch[thread];
     for (int i = thread; i < rows; i += run->threads) {
-        fomoe_rms_norm(input->columns, fomoe_float_row(input, first + i), step->as.norm.weight, step->as.norm.epsilon,
-                       y);
+        int row = step->as.norm.of_outputs ? run->output_rows[i] : i;
+        fomoe_rms_norm(input->columns, fomoe_float_row(input, row), step->as.norm.weight, step->as.norm.epsilon, y);
         for (int o = 0; o < step->as.norm.count; o++) convert_row(run, y, &step->as.norm.outputs[o], i);
         if (step->as.norm.of_outputs && run->record.final_norm)
             memcpy(run->record.final_norm + (int64_t)i * input->columns, y, input->columns * sizeof(float));
@@ -223,13 +222,13 @@ void fomoe_step_mat_mul(const fomoe_step *step, fomoe_run *run, int thread) {
 
 void fomoe_step_conv(const fomoe_step *step, fomoe_run *run, int thread) {
     int channels = step->as.conv.input.columns, taps = step->as.conv.taps;
-    float *state = (float *)(run->state + step->as.conv.state_offset);
     int64_t begin, end;
     /* 512 channels: work for about a microsecond */
     while (fomoe_take_of(run, thread, &run->next[run->step], channels, 512, &begin, &end))
         for (int t = 0; t < run->tokens; t++)
             fomoe_conv_step(end - begin, taps, step->as.conv.weight + begin * taps,
-                            fomoe_float_row(&step->as.conv.input, t) + begin, state + begin, channels,
+                            fomoe_float_row(&step->as.conv.input, t) + begin,
+                            (float *)(run->states[t] + step->as.conv.state_offset) + begin, channels,
                             fomoe_float_row(&step->as.conv.output, t) + begin);
 }
 
@@ -237,7 +236,6 @@ static void delta_head(const fomoe_step *step, fomoe_run *run, int thread, int h
     int n = step->as.delta.head_columns, key_heads = step->as.delta.key_heads, value_heads = step->as.delta.value_heads;
     int key_head = step->as.delta.grouped ? head / (value_heads / key_heads) : head % key_heads;
     float epsilon = step->as.delta.epsilon;
-    float *state = (float *)(run->state + step->as.delta.state_offset) + (int64_t)head * n * n;
     float *q = run->scratch[thread], *k = q + n;
     for (int t = 0; t < run->tokens; t++) {
         const float *qkv = fomoe_float_row(&step->as.delta.qkv, t);
@@ -247,6 +245,7 @@ static void delta_head(const fomoe_step *step, fomoe_run *run, int thread, int h
         float beta = fomoe_sigmoid(fomoe_float_row(&step->as.delta.beta, t)[head]);
         float rate = fomoe_softplus(fomoe_float_row(&step->as.delta.alpha, t)[head] + step->as.delta.decay_bias[head]);
         float decay = expf(rate * step->as.delta.decay_rate[head]);
+        float *state = (float *)(run->states[t] + step->as.delta.state_offset) + (int64_t)head * n * n;
         fomoe_delta_step(n, n, q, k, qkv + (2 * key_heads + head) * n, beta, decay, state, out);
         fomoe_rms_norm(n, out, step->as.delta.norm_weight, epsilon, out);
         fomoe_silu_mul(n, fomoe_float_row(&step->as.delta.gate, t) + head * n, out, out);
@@ -264,13 +263,13 @@ void fomoe_step_delta(const fomoe_step *step, fomoe_run *run, int thread) {
 void fomoe_step_rope_table(const fomoe_step *step, fomoe_run *run, int thread) {
     for (int t = thread; t < run->tokens; t += run->threads)
         fomoe_rope_table(step->as.rope_table.pairs, step->as.rope_table.frequency, step->as.rope_table.magnitude,
-                         run->position + t, fomoe_float_row(&step->as.rope_table.output, t));
+                         run->positions[t], fomoe_float_row(&step->as.rope_table.output, t));
 }
 
 /* Keys and values lie [kv head][position][column], so that a head's history is one stream. */
-static float *cache_row(const fomoe_run *run, int64_t offset, int64_t context, int columns, int head,
-                        int64_t position) {
-    return (float *)(run->state + offset) + (head * context + position) * columns;
+static uint8_t *cache_row(uint8_t *state, fomoe_kv_type type, int64_t offset, int64_t context, int columns, int head,
+                          int64_t position) {
+    return state + offset + (head * context + position) * columns * (type == FOMOE_KV_F16 ? 2 : 4);
 }
 
 void fomoe_step_kv(const fomoe_step *step, fomoe_run *run, int thread) {
@@ -292,13 +291,15 @@ void fomoe_step_kv(const fomoe_step *step, fomoe_run *run, int thread) {
             head -= heads;
             float *k = fomoe_float_row(&step->as.kv.key, t) + head * n;
             float *v = fomoe_float_row(&step->as.kv.value, t) + head * n;
-            int64_t position = run->position + t, context = step->as.kv.context;
+            int64_t position = run->positions[t], context = step->as.kv.context;
+            fomoe_kv_type type = step->as.kv.type;
             if (step->as.kv.key_bias) fomoe_add(n, step->as.kv.key_bias + head * n, k);
             if (step->as.kv.value_bias) fomoe_add(n, step->as.kv.value_bias + head * n, v);
             if (step->as.kv.key_norm) fomoe_rms_norm(n, k, step->as.kv.key_norm, step->as.kv.epsilon, k);
             fomoe_rope_neox(rotated, table, k);
-            memcpy(cache_row(run, step->as.kv.key_offset, context, n, head, position), k, n * sizeof(float));
-            memcpy(cache_row(run, step->as.kv.value_offset, context, n, head, position), v, n * sizeof(float));
+            uint8_t *state = run->states[t];
+            fomoe_to_kv(type, n, k, cache_row(state, type, step->as.kv.key_offset, context, n, head, position));
+            fomoe_to_kv(type, n, v, cache_row(state, type, step->as.kv.value_offset, context, n, head, position));
         }
     }
 }
@@ -312,12 +313,14 @@ void fomoe_step_attention(const fomoe_step *step, fomoe_run *run, int thread) {
         const float *q =
             fomoe_float_row(&step->as.attention.query, t) + (int64_t)head * step->as.attention.query_stride;
         float *out = fomoe_float_row(&step->as.attention.output, t) + head * n;
-        int64_t length = run->position + t + 1, window = step->as.attention.window;
+        int64_t length = run->positions[t] + 1, window = step->as.attention.window;
         int64_t first = window && length > window ? length - window : 0;
-        fomoe_attention_head(n, n, length - first, 1.0f / sqrtf((float)n), q,
-                             cache_row(run, step->as.attention.key_offset, context, n, head / group, first), n,
-                             cache_row(run, step->as.attention.value_offset, context, n, head / group, first), n,
-                             run->scratch[thread], step->as.attention.sinks ? step->as.attention.sinks + head : NULL,
+        fomoe_kv_type type = step->as.attention.type;
+        uint8_t *state = run->states[t];
+        fomoe_attention_head(type, n, n, length - first, 1.0f / sqrtf((float)n), q,
+                             cache_row(state, type, step->as.attention.key_offset, context, n, head / group, first), n,
+                             cache_row(state, type, step->as.attention.value_offset, context, n, head / group, first),
+                             n, run->scratch[thread], step->as.attention.sinks ? step->as.attention.sinks + head : NULL,
                              out);
         if (step->as.attention.gated) fomoe_sigmoid_mul(n, q + n, out, out);
     }

@@ -11,6 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "math/attention.h"
 #include "math/dot.h"
 #include "read/watch.h"
 #include "experts.h"
@@ -48,10 +49,11 @@ typedef struct fomoe_step fomoe_step;
 
 typedef struct {
     int32_t tokens;       /* in this batch */
-    int32_t outputs;      /* how many of the last positions get logits */
-    int64_t position;     /* of the first token in the session */
-    const int32_t *ids;   /* tokens */
-    uint8_t *state;       /* the session's memory: KV, convolution and delta-rule state */
+    int32_t outputs;      /* how many of them get logits */
+    const int32_t *ids;   /* tokens; those of a session follow one another */
+    const int64_t *positions;   /* of each token in its session */
+    uint8_t *const *states;     /* of each token, its session's memory: KV, convolution and delta-rule state */
+    const int32_t *output_rows; /* [outputs], ascending: the tokens that get logits */
     float *logits;        /* [outputs][vocabulary] */
     int32_t substitute;   /* 1: experts may stand in for others, when this is a single token */
     fomoe_record record;
@@ -131,6 +133,7 @@ struct fomoe_step {
             const float *query_norm, *key_norm;  /* NULL: none */
             const float *query_bias, *key_bias, *value_bias; /* added before the norms, a row of each; NULL: none */
             int64_t key_offset, value_offset, context;
+            fomoe_kv_type type;
             int32_t heads, kv_heads, head_columns, query_stride, rotated;
             float epsilon;
         } kv;
@@ -138,6 +141,7 @@ struct fomoe_step {
             fomoe_rows query, output;
             const float *sinks; /* one more logit of each head; NULL: none */
             int64_t key_offset, value_offset, context;
+            fomoe_kv_type type;
             int64_t window; /* positions that a token sees, itself included; 0: all */
             int32_t heads, kv_heads, head_columns, query_stride;
             int32_t gated; /* 1: sigmoid(gate) follows each head's query in the same row */

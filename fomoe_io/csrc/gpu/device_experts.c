@@ -118,7 +118,7 @@ void fomoe_device_fail(fomoe_device_experts *e, int layer, int expert, int error
 
 int fomoe_device_has_failed(fomoe_device_experts *e, int layer) {
     if (e->copies.error) fomoe_device_fail(e, layer, -1, 1);
-    if (e->copies.patience->is_interrupted) fomoe_device_fail(e, layer, -1, -EINTR);
+    if (e->copies.patience->is_interrupted) fomoe_device_fail(e, layer, -1, -ECANCELED);
     return e->error;
 }
 

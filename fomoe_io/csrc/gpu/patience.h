@@ -3,20 +3,20 @@
 #ifndef FOMOE_PATIENCE_H
 #define FOMOE_PATIENCE_H
 
-#include <stdint.h>
+#include "read/watch.h"
 
 enum { FOMOE_STUCK = -2 }; /* stands where a device call's code would */
 
 typedef struct {
     uint64_t limit_ns;          /* the longest wait without progress */
     uint64_t interrupted_limit_ns; /* the same once the user has interrupted */
-    int (*was_interrupted)(void);  /* NULL: nobody asks */
-    int is_interrupted;            /* what it has answered; who raises the interrupt takes it back */
+    fomoe_watch *watch;            /* of the work that waits; NULL: nobody ends it */
+    int is_interrupted;            /* it was ended; who begins the next work takes that back */
 } fomoe_patience;
 
 /* One wait; begins as zeros, and again with every progress. */
 typedef struct {
-    uint64_t since_ns, asked_ns;
+    uint64_t since_ns;
     uint32_t rounds;
 } fomoe_wait;
 

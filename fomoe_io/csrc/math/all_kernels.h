@@ -4,8 +4,9 @@
 
 #include "lanes.h"
 
-#include "attention_kernels.h"
 #include "dot_kernels.h"
+
+#include "attention_kernels.h"
 #include "vector_kernels.h"
 
 const fomoe_instructions INSTRUCTIONS = {
@@ -22,5 +23,6 @@ const fomoe_instructions INSTRUCTIONS = {
     .conv_step = conv_step,
     .delta_step = delta_step,
     .attention_head = attention_head,
+    .to_kv = to_kv,
     .types = types,
 };

@@ -4,12 +4,17 @@
 
 #include <stdint.h>
 
-/* out[0..v_dim) = sum_t softmax_t(scale * q . k_t) v_t over t < length.  sink: one more logit of the softmax, without a
- * value; NULL: none.
- * keys: k_t at keys + t*key_stride floats; values alike.  scores: scratch of length floats.
+/* What keys and values are kept as; the numbers are ggml's. */
+typedef enum { FOMOE_KV_F32 = 0, FOMOE_KV_F16 = 1 } fomoe_kv_type;
+
+/* out[0..v_dim) = sum_t softmax_t(scale * q . k_t) v_t over t < length, computed in floats.  sink: one more logit of
+ * the softmax, without a value; NULL: none.
+ * keys: k_t at keys + t*key_stride elements; values alike.  scores: scratch of length floats.
  * q: k_dim floats. */
-void fomoe_attention_head(int k_dim, int v_dim, int64_t length, float scale, const float *q, const float *keys,
-                          int64_t key_stride, const float *values, int64_t value_stride, float *scores,
+void fomoe_attention_head(fomoe_kv_type type, int k_dim, int v_dim, int64_t length, float scale, const float *q,
+                          const void *keys, int64_t key_stride, const void *values, int64_t value_stride, float *scores,
                           const float *sink, float *out);
+/* n floats as keys or values are kept: halves are rounded to nearest even. */
+void fomoe_to_kv(fomoe_kv_type type, int n, const float *x, void *y);
 
 #endif

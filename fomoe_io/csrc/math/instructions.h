@@ -5,6 +5,7 @@
 #ifndef FOMOE_INSTRUCTIONS_H
 #define FOMOE_INSTRUCTIONS_H
 
+#include "attention.h"
 #include "dot.h"
 
 typedef struct {
@@ -22,9 +23,10 @@ typedef struct {
                       float *y);
     void (*delta_step)(int k_dim, int v_dim, const float *q, const float *k, const float *v, float beta, float decay,
                        float *state, float *out);
-    void (*attention_head)(int k_dim, int v_dim, int64_t length, float scale, const float *q, const float *keys,
-                           int64_t key_stride, const float *values, int64_t value_stride, float *scores,
-                           const float *sink, float *out);
+    void (*attention_head)(fomoe_kv_type type, int k_dim, int v_dim, int64_t length, float scale, const float *q,
+                           const void *keys, int64_t key_stride, const void *values, int64_t value_stride,
+                           float *scores, const float *sink, float *out);
+    void (*to_kv)(fomoe_kv_type type, int n, const float *x, void *y);
     const fomoe_type *types; /* the portable dot products; the last has no elements in a block */
 } fomoe_instructions;
 

@@ -61,7 +61,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "add_bias": Kernel(256, "ppi"),
         "ungroup": Kernel(256, "ppiiiiii"),
         "attention_merge": Kernel(256, "pppppiiii"),
-        "conv_step": Kernel(128, "ppppiii"),
+        "conv_step": Kernel(128, "pppppiii"),
         "gated_norm": Kernel(128, "pppppiif"),
         "route": Kernel(512, "pppiiif"),
         "route_by": Kernel(512, "pppppiiiif"),
@@ -90,11 +90,11 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         table[f"experts_gate_up_late_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pppppqqpppiii")
         table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiii")
     for cache in ("f32", "f16"):
-        table[f"attention_prepare_{cache}"] = Kernel(256, "ppppppppppiiiiif")
+        table[f"attention_prepare_{cache}"] = Kernel(256, "pppppppppppiiiiif")
         for dim in (64, 128, 256):
-            table[f"attention_{cache}_{dim}"] = Kernel(256, "pppppiiif")
+            table[f"attention_{cache}_{dim}"] = Kernel(256, "ppppppiiif")
     for dim in (64, 128):
-        table[f"delta_step_{dim}"] = Kernel(128, "pppppppiiiiif")
+        table[f"delta_step_{dim}"] = Kernel(128, "ppppppppiiiiif")
     return table
 
 

@@ -10,12 +10,12 @@
 #define ATTENTION_SPLIT 32
 
 // parts: [tokens][heads][splits][dim + 2]: weighted values, their largest score, the sum of weights.  Splits past the
-// token's position are left unwritten.  q: [tokens][heads][dim]; caches: [positions][kv_heads][dim].
-// Grid (kv_heads * blocks of a key head, splits, tokens); splits covers the longest context, so that a captured graph
-// fits every position.
+// token's position are left unwritten.  q: [tokens][heads][dim]; caches: [positions][kv_heads][dim]
+// in the memory of each token's session.  Grid (kv_heads * blocks of a key head, splits, tokens); splits covers the
+// longest context, so that a captured graph fits every position.
 template <class CACHE, int PER_LANE>
 DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const typename CACHE::element *v_cache,
-                   const replayed *positions, float *parts, int heads, int kv_heads, int splits, float scale) {
+                   const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits, float scale) {
     const int dim = 32 * PER_LANE, row = dim + 4;  // four floats apart, rows start in different banks
     __shared__ quad tile_quads[ATTENTION_SPLIT * row / 4], query_quads[ATTENTION_WARPS][dim / 4];
     __shared__ float weight_of[ATTENTION_WARPS][ATTENTION_SPLIT];
@@ -25,6 +25,8 @@ DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const
     const int g = block_x() % blocks * ATTENTION_WARPS + warp_index();
     const int length = (int)now(positions + token) + 1, begin = split * ATTENTION_SPLIT;
     if (begin >= length) return;
+    const u64 base = state_base(states, token);
+    k_cache = in_state(base, k_cache), v_cache = in_state(base, v_cache);
     const u64 head = (u64)token * heads + kv_head * group + (g < group ? g : 0);
     quad keys[PER_LANE], values[PER_LANE];
 #pragma unroll
@@ -103,9 +105,10 @@ EXPORT_KERNEL(attention_merge)
 #define ATTENTION_KERNEL(type, dim)                                                                                   \
     KERNEL(32 * ATTENTION_WARPS, attention_##type##_##dim)                                                            \
     (const float *q, const cache_##type::element *k_cache, const cache_##type::element *v_cache,                      \
-     const replayed *positions, float *parts, int heads, int kv_heads, int splits, float scale) {                          \
+     const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits,            \
+     float scale) {                                                                                                   \
         start_kernel();                                                                                               \
-        attend<cache_##type, dim / 32>(q, k_cache, v_cache, positions, parts, heads, kv_heads, splits, scale);        \
+        attend<cache_##type, dim / 32>(q, k_cache, v_cache, positions, states, parts, heads, kv_heads, splits, scale);        \
     }                                                                                                                 \
     EXPORT_KERNEL(attention_##type##_##dim)
 

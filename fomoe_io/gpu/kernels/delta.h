@@ -3,13 +3,15 @@
 #include "norms.h"
 
 // y[c] = silu(sum_j weight[c][j] * v_j), v_0.. = the channel's last taps - 1 inputs (oldest first), then this token's.
-// x, y: [tokens][channels]; state: [taps - 1][channels], moved on by every token.  Grid (channels / 128 up).
+// x, y: [tokens][channels]; state: [taps - 1][channels] of each token's session, moved on by every token.
+// Grid (channels / 128 up).
 KERNEL(128, conv_step)
-(const float *weight, const float *x, float *state, float *y, int channels, int taps, int tokens) {
+(const float *weight, const float *x, const replayed *states, float *place, float *y, int channels, int taps, int tokens) {
     start_kernel();
     const int c = block_x() * 128 + thread_index();
     if (c >= channels) return;
     for (int t = 0; t < tokens; ++t) {
+        float *state = in_state(state_base(states, t), place);
         const float now = x[(u64)t * channels + c];
         float sum = 0.f;
         for (int j = 0; j < taps - 1; ++j) {
@@ -26,27 +28,47 @@ EXPORT_KERNEL(conv_step)
 #define DELTA_WARPS 4
 #define DELTA_ROWS 4
 
+template <int PER_LANE>
+DEVICE void load_rows(const float *state, float (&memory)[DELTA_ROWS][PER_LANE]) {
+#pragma unroll
+    for (int r = 0; r < DELTA_ROWS; ++r)
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) memory[r][i] = state[32 * (r * PER_LANE + i)];
+}
+template <int PER_LANE>
+DEVICE void store_rows(const float (&memory)[DELTA_ROWS][PER_LANE], float *state) {
+#pragma unroll
+    for (int r = 0; r < DELTA_ROWS; ++r)
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) state[32 * (r * PER_LANE + i)] = memory[r][i];
+}
+
 // Per value head h, with q and k of unit length and q / sqrt(k_dim):
 //   state *= exp(softplus(alpha + dt) * a);  delta = sigmoid(beta) * (v - state k);  state += delta k^T;  y = state q.
 // Rows of the state (one a value element) do not meet, so a warp keeps DELTA_ROWS of them in registers for all tokens.
 // mixed: [tokens][2 * key_heads * k_dim + value_heads * v_dim] (q, k, v); alpha, beta: [tokens][value_heads];
-// state: [value_heads][v_dim][k_dim]; y: [tokens][value_heads][v_dim].  is_grouped: value head h reads key head
+// state: [value_heads][v_dim][k_dim] of each token's session, whose tokens follow one another;
+// y: [tokens][value_heads][v_dim].  is_grouped: value head h reads key head
 // h / (value_heads / key_heads), else h % key_heads.  Grid (v_dim / 16, value_heads).
 template <int PER_LANE>
 DEVICE void delta(const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a,
-                  float *state, float *y, int key_heads, int value_heads, int v_dim, int is_grouped, int tokens,
+                  const replayed *states, float *place, float *y, int key_heads, int value_heads, int v_dim, int is_grouped, int tokens,
                   float eps) {
     const int k_dim = 32 * PER_LANE, head = block_y(), lane = lane_index();
     const int first = (block_x() * DELTA_WARPS + warp_index()) * DELTA_ROWS;
     const int key_head = is_grouped ? head / (value_heads / key_heads) : head % key_heads;
     const u64 mixed_columns = 2 * (u64)key_heads * k_dim + (u64)value_heads * v_dim;
-    float *rows = state + ((u64)head * v_dim + first) * k_dim;
+    place += ((u64)head * v_dim + first) * k_dim + lane;
+    u64 base = state_base(states, 0);
     float memory[DELTA_ROWS][PER_LANE];
-#pragma unroll
-    for (int r = 0; r < DELTA_ROWS; ++r)
-#pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) memory[r][i] = rows[r * k_dim + 32 * i + lane];
+    load_rows<PER_LANE>(in_state(base, place), memory);
     for (int t = 0; t < tokens; ++t) {
+        const u64 base_now = state_base(states, t);
+        if (base_now != base) {
+            store_rows<PER_LANE>(memory, in_state(base, place));
+            load_rows<PER_LANE>(in_state(base_now, place), memory);
+            base = base_now;
+        }
         const float *now = mixed + t * mixed_columns, *v = now + 2 * key_heads * k_dim + head * v_dim + first;
         float q[PER_LANE], k[PER_LANE], q_squares = 0.f, k_squares = 0.f;
 #pragma unroll
@@ -80,18 +102,17 @@ DEVICE void delta(const float *mixed, const float *alpha, const float *beta, con
             if (lane == 0) y[((u64)t * value_heads + head) * v_dim + first + r] = out;
         }
     }
-#pragma unroll
-    for (int r = 0; r < DELTA_ROWS; ++r)
-#pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) rows[r * k_dim + 32 * i + lane] = memory[r][i];
+    store_rows<PER_LANE>(memory, in_state(base, place));
 }
 
 #define DELTA_KERNEL(dim)                                                                                             \
     KERNEL(32 * DELTA_WARPS, delta_step_##dim)                                                                        \
-    (const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a, float *state,        \
-     float *y, int key_heads, int value_heads, int v_dim, int is_grouped, int tokens, float eps) {                    \
+    (const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a,                      \
+     const replayed *states, float *place, float *y, int key_heads, int value_heads, int v_dim, int is_grouped,       \
+     int tokens, float eps) {                                                                                         \
         start_kernel();                                                                                               \
-        delta<dim / 32>(mixed, alpha, beta, dt, a, state, y, key_heads, value_heads, v_dim, is_grouped, tokens, eps); \
+        delta<dim / 32>(mixed, alpha, beta, dt, a, states, place, y, key_heads, value_heads, v_dim, is_grouped,       \
+                        tokens, eps);                                                                                 \
     }                                                                                                                 \
     EXPORT_KERNEL(delta_step_##dim)
 

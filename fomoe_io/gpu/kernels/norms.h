@@ -93,12 +93,13 @@ struct cache_f16 {
 // (a null weight: not), then their first `rotary` elements are rotated in pairs (j, j + rotary / 2); keys and values go
 // to the cache at the token's position.
 // q: [tokens][heads] rows q_stride apart; k, v: [tokens][kv_heads][dim]; cos_sin: [positions][rotary / 2][2];
-// q_out: [tokens][heads][dim]; caches: [positions][kv_heads][dim].  dim <= 256.  Grid (heads + 2 * kv_heads, tokens).
+// q_out: [tokens][heads][dim]; caches: [positions][kv_heads][dim] in the memory of each token's session.  dim <= 256.
+// Grid (heads + 2 * kv_heads, tokens).
 template <class CACHE>
 DEVICE void prepare_head(const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm,
-                         const float *cos_sin, const replayed *positions, float *q_out, typename CACHE::element *k_cache,
-                         typename CACHE::element *v_cache, int heads, int kv_heads, int dim, int q_stride, int rotary,
-                         float eps) {
+                         const float *cos_sin, const replayed *positions, const replayed *states, float *q_out,
+                         typename CACHE::element *k_cache, typename CACHE::element *v_cache, int heads, int kv_heads,
+                         int dim, int q_stride, int rotary, float eps) {
     __shared__ float values[256];
     const int token = block_y(), i = thread_index();
     const bool is_query = block_x() < heads, is_key = !is_query && block_x() < heads + kv_heads;
@@ -126,16 +127,16 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
     if (is_query)
         q_out[((u64)token * heads + head) * dim + i] = x;
     else
-        (is_key ? k_cache : v_cache)[place] = CACHE::put(x);
+        in_state(state_base(states, token), is_key ? k_cache : v_cache)[place] = CACHE::put(x);
 }
 
 #define PREPARE_KERNEL(type)                                                                                          \
     KERNEL(256, attention_prepare_##type)                                                                             \
     (const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm, const float *cos_sin,  \
-     const replayed *positions, float *q_out, cache_##type::element *k_cache, cache_##type::element *v_cache, int heads,   \
-     int kv_heads, int dim, int q_stride, int rotary, float eps) {                                                    \
+     const replayed *positions, const replayed *states, float *q_out, cache_##type::element *k_cache,                 \
+     cache_##type::element *v_cache, int heads, int kv_heads, int dim, int q_stride, int rotary, float eps) { \
         start_kernel();                                                                                               \
-        prepare_head<cache_##type>(q, k, v, q_norm, k_norm, cos_sin, positions, q_out, k_cache, v_cache, heads,       \
+        prepare_head<cache_##type>(q, k, v, q_norm, k_norm, cos_sin, positions, states, q_out, k_cache, v_cache, heads, \
                                    kv_heads, dim, q_stride, rotary, eps);                                             \
     }                                                                                                                 \
     EXPORT_KERNEL(attention_prepare_##type)

@@ -101,6 +101,7 @@ DEVICE int dot4(int a, int b, int c) {
 }
 
 #elif defined(__CUDACC__) || defined(__CUDACC_RTC__)
+#define GLOBAL_MEMORY
 #define DEVICE static __device__ __forceinline__
 #define DEVICE_MEMBER __device__ __forceinline__
 #define KERNEL(threads, name) extern "C" __global__ void __launch_bounds__(threads) name
@@ -221,6 +222,13 @@ struct replayed {
     u32 word;
 };
 DEVICE u32 now(const replayed *p) { return system_load4(p); }
+
+// Where the memory of a token's session begins: states holds an address a token, or is null, and places are addresses.
+DEVICE u64 state_base(const replayed *states, int token) { return states ? system_load8(states + 2 * (u64)token) : 0; }
+template <class T>
+DEVICE T *in_state(u64 base, T *place) {
+    return (T *)(GLOBAL_MEMORY T *)(base + (u64)place);
+}
 
 DEVICE int lane_index() { return thread_index() & 31; }
 DEVICE int warp_index() { return thread_index() >> 5; }

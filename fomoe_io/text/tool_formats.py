@@ -1,0 +1,272 @@
+"""How models write calls of functions: one entry of a table for each way that a chat template may teach."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fomoe_io.text.grammar import Form, json_rule, quoted
+
+
+class Function(NamedTuple):
+    """One that the model may call; a strict one is called as its schema says, or refused."""
+
+    name: str
+    schema: Mapping[str, Any]
+    is_strict: bool = False
+
+
+class Thoughts(NamedTuple):
+    """What stands around thoughts, and before what is not one."""
+
+    begin: str
+    end: str
+    plain: str = ""
+
+
+THINK = Thoughts("<think>", "</think>")
+ANALYSIS = Thoughts("<|channel|>analysis<|message|>", "<|end|><|start|>assistant", "<|channel|>final<|message|>")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """A way to write calls.
+
+    Attributes
+    ----------
+    name : str
+    marks : tuple of str
+        All stand in a template that teaches it.
+    begin, end : str
+        Around a call, or around several.
+    head : Pattern
+        Of a call: its first group is the function's name.
+    parameter : Pattern or None
+        What stands before a value: its first group is the key.  None: the arguments are a JSON object.
+    value_end : str
+    tail : Pattern
+        What ends a call, within `begin` and `end`.
+    is_padded : bool
+        Values are on lines of their own.
+    rule : callable
+        A rule's right-hand side for what follows `begin` until `end`, for functions; and the rules that it refers to.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    begin: str
+    end: str
+    head: re.Pattern[str]
+    rule: Callable[[Sequence[Function]], tuple[str, str]]
+    tail: re.Pattern[str]
+    parameter: re.Pattern[str] | None = None
+    value_end: str = ""
+    is_padded: bool = False
+
+
+# ---- rules ----
+
+
+def _json_calls(functions: Sequence[Function]) -> tuple[str, str]:
+    heads = ['{"name": "' + function.name + '", "arguments": ' for function in functions]
+    return f'"\\n" ({_with_arguments(heads, "}")}) "\\n</tool_call>"', _json_arguments(functions)
+
+
+def _with_arguments(heads: Sequence[str], end: str = "") -> str:
+    after = quoted(end) if end else ""
+    return " | ".join(f"{quoted(head)} arguments_{number} {after}" for number, head in enumerate(heads))
+
+
+def _json_arguments(functions: Sequence[Function]) -> str:
+    return "".join(
+        f"arguments_{number}: {json_rule(_object(f.schema), is_lenient=not f.is_strict)}\n"
+        for number, f in enumerate(functions)
+    )
+
+
+def _object(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"type": "object", **schema}
+
+
+def _harmony_calls(functions: Sequence[Function]) -> tuple[str, str]:
+    heads = [f"functions.{function.name} <|constrain|>json<|message|>" for function in functions]
+    return _with_arguments(heads), _json_arguments(functions)
+
+
+class _Tags(NamedTuple):
+    """How a format of tags writes things, for its rules; {} stands for a name."""
+
+    function: str
+    parameter: str
+    value_end: str
+    function_end: str
+    section: str = "call"
+
+
+def _tag_calls(tags: _Tags) -> Callable[[Sequence[Function]], tuple[str, str]]:
+    def rule(functions: Sequence[Function]) -> tuple[str, str]:
+        found = [f"value[lazy]: /(.|\\n)*/ {quoted(tags.value_end)}", f"call: {_alternatives(len(functions))}"]
+        for number, function in enumerate(functions):
+            name = f"call_{number}"
+            parts, rules = _parameters(name, function, tags)
+            found += [f"{name}: {quoted(tags.function.format(function.name))} {parts} {quoted(tags.function_end)}"]
+            found += rules
+        return tags.section, "\n".join(found) + "\n"
+
+    return rule
+
+
+def _alternatives(count: int) -> str:
+    return " | ".join(f"call_{number}" for number in range(count))
+
+
+def _parameters(name: str, function: Function, tags: _Tags) -> tuple[str, list[str]]:
+    """Parameters in the schema's order, those that are not required as the model likes."""
+    properties, required = function.schema.get("properties") or {}, function.schema.get("required") or ()
+    parts, rules = [], []
+    for number, (key, schema) in enumerate(properties.items()):
+        rule = f"{name}_{number}"
+        parts.append(rule if key in required else f"{rule}?")
+        rules.append(f"{rule}: {quoted(tags.parameter.format(key))} {_value(schema, function, tags)}")
+    if not properties and function.schema.get("additionalProperties") is not False:
+        before, _, after = tags.parameter.partition("{}")
+        parts.append(f"{name}_any*")
+        rules.append(f"{name}_any: {quoted(before)} /[A-Za-z0-9_-]+/ {quoted(after)} value")
+    return " ".join(parts), rules
+
+
+def _value(schema: Any, function: Function, tags: _Tags) -> str:
+    if not is_text(schema):
+        definitions = {key: function.schema[key] for key in ("$defs", "definitions") if key in function.schema}
+        inner = {**(schema if isinstance(schema, Mapping) else {}), **definitions}
+        return f"{json_rule(inner, is_lenient=not function.is_strict)} {quoted(tags.value_end)}"
+    if "enum" not in schema:
+        return "value"
+    return f"({' | '.join(quoted(str(text)) for text in schema['enum'])}) {quoted(tags.value_end)}"
+
+
+def is_text(schema: Any) -> bool:
+    """Whether a value of this schema is a text, which formats of tags write as it is."""
+    if not isinstance(schema, Mapping):
+        return False
+    if "enum" in schema:
+        return bool(schema["enum"]) and all(isinstance(value, str) for value in schema["enum"])
+    return schema.get("type") == "string"
+
+
+# ---- the table ----
+
+HARMONY = ToolFormat(
+    name="harmony",
+    marks=("<|channel|>", "commentary"),
+    begin="<|channel|>commentary to=",
+    end="<|call|>",
+    head=re.compile(r"to=(?:functions\.)?([\w.-]+)"),
+    rule=_harmony_calls,
+    tail=re.compile(r"<\|call\|>"),
+)
+"""Of gpt-oss, whose answers have channels: read by a parser of its own."""
+
+FORMATS = (
+    HARMONY,
+    ToolFormat(
+        name="minimax-m2",
+        marks=("<minimax:tool_call>", "<invoke name="),
+        begin="<minimax:tool_call>",
+        end="</minimax:tool_call>",
+        head=re.compile(r'\s*<invoke name="?([^">\n]+)"?>'),
+        parameter=re.compile(r'\s*<parameter name="?([^">\n]+)"?>'),
+        value_end="</parameter>",
+        tail=re.compile(r"\s*</invoke>"),
+        rule=_tag_calls(
+            _Tags('<invoke name="{}">\n', '<parameter name="{}">', "</parameter>\n", "</invoke>\n",
+                  r'"\n" call+ "</minimax:tool_call>"')
+        ),
+    ),
+    ToolFormat(
+        name="glm-4.5",
+        marks=("<tool_call>", "<arg_key>"),
+        begin="<tool_call>",
+        end="</tool_call>",
+        head=re.compile(r"\s*([^\s<]+)(?=[\s<])"),
+        parameter=re.compile(r"\s*<arg_key>([^<]+)</arg_key>\s*<arg_value>"),
+        value_end="</arg_value>",
+        tail=re.compile(r"(?=\s*</tool_call>)"),
+        rule=_tag_calls(
+            _Tags("{}\n", "<arg_key>{}</arg_key>\n<arg_value>", "</arg_value>\n", "</tool_call>")
+        ),
+    ),
+    ToolFormat(
+        name="qwen3-coder",
+        marks=("<tool_call>", "<function=", "<parameter="),
+        begin="<tool_call>",
+        end="</tool_call>",
+        head=re.compile(r"\s*<function=([^>\n]+)>"),
+        parameter=re.compile(r"\s*<parameter=([^>\n]+)>"),
+        value_end="</parameter>",
+        tail=re.compile(r"\s*</function>"),
+        is_padded=True,
+        rule=_tag_calls(
+            _Tags("<function={}>\n", "<parameter={}>\n", "\n</parameter>\n", "</function>\n",
+                  r'"\n" call "</tool_call>"')
+        ),
+    ),
+    ToolFormat(
+        name="hermes",
+        marks=("<tool_call>", '"name"', '"arguments"'),
+        begin="<tool_call>",
+        end="</tool_call>",
+        head=re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'),
+        tail=re.compile(r"\s*\}?"),
+        rule=_json_calls,
+    ),
+)  # fmt: skip
+"""The first whose marks a template has is its format."""
+
+
+def tool_format(template: str) -> ToolFormat | None:
+    """The way that a chat template teaches; None where it knows no tools, or is not in the table."""
+    if "tools" not in template:
+        return None
+    return next((known for known in FORMATS if all(mark in template for mark in known.marks)), None)
+
+
+def thoughts_of(template: str) -> Thoughts | None:
+    """How a model with this template thinks, if it does."""
+    if "<|channel|>" in template and "analysis" in template:
+        return ANALYSIS
+    return THINK if THINK.end in template else None
+
+
+# ---- whole answers ----
+
+
+def must_call(known: ToolFormat, functions: Sequence[Function], *, is_parallel: bool) -> tuple[Form, Thoughts | None]:
+    """The form of an answer that calls; and what stands around its thoughts where that is not as usual."""
+    rule, rules = known.rule(functions)
+    if known is HARMONY:
+        return Form(rule, rules), ANALYSIS._replace(plain=known.begin)
+    more = f"(BETWEEN {quoted(known.begin)} section)*" if is_parallel else ""
+    rules = f"section: {rule}\nBETWEEN: /\\n{{0,2}}/\n{rules}"
+    return Form(f"{quoted(known.begin)} section {more}", rules), None
+
+
+def may_call(known: ToolFormat, functions: Sequence[Function], *, is_parallel: bool) -> Form | None:
+    """The form of an answer whose calls, if it has any, are well-formed; None where that can't be told beforehand."""
+    if known is HARMONY:
+        return None
+    rule, rules = known.rule(functions)
+    rules = (
+        f"trigger[lazy]: /(.|\\n)*/ {quoted(known.begin)}\nTEXT: /(.|\\n)*/\nAFTER: /[ \\n]*/\nsection: {rule}\n{rules}"
+    )
+    return Form("(trigger section)* TEXT" if is_parallel else "TEXT | trigger section AFTER", rules)
+
+
+def must_not_call(known: ToolFormat) -> Form | None:
+    """The form of an answer without calls."""
+    if known is HARMONY:
+        return None
+    text = "/(.|\\n)*/"
+    return Form("TEXT", f"TEXT: {text} & ~/(.|\\n)*{re.escape(known.begin)}(.|\\n)*/\n")
