@@ -48,6 +48,9 @@ class HubServer(ThreadingHTTPServer):
         """Another host, as far as a client knows."""
         return f"http://localhost:{self.server_address[1]}/store"
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that leaves is none."""
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
