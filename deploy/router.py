@@ -34,7 +34,7 @@ UNHEALTHY_SECONDS = 5.0
 """How long a replica that could not be reached is asked last."""
 LARGEST_BODY_BYTES = 64 << 20
 _CHANGING = re.compile(r'x-anthropic-billing-header:[^"\\]*')
-_OF_A_HOP = {"connection", "content-length", "host", "keep-alive", "te", "transfer-encoding", "upgrade"}
+_OF_A_HOP = {"connection", "content-length", "host", "keep-alive", "transfer-encoding", "upgrade"}
 
 
 def beginning(body: bytes) -> bytes | None:
