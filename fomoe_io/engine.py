@@ -120,7 +120,7 @@ class Engine:
     def memory_lines(self) -> list[str]:
         """Where the memory goes, for the banner; with how to ask for the same budget where nobody did."""
         mib = -(-self.budgets.ram_bytes // (1 << 20))
-        return self.backend.memory_lines("" if self.config.ram_bytes is not None else f" (--ram {mib}M repeats it)")
+        return self.backend.memory_lines(f" (--ram {mib}M{'' if self.config.ram_bytes is not None else ' repeats it'})")
 
     # ---- opening ----
 

@@ -119,4 +119,52 @@ class RamBudget:
         mib = -(-smallest // (1 << 20)) + 1
         what = "" if self.slots is None else f" with {self.slots} slots a layer"
         hint = f"--ram {mib}M" if self.slots is None else f"--ram {mib}M, or fewer --slots"
-        return BudgetError(f"a memory budget of {format_bytes(limit)} is too small for {self._name}{what}", hint=hint)
+        error = BudgetError(f"a memory budget of {format_bytes(limit)} is too small for {self._name}{what}", hint=hint)
+        error.smallest_bytes = smallest
+        return error
+
+
+class RamPart:
+    """A device's part of a budget, where several share a model.
+
+    Parameters
+    ----------
+    budget : RamBudget
+    limit_bytes : int
+        Of the whole process.
+    share : float
+        This device's of what is not spoken for.
+    is_first : bool
+        What is spoken for is counted here.
+    """
+
+    def __init__(self, budget: RamBudget, limit_bytes: int, share: float, is_first: bool) -> None:
+        self._budget, self._limit_bytes, self._share, self._is_first = budget, limit_bytes, share, is_first
+        self.slots = budget.slots
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What is spoken for before the device's host memory."""
+        return self._budget.fixed_bytes if self._is_first else 0
+
+    def kept_bytes(self, spare_bytes: int, limit: int, parts: StateParts, context_tokens: int) -> int:
+        """As :meth:`RamBudget.kept_bytes`, of what this device keeps of a session."""
+        return self._budget.kept_bytes(spare_bytes, limit, parts, context_tokens)
+
+    def limit(self, smallest: int) -> int:
+        """The part's bound.
+
+        Raises
+        ------
+        BudgetError
+            It is less than `smallest`.
+        """
+        limit = self.fixed_bytes + int(self._share * (self._limit_bytes - self._budget.fixed_bytes))
+        if limit < smallest:
+            raise self.too_small(limit, smallest)
+        return limit
+
+    def too_small(self, limit: int, smallest: int) -> BudgetError:
+        """The error that names what would do for the whole."""
+        whole = self._budget.fixed_bytes + int((smallest - self.fixed_bytes) / self._share)
+        return self._budget.too_small(self._limit_bytes, whole)

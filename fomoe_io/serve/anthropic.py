@@ -182,6 +182,9 @@ def _thinking(wanted: Mapping[str, Any] | None) -> dict[str, Any]:
     if wanted is None:
         return {}
     kind = wanted.get("type")
+    unknown = sorted(wanted.keys() - {"type", "budget_tokens", "display"})
+    if unknown:
+        raise bad_request(f"thinking.{unknown[0]} is not supported")
     if kind not in ("enabled", "disabled", "adaptive"):
         raise bad_request(f"thinking of type {kind!r} is not supported")
     return {"enable_thinking": str(kind) != "disabled"}

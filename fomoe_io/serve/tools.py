@@ -169,16 +169,18 @@ def response_form(wanted: Any, *, schema_key: str | None = "json_schema") -> For
     if wanted is None:
         return None
     kind = wanted.get("type") if isinstance(wanted, dict) else None
+    if kind not in ("text", "json_object", "json_schema"):
+        raise bad_request(f"response_format of type {kind!r} is not supported", param="response_format")
+    inner = wanted.get(schema_key) if schema_key and kind == "json_schema" else None
+    described = inner if isinstance(inner, dict) else wanted
+    unknown = sorted(
+        (wanted.keys() | described.keys()) - {"type", "schema", schema_key, "name", "description", "strict"}
+    )
+    if unknown:
+        raise bad_request(f"response_format.{unknown[0]} is not supported", param="response_format")
     if kind == "text":
         return None
-    schema: Any = None
-    if kind == "json_object":
-        schema = wanted.get("schema", {"type": "object"})
-    elif kind == "json_schema":
-        inner = wanted.get(schema_key) if schema_key else None
-        schema = (inner if isinstance(inner, dict) else wanted).get("schema")
-    else:
-        raise bad_request(f"response_format of type {kind!r} is not supported", param="response_format")
+    schema = described.get("schema", {"type": "object"} if kind == "json_object" else None)
     if not isinstance(schema, dict):
         raise bad_request("response_format has no schema that is an object", param="response_format")
     return json_form(schema)

@@ -148,7 +148,7 @@ def test_llama_servers_flags(demo_model: Path, tmp_path: Path) -> None:
         "--model", str(demo_model), "--host", "127.0.0.1", "--alias", "tiny,small", "-c", "256", "-t", "2", "-b", "64",
         "-ub", "32", "--temp", "0", "--top-k", "1", "--seed", "42", "-n", "7", "-ngl", "99", "-np", "4", "-fa", "on",
         "--jinja", "--no-mmap", "-cb", "--metrics", "--reasoning-format", "deepseek",
-        "--chat-template", "chatml", "-ctk", "f16", "--api-key", "k1,k2", "--timeout", "60",
+        "--chat-template", "chatml", "-ctk", "f16", "-ctv", "f16", "--api-key", "k1,k2", "--timeout", "60",
     )  # fmt: skip
     with command(*flags, cache=tmp_path, FOMOE_API_KEY="k3") as process:
         url = url_of(process)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fomoe_io import Engine
 from fomoe_io.serve.settings import ServeConfig
 from tests.serve.conftest import GREEDY, Live, serving
-from tests.serve.test_tools import ANIMAL, ASK, BLOCKS, FLAT, TEMPLATE, TOOLS
+from tests.serve.tool_requests import ANIMAL, ASK, BLOCKS, FLAT, TEMPLATE, TOOLS
 
 SCALE = float(os.environ.get("FOMOE_FUZZ_SCALE", "1"))
 CALL = {"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}

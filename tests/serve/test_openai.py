@@ -138,6 +138,8 @@ def test_progress(client: Any) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "syntax": 1}}}, "syntax"),
+        ({"response_format": {"type": "text", "syntax": 1}}, "syntax"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "tool_call_id"),
         ({"messages": [{"role": "alien", "content": "x"}]}, "alien"),
