@@ -78,16 +78,12 @@ def test_stale_words_are_found() -> None:
     assert self_test.judge_replays([0, 9, 9, 9], 10, 2.0).status == "OK"
 
 
-def test_rows_go_from_device_to_device(monkeypatch: pytest.MonkeyPatch, fake: Fake) -> None:
+def test_rows_go_from_device_to_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hop_test, "HOPS", 2)
     monkeypatch.setattr(hop_test, "COLUMNS", 256)
     monkeypatch.setenv("FAKE_HIP_DEVICES", "2")
     hops = found()["hops"]
     assert hops.status == "OK" and "to hip:1 take" in hops.found
-    gpu = device.Gpu("hip:0")
-    fake.hang("hipGraphLaunch")
-    with pytest.raises(DeviceError, match=r"did not arrive within 0\.5 s"):
-        hop_test.hop_us(gpu, device.Gpu("hip:1"), 0.5)
 
 
 def test_contents_that_change_between_devices_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
