@@ -1,4 +1,4 @@
-"""Write a synthetic qwen35moe GGUF with the layer shapes of a real model, at the speed of the disk.
+"""Write a synthetic GGUF with the layer shapes of a real model, at the speed of the disk.
 
 Weights are random valid quantization blocks (the Q4_K_M mixture of llama-quantize), so speed and memory behave as
 those of the real model; the text is noise.  Expert popularity follows a law or a profile: one hidden channel carries
@@ -8,6 +8,7 @@ guessed as often as that (published for Qwen3.5: 0.82 to 0.88); without it, at r
 
     python bench/make_model.py --preset 35b-a3b --layers 16 -o model.gguf
     python bench/make_model.py --preset 397b-a17b --layers 8 --recall 0.85 -o model.gguf
+    python bench/make_model.py --preset gpt-oss-120b-a5b --layers 4 -o model.gguf
 
 llama.cpp runs the file too, so both can be timed on it.
 """
@@ -17,17 +18,35 @@ from __future__ import annotations
 import argparse
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
 import gguf
 import numpy as np
 from lookahead_recall import ROUTER_NOISE, Stream, cosine_for, measured_recall, stream_for
+from model_families import (
+    F32,
+    MXFP4,
+    PRE_TOKENIZERS,
+    PRESETS,
+    Q4_K,
+    Q5_0,
+    Q6_K,
+    Q8_0,
+    Preset,
+    Tensor,
+    attention,
+    delta,
+    dense,
+    experts,
+    keys_of,
+    more_bits,
+    stored_as,
+)  # fmt: skip
 
 from fomoe_io.storage.gguf import tensor_bytes
 
-F32, Q4_K, Q6_K = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K
 POOL_BLOCKS = 1 << 16
 """Random blocks generated once; a tensor is written from random places of this pool."""
 
@@ -38,32 +57,6 @@ BIAS_COLUMNS = 683
 
 SUBLAYER_GAIN = 0.05
 """What a sublayer adds to the residual stream without --recall: so little that the next router sees the same stream."""
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Sizes of a model of the family (docs: the family's published configurations)."""
-
-    columns: int
-    heads: int
-    experts: int
-    used: int
-    hidden: int
-    value_heads: int
-    layers: int
-    vocabulary: int = 248320
-    kv_heads: int = 2
-    head_columns: int = 256
-    key_heads: int = 16
-    state_columns: int = 128
-    taps: int = 4
-
-
-PRESETS = {
-    "35b-a3b": Preset(columns=2048, heads=16, experts=256, used=8, hidden=512, value_heads=32, layers=40),
-    "122b-a10b": Preset(columns=3072, heads=32, experts=256, used=8, hidden=1024, value_heads=64, layers=48),
-    "397b-a17b": Preset(columns=4096, heads=32, experts=512, used=10, hidden=1024, value_heads=64, layers=60),
-}
 
 
 def popularity(source: str, layers: int, experts: int, random: np.random.Generator) -> np.ndarray:
@@ -113,8 +106,12 @@ class BlockPool:
         if self.kind == Q4_K:  # w = d * scale * q - dmin * minimum; dmin = 7.5 d centres it
             d = deviation / 286
             self.blocks[:, :4] = np.array([d, 7.5 * d], np.float16).view(np.uint8)
-        else:  # Q6_K: w = d * scale * q
+        elif self.kind == Q6_K:  # w = d * scale * q
             self.blocks[:, -2:] = np.array([deviation / 1367], np.float16).view(np.uint8)
+        elif self.kind == MXFP4:  # w = t[q] * 2^(e - 128)
+            self.blocks[:, 0] = 127 + round(np.log2(deviation / 3))
+        else:  # w = d * q
+            self.blocks[:, :2] = np.array([deviation / {Q8_0: 73.9, Q5_0: 9.2}[self.kind]], np.float16).view(np.uint8)
 
     def rows(self, count: int, blocks_a_row: int) -> Iterator[np.ndarray]:
         """Pieces of uint8 [blocks, bytes] that make up `count` rows; the first row is all zero."""
@@ -130,23 +127,6 @@ class BlockPool:
                 first = False
             yield piece
             left -= size
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor to write; `deviation` for random blocks, `values` for float32 data."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: gguf.GGMLQuantizationType
-    deviation: float = 0.0
-    values: np.ndarray | None = None
-
-
-def more_bits(layer: int, layers: int) -> bool:
-    """llama-quantize's rule for the layers of Q4_K_M that get Q6_K."""
-    eighth = layers // 8
-    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 def embedding(p: Preset, random: np.random.Generator) -> np.ndarray:
@@ -168,6 +148,11 @@ def embedding(p: Preset, random: np.random.Generator) -> np.ndarray:
     return rows.reshape(-1, 144)
 
 
+def has_constant(p: Preset) -> bool:
+    """Whether the popularity comes by the stream; gpt-oss' router has a bias for it."""
+    return p.architecture != "gpt-oss"
+
+
 def constant_share(p: Preset) -> float:
     """Part of an embedding's energy that the constant channel carries."""
     return BIAS_COLUMNS / (BIAS_COLUMNS + p.columns)
@@ -178,7 +163,8 @@ def router(p: Preset, shares: np.ndarray, constant: float, random: np.random.Gen
     normed_constant = np.sqrt(constant * p.columns)
     noise_energy = np.sqrt((1 - constant) * p.columns)
     rows = random.standard_normal((p.experts, p.columns)) * (ROUTER_NOISE / noise_energy)
-    rows[:, 0] = (np.log(shares) - np.log(shares).mean()) / normed_constant
+    if has_constant(p):
+        rows[:, 0] = (np.log(shares) - np.log(shares).mean()) / normed_constant
     return rows.astype(np.float32)
 
 
@@ -187,44 +173,19 @@ def layer_tensors(
 ) -> Iterator[Tensor]:
     """The tensors of one layer, in the order llama.cpp's converter has them roughly."""
     d, high = p.columns, Q6_K if more_bits(layer, layers) else Q4_K
-    keys, values = p.key_heads * p.state_columns, p.value_heads * p.state_columns
-    unit, out = d**-0.5, float(stream.gains[layer])
-    b = f"blk.{layer}."
-    ones = np.ones(d, np.float32)
+    b, out = f"blk.{layer}.", float(stream.gains[layer])
+    ones, norm = np.ones(d, np.float32), "ffn_norm" if p.architecture == "minimax-m2" else "post_attention_norm"
     yield Tensor(b + "attn_norm.weight", (d,), F32, values=ones)
-    yield Tensor(b + "post_attention_norm.weight", (d,), F32, values=ones)
-    if (layer + 1) % 4 == 0:
-        width = p.heads * p.head_columns
-        head = np.ones(p.head_columns, np.float32)
-        yield Tensor(b + "attn_q.weight", (d, 2 * width), Q4_K, unit)
-        yield Tensor(b + "attn_k.weight", (d, p.kv_heads * p.head_columns), Q4_K, unit)
-        yield Tensor(b + "attn_v.weight", (d, p.kv_heads * p.head_columns), high, unit)
-        yield Tensor(b + "attn_output.weight", (width, d), Q4_K, out * width**-0.5)
-        yield Tensor(b + "attn_q_norm.weight", (p.head_columns,), F32, values=head)
-        yield Tensor(b + "attn_k_norm.weight", (p.head_columns,), F32, values=head)
+    yield Tensor(b + f"{norm}.weight", (d,), F32, values=ones)
+    if p.is_mixed and (layer + 1) % 4:
+        yield from delta(p, b, high, out, random)
     else:
-        channels = 2 * keys + values
-        yield Tensor(b + "attn_qkv.weight", (d, channels), high, unit)
-        yield Tensor(b + "attn_gate.weight", (d, values), Q4_K, unit)
-        yield Tensor(b + "ssm_beta.weight", (d, p.value_heads), Q4_K, unit)
-        yield Tensor(b + "ssm_alpha.weight", (d, p.value_heads), Q4_K, unit)
-        taps = random.standard_normal((channels, p.taps)).astype(np.float32)
-        yield Tensor(b + "ssm_conv1d.weight", (p.taps, channels), F32, values=taps)
-        yield Tensor(b + "ssm_dt.bias", (p.value_heads,), F32, values=np.zeros(p.value_heads, np.float32))
-        decay = -random.uniform(0.05, 1, p.value_heads).astype(np.float32)
-        yield Tensor(b + "ssm_a", (p.value_heads,), F32, values=decay)
-        yield Tensor(b + "ssm_norm.weight", (p.state_columns,), F32, values=np.ones(p.state_columns, np.float32))
-        yield Tensor(b + "ssm_out.weight", (values, d), Q4_K, out * values**-0.5)
-    yield Tensor(
-        b + "ffn_gate_inp.weight", (d, p.experts), F32, values=router(p, shares, float(stream.constant[layer]), random)
-    )
-    for suffix, count in (("exps", (p.experts,)), ("shexp", ())):
-        yield Tensor(b + f"ffn_down_{suffix}.weight", (p.hidden, d, *count), high, out * p.hidden**-0.5)
-        yield Tensor(b + f"ffn_gate_{suffix}.weight", (d, p.hidden, *count), Q4_K, unit)
-        yield Tensor(b + f"ffn_up_{suffix}.weight", (d, p.hidden, *count), Q4_K, unit)
-    yield Tensor(
-        b + "ffn_gate_inp_shexp.weight", (d, 1), F32, values=random.standard_normal(d).astype(np.float32) * unit
-    )
+        yield from attention(p, b, high, out)
+    if layer < p.dense_layers:
+        yield from dense(p, b, high, out)
+    else:
+        rows = router(p, shares, float(stream.constant[layer]), random)
+        yield from experts(p, b, high, out, rows, np.log(shares) - np.log(shares).mean(), random)
 
 
 def vocabulary(size: int) -> tuple[list[str], list[int], list[str]]:
@@ -244,23 +205,11 @@ def add_metadata(writer: gguf.GGUFWriter, p: Preset, layers: int) -> None:
     writer.add_name(f"synthetic, {layers} layers")
     writer.add_file_type(15)
     writer.add_quantization_version(2)
-    a = "qwen35moe."
-    for key, value in {
-        "block_count": layers, "context_length": 262144, "embedding_length": p.columns,
-        "attention.head_count": p.heads, "attention.head_count_kv": p.kv_heads,
-        "attention.key_length": p.head_columns, "attention.value_length": p.head_columns,
-        "rope.dimension_count": 64, "expert_count": p.experts, "expert_used_count": p.used,
-        "expert_feed_forward_length": p.hidden, "expert_shared_feed_forward_length": p.hidden,
-        "ssm.conv_kernel": p.taps, "ssm.state_size": p.state_columns, "ssm.group_count": p.key_heads,
-        "ssm.time_step_rank": p.value_heads, "ssm.inner_size": p.value_heads * p.state_columns,
-        "full_attention_interval": 4,
-    }.items():  # fmt: skip
-        writer.add_uint32(a + key, value)
-    writer.add_float32(a + "attention.layer_norm_rms_epsilon", 1e-6)
-    writer.add_float32(a + "rope.freq_base", 1e7)
-    writer.add_array(a + "rope.dimension_sections", [11, 11, 10, 0])
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in keys_of(p, layers).items():
+        add.get(type(value), writer.add_array)(f"{p.architecture}.{key}", value)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen35")
+    writer.add_tokenizer_pre(PRE_TOKENIZERS[p.architecture])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
@@ -311,9 +260,11 @@ def write_layers(
 ) -> None:
     """All tensors of a model whose layers treat the stream that way."""
     tensors = [
-        Tensor("token_embd.weight", (p.columns, p.vocabulary), Q4_K, values=embedding(p, random)),
+        Tensor("token_embd.weight", (p.columns, p.vocabulary), Q4_K, values=embedding(p, random))
+        if has_constant(p)
+        else Tensor("token_embd.weight", (p.columns, p.vocabulary), Q8_0, 1.0),
         Tensor("output_norm.weight", (p.columns,), F32, values=np.ones(p.columns, np.float32)),
-        Tensor("output.weight", (p.columns, p.vocabulary), Q6_K, p.columns**-0.5),
+        Tensor("output.weight", (p.columns, p.vocabulary), stored_as(p, Q6_K, p.columns), p.columns**-0.5),
     ]
     for layer in range(layers):
         tensors += layer_tensors(p, layer, layers, shares[layer], stream, random)
@@ -322,7 +273,7 @@ def write_layers(
 
 def write(path: Path, p: Preset, layers: int, tensors: list[Tensor], random: np.random.Generator) -> None:
     """Header by package gguf, data streamed."""
-    writer = gguf.GGUFWriter(path, "qwen35moe")
+    writer = gguf.GGUFWriter(path, p.architecture)
     add_metadata(writer, p, layers)
     for t in tensors:
         block, block_bytes = gguf.GGML_QUANT_SIZES[t.kind]
@@ -335,7 +286,7 @@ def write(path: Path, p: Preset, layers: int, tensors: list[Tensor], random: np.
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    pools = {kind: BlockPool(kind, random) for kind in (Q4_K, Q6_K)}
+    pools = {kind: BlockPool(kind, random) for kind in dict.fromkeys(t.kind for t in tensors if t.values is None)}
     with path.open("r+b") as stream:
         stream.seek(0, 2)
         stream.write(b"\0" * (-stream.tell() % 32))
@@ -346,7 +297,7 @@ def write(path: Path, p: Preset, layers: int, tensors: list[Tensor], random: np.
                 pools[t.kind].scale(t.deviation)
                 matrices = t.shape[2] if len(t.shape) == 3 else 1
                 for _ in range(matrices):
-                    for piece in pools[t.kind].rows(t.shape[1], t.shape[0] // 256):
+                    for piece in pools[t.kind].rows(t.shape[1], t.shape[0] // gguf.GGML_QUANT_SIZES[t.kind][0]):
                         stream.write(piece.data)
             stream.write(b"\0" * (-stream.tell() % 32))
 

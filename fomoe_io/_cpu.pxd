@@ -257,7 +257,25 @@ cdef extern from "csrc/cpu/program.h" nogil:
         int32_t kv_heads
         int32_t head_columns
         int32_t query_stride
+        int32_t value_columns
+        float scale
         int32_t gated
+    ctypedef struct latent_step:
+        fomoe_rows query
+        fomoe_rows latent
+        fomoe_rows key
+        fomoe_rows table
+        fomoe_rows absorbed
+        int64_t key_offset
+        fomoe_kv_type type
+        int32_t heads
+        int32_t rotated
+    ctypedef struct head_mul_step:
+        fomoe_matrix matrix
+        fomoe_rows input
+        fomoe_rows output
+        int32_t heads
+        int32_t at
     ctypedef struct route_step:
         fomoe_rows logits
         fomoe_rows weights
@@ -283,7 +301,7 @@ cdef extern from "csrc/cpu/program.h" nogil:
         fomoe_experts *experts
         const float *bias[3]
         int32_t layer
-        int32_t normalise
+        fomoe_router router
         int32_t is_clamped
     ctypedef struct combine_step:
         fomoe_rows weights
@@ -316,6 +334,8 @@ cdef extern from "csrc/cpu/program.h" nogil:
         rope_table_step rope_table
         kv_step kv
         attention_step attention
+        latent_step latent
+        head_mul_step head_mul
         route_step route
         experts_step experts
         combine_step combine
@@ -336,5 +356,6 @@ cdef extern from "csrc/cpu/program.h" nogil:
     int fomoe_program_run(fomoe_program *, fomoe_run *)
     fomoe_execute fomoe_step_embed, fomoe_step_norm, fomoe_step_quantize, fomoe_step_mat_mul, fomoe_step_silu_mul
     fomoe_execute fomoe_step_conv, fomoe_step_delta, fomoe_step_rope_table, fomoe_step_kv, fomoe_step_attention
+    fomoe_execute fomoe_step_latent, fomoe_step_head_mul
     fomoe_execute fomoe_step_route, fomoe_step_experts_begin, fomoe_step_experts, fomoe_step_combine
     fomoe_execute fomoe_step_lookahead, fomoe_step_layer_end, fomoe_step_ungroup, fomoe_step_add_bias

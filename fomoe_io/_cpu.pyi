@@ -152,10 +152,25 @@ class Program:
         gated: bool,
         sinks: FloatVector = None,
         window: int = 0,
+        value_columns: int = 0,
+        scale: float = 0,
     ) -> None: ...
+    def latent(
+        self,
+        query: Rows,
+        latent: Rows,
+        key: Rows,
+        table: Rows,
+        absorbed: Rows,
+        key_offset: int,
+        type: int,
+        heads: int,
+        rotated: int,
+    ) -> None: ...
+    def head_mul(self, matrix: Matrix, input: Rows, output: Rows, heads: int, at: int) -> None: ...
     def route(self, logits: Rows, ids: Rows, weights: Rows, layer: int, router: Router[np.ndarray]) -> None: ...
     def experts_begin(
-        self, experts: Experts, logits: Rows, ids: Rows, weights: Rows, layer: int, normalise: bool
+        self, experts: Experts, logits: Rows, ids: Rows, weights: Rows, layer: int, router: Router[np.ndarray]
     ) -> None: ...
     def experts(
         self,

@@ -1,5 +1,6 @@
 # The CPU backend's Python face: records the steps of a program, owns its memory, replays it without the GIL.
 # Thin on purpose: what the steps do is in csrc/, what a model is made of in models/, the documented face in program.py.
+from libc.math cimport sqrtf
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -64,67 +65,7 @@ cdef class Team:
                 fomoe_team_free(self.c)
 
 
-cdef class Matrix:
-    """A weight matrix at an address that its owner keeps alive."""
-    cdef fomoe_matrix c
-    cdef readonly Kernels kernels
-    cdef readonly object owner
-
-    def __cinit__(self, Kernels kernels not None, uintptr_t address, int type, int rows, int columns,
-                  bint float_activations, owner):
-        if kernels.type_info(type) is None:
-            raise ValueError(f"no kernel for type {type}")
-        self.kernels = kernels
-        self.c.data = <const uint8_t *>address
-        self.c.type = fomoe_type_of(kernels.c, type)
-        self.c.row_bytes = fomoe_row_bytes(kernels.c, type, columns)
-        self.c.rows = rows
-        self.c.columns = columns
-        self.c.float_activations = float_activations
-        self.owner = owner
-
-    @property
-    def rows(self):
-        return self.c.rows
-
-    @property
-    def columns(self):
-        return self.c.columns
-
-    @property
-    def activation_type(self):
-        return F32 if self.c.float_activations else self.c.type.activation_type
-
-
-cdef class Rows:
-    """One activation row a token, in memory of its own."""
-    cdef fomoe_rows c
-    cdef void *memory
-
-    def __cinit__(self, Kernels kernels not None, int columns, int tokens, int type=0):
-        # rows start on cache lines
-        self.c.stride = (<int64_t>fomoe_row_bytes(kernels.c, type, columns) + 63) // 64 * 64
-        if posix_memalign(&self.memory, 64, self.c.stride * tokens):
-            raise MemoryError
-        memset(self.memory, 0, self.c.stride * tokens)
-        self.c.data = <uint8_t *>self.memory
-        self.c.type = type
-        self.c.columns = columns
-
-    def __dealloc__(self):
-        free(self.memory)
-
-    @property
-    def columns(self):
-        return self.c.columns
-
-    @property
-    def type(self):
-        return self.c.type
-
-    @property
-    def stride_bytes(self):
-        return self.c.stride
+include "_cpu_operands.pxi"
 
 
 cdef const float *vector(array):
@@ -327,7 +268,8 @@ cdef class Program:
 
     def attention(self, Rows query, Rows output, int64_t key_offset, int64_t value_offset, int64_t context, int type,
                   int heads, int kv_heads, int head_columns, int query_stride, bint gated, sinks=None,
-                  int64_t window=0):
+                  int64_t window=0, int value_columns=0, double scale=0):
+        """`value_columns`, `scale` 0: those of the key, and 1 / sqrt of them."""
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
         s.execute = fomoe_step_attention
@@ -344,7 +286,40 @@ cdef class Program:
         s.arguments.attention.gated = gated
         s.arguments.attention.sinks = vector(sinks)
         s.arguments.attention.window = window
+        s.arguments.attention.value_columns = value_columns or head_columns
+        s.arguments.attention.scale = scale or <float>1 / sqrtf(<float>head_columns)
         self._add(&s, (query, output, sinks))
+
+    def latent(self, Rows query, Rows latent, Rows key, Rows table, Rows absorbed, int64_t key_offset, int type,
+               int heads, int rotated):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        s.execute = fomoe_step_latent
+        s.arguments.latent.query = query.c
+        s.arguments.latent.latent = latent.c
+        s.arguments.latent.key = key.c
+        s.arguments.latent.table = table.c
+        s.arguments.latent.absorbed = absorbed.c
+        s.arguments.latent.key_offset = key_offset
+        s.arguments.latent.type = <fomoe_kv_type>type
+        s.arguments.latent.heads = heads
+        s.arguments.latent.rotated = rotated
+        self._add(&s, (query, latent, key, table, absorbed))
+
+    def head_mul(self, Matrix matrix, Rows input, Rows output, int heads, int at):
+        cdef fomoe_step s
+        memset(&s, 0, sizeof(s))
+        if matrix.kernels is not self.kernels:
+            raise ValueError("a product's weights were made for other kernels than the program's")
+        if matrix.c.columns > input.c.columns // heads or at + matrix.c.rows // heads > output.c.columns // heads:
+            raise ValueError("parts beyond the rows")
+        s.execute = fomoe_step_head_mul
+        s.arguments.head_mul.matrix = matrix.c
+        s.arguments.head_mul.input = input.c
+        s.arguments.head_mul.output = output.c
+        s.arguments.head_mul.heads = heads
+        s.arguments.head_mul.at = at
+        self._add(&s, (matrix, input, output))
 
     def route(self, Rows logits, Rows ids, Rows weights, int layer, router):
         """By a models.recorder.Router."""
@@ -359,7 +334,7 @@ cdef class Program:
         s.arguments.route.logit_bias = vector(router.logit_bias)
         self._add(&s, (logits, ids, weights, router))
 
-    def experts_begin(self, Experts experts, Rows logits, Rows ids, Rows weights, int layer, bint normalise):
+    def experts_begin(self, Experts experts, Rows logits, Rows ids, Rows weights, int layer, router):
         """What the layer's route left, which it may change."""
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
@@ -369,8 +344,8 @@ cdef class Program:
         s.arguments.experts.ids = ids.c
         s.arguments.experts.weights = weights.c
         s.arguments.experts.layer = layer
-        s.arguments.experts.normalise = normalise
-        self._add(&s, (experts, logits, ids, weights))
+        s.arguments.experts.router = native_router(router)
+        self._add(&s, (experts, logits, ids, weights, router))
 
     def experts(self, Experts experts, Rows ids, Rows gate_input, Rows up_input, int layer, biases=(None, None, None),
                 bint is_clamped=False):

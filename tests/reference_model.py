@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 
 Array = np.ndarray
+YARN_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
 
 
 def rms_norm(x: Array, w: Array | float = 1.0, eps: float = 1e-6) -> Array:
@@ -182,6 +183,8 @@ class ReferenceModel:
             h = rms_norm(x, self.w(layer, "attn_norm.weight"), self.eps)
             if f"blk.{layer}.ssm_a" in self.tensors:
                 x = x + self.delta(layer, h)
+            elif self.architecture == "deepseek2":
+                x = x + self.latent_attention(layer, h)
             else:
                 x = x + self.attention(layer, h, gated=hybrid)
             has_post = f"blk.{layer}.post_attention_norm.weight" in self.tensors
@@ -224,6 +227,45 @@ class ReferenceModel:
             out = out * sigmoid(gate)
         bias = self.tensors.get(f"blk.{layer}.attn_output.bias", 0.0)
         return np.asarray(self.w(layer, "attn_output.weight") @ out.reshape(-1) + bias)
+
+    def latent_attention(self, layer: int, h: Array) -> Array:
+        """As plain attention: each head's keys and values are made of the latent for every position."""
+        heads, latent = self._heads("attention.head_count"), self._key("attention.kv_lora_rank")
+        rotated, d = self._key("rope.dimension_count"), self._key("attention.key_length_mla")
+        if f"blk.{layer}.attn_q_a.weight" in self.tensors:
+            low = rms_norm(self.w(layer, "attn_q_a.weight") @ h, self.w(layer, "attn_q_a_norm.weight"), self.eps)
+            q = (self.w(layer, "attn_q_b.weight") @ low).reshape(heads, d)
+        else:
+            q = (self.w(layer, "attn_q.weight") @ h).reshape(heads, d)
+        both = self.w(layer, "attn_kv_a_mqa.weight") @ h
+        low = rms_norm(both[:latent], self.w(layer, "attn_kv_a_norm.weight"), self.eps)
+        k = np.einsum("hlo,l->ho", self.w(layer, "attn_k_b.weight"), low)
+        v = np.einsum("hvl,l->hv", self.w(layer, "attn_v_b.weight"), low)
+        turned = self._rope_adjacent(both[None, latent:])
+        k = np.concatenate([k, np.repeat(turned, heads, 0)], 1)
+        q = np.concatenate([q[:, : d - rotated], self._rope_adjacent(q[:, d - rotated :])], 1)
+        self.keys.setdefault(layer, []).append(k)
+        self.values.setdefault(layer, []).append(v)
+        keys, values = np.stack(self.keys[layer]), np.stack(self.values[layer])
+        factor, multiplier = self._or("rope.scaling.factor", 1.0), self._or(YARN_MULTIPLIER, 0.0)
+        scale = (self._sharper() * (1 + multiplier * np.log(factor))) ** 2 / np.sqrt(d)
+        out = [softmax(scale * (keys[:, i] @ q[i])) @ values[:, i] for i in range(heads)]
+        return np.asarray(self.w(layer, "attn_output.weight") @ np.concatenate(out))
+
+    def _sharper(self) -> float:
+        """What cos and sin are multiplied with."""
+        is_yarn = self._or("rope.scaling.type", "") == "yarn" and not self._or(YARN_MULTIPLIER, 0.0)
+        by_length = 1 + 0.1 * np.log(self._key("rope.scaling.factor")) if is_yarn else 1.0
+        return float(by_length * self._or("rope.scaling.attn_factor", 1.0))
+
+    def _rope_adjacent(self, x: Array) -> Array:
+        rotated, base = self._key("rope.dimension_count"), self._key("rope.freq_base")
+        frequencies = base ** (-2.0 * np.arange(rotated // 2) / rotated)
+        if self._or("rope.scaling.type", "") == "yarn":
+            context = self._or("rope.scaling.original_context_length", self._key("context_length"))
+            frequencies, _ = yarn(base, rotated, self._key("rope.scaling.factor"), context)
+        turn = np.exp(1j * self.position * frequencies) * (x[:, ::2] + 1j * x[:, 1::2]) * self._sharper()
+        return np.stack([turn.real, turn.imag], -1).reshape(len(x), rotated)
 
     def delta(self, layer: int, h: Array) -> Array:
         key_heads, value_heads = self._key("ssm.group_count"), self._key("ssm.time_step_rank")
@@ -270,9 +312,9 @@ class ReferenceModel:
     def route(self, layer: int, h: Array) -> tuple[Array, Array]:
         logits = self.w(layer, "ffn_gate_inp.weight") @ h + self.tensors.get(f"blk.{layer}.ffn_gate_inp.bias", 0.0)
         score = {"minimax-m2": "sigmoid", "glm4moe": "sigmoid", "gpt-oss": "logits"}.get(self.architecture, "softmax")
-        if self.architecture in ("minimax-m2", "glm4moe"):
+        if self.architecture in ("minimax-m2", "glm4moe", "deepseek2"):
             score = {1: "softmax", 2: "sigmoid"}[self._or("expert_gating_func", 2)]
-        scales = self.architecture == "glm4moe"
+        scales = self.architecture in ("glm4moe", "deepseek2")
         return route_by(
             logits,
             self._key("expert_used_count"),
@@ -280,6 +322,8 @@ class ReferenceModel:
             self.tensors.get(f"blk.{layer}.exp_probs_b.bias", 0.0),
             normalise=self._or("expert_weights_norm", False) if scales else self.architecture != "gpt-oss",
             scale=(self._or("expert_weights_scale", 1.0) or 1.0) if scales else 1.0,
+            groups=self._or("expert_group_count", 1),
+            left=self._or("expert_group_used_count", 1),
         )
 
     def expert(self, layer: int, i: int, h: Array) -> Array:

@@ -17,7 +17,6 @@ COLUMNS, LINES, LONGEST = 120, 500, 1000
 
 LONG_FILES = {
     "fomoe_io/_hip.pyx": "every object of the driver once",
-    "tests/gpu/test_device_engine.py": "what an engine does, each with a device",
     "tests/cli/test_layout_hostile.py": "a list of attacks on stores",
     "tests/fake_hip/fake_hip.c": "a driver's whole face",
 }

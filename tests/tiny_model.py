@@ -46,6 +46,9 @@ class Tiny:
     normed: bool = True  # queries and keys have norms (of glm4moe)
     legacy: bool = False  # ssm_in in one matrix (of qwen3next)
     window: int = 5
+    query_rank: int = 0  # of deepseek2; 0: queries come straight from the stream
+    latent: int = 32  # of deepseek2, whose heads have head_columns of their own, and rotated ones
+    value_columns: int = 32
     keys: tuple[tuple[str, Any], ...] = ()  # more metadata of the architecture, or other values; None: without the key
 
     @property
@@ -123,6 +126,15 @@ def _metadata(writer: gguf.GGUFWriter, s: Tiny) -> None:
             "expert_weights_norm": True, "expert_weights_scale": 2.5,
             "expert_shared_count": s.shared_hidden // s.hidden,
         }  # fmt: skip
+    if s.architecture == "deepseek2":
+        keys |= {
+            "feed_forward_length": 2 * s.hidden, "leading_dense_block_count": s.dense_layers, "expert_gating_func": 2,
+            "expert_weights_norm": True, "expert_weights_scale": 2.5,
+            "expert_shared_count": s.shared_hidden // s.hidden, "attention.head_count_kv": 1,
+            "attention.kv_lora_rank": s.latent, "attention.key_length": s.latent + s.rotated,
+            "attention.value_length": s.latent, "attention.key_length_mla": s.head_columns + s.rotated,
+            "attention.value_length_mla": s.value_columns, "attention.q_lora_rank": s.query_rank or None,
+        }  # fmt: skip
     if s.is_mixed:
         keys |= {
             "ssm.conv_kernel": s.taps, "ssm.state_size": s.state_columns, "ssm.group_count": s.key_heads,
@@ -173,7 +185,9 @@ def _layer(w: _Writer, s: Tiny, layer: int, unit: float) -> None:
     has_post = hybrid or s.architecture in ("glm4moe", "gpt-oss")
     w.vector(b + "attn_norm.weight", random.uniform(0.5, 1.5, d))
     w.vector(b + ("post_attention_norm.weight" if has_post else "ffn_norm.weight"), random.uniform(0.5, 1.5, d))
-    if not hybrid or (layer + 1) % 4 == 0:
+    if s.architecture == "deepseek2":
+        _latent_attention(w, s, b, kind)
+    elif not hybrid or (layer + 1) % 4 == 0:
         width = s.heads * s.head_columns
         queries, keys = 2 * width if hybrid else width, s.kv_heads * s.head_columns
         parts = {"qkv": queries + 2 * keys} if s.fused_qkv else {"q": queries, "k": keys, "v": keys}
@@ -209,7 +223,7 @@ def _layer(w: _Writer, s: Tiny, layer: int, unit: float) -> None:
     if layer < s.dense_layers:
         _network(w, b, "", d, 2 * s.hidden, kind)
         return
-    if s.architecture in ("minimax-m2", "glm4moe"):
+    if s.architecture in ("minimax-m2", "glm4moe", "deepseek2"):
         w.vector(b + "exp_probs_b.bias", random.standard_normal(s.experts) / 4)
     if s.architecture == "gpt-oss":
         w.vector(b + "ffn_gate_inp.bias", random.standard_normal(s.experts))
@@ -223,10 +237,25 @@ def _layer(w: _Writer, s: Tiny, layer: int, unit: float) -> None:
         w.add(b + "ffn_gate_exps.weight", (d, s.hidden, s.experts), gate, unit)
         w.add(b + "ffn_up_exps.weight", (d, s.hidden, s.experts), up, unit)
     w.add(b + "ffn_down_exps.weight", (s.hidden, d, s.experts), down if layer % 2 else up, s.hidden**-0.5)
-    if (hybrid or s.architecture == "glm4moe") and s.shared_hidden:
+    if (hybrid or s.architecture in ("glm4moe", "deepseek2")) and s.shared_hidden:
         _network(w, b, "_shexp", d, s.shared_hidden, kind)
     if hybrid and s.shared_hidden:
         w.add(b + "ffn_gate_inp_shexp.weight", (d, 1), Type.F32, unit)
+
+
+def _latent_attention(w: _Writer, s: Tiny, b: str, kind: Type) -> None:
+    d, queries, random = s.columns, s.heads * (s.head_columns + s.rotated), w.random
+    if s.query_rank:
+        w.add(b + "attn_q_a.weight", (d, s.query_rank), kind, d**-0.5)
+        w.vector(b + "attn_q_a_norm.weight", random.uniform(0.5, 1.5, s.query_rank))
+        w.add(b + "attn_q_b.weight", (s.query_rank, queries), kind, s.query_rank**-0.5)
+    else:
+        w.add(b + "attn_q.weight", (d, queries), kind, d**-0.5)
+    w.add(b + "attn_kv_a_mqa.weight", (d, s.latent + s.rotated), kind, d**-0.5)
+    w.vector(b + "attn_kv_a_norm.weight", random.uniform(0.5, 1.5, s.latent))
+    w.add(b + "attn_k_b.weight", (s.head_columns, s.latent, s.heads), kind, s.latent**-0.5)
+    w.add(b + "attn_v_b.weight", (s.latent, s.value_columns, s.heads), kind, s.latent**-0.5)
+    w.add(b + "attn_output.weight", (s.heads * s.value_columns, d), kind, (s.heads * s.value_columns) ** -0.5)
 
 
 def _network(w: _Writer, b: str, name: str, columns: int, hidden: int, kind: Type) -> None:

@@ -16,18 +16,16 @@ import numpy as np
 from fomoe_io import _cpu
 from fomoe_io._cpu import Experts, Matrix, Rows
 from fomoe_io.backend import StateParts
-from fomoe_io.errors import UsageError
 from fomoe_io.models.recorder import (
-    CAR_NEEDS_LOGITS,
     Activation,
     Attention,
     Delta,
     KvCache,
     KvType,
+    LatentAttention,
     Picks,
     Recorder,
     Router,
-    Score,
 )
 from fomoe_io.models.recorder import Experts as ExpertsOp
 
@@ -221,6 +219,26 @@ class CpuRecorder:
         )  # fmt: skip
         return attended
 
+    def latent_attention(
+        self, query: Rows, latent: Rows, key: Rows, table: Rows, w_key: Matrix, w_value: Matrix,
+        op: LatentAttention[np.ndarray],
+    ) -> Rows:  # fmt: skip
+        """A position's key is its value, too: the columns behind those that turn."""
+        columns, kv_type = op.rotated + latent.columns, self._kv_type
+        keys = self.state.take_cache(1, self.context_tokens, columns * kv_type.bytes)
+        self.program.norm(latent, op.norm, op.epsilon, [latent], False)
+        absorbed = self.rows("absorbed", op.heads * columns)
+        self.program.head_mul(w_key, query, absorbed, op.heads, op.rotated)
+        self.program.latent(query, latent, key, table, absorbed, keys, kv_type.value, op.heads, op.rotated)
+        sums = self.rows("latent_sums", op.heads * latent.columns)
+        self.program.attention(
+            absorbed, sums, keys, keys + op.rotated * kv_type.bytes, self.context_tokens, kv_type.value, op.heads, 1,
+            columns, columns, False, None, 0, latent.columns, op.scale,
+        )  # fmt: skip
+        attended = self.rows("attended", op.heads * op.value_columns)
+        self.program.head_mul(w_value, sums, attended, op.heads, 0)
+        return attended
+
     # ---- gated delta rule ----
 
     def conv(self, x: Rows, weight: np.ndarray, taps: int, *, name: str) -> Rows:
@@ -252,10 +270,7 @@ class CpuRecorder:
         """Begin to read those that are missing; experts of a single token may stand in for others."""
         if self._experts is None:
             return
-        if self._experts.substitutes and not picks.router.follows_logits:
-            raise UsageError(CAR_NEEDS_LOGITS, hint="drop --car")
-        sums_to_one = picks.router.normalise or picks.router.score == Score.LOGITS
-        self.program.experts_begin(self._experts, picks.logits, picks.ids, picks.weights, picks.layer, sums_to_one)
+        self.program.experts_begin(self._experts, picks.logits, picks.ids, picks.weights, picks.layer, picks.router)
 
     @contextmanager
     def beside(self) -> Iterator[None]:

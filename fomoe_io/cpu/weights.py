@@ -108,9 +108,9 @@ class Weights:
                 hint="pip install libggml-python (its kernels know every GGUF type), or another quantization",
             )
 
-    def matrix(self, name: str, columns: int, rows: int, part: slice | None = None) -> Matrix:
+    def matrix(self, name: str, columns: int, rows: int, part: slice | None = None, groups: int = 1) -> Matrix:
         """A [rows, columns] weight matrix, or the rows of a `part` of it; FormatError when the file's shape differs."""
-        tensor = checked(self._info(name), (columns, rows))
+        tensor = checked(self._info(name), (columns, rows // groups, groups))
         self._check_type(tensor)
         part = part or slice(0, rows)
         address = self._addresses[name] + part.start * (tensor.bytes // rows)

@@ -7,12 +7,15 @@ needs, and once more on the device gives its launches.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fomoe_io.backend import StateParts
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.kernels import up
 from fomoe_io.models.recorder import KvType
+
+if TYPE_CHECKING:
+    from fomoe_io.models.rope import Rope
 
 F32, Q8, HALF = 0, 1, 2
 """Forms of an activation: floats, a row of ``gpu/kernels/activations.h``, or (in batches) halves."""
@@ -120,6 +123,51 @@ class Mailbox:
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The layers that a device computes, where several share a model.
+
+    Attributes
+    ----------
+    owner : tuple of int
+        Which device computes each layer; empty: this one all of them.
+    index : int
+        This device's.
+    exchange : int
+        Address of what devices hand to one another, as this one sees it.
+    columns : int
+        Of the residual stream.
+    """
+
+    owner: tuple[int, ...] = ()
+    index: int = 0
+    exchange: int = 0
+    columns: int = 0
+
+    def has(self, layer: int) -> bool:
+        """Whether a layer is computed here; those before the first and after the last belong to these."""
+        return not self.owner or self.owner[max(0, min(layer, len(self.owner) - 1))] == self.index
+
+    @property
+    def is_last(self) -> bool:
+        """Whether logits are made here."""
+        return self.has(len(self.owner))
+
+    def hop(self, number: int) -> tuple[int, int]:
+        """Addresses of the rows that the so-manieth change of devices hands over, and of the word that follows them."""
+        rows = self.exchange + number * hop_bytes(self.columns)
+        return rows, rows + 8 * self.columns
+
+
+WHOLE = Part()
+"""One device computes everything."""
+
+
+def hop_bytes(columns: int) -> int:
+    """Of one change of devices: two rows, and a word on a line of its own."""
+    return up(8 * columns + 64, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
 class DeviceState:
     """Places in a session's memory, which begins at `base`; `parts` are offsets in it.  A new session clears what is
     recurrent."""
@@ -162,6 +210,8 @@ class Memory:
     context_tokens: int
     rows: dict[tuple[str, int, int], DeviceRows] = field(default_factory=dict)
     scratch: dict[str, int] = field(default_factory=dict)
+    ropes: dict[int, Rope] = field(default_factory=dict)  # of which a table lies at an address
+    constants: dict[int, bytes] = field(default_factory=dict)  # what lies at an address from the start
     is_complete: bool = False
 
     def row(self, name: str, columns: int, type: int) -> DeviceRows:
@@ -174,9 +224,18 @@ class Memory:
             self.rows[key] = rows
         return self.rows[key]
 
-    def row_at(self, name: str, columns: int, address: int) -> None:
-        """Float rows that have a place already."""
-        self.rows[(name, columns, F32)] = DeviceRows(address, columns)
+    def rope_table(self, rope: Rope, name: str) -> DeviceRows:
+        """Float rows, one a position of the context."""
+        columns = 2 * len(rope.frequencies)
+        address = self.words(name, 4 * columns * self.context_tokens)
+        self.ropes[address] = rope
+        return DeviceRows(address, columns)
+
+    def constant(self, name: str, data: bytes) -> int:
+        """Address of what the host writes once."""
+        address = self.words(name, len(data))
+        self.constants[address] = data
+        return address
 
     def states(self, name: str) -> int | None:
         """Where the words lie that say where the tokens' sessions are."""

@@ -43,6 +43,26 @@ class PostPicks:
 
 
 @dataclass(frozen=True, slots=True)
+class Hop:
+    """Rows go to another device, or come from one: the residual stream's and those that the next norm adds to it.
+
+    Attributes
+    ----------
+    number : int
+        Of the change of devices.
+    comes : bool
+    rows : tuple of int
+        Addresses of float32 [tokens, columns].
+    columns : int
+    """
+
+    number: int
+    comes: bool
+    rows: tuple[int, ...]
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
 class ServeExperts:
     """The host brings a layer's experts, some at a time, and has their products computed.
 
@@ -51,6 +71,7 @@ class ServeExperts:
     input : activation rows, one a token
     hidden, hidden_floats : what gate and up make, a row a pair; floats where down reads those
     outputs : float32 [pairs, columns], what down makes
+    form : address of an expert_form (gpu/kernels/experts.h), or None
     """
 
     layer: int
@@ -60,6 +81,7 @@ class ServeExperts:
     outputs: int
     columns: int
     used: int
+    form: int | None
 
 
 class BatchRecorder(DeviceRecorder):
@@ -148,16 +170,22 @@ class BatchRecorder(DeviceRecorder):
                 f"attention_{cache.type.suffix}_{cache.columns}",
                 kernels.attention_grid(op.heads, cache.heads, splits, tokens),
                 turned.address + first * turned.stride_bytes, cache.keys, cache.values, positions, states, parts,
-                op.heads, cache.heads, splits, cache.columns**-0.5,
+                op.heads, cache.heads, splits, cache.columns**-0.5, op.window,
             )  # fmt: skip
             gate = query.address + 4 * cache.columns + first * query.stride_bytes if op.gated else None
             self._add(
                 "attention_merge", (op.heads, tokens, 1), parts, positions, gate,
                 output.address + first * output.stride_bytes, None, op.heads, cache.columns, splits,
-                query.columns // op.heads,
+                query.columns // op.heads, op.sinks, op.window,
             )  # fmt: skip
 
     # ---- experts ----
+
+    def _hand_over(self, hop: int, x: DeviceRows, added: int | None) -> None:
+        self.body.append(Hop(hop, False, (x.address, *([] if added is None else [added])), x.columns))
+
+    def _take_over(self, hop: int, x: DeviceRows, added: int | None) -> None:
+        self.body.append(Hop(hop, True, (x.address, *([] if added is None else [added])), x.columns))
 
     def route(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
         """The picks, and their way to the host."""
@@ -177,10 +205,12 @@ class BatchRecorder(DeviceRecorder):
         rows, used = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used
         hidden, floats = self._hidden(self._experts[picks.layer], used, self.hidden)
         outputs = self.memory.words("pair_outputs", 4 * self.memory.batch_tokens * used * rows.columns)
-        self.body.append(ServeExperts(picks.layer, rows.address, hidden, floats, outputs, rows.columns, used))
+        form = self._expert_form(picks, op)
+        self.body.append(ServeExperts(picks.layer, rows.address, hidden, floats, outputs, rows.columns, used, form))
         total = self.rows("added", output.columns)
         self._add(
             "combine_picks", (up(output.columns, 256), self.tokens, 1), outputs, picks.weights.address,
             shared and shared.address, shared_gate and shared_gate.address, total.address, output.columns, used,
+            form,
         )  # fmt: skip
         self._add_later(output, total)

@@ -133,7 +133,7 @@ class DenseProducts:
         steps: list[Launch | Product] = []
         for first, rows in self.tiles(matrix):
             weights = matrix.address
-            if matrix.kernel in kernels.QUANTIZED_TYPES:
+            if matrix.kernel in kernels.EXPANDED_TYPES:
                 steps.append(self._expand(matrix, first, rows))
                 weights = self.scratch
             shape = self._shape(rows, matrix.columns, matrix.rows)
@@ -145,7 +145,7 @@ class DenseProducts:
     def tiles(self, matrix: DeviceMatrix) -> list[tuple[int, int]]:
         """(first row, rows) of each tile: as few as fit the scratch memory; float16 rows are used where they lie."""
         most = self.scratch_bytes // (2 * matrix.columns) // TILE_ROWS * TILE_ROWS
-        if matrix.kernel not in kernels.QUANTIZED_TYPES:
+        if matrix.kernel not in kernels.EXPANDED_TYPES:
             most = matrix.rows
         if most < 1:
             raise DeviceError(f"{self.scratch_bytes} bytes do not hold {TILE_ROWS} rows of {matrix.columns} halves")

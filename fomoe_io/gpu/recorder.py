@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fomoe_io.errors import FormatError, UsageError
 from fomoe_io.experts.car import NativeCar
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import (
     F32,
     Q8,
+    WHOLE,
     DeviceExpertLayer,
     DeviceMatrix,
     DeviceRows,
@@ -21,15 +22,18 @@ from fomoe_io.gpu.arena import (
     LaunchSpec,
     Mailbox,
     Memory,
+    Part,
 )
+from fomoe_io.gpu.budget import refusal
 from fomoe_io.gpu.kernels import up
+from fomoe_io.gpu.launches import mat_vec, mat_vec_many
 from fomoe_io.models.recorder import (
-    CAR_NEEDS_LOGITS,
     Activation,
     Attention,
     Delta,
     Experts,
     KvCache,
+    LatentAttention,
     Picks,
     Recorder,
     Router,
@@ -44,15 +48,11 @@ ATTENTION_TOKENS, ATTENTION_BYTES = 8, 256 << 20
 merged: a long context takes fewer tokens at once, down to one."""
 
 
-def refuse(**wanted: bool) -> None:
-    """FormatError for the first op that is wanted and that no kernel computes."""
-    for name, is_wanted in wanted.items():
-        if is_wanted:
-            raise FormatError(f"the GPU kernels do not compute {name.replace('_', ' ')}", hint="--device cpu")
-
-
 CAR_BYTES = ctypes.sizeof(NativeCar)
 """gpu/kernels/car_rule.h, fomoe_car."""
+
+FORM = "@4Pi4x"
+"""gpu/kernels/experts.h, expert_form."""
 
 
 class DeviceRecorder:
@@ -73,6 +73,8 @@ class DeviceRecorder:
         Width of a routed expert.
     substitutes : bool
         Picks go through cache-aware routing.
+    part : Part
+        What this device computes of the model.
 
     Attributes
     ----------
@@ -81,8 +83,6 @@ class DeviceRecorder:
         Address of int32 [tokens].
     states : int or None
         Address of uint64 [tokens]: where each token's session has its memory; None: places in it are addresses.
-    body : list of LaunchSpec
-        All but the logits.
     """
 
     tokens = 1
@@ -98,13 +98,16 @@ class DeviceRecorder:
         vocabulary: int,
         hidden: int,
         substitutes: bool = False,
+        part: Part = WHOLE,
     ) -> None:
-        self._substitutes = substitutes
+        self._substitutes, self._part = substitutes, part
+        self._is_here, self._hops = part.has(0), 0
         self.memory, self.hidden, self.vocabulary = memory, hidden, vocabulary
         self.context_tokens = memory.context_tokens
         self.state = DeviceState(memory.state_base)  # every program's places are the same
+        self._elsewhere: tuple[list[Any], DeviceState] = [], DeviceState(0)
         self._experts, self._expert_inputs = experts, expert_inputs
-        self.body: list[Any] = []
+        self._body: list[Any] = []
         self._mailbox = mailbox
         self._pending: dict[int, int] = {}  # rows' address -> address of what is to be added to them
         self._makers: dict[int, LaunchSpec] = {}  # rows' address -> the launch that can write them as Q8 too
@@ -116,6 +119,15 @@ class DeviceRecorder:
     def _take_inputs(self) -> None:
         self.positions, self.states = self.memory.words("positions", 4), self.memory.states("states")
         self.logits_address = self.memory.words("logits", 4 * self.vocabulary)
+
+    @property
+    def body(self) -> list[Any]:
+        """All but the logits; of a layer that another device computes, a list that nobody reads."""
+        return self._body if self._is_here else self._elsewhere[0]
+
+    @property
+    def _kept(self) -> DeviceState:
+        return self.state if self._is_here else self._elsewhere[1]
 
     def _add(self, kernel: str, grid: tuple[int, int, int], *arguments: Any) -> LaunchSpec:
         spec = LaunchSpec(kernel, grid, list(arguments))
@@ -176,7 +188,7 @@ class DeviceRecorder:
         if of_outputs:
             self._final = launches
         else:
-            self.body += launches(0, self.tokens)
+            self.body.extend(launches(0, self.tokens))
         return Activation(forms)
 
     def _as_halves(self, forms: dict[int, DeviceRows], tokens: int) -> list[LaunchSpec]:
@@ -192,7 +204,7 @@ class DeviceRecorder:
                 self._add("quantize_q8", (up(x.columns, 256), self.tokens, 1), x.address, forms[Q8].address, x.columns)
             else:
                 maker.arguments[maker.arguments.index("q8")] = forms[Q8].address
-        self.body += self._as_halves(forms, self.tokens)
+        self.body.extend(self._as_halves(forms, self.tokens))
         return Activation(forms)
 
     def silu_mul(
@@ -204,15 +216,8 @@ class DeviceRecorder:
         floats = forms[F32].address if F32 in forms else None
         grid = (up(columns, 256), self.tokens, 1)
         self._add("silu_mul", grid, gate.address, up_rows.address, floats, forms[Q8].address, columns)
-        self.body += self._as_halves(forms, self.tokens)
+        self.body.extend(self._as_halves(forms, self.tokens))
         return Activation(forms)
-
-    def _product(self, matrix: DeviceMatrix, x: int, y: int) -> LaunchSpec:
-        split = kernels.split_of(matrix.kernel, matrix.columns, matrix.rows)
-        grid = kernels.mat_vec_grid(matrix.kernel, matrix.rows, split)
-        return LaunchSpec(
-            f"mat_vec_{matrix.kernel}", grid, [matrix.address, x, y, matrix.rows, matrix.columns, 1, split]
-        )
 
     def mat_mul(self, products: Sequence[tuple[DeviceMatrix, Activation[DeviceRows], DeviceRows]]) -> None:
         """output = matrix @ input, for each; products of one format and input share a launch."""
@@ -223,7 +228,7 @@ class DeviceRecorder:
         for group in alike.values():
             for i in range(0, len(group), kernels.MAT_VEC_MANY):
                 part = group[i : i + kernels.MAT_VEC_MANY]
-                self.body.append(self._product(*part[0]) if len(part) == 1 else _many(part))
+                self.body.append(mat_vec(*part[0]) if len(part) == 1 else mat_vec_many(part))
 
     def mat_mul_add(
         self, matrix: DeviceMatrix, x: Activation[DeviceRows], output: DeviceRows, bias: int | None = None
@@ -254,20 +259,19 @@ class DeviceRecorder:
         """The last product, for the positions that want logits."""
         final, row = self._final, x.forms[matrix.activation_type].address
         assert final is not None
-        self._tail = lambda first, tokens: [*final(first, tokens), self._product(matrix, row, self.logits_address)]
+        self._tail = lambda first, tokens: [*final(first, tokens), mat_vec(matrix, row, self.logits_address)]
 
     # ---- attention ----
 
     def rope_table(self, rope: Rope, *, name: str = "rope") -> DeviceRows:
         """(cos, sin) of every position; the engine fills the table once."""
-        refuse(positions_of_two_kinds=name != "rope")
-        return self.rows("rope", 2 * len(rope.frequencies))
+        return self.memory.rope_table(rope, name)
 
     def kv_cache(self, heads: int, columns: int) -> KvCache:
         """Places in a session's memory."""
         kv_type = self.memory.kv_type
         row_bytes = heads * columns * kv_type.bytes
-        keys, values = (self.state.take_cache(self.context_tokens, row_bytes) for _ in range(2))
+        keys, values = (self._kept.take_cache(self.context_tokens, row_bytes) for _ in range(2))
         return KvCache(keys, values, heads, columns, kv_type)
 
     def attention(
@@ -275,7 +279,6 @@ class DeviceRecorder:
         op: Attention[int],
     ) -> DeviceRows:  # fmt: skip
         """What fills the cache, and what reads it."""
-        refuse(attention_sinks=op.sinks is not None, a_sliding_window=op.window > 0)
         for rows, bias in ((query, op.query_bias), (key, op.key_bias), (value, op.value_bias)):
             self._add_bias(rows, bias)
         norms = [op.query_norm, op.key_norm]
@@ -305,12 +308,12 @@ class DeviceRecorder:
             f"attention_{cache.type.suffix}_{cache.columns}",
             kernels.attention_grid(op.heads, cache.heads, splits, self.tokens),
             turned.address, cache.keys, cache.values, self.positions, self.states, parts, op.heads, cache.heads,
-            splits, cache.columns**-0.5,
+            splits, cache.columns**-0.5, op.window,
         )  # fmt: skip
         gate = query.address + 4 * cache.columns if op.gated else None
         self._makers[output.address] = self._add(
             "attention_merge", (op.heads, self.tokens, 1), parts, self.positions, gate, output.address, "q8", op.heads,
-            cache.columns, splits, query.columns // op.heads,
+            cache.columns, splits, query.columns // op.heads, op.sinks, op.window,
         )  # fmt: skip
 
     def _attention_parts(self, floats: int) -> tuple[int, int]:
@@ -318,11 +321,18 @@ class DeviceRecorder:
         most = max(1, min(self.memory.batch_tokens, ATTENTION_TOKENS, ATTENTION_BYTES // (4 * floats)))
         return self.memory.words("attention", 4 * floats * most), most
 
+    def latent_attention(
+        self, query: DeviceRows, latent: DeviceRows, key: DeviceRows, table: DeviceRows, w_key: DeviceMatrix,
+        w_value: DeviceMatrix, op: LatentAttention[int],
+    ) -> DeviceRows:  # fmt: skip
+        """Not computed."""
+        raise refusal("attention over latents")
+
     # ---- gated delta rule ----
 
     def conv(self, x: DeviceRows, weight: int, taps: int, *, name: str) -> DeviceRows:
         """Causal convolution over each channel, then silu."""
-        state = self.state.take(4 * (taps - 1) * x.columns, zeroed=True)
+        state = self._kept.take(4 * (taps - 1) * x.columns, zeroed=True)
         output = self.rows(name, x.columns)
         grid = (up(x.columns, 128), 1, 1)
         self._add(
@@ -336,7 +346,7 @@ class DeviceRecorder:
     ) -> DeviceRows:
         """The gated delta rule, then the norm of each head times silu(gate)."""
         columns = op.value_heads * op.head_columns
-        state = self.state.take(4 * columns * op.head_columns, zeroed=True)
+        state = self._kept.take(4 * columns * op.head_columns, zeroed=True)
         output, recalled = self.rows(name, columns), self.rows("recalled", columns)
         self._add(
             f"delta_step_{op.head_columns}", (op.head_columns // 16, op.value_heads, 1), qkv.address, alpha.address,
@@ -352,7 +362,8 @@ class DeviceRecorder:
     # ---- experts ----
 
     def _picks(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
-        refuse(groups_of_experts=router.groups > 1)
+        if router.groups > 1:
+            raise refusal("groups of experts")
         ids, weights = self.rows("experts", router.used), self.rows("weights", router.used)
         return Picks(layer, router, logits, ids, weights)
 
@@ -364,8 +375,13 @@ class DeviceRecorder:
         else:
             self._add(
                 "route_by", grid, picks.logits.address, r.logit_bias, r.bias, *rows, int(r.score), int(r.normalise),
-                r.scale,
+                r.scale, self._chosen_by(r),
             )  # fmt: skip
+
+    def _chosen_by(self, r: Router[int]) -> int | None:
+        """Where the router's kernel leaves what it chose by, for cache-aware routing; None: that is the logits."""
+        wanted = self._substitutes and not r.follows_logits
+        return self.rows("chosen_by", r.experts).address if wanted else None
 
     def route(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
         """The picks, their records, and word of them to the host."""
@@ -376,12 +392,21 @@ class DeviceRecorder:
             e.table, self._records(used), self._late(used), e.post, self._mailbox.run, self.memory.words("misses", 4),
         ]  # fmt: skip
         if self._substitutes:
-            if not router.follows_logits:
-                raise UsageError(CAR_NEEDS_LOGITS, hint="drop --car")
             self._route(picks)
+            chosen_by = self._chosen_by(router)
+            values, p = (chosen_by, logits.address) if chosen_by is not None else (logits.address, None)
             rule, sums_to_one = self.memory.words("car", CAR_BYTES), router.normalise or router.score == Score.LOGITS
             self._add(
-                "substitute_and_resolve", (1, 1, 1), *rows, *resolved, rule, router.experts, used, int(sums_to_one)
+                "substitute_and_resolve",
+                (1, 1, 1),
+                values,
+                p,
+                *rows[1:],
+                *resolved,
+                rule,
+                router.experts,
+                used,
+                int(sums_to_one),
             )
         elif _is_plain(router):
             self._add(
@@ -399,6 +424,13 @@ class DeviceRecorder:
     def _late(self, used: int) -> int:
         return self.memory.words("late", 8 * used)
 
+    def _expert_form(self, picks: Picks[int, DeviceRows], op: Experts[int]) -> int | None:
+        """Address of what experts compute beside their products (gpu/kernels/experts.h); None: nothing."""
+        if op == Experts():
+            return None
+        pointers = [picks.ids.address, *(bias or 0 for bias in op.biases)]
+        return self.memory.constant(f"form of {picks.layer}", struct.pack(FORM, *pointers, op.is_clamped))
+
     def _hidden(self, e: DeviceExpertLayer, used: int, hidden: int) -> tuple[int, int | None]:
         """Where the experts' activations go, a row a pair: as Q8, and as floats where down reads those."""
         floats = self.rows("hidden", used * hidden).address if e.down_kernel in kernels.FLOAT_TYPES else None
@@ -407,21 +439,18 @@ class DeviceRecorder:
 
     def experts_begin(self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int]) -> None:
         """Gate and up of the picks that are on the device."""
-        self._check_experts(op)
-        rows, used = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used
-        self._gate_and_up("", picks.layer, [self._records(used)], rows, used)
+        rows = x.forms[self._expert_inputs[picks.layer][0]]
+        self._gate_and_up("", picks, [self._records(picks.router.used)], rows, op)
 
-    def _gate_and_up(self, kind: str, layer: int, where: list[Any], x: DeviceRows, used: int) -> None:
-        e, hidden = self._experts[layer], self.hidden
+    def _gate_and_up(
+        self, kind: str, picks: Picks[int, DeviceRows], where: list[Any], x: DeviceRows, op: Experts[int]
+    ) -> None:
+        e, hidden, used = self._experts[picks.layer], self.hidden, picks.router.used
         q8, floats = self._hidden(e, used, hidden)
         self._add(
             f"experts_gate_up_{kind}{e.gate_kernel}", kernels.gate_up_grid(hidden, used), *where, e.device_offset[0],
-            e.device_offset[1], x.address, q8, floats, hidden, x.columns, used,
+            e.device_offset[1], x.address, q8, floats, hidden, x.columns, used, self._expert_form(picks, op),
         )  # fmt: skip
-
-    @staticmethod
-    def _check_experts(op: Experts[int]) -> None:
-        refuse(biases_of_experts=any(b is not None for b in op.biases), clamped_activations=op.is_clamped)
 
     def experts_end(
         self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int], output: DeviceRows,
@@ -430,7 +459,7 @@ class DeviceRecorder:
         """Gate and up of the others as they come, if there are any; then the sum, which the next norm adds."""
         rows, used, hidden = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used, self.hidden
         e, mail, late, records = self._experts[picks.layer], self._mailbox, self._late(used), self._records(used)
-        self._gate_and_up("late_", picks.layer, [records, late, e.answer, mail.run, mail.stop], rows, used)
+        self._gate_and_up("late_", picks, [records, late, e.answer, mail.run, mail.stop], rows, op)
         misses = self.memory.words("misses", 4)
         self._add("wait_for_misses", (1, 1, 1), misses, records, e.answer, mail.run, mail.stop, late, used)
         total = self.rows("added", output.columns)
@@ -439,6 +468,7 @@ class DeviceRecorder:
             f"experts_down_{e.down_kernel}", kernels.down_grid(output.columns), self._records(used), late,
             e.device_offset[2], floats or q8, picks.weights.address, shared and shared.address,
             shared_gate and shared_gate.address, total.address, output.columns, hidden, used,
+            self._expert_form(picks, op),
         )  # fmt: skip
         down.joins = True
         self._add_later(output, total)
@@ -449,17 +479,42 @@ class DeviceRecorder:
         """Nothing: the CPU alone guesses."""
 
     def layer_end(self, layer: int, x: DeviceRows) -> None:
-        """Nothing: layer outputs are recorded on the CPU alone."""
+        """The next layer may be another device's.  Layer outputs are recorded on the CPU alone."""
+        part = self._part
+        if not part.owner or layer + 1 == len(part.owner) or part.owner[layer] == part.owner[layer + 1]:
+            return
+        added = self._pending.get(x.address)
+        if part.has(layer):
+            self._hand_over(self._hops, x, added)
+        self._is_here = part.has(layer + 1)
+        if self._is_here:
+            self._take_over(self._hops, x, added)
+        self._hops += 1
+
+    def _hand_over(self, hop: int, x: DeviceRows, added: int | None) -> None:
+        """The residual stream, and what the next norm will add to it."""
+        rows, flag = self._part.hop(hop)
+        self._add("hand_over", (1, 1, 1), x.address, added, rows, flag, self._mailbox.run, x.columns)
+
+    def _take_over(self, hop: int, x: DeviceRows, added: int | None) -> None:
+        rows, flag = self._part.hop(hop)
+        mail = self._mailbox
+        self._add("take_over", (1, 1, 1), x.address, added, rows, flag, mail.run, mail.stop, x.columns)
 
     # ---- the result ----
 
+    @property
+    def makes_logits(self) -> bool:
+        """Whether the model ends on this device."""
+        return self._part.is_last
+
     def launches(self, outputs: int) -> list[LaunchSpec]:
         """All launches of a run that wants so many logits (0 or 1)."""
-        return [*self.finished_body(), *(self.tail(0, 1) if outputs else [])]
+        return [*self.finished_body(), *(self.tail(0, 1) if outputs and self.makes_logits else [])]
 
     def finished_body(self) -> list[Any]:
         """All but the logits."""
-        return _finished(self.body)
+        return _finished(self._body)
 
     def tail(self, first: int, tokens: int) -> list[LaunchSpec]:
         """Final norm and logits of so many tokens from the `first` on."""
@@ -482,17 +537,3 @@ def _finished(specs: list[Any]) -> list[Any]:
         if isinstance(spec, LaunchSpec):
             spec.arguments = [None if isinstance(a, str) else a for a in spec.arguments]
     return specs
-
-
-def _many(products: Sequence[tuple[DeviceMatrix, int, int]]) -> LaunchSpec:
-    """One launch for one token's products of several matrices of one format with one input."""
-    first, x, _ = products[0]
-    split = kernels.split_of(first.kernel, first.columns, max(m.rows for m, _, _ in products))
-    blocks = sum(kernels.mat_vec_grid(m.kernel, m.rows, split)[0] for m, _, _ in products)
-    unused = kernels.MAT_VEC_MANY - len(products)
-    weights = [m.address for m, _, _ in products] + [None] * unused
-    outputs = [y for _, _, y in products] + [None] * unused
-    rows = [m.rows for m, _, _ in products] + [0] * unused
-    return LaunchSpec(
-        f"mat_vec_many_{first.kernel}", (blocks, 1, 1), [*weights, *outputs, *rows, x, first.columns, 1, split]
-    )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fomoe_io.gpu.arena import Arena, DeviceExpertLayer, Mailbox, Memory
+from fomoe_io.gpu.arena import WHOLE, Arena, DeviceExpertLayer, Mailbox, Memory, Part
 from fomoe_io.gpu.batch_recorder import BatchRecorder
 from fomoe_io.gpu.budget import Header, Mail, RecordLayout
 from fomoe_io.gpu.products import padded
@@ -45,6 +45,7 @@ class ModelSource:
     substitutes : whether a token goes through cache-aware routing
     sessions : states that there are
     kv_type : what keys and values are kept as
+    part : what this device computes
     """
 
     shape: Shape
@@ -57,6 +58,7 @@ class ModelSource:
     substitutes: bool
     sessions: int = 1
     kv_type: KvType = KvType.F32
+    part: Part = WHOLE
 
 
 class Recordings:
@@ -86,7 +88,7 @@ class Recordings:
         self._source = source
         room = padded(batch_tokens) if product_bytes else batch_tokens
         self._weights_arena = Arena(addresses.weights)
-        self.weights = DeviceWeights(source.resident, self._weights_arena)
+        self.weights = DeviceWeights(source.resident, self._weights_arena, source.part)
         many = source.sessions > 1
         self.memory = Memory(
             Arena(addresses.activations), 0 if many else addresses.state, many, source.kv_type, room,
@@ -95,8 +97,6 @@ class Recordings:
         table, file, offset = self.weights.embedding(s.columns, s.vocabulary)
         self.embedding, self._embedding = table, (table, source.files[file], offset)
         self._place_inputs(batch_tokens)
-        self.rope_address = self.memory.words("rope", 4 * source.context_tokens * s.rotated)
-        self.memory.row_at("rope", s.rotated, self.rope_address)
         self.tables_address = self.memory.words("tables", 8 * s.layers * s.experts)
         self.products_address = self.memory.words("products", product_bytes) if product_bytes else 0
         self.mail = Mail(s.used, s.layers)
@@ -140,6 +140,7 @@ class Recordings:
             "mailbox": self._mailbox,
             "vocabulary": s.vocabulary,
             "hidden": s.hidden,
+            "part": self._source.part,
         }
 
     def _recorded(self, recorder: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fomoe_io.errors import FormatError
-from fomoe_io.models import glm4moe, gpt_oss, minimax_m2, qwen3moe, qwen3next, qwen35moe
+from fomoe_io.models import deepseek2, glm4moe, gpt_oss, minimax_m2, qwen3moe, qwen3next, qwen35moe
 from fomoe_io.models.architecture import Architecture, Model
 from fomoe_io.models.keys import Keys
 from fomoe_io.models.tensors import check_drafts, check_experts, check_tensors
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ARCHITECTURES", "Architecture", "Model", "check_model"]
 
-_MODULES = (qwen3moe, qwen3next, qwen35moe, minimax_m2, glm4moe, gpt_oss)
+_MODULES = (qwen3moe, qwen3next, qwen35moe, minimax_m2, glm4moe, gpt_oss, deepseek2)
 ARCHITECTURES = {module.ARCHITECTURE.name: module.ARCHITECTURE for module in _MODULES}
 
 

@@ -17,13 +17,13 @@ SMALLEST_EPSILON = 1e-38
 """Of a norm: without one, a row of zeros would be divided by zero."""
 
 
-def common_sizes(m: Keys, full_attention: tuple[bool, ...]) -> dict[str, Any]:
-    """Fields of a Shape; `full_attention` says which layers have heads at all."""
+def common_sizes(m: Keys, full_attention: tuple[bool, ...], *, latent: int = 0) -> dict[str, Any]:
+    """Fields of a Shape; `full_attention` says which layers have heads at all; of a `latent` values are its columns."""
     columns = m.integer("embedding_length", least=1)
     heads = m.each_layer("attention.head_count", full_attention, most=4096)
     head_columns = m.integer("attention.key_length", columns // heads, least=1, most=4096)
     value_columns = m.integer("attention.value_length", columns // heads, least=1, most=4096)
-    if value_columns != head_columns:
+    if value_columns != (latent or head_columns):
         raise FormatError(
             f"heads have {head_columns} columns in keys (attention.key_length) and {value_columns} in values "
             f"(attention.value_length), which no {m.architecture} model has"

@@ -108,6 +108,33 @@ class Attention(Generic[Vector]):
 
 
 @dataclass(frozen=True, slots=True)
+class LatentAttention(Generic[Vector]):
+    """Softmax attention whose heads' keys and values are made of one latent a position (MLA).
+
+    Attributes
+    ----------
+    heads : int
+    rotated : int
+        Columns of the key, and the last of each head's query, that turn with the position: pairs are neighbours.
+    epsilon : float
+        Of the latent's norm.
+    scale : float
+        Of the scores.
+    norm : Vector
+        Weights of the latent's norm.
+    value_columns : int
+        Of each head.
+    """
+
+    heads: int
+    rotated: int
+    epsilon: float
+    scale: float
+    norm: Vector
+    value_columns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Delta(Generic[Vector]):
     """The gated delta rule.
 
@@ -132,9 +159,6 @@ class Delta(Generic[Vector]):
     decay_rate: Vector
     decay_bias: Vector
     norm: Vector
-
-
-CAR_NEEDS_LOGITS = "cache-aware routing compares logits, and this model chooses its experts by more than those"
 
 
 class Score(IntEnum):
@@ -179,7 +203,7 @@ class Router(Generic[Vector]):
 
     @property
     def follows_logits(self) -> bool:
-        """Whether the experts are those of the greatest logits: what cache-aware routing takes for granted."""
+        """Whether the experts are those of the greatest logits."""
         return self.score != Score.SIGMOID and self.bias is None and self.groups == 1
 
 
@@ -229,8 +253,11 @@ class WeightSource(Protocol[_Matrix_co, _Vector_co]):
         """Whether the model has the tensor."""
         ...
 
-    def matrix(self, name: str, columns: int, rows: int, part: slice | None = None) -> _Matrix_co:
-        """A [rows, columns] matrix, or a `part` of its rows; FormatError when the file's shape differs."""
+    def matrix(self, name: str, columns: int, rows: int, part: slice | None = None, groups: int = 1) -> _Matrix_co:
+        """A [rows, columns] matrix, or a `part` of its rows; FormatError when the file's shape differs.
+
+        Rows that come in `groups` have one more dimension in the file.
+        """
         ...
 
     def vector(self, name: str, shape: tuple[int, ...], part: slice | None = None) -> _Vector_co:
@@ -305,6 +332,17 @@ class Recorder(Protocol[_Matrix_contra, Vector, Rows]):
         K and V end with the tokens' own k and v.
         q = rope(norm(query + query_bias)), k = rope(norm(key + key_bias)), v = value + value_bias; query, key and value
         may be overwritten.
+        """
+        ...
+
+    def latent_attention(
+        self, query: Rows, latent: Rows, key: Rows, table: Rows, w_key: _Matrix_contra, w_value: _Matrix_contra,
+        op: LatentAttention[Vector],
+    ) -> Rows:  # fmt: skip
+        """W_value sum_t p_t l_t of each head, p = softmax(scale ((W_key q_own) . l_t + rope(q_turned) . rope(k_t))).
+
+        l = norm(latent), which is kept with the turned key; latent may be overwritten.  Each head has its own rows of
+        `w_key` [latent, own columns] and `w_value` [value_columns, latent].
         """
         ...
 

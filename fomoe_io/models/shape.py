@@ -19,7 +19,9 @@ class Shape:
     `columns` is the width of the residual stream, `hidden` the width of one routed expert, `used` the experts
     a token; `shared_hidden` is 0 without a shared expert.  `blocks` counts draft blocks too, which follow the layers.
     The first `dense_layers` have no experts but one network of `dense_hidden`; `windows` says of each layer how many
-    positions its attention sees, 0 for all, and is empty without a window.  For the others see
+    positions its attention sees, 0 for all, and is empty without a window.  Where a `latent` of so many columns stands
+    for all keys and values, `head_columns` are its and the turned key's, `query_columns` a head's query's, which comes
+    from `query_rank` columns if that is not 0, and `value_columns` a head's value's.  For the others see
     :mod:`fomoe_io.models.recorder`.
     """
 
@@ -54,6 +56,11 @@ class Shape:
     groups: int = 1
     groups_used: int = 1
     is_clamped: bool = False
+    query_rank: int = 0
+    latent: int = 0
+    query_columns: int = 0
+    value_columns: int = 0
+    attention_scale: float = 0.0
 
     @property
     def expert_layers(self) -> range:
@@ -64,8 +71,9 @@ class Shape:
     def widest_row(self) -> int:
         """Of all rows that the ops make of a token."""
         channels = (2 * self.key_heads + self.value_heads) * self.state_columns
-        heads = self.heads * self.head_columns
-        return max(self.columns, self.hidden, self.shared_hidden, self.dense_hidden, self.experts, channels, heads)
+        heads = self.heads * max(self.head_columns, self.query_columns, self.value_columns)
+        networks = max(self.hidden, self.shared_hidden, self.dense_hidden)
+        return max(self.columns, networks, self.experts, channels, heads, self.query_rank)
 
     def check(self) -> None:
         """What the kernels take for granted, whatever the architecture.

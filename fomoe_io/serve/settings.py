@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fomoe_io.errors import UsageError
@@ -64,6 +65,8 @@ class ServeConfig:
         How long a client may take to accept what it is sent, or to send what it has announced.
     version : str
         Of the package, for /props.
+    slot_folder : Path or None
+        Where /slots saves sessions; None: nowhere.
     pending_events : int
         What may wait for a slow client of a stream before it is dropped.
     """
@@ -92,6 +95,7 @@ class ServeConfig:
     stall_seconds: float = 30.0
     version: str = ""
     pending_events: int = 1024
+    slot_folder: Path | None = None
 
     def __post_init__(self) -> None:
         limits = {

@@ -9,20 +9,32 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine, EngineConfig, Tiers
-from fomoe_io.errors import UsageError
 from fomoe_io.experts.car import CarRule
 from layout_tool.main import main as layout
 from tests.tiny_model import Tiny, Type, write_tiny
 
-FLOATS = ("qwen3next", "qwen3next-legacy", "minimax-m2", "glm4moe", "glm4moe-air", "gpt-oss", "qwen35moe-yarn-mtp")
+FLOATS = (
+    "qwen3next",
+    "qwen3next-legacy",
+    "minimax-m2",
+    "glm4moe",
+    "glm4moe-air",
+    "gpt-oss",
+    "deepseek2",
+    "qwen35moe-yarn-mtp",
+)
 EXACT = {"activations": "float32", "context_tokens": 128}
 
 TOKENS = np.random.default_rng(9).integers(0, 300, 40)
+GROUPS: dict[str, Any] = {
+    "used": 3, "experts": 8, "keys": (("expert_group_count", 4), ("expert_group_used_count", 2)),
+}  # fmt: skip
 SHAPES = {
     "qwen3next": Tiny(architecture="qwen3next", weights=Type.Q8_0),
     "minimax-m2": Tiny(architecture="minimax-m2", weights=Type.Q8_0),
     "glm4moe": Tiny(architecture="glm4moe", dense_layers=1, biased=True, weights=Type.Q8_0),
     "gpt-oss": Tiny(architecture="gpt-oss", biased=True, rotated=32, dense=Type.Q8_0, weights=Type.MXFP4),
+    "deepseek2": Tiny(architecture="deepseek2", dense_layers=1, weights=Type.Q8_0, query_rank=32, **GROUPS),
 }
 
 
@@ -118,16 +130,17 @@ def test_a_trace_and_a_profile_of_every_architecture(stores: dict[str, Path], tm
     assert np.array_equal(evaluate(tmp_path / "sorted", TOKENS, context_tokens=64, slots=3)[0], expected)
 
 
-def test_cache_aware_routing_where_logits_do_not_decide(tmp_path: Path) -> None:
-    """It is refused; gpt-oss chooses by logits, and its weights are made to sum 1 again."""
-    rule = CarRule.parse("ratio:0.0,warmup=0")
-    for name in ("minimax-m2", "glm4moe"):
-        with pytest.raises(UsageError, match="cache-aware routing") as caught:
-            Engine.open(write_tiny(tmp_path / f"{name}.gguf", SHAPES[name], 1), EngineConfig(car=rule, slots=3))
-        assert caught.value.hint == "drop --car"
-    path = write_tiny(tmp_path / "gpt-oss.gguf", SHAPES["gpt-oss"], 1)
-    with Engine.open(path, EngineConfig(car=rule, slots=3, context_tokens=64)) as engine:
-        session = engine.session()
-        for token in TOKENS:
-            session.decode(int(token))
-        assert engine.statistics()["substitutions"] > 0
+@pytest.mark.parametrize("name", ["minimax-m2", "glm4moe", "gpt-oss", "deepseek2"])
+def test_cache_aware_routing_of_every_router(tmp_path: Path, name: str) -> None:
+    """Where a bias chooses, too; a rule that gives up nothing changes nothing."""
+    path = write_tiny(tmp_path / "model.gguf", SHAPES[name], 1)
+    found = []
+    for text in ("off", "regret:0.0", "regret:1.0,keep=0"):
+        config = EngineConfig(car=CarRule.parse(text), slots=4, context_tokens=64)
+        with Engine.open(path, config) as engine:
+            session = engine.session()
+            logits = np.stack([session.decode(int(token)).copy() for token in TOKENS])
+            s = engine.statistics()
+        found.append((logits.tobytes(), s["substitutions"], s["tiers"]["nvme"]["hits"]))
+    assert found[0] == found[1] and found[0][1] == 0
+    assert found[2][1] > 30 and found[2][2] < found[0][2] - 30

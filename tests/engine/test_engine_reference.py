@@ -22,6 +22,7 @@ def scaled(kind: str, factor: float) -> tuple[tuple[str, Any], ...]:
     return ("rope.scaling.type", kind), ("rope.scaling.factor", factor)
 
 
+MULTIPLIER = ("rope.scaling.yarn_log_multiplier", 0.1)
 SHAPES = {
     "gqa 1": Tiny(heads=2, kv_heads=2),
     "gqa 8, wide heads": Tiny(heads=8, kv_heads=1, head_columns=64, rotated=64),
@@ -82,6 +83,46 @@ SHAPES = {
         hidden=40,
         keys=(("attention.sliding_window_pattern", 3), ("rope.freq_base_swa", 500.0)),
     ),
+    "deepseek2": Tiny(
+        architecture="deepseek2",
+        dense_layers=1,
+        query_rank=24,
+        latent=40,
+        value_columns=24,
+        experts=12,
+        used=3,
+        keys=(("expert_group_count", 4), ("expert_group_used_count", 2), *scaled("yarn", 8.0), MULTIPLIER),
+    ),
+    "deepseek2, yarn of old": Tiny(
+        architecture="deepseek2",
+        layers=2,
+        query_rank=20,
+        head_columns=24,
+        rotated=12,
+        shared_hidden=64,
+        keys=(*scaled("yarn", 3.0), ("rope.scaling.attn_factor", 1.2)),
+    ),
+    "deepseek2, as V2": Tiny(
+        architecture="deepseek2",
+        layers=3,
+        dense_layers=2,
+        query_rank=16,
+        heads=3,
+        fused=True,
+        keys=(("expert_gating_func", 1), ("expert_weights_norm", False), ("expert_weights_scale", 16.0)),
+    ),
+    "deepseek2, lite": Tiny(
+        architecture="deepseek2",
+        layers=26,
+        dense_layers=24,
+        columns=32,
+        hidden=16,
+        shared_hidden=0,
+        experts=4,
+        heads=2,
+        latent=24,
+        tied=True,
+    ),
     "head counts a layer": Tiny(keys=(("attention.head_count", [4] * 4), ("attention.head_count_kv", [0, 0, 0, 2]))),
 }
 
@@ -112,7 +153,7 @@ def test_float_shapes(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gqa 1", "top-16 of 512", "qwen3moe", "qwen3next", "minimax-m2", "glm4moe", "gpt-oss"]
+    "name", ["gqa 1", "top-16 of 512", "qwen3moe", "qwen3next", "minimax-m2", "glm4moe", "gpt-oss", "deepseek2"]
 )
 def test_portable_kernels_and_few_slots(tmp_path: Path, name: str) -> None:
     path = write_tiny(tmp_path / "tiny.gguf", SHAPES[name], 7)
@@ -173,7 +214,9 @@ def test_reference_equals_llama_cpp(shared: Path) -> None:
     assert nmse(logits, expected["logits_step"]) < 1e-11
 
 
-@pytest.mark.parametrize("name", ["qwen3next", "qwen3next-legacy", "minimax-m2", "glm4moe", "glm4moe-air", "gpt-oss"])
+@pytest.mark.parametrize(
+    "name", ["qwen3next", "qwen3next-legacy", "minimax-m2", "glm4moe", "glm4moe-air", "gpt-oss", "deepseek2"]
+)
 def test_reference_of_other_architectures_equals_llama_cpp(shared: Path, name: str) -> None:
     directory = shared / "reference/architectures"
     expected, model = np.load(directory / f"{name}-ref.npz"), ReferenceModel(directory / f"{name}.gguf")

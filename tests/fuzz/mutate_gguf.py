@@ -62,7 +62,8 @@ MORE_KEYS = ("general.alignment", "split.count", "split.no", "split.tensors.coun
              "A.expert_gating_func", "A.expert_weights_scale", "A.expert_weights_norm", "A.rope.dimension_sections",
              "A.leading_dense_block_count", "A.attention.recurrent_layers", "A.full_attention_interval",
              "A.nextn_predict_layers", "A.vocab_size", "A.expert_shared_count", "A.attention.sliding_window_pattern",
-             "A.rope.freq_base_swa", "A.feed_forward_length", "general.name",
+             "A.rope.freq_base_swa", "A.expert_group_count", "A.rope.scaling.yarn_log_multiplier",
+             "A.attention.q_lora_rank", "A.feed_forward_length", "general.name",
              "general.quantization_version")  # fmt: skip
 
 
@@ -87,6 +88,7 @@ def bases(folder: Path) -> list[Image]:
         Tiny(architecture="minimax-m2", layers=2),
         Tiny(architecture="glm4moe", layers=3, dense_layers=1, biased=True),
         Tiny(architecture="gpt-oss", layers=2, rotated=32, biased=True, dense=Type.F16, weights=Type.MXFP4),
+        Tiny(architecture="deepseek2", layers=2, dense_layers=1, query_rank=32, dense=Type.Q8_0),
     ]
     return [Image.read(write_tiny(folder / f"base{i}.gguf", shape, i)) for i, shape in enumerate(shapes)]
 
@@ -99,7 +101,7 @@ def _odd_shape(r: random.Random, folder: Path) -> Image:
     heads, key_heads, experts = r.randint(1, 9), r.randint(1, 4), r.choice([1, 2, 3, 8, 65])
     head_columns = r.choice([n for n in size if n > 1])
     shape = Tiny(
-        architecture=r.choice(["qwen3moe", "qwen35moe", "qwen3next", "minimax-m2", "glm4moe", "gpt-oss"]),
+        architecture=r.choice(["qwen3moe", "qwen35moe", "qwen3next", "minimax-m2", "glm4moe", "gpt-oss", "deepseek2"]),
         layers=r.randint(1, 4),
         columns=r.choice(size),
         heads=heads,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any, Protocol
 
 import numpy as np
 
-from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import kernels
+from fomoe_io.gpu.recorder import FORM
 from tests.gpu_shim import reference as ref
-from tests.reference_model import route_by
-from tests.unit.test_car import choose
 
 # Float32 arithmetic in another order, and exp to 2 ulp: far below 1e-5 of the norm, far above any wrong index.
 CLOSE = 3e-6
@@ -18,6 +17,7 @@ CLOSE = 3e-6
 
 class Handle(Protocol):
     pointer: int
+    parts: list[Handle]
 
     def get(self) -> np.ndarray: ...
 
@@ -123,6 +123,21 @@ def make_records(
     return records, offsets, weights
 
 
+def expert_form(
+    runner: Runner, rng: np.random.Generator, ids: np.ndarray, sizes: tuple[int, int, int], *, is_biased: bool
+) -> tuple[list[np.ndarray], Handle | None]:
+    """Biases of gate, up and down, and what tells the kernels of them and of clamps; zeros and nothing without."""
+    experts, ff, columns = sizes
+    if not is_biased:
+        return [np.zeros((experts, size), np.float32) for size in (ff, ff, columns)], None
+    biases = [np.float32(scale) * normal(rng, experts, size) for scale, size in ((5, ff), (5, ff), (1, columns))]
+    parts = [runner.put(part) for part in (ids.astype(np.int32), *biases)]
+    words = struct.pack(FORM, *(part.pointer for part in parts), 1)
+    form = runner.put(np.frombuffer(words, np.uint8))
+    form.parts = parts  # they live as long
+    return biases, form
+
+
 def check_experts(
     runner: Runner,
     rng: np.random.Generator,
@@ -132,13 +147,18 @@ def check_experts(
     columns: int,
     picks: int,
     tokens: int,
+    is_biased: bool = False,
 ) -> None:
-    """All resident, then some late, then (of one token) some read in place: right, and the same bits."""
+    """All resident, then some late, then (of one token) some read in place: right, and the same bits.
+
+    With biases the activation is clamped, too, and the inputs reach its limits.
+    """
     experts = picks + 2
     records, offsets, weights = make_records(runner, rng, experts, gate_type, down_type, ff, columns)
     ids = np.stack([rng.permutation(experts)[:picks] for _ in range(tokens)])
     share = rng.uniform(0.1, 1, (tokens, picks)).astype(np.float32)
     x, values = activations(runner, gate_type, normal(rng, tokens, columns))
+    biases, form = expert_form(runner, rng, ids, (experts, ff, columns), is_biased=is_biased)
     shared, gate = normal(rng, tokens, columns), normal(rng, tokens)
     addresses = np.array([records[e].pointer for e in ids.ravel()], np.uint64)
     is_late = rng.random(addresses.size) < 0.4
@@ -159,17 +179,17 @@ def check_experts(
         for table in (here, late) if late_mask.any() and not in_place else (here,):
             runner.launch(
                 f"experts_gate_up_{gate_type}", kernels.gate_up_grid(ff, pairs),
-                table, 0, offsets["up"], x, hidden, floats, ff, columns, picks,
+                table, 0, offsets["up"], x, hidden, floats, ff, columns, picks, form,
             )  # fmt: skip
         if in_place:
             runner.launch(
                 f"experts_gate_up_late_{gate_type}", kernels.gate_up_grid(ff, pairs), here, late, reply, run, stop,
-                0, offsets["up"], x, hidden, floats, ff, columns, picks,
+                0, offsets["up"], x, hidden, floats, ff, columns, picks, form,
             )  # fmt: skip
         runner.launch(
             f"experts_down_{down_type}", kernels.down_grid(columns, tokens),
             here, late, offsets["down"], hidden if down_type in kernels.QUANTIZED_TYPES else floats,
-            runner.put(share), runner.put(shared), runner.put(gate), y, columns, ff, picks,
+            runner.put(share), runner.put(shared), runner.put(gate), y, columns, ff, picks, form,
         )  # fmt: skip
         results.append((floats.get(), hidden.get(), y.get()))
     for result in results[1:]:
@@ -181,9 +201,12 @@ def check_experts(
     hidden_used = ref.from_q8(hidden_got, ff) if down_type in kernels.QUANTIZED_TYPES else floats_got
     for pair in range(pairs):
         token, rank = divmod(pair, picks)
-        gate_w, up_w, down_w = weights[ids[token, rank]]
-        want_hidden[pair] = ref.silu(gate_w @ values[token]) * (up_w @ values[token])
-        want[token] += share[token, rank].astype(np.float64) * (down_w @ hidden_used[pair])
+        expert = ids[token, rank]
+        gate_w, up_w, down_w = weights[expert]
+        gate_bias, up_bias, down_bias = (bias[expert] for bias in biases)
+        products = gate_w @ values[token] + gate_bias, up_w @ values[token] + up_bias
+        want_hidden[pair] = ref.hidden(*products, is_clamped=is_biased)
+        want[token] += share[token, rank].astype(np.float64) * (down_w @ hidden_used[pair] + down_bias)
     assert ref.error(floats_got, want_hidden) < CLOSE
     np.testing.assert_allclose(ref.from_q8(hidden_got, ff), floats_got, atol=np.abs(floats_got).max() / 127 * 0.51)
     assert ref.error(y_got, want) < CLOSE
@@ -197,7 +220,7 @@ def check_absent_expert_is_nan(runner: Runner, rng: np.random.Generator) -> None
     share = runner.put(np.array([0.5, 0.5], np.float32))
     runner.launch(
         "experts_down_q4_k", kernels.down_grid(256), table, None, offsets["down"], hidden, share, None, None, y,
-        256, 256, 2,
+        256, 256, 2, None,
     )  # fmt: skip
     assert np.isnan(y.get()).all()
 
@@ -245,8 +268,13 @@ def check_attention(
     positions: list[int],
     rotary: int,
     gated: bool,
+    window: int = 0,
 ) -> None:
-    """Norm, rope, cache, attention and merge of consecutive tokens over a cache that holds what came before."""
+    """Norm, rope, cache, attention and merge of consecutive tokens over a cache that holds what came before.
+
+    With a window the heads have sinks, too.
+    """
+    sinks = normal(rng, heads) if window else None
     tokens, context, eps = len(positions), max(positions) + 1, 1e-6
     q_stride = 2 * dim if gated else dim
     q, k, v = (
@@ -283,12 +311,13 @@ def check_attention(
     q8 = runner.put(np.full((tokens, kernels.q8_row_bytes(heads * dim)), 0xAA, np.uint8))
     runner.launch(
         f"attention_{cache}_{dim}", kernels.attention_grid(heads, kv_heads, splits, tokens),
-        q_out, device_keys, device_values, place, None, parts, heads, kv_heads, splits, dim**-0.5,
+        q_out, device_keys, device_values, place, None, parts, heads, kv_heads, splits, dim**-0.5, window,
     )  # fmt: skip
     gate = runner.put(q[..., dim:]) if gated else None
-    runner.launch("attention_merge", (heads, tokens, 1), parts, place, gate, y, q8, heads, dim, splits, dim)
+    runner.launch("attention_merge", (heads, tokens, 1), parts, place, gate, y, q8, heads, dim, splits, dim,
+                  None if sinks is None else runner.put(sinks), window)  # fmt: skip
     stored = (device_keys.get().astype(np.float64), device_values.get().astype(np.float64))
-    want = ref.attention(q_out.get().astype(np.float64), *stored, np.array(positions), dim**-0.5)
+    want = ref.attention(q_out.get().astype(np.float64), *stored, np.array(positions), dim**-0.5, sinks, window)
     if gated:
         want = want * ref.sigmoid(q[..., dim:].astype(np.float64))
     assert ref.error(y.get(), want.reshape(tokens, -1)) < 2 * CLOSE
@@ -351,51 +380,6 @@ def check_delta(
     np.testing.assert_array_equal(q8.get(), quantized(runner, out.get()).get())
 
 
-def route_reference(logits: np.ndarray, picks: int, normalise: bool, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    ids = np.argsort(-p, axis=1, kind="stable")[:, :picks]
-    weights = np.take_along_axis(p, ids, axis=1)
-    if normalise:
-        weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 2.0**-14)
-    return ids, weights * scale
-
-
-def check_route(runner: Runner, rng: np.random.Generator, experts: int, picks: int, tokens: int) -> None:
-    logits = 3 * normal(rng, tokens, experts)
-    logits[0] = np.round(logits[0])  # ties: the lower id first
-    for normalise, scale in ((1, 1.0), (0, 2.5)):
-        ids = runner.put(np.full((tokens, picks), -1, np.int32))
-        weights = runner.put(poison(tokens, picks))
-        runner.launch("route", (tokens, 1, 1), runner.put(logits), ids, weights, experts, picks, normalise, scale)
-        want_ids, want_weights = route_reference(logits.astype(np.float64), picks, bool(normalise), scale)
-        np.testing.assert_array_equal(ids.get(), want_ids)
-        np.testing.assert_allclose(weights.get(), want_weights, rtol=1e-5)
-
-
-def check_route_by(
-    runner: Runner, rng: np.random.Generator, experts: int, picks: int, tokens: int, score: str, is_biased: bool
-) -> None:
-    """Against the float64 model's router; the biased logits stay."""
-    scores = ("softmax", "sigmoid", "logits")
-    logits, bias, logit_bias = 3 * normal(rng, tokens, experts), normal(rng, experts), normal(rng, experts)
-    for normalise, scale in ((1, 1.0), (0, 2.5)):
-        ids, weights = runner.put(np.full((tokens, picks), -1, np.int32)), runner.put(poison(tokens, picks))
-        device_logits = runner.put(logits)
-        biases = (runner.put(logit_bias), runner.put(bias)) if is_biased else (None, None)
-        runner.launch("route_by", (tokens, 1, 1), device_logits, *biases, ids, weights, experts, picks,
-                      scores.index(score), normalise, scale)  # fmt: skip
-        seen = logits + logit_bias if is_biased else logits
-        np.testing.assert_array_equal(device_logits.get(), seen)
-        for token in range(tokens):
-            want, expected = route_by(
-                seen[token].astype(np.float64), picks, score, bias if is_biased else 0.0,
-                bool(normalise) and score != "logits", scale,
-            )  # fmt: skip
-            np.testing.assert_array_equal(ids.get()[token], want)
-            np.testing.assert_allclose(weights.get()[token], expected, rtol=2e-5)
-
-
 def check_ungroup(runner: Runner, rng: np.random.Generator, groups: int, length: int, tokens: int) -> None:
     x, y = normal(rng, tokens, groups, length + 5), poison(tokens, groups * length + 3)
     out = runner.put(y)
@@ -403,67 +387,6 @@ def check_ungroup(runner: Runner, rng: np.random.Generator, groups: int, length:
     runner.launch("ungroup", grid, runner.put(x), out, groups, length + 5, 2, length, groups * length + 3, 1)
     y[:, 1:-2] = x[:, :, 2 : 2 + length].reshape(tokens, -1)
     np.testing.assert_array_equal(out.get(), y)
-
-
-def check_resolve(runner: Runner, rng: np.random.Generator, experts: int, picks: int) -> None:
-    """Hits resolved, all picks posted, misses counted; experts that lie in DRAM are misses (table value 1), or are read
-    there (an odd address)."""
-    table = 16 * rng.integers(1, 1 << 56, experts).astype(np.uint64)
-    absent = rng.random(experts)
-    table[absent < 0.5] = 0
-    table[absent < 0.2] = 1
-    table[absent > 0.8] |= np.uint64(1)
-    logits = 3 * normal(rng, 1, experts)
-    want, weight = route_reference(logits.astype(np.float64), picks, True, 1.0)
-    is_odd, found = table[want[0]] % 2 == 1, table[want[0]]
-    here, there = (np.where(where, found, np.uint64(0)) for where in (~is_odd, is_odd & (found > 1)))
-    misses = int(((here == 0) & (there == 0)).sum())
-    assert 0 < misses < picks
-    ids, weights = runner.put(np.full(picks, -1, np.int32)), runner.put(poison(picks))
-    row, run = runner.put(table), runner.put(np.array([41, 0], np.uint32))
-    records, post = runner.put(np.full(picks, 77, np.uint64)), runner.put(np.zeros(1 + 2 * picks, np.uint64))
-    count, late = runner.put(np.array([99], np.uint32)), runner.put(np.full(picks, 88, np.uint64))
-    runner.launch("route_and_resolve", (1, 1, 1), runner.put(logits), ids, weights, row, records, late, post, run,
-                  count, experts, picks, 1, 1.0)  # fmt: skip
-    np.testing.assert_array_equal(late.get(), there)
-    np.testing.assert_array_equal(ids.get(), want[0])
-    np.testing.assert_array_equal(records.get(), here)
-    posted, words = np.split(post.get(), [1 + picks])
-    np.testing.assert_array_equal(posted, (41 << 32) + np.array([misses, *(want[0] * 65537)], np.uint64))
-    np.testing.assert_array_equal(words >> np.uint64(32), 41)
-    np.testing.assert_allclose(words.astype(np.uint32).view(np.float32), weight[0], rtol=1e-5)
-    assert count.get()[0] == misses
-
-
-def check_substitution(runner: Runner, rng: np.random.Generator, experts: int, picks: int, rule: CarRule) -> int:
-    """The device's stand-ins are those of csrc/experts/car.h; returns how many there were."""
-    logits = (2 * normal(rng, 1, experts)).astype(np.float32)
-    where = rng.integers(0, 3, experts).astype(np.int8)  # VRAM, DRAM, NVMe
-    table = np.select([where == 0, where == 1], [16 * rng.integers(1, 1 << 56, experts), 1], 0).astype(np.uint64)
-    true, weight = route_reference(logits.astype(np.float64), picks, True, 1.0)
-    want, want_weight, replaced = choose(rule, logits[0], where, true[0].astype(np.int32), weight[0].astype(np.float32))
-    ids, weights = runner.put(true[0].astype(np.int32)), runner.put(weight[0].astype(np.float32))
-    records, post = runner.put(np.full(picks, 77, np.uint64)), runner.put(np.zeros(1 + 2 * picks, np.uint64))
-    run, count = runner.put(np.array([3, 1], np.uint32)), runner.put(np.zeros(1, np.uint32))
-    native = runner.put(np.frombuffer(bytes(rule.native()), np.uint8))
-    runner.launch("substitute_and_resolve", (1, 1, 1), runner.put(logits), ids, weights, runner.put(table), records,
-                  runner.put(np.zeros(picks, np.uint64)), post, run, count, native, experts, picks, 1)  # fmt: skip
-    np.testing.assert_array_equal(ids.get(), want)
-    np.testing.assert_allclose(weights.get(), want_weight, rtol=1e-5)
-    posted = (post.get()[1:] & 0xFFFFFFFF).astype(np.uint32)
-    np.testing.assert_array_equal(posted[:picks], true[0] + 65536 * want)
-    np.testing.assert_array_equal(posted[picks:].view(np.float32), weight[0].astype(np.float32))
-    assert count.get()[0] == (where[want] != 0).sum()
-    return int((replaced >= 0).sum())
-
-
-def check_nan_logits_show(runner: Runner, rng: np.random.Generator) -> None:
-    logits = normal(rng, 1, 64)
-    logits[0, 7] = np.nan
-    ids, weights = runner.put(np.full((1, 8), -1, np.int32)), runner.put(np.zeros((1, 8), np.float32))
-    runner.launch("route", (1, 1, 1), runner.put(logits), ids, weights, 64, 8, 1, 1.0)
-    assert ids.get().min() >= 0 and ids.get().max() < 64
-    assert np.isnan(weights.get()).all()
 
 
 def check_read_memory(runner: Runner, rng: np.random.Generator, nbytes: int, blocks: int) -> None:

@@ -231,6 +231,14 @@ DEVICE u32x4 system_load16(const void *p) {
 DEVICE void system_store4(void *p, u32 v) { *(volatile u32 *)fibers::reach(p) = v; }
 DEVICE void system_store8(void *p, u64 v) { *(volatile u64 *)fibers::reach(p) = v; }
 DEVICE u32 funnel_right(u32 low, u32 high, int bits) { return (u32)((((u64)high << 32) | low) >> bits); }
+DEVICE void look_up(u32 words, u32 first, u32 last, u32 &of_low, u32 &of_high) {
+    const u64 table = (u64)last << 32 | first;
+    of_low = of_high = 0;
+    for (int i = 0; i < 32; i += 8) {
+        of_low |= (u32)((table >> (words >> i & 7) * 8) & 0xff) << i;
+        of_high |= (u32)((table >> (words >> (i + 4) & 7) * 8) & 0xff) << i;
+    }
+}
 DEVICE float fused(float a, float b, float c) { return std::fma(a, b, c); }
 DEVICE float power_of_2(float x) { return std::exp2(x); }
 DEVICE float logarithm_2(float x) { return std::log2(x); }

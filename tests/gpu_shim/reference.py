@@ -10,6 +10,7 @@ GGML = {
     "q5_k": gguf.GGMLQuantizationType.Q5_K,
     "q6_k": gguf.GGMLQuantizationType.Q6_K,
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "mxfp4": gguf.GGMLQuantizationType.MXFP4,
 }
 # where the f16 scales stand in a block
 HALVES = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "q8_0": (0,)}
@@ -25,7 +26,9 @@ def random_weights(rng: np.random.Generator, name: str, rows: int, columns: int)
         return bits.view(np.uint8).reshape(rows, -1), (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     elements, size = gguf.GGML_QUANT_SIZES[GGML[name]]
     blocks = rng.integers(0, 256, (rows * columns // elements, size), dtype=np.uint8)
-    for at in HALVES[name]:
+    if name == "mxfp4":
+        blocks[:, 0] = rng.integers(115, 125, len(blocks))  # the exponent
+    for at in HALVES.get(name, ()):
         scale = (rng.uniform(0.5, 2.0, len(blocks)) * 1e-3 * rng.choice((-1, 1), len(blocks))).astype(np.float16)
         blocks[:, at : at + 2] = scale.view(np.uint8).reshape(-1, 2)
     data = blocks.reshape(rows, -1)
@@ -76,16 +79,34 @@ def rope(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], axis=-1)
 
 
-def attention(q: np.ndarray, keys: np.ndarray, values: np.ndarray, positions: np.ndarray, scale: float) -> np.ndarray:
+def attention(
+    q: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    positions: np.ndarray,
+    scale: float,
+    sinks: np.ndarray | None = None,
+    window: int = 0,
+) -> np.ndarray:
     """q: [tokens][heads][dim], keys and values: [positions][kv_heads][dim] -> [tokens][heads][dim]."""
     group = q.shape[1] // keys.shape[1]
     out = np.empty_like(q)
     for t, position in enumerate(positions):
+        seen = slice(max(0, position + 1 - window) if window else 0, position + 1)
         for h in range(q.shape[1]):
-            scores = keys[: position + 1, h // group] @ q[t, h] * scale
+            scores = keys[seen, h // group] @ q[t, h] * scale
             p = np.exp(scores - scores.max())
-            out[t, h] = p / p.sum() @ values[: position + 1, h // group]
+            rest = 0.0 if sinks is None else np.exp(float(sinks[h]) - scores.max())
+            out[t, h] = p / (p.sum() + rest) @ values[seen, h // group]
     return out
+
+
+def hidden(gate: np.ndarray, up: np.ndarray, *, is_clamped: bool) -> np.ndarray:
+    """What an expert makes of its products."""
+    if not is_clamped:
+        return silu(gate) * up
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    return gate * sigmoid(1.702 * gate) * (up + 1)
 
 
 def delta_rule(

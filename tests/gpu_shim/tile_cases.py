@@ -6,7 +6,7 @@ import numpy as np
 
 from fomoe_io.gpu import kernels
 from tests.gpu_shim import reference as ref
-from tests.gpu_shim.cases import Handle, Runner, activations, make_records, normal, poison
+from tests.gpu_shim.cases import Handle, Runner, activations, expert_form, make_records, normal, poison
 
 TILE = np.dtype([("record", np.uint64), ("first", np.uint32), ("count", np.uint32)])
 
@@ -57,12 +57,14 @@ def check_group(
     tokens: int,
     experts: int,
     used: int,
+    is_biased: bool = False,
 ) -> None:
     records, offsets, weights = make_records(runner, rng, experts, gate_type, down_type, ff, columns)
     picks = np.stack([rng.choice(experts, used, replace=False) for _ in range(tokens)]).astype(np.int32)
     pairs = tokens * used
     x, values = activations(runner, gate_type, normal(rng, tokens, columns))
     shared, scalar = normal(rng, tokens, columns), normal(rng, tokens)
+    biases, form = expert_form(runner, rng, picks, (experts, ff, columns), is_biased=is_biased)
     shares = rng.uniform(0, 1, (tokens, used)).astype(np.float32)
 
     def run(waves: list[list[int]], shuffle: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +77,7 @@ def check_group(
             tile, sorted_pairs = runner.put(tiles.view(np.uint8)), runner.put(order)
             runner.launch(
                 f"group_gate_up_{gate_type}", kernels.group_gate_up_grid(ff, len(tiles)), tile, sorted_pairs, 0,
-                offsets["up"], x, hidden, floats, ff, columns, used,
+                offsets["up"], x, hidden, floats, ff, columns, used, form,
             )  # fmt: skip
             runner.launch(
                 f"group_down_{down_type}", kernels.group_down_grid(columns, len(tiles)), tile, sorted_pairs,
@@ -84,7 +86,7 @@ def check_group(
         y = runner.put(poison(tokens, columns))
         runner.launch(
             "combine_picks", (kernels.up(columns, 256), tokens, 1), out, runner.put(shares), runner.put(shared),
-            runner.put(scalar), y, columns, used,
+            runner.put(scalar), y, columns, used, form,
         )  # fmt: skip
         return y.get(), (floats.get() if down_type in kernels.FLOAT_TYPES else ref.from_q8(hidden.get(), ff))
 
@@ -93,10 +95,12 @@ def check_group(
     for pair, expert in enumerate(picks.ravel()):
         gate, up, down = weights[expert]
         token = pair // used
-        exact = ref.silu(values[token] @ gate.T) * (values[token] @ up.T)
+        gate_bias, up_bias, down_bias = (bias[expert] for bias in biases)
+        products = values[token] @ gate.T + gate_bias, values[token] @ up.T + up_bias
+        exact = ref.hidden(*products, is_clamped=is_biased)
         rounding = 1e-5 if down_type in kernels.FLOAT_TYPES else 0.02
         assert ref.error(hidden[pair], exact) < rounding
-        want[token] += shares.ravel()[pair].astype(np.float64) * (hidden[pair] @ down.T)
+        want[token] += shares.ravel()[pair].astype(np.float64) * (hidden[pair] @ down.T + down_bias)
     assert ref.error(found, want) < 1e-5
     order = rng.permutation(experts)
     cut = int(rng.integers(1, experts))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fomoe_io import Engine
-from fomoe_io.serve.cache import Timeline
+from fomoe_io.kept.timeline import Timeline
 from tests.serve.conftest import Live
 from tests.serve.tool_requests import ANIMAL, ASK, NAMED, TOOLS, check_weather
 

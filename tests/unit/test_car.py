@@ -21,14 +21,21 @@ RULES = ["ratio:0.5", "ratio:0.7,keep=0", "prior:0.15", "prior:0.3,keep=3", "reg
 
 
 def choose(
-    rule: CarRule, logits: np.ndarray, tiers: np.ndarray, ids: np.ndarray, weights: np.ndarray, normalise: bool = True
+    rule: CarRule,
+    values: np.ndarray,
+    tiers: np.ndarray,
+    ids: np.ndarray,
+    weights: np.ndarray,
+    normalise: bool = True,
+    p: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The C code's decision for one token: ids, weights, replaced picks (-1 none)."""
     k = len(ids)
     chosen, replaced, scaled = np.empty(k, np.int32), np.empty(k, np.int32), np.empty(k, np.float32)
     car = rule.native()
     LIBRARY.fomoe_car_choose_many(
-        ctypes.byref(car), ctypes.c_int64(1), 1, len(logits), k, int(normalise), address(logits), address(tiers),
+        ctypes.byref(car), ctypes.c_int64(1), 1, len(values), k, int(normalise), address(values),
+        None if p is None else address(p), address(tiers),
         address(ids), address(weights), address(chosen), address(scaled), address(replaced),
     )  # fmt: skip
     return chosen, scaled, replaced
@@ -95,6 +102,58 @@ def test_a_rule_against_the_reference(text: str) -> None:
         swapped += len(swaps)
         whole += not swaps
     assert swapped > 50 and whole > 5
+
+
+def biased_reference(
+    rule: CarRule, p: np.ndarray, values: np.ndarray, tiers: np.ndarray, ids: np.ndarray
+) -> dict[int, int]:
+    """As `reference`, where the experts are the greatest `values`, and `p` are their weights."""
+    mass = p[ids].sum()
+    others = [e for e in range(len(p)) if e not in set(ids.tolist()) and tiers[e] != NVME and values[e] > -np.inf]
+    others.sort(key=lambda e: (-(values[e] - (rule.handicap * p[e] if tiers[e] else 0)), e))
+    missing = [i for i in range(len(ids)) if i >= rule.keep and tiers[ids[i]] == NVME][::-1]
+    finite = values[values > -np.inf]
+    swaps: dict[int, int] = {}
+    lost = 0.0
+    for rank, candidate in list(zip(missing, others, strict=False))[: rule.swaps]:
+        ahead = values[ids[rank]] - values[candidate]
+        lost += ahead / mass
+        if not {
+            "ratio": 1 - ahead / p[ids[rank]] >= rule.parameter,
+            "prior": ahead < rule.parameter * (finite.max() - finite.min()),
+            "regret": ahead / mass <= rule.parameter,
+            "budget": lost <= rule.parameter,
+        }[rule.rule]:
+            break
+        swaps[rank] = candidate
+    return swaps
+
+
+@pytest.mark.parametrize("text", RULES)
+def test_a_rule_where_a_bias_chooses(text: str) -> None:
+    """By what the router chooses by; a stand-in has its own weight, without the bias."""
+    rule, random = CarRule.parse(text), np.random.default_rng(6)
+    assert rule is not None
+    swapped = 0
+    for case in range(300):
+        n, k = int(random.integers(12, 300)), int(random.integers(1, 11))
+        p = (1 / (1 + np.exp(-random.standard_normal(n)))).astype(np.float32)
+        values = (p + random.uniform(-0.6, 0.1, n)).astype(np.float32)
+        if case % 2:
+            values[n // 2 :] = -np.inf if k <= n // 2 else values[n // 2 :]
+        tiers = random.choice(np.array([0, 1, 2], np.int8), n, p=[0.2, 0.15, 0.65]).astype(np.int8)
+        ids = np.argsort(-values, kind="stable")[:k].astype(np.int32)
+        weights = (2.5 * p[ids] / p[ids].sum()).astype(np.float32)
+        swaps = biased_reference(rule, p.astype(np.float64), values.astype(np.float64), tiers, ids)
+        chosen, scaled, replaced = choose(rule, values, tiers, ids, weights, p=p)
+        expected = ids.copy()
+        for rank, candidate in swaps.items():
+            expected[rank] = candidate
+        assert chosen.tolist() == expected.tolist()
+        assert [int(r) for r in replaced] == [int(ids[i]) if i in swaps else -1 for i in range(k)]
+        np.testing.assert_allclose(scaled, 2.5 * p[chosen] / p[chosen].sum(), rtol=2e-5)
+        swapped += len(swaps)
+    assert swapped > 50
 
 
 def test_unnormalised_weights_keep_the_softmax_scale() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import kernels
-from tests.gpu_shim import cases, tile_cases
+from tests.gpu_shim import cases, router_cases, tile_cases
 from tests.gpu_shim.cpu_kernels import CpuRunner, build
 from tests.unit.test_car import RULES
 
@@ -42,7 +42,7 @@ def test_quantize(runner: CpuRunner, rng: np.random.Generator, columns: int, tok
 @pytest.mark.parametrize("name", kernels.TYPES)
 @pytest.mark.parametrize(("rows", "blocks", "tokens"), [(1, 1, 1), (13, 3, 1), (9, 9, 3), (3, 2, 9)])
 def test_mat_vec(runner: CpuRunner, rng: np.random.Generator, name: str, rows: int, blocks: int, tokens: int) -> None:
-    columns = blocks * (32 if name == "q8_0" else 8 if name in kernels.FLOAT_TYPES else 256)
+    columns = blocks * (32 if name in ("q8_0", "mxfp4") else 8 if name in kernels.FLOAT_TYPES else 256)
     cases.check_mat_vec(runner, rng, name, rows, columns, tokens)
 
 
@@ -54,7 +54,7 @@ def test_mat_vec_of_long_rows(runner: CpuRunner, rng: np.random.Generator, name:
 @pytest.mark.parametrize("name", kernels.TYPES)
 @pytest.mark.parametrize(("rows", "blocks", "tokens"), [(1, 1, 1), (70, 2, 17), (130, 3, 5)])
 def test_mat_mul(runner: CpuRunner, rng: np.random.Generator, name: str, rows: int, blocks: int, tokens: int) -> None:
-    columns = blocks * (32 if name == "q8_0" else 8 if name in kernels.FLOAT_TYPES else 256)
+    columns = blocks * (32 if name in ("q8_0", "mxfp4") else 8 if name in kernels.FLOAT_TYPES else 256)
     tile_cases.check_mat_mul(runner, rng, name, rows, columns, tokens)
 
 
@@ -83,11 +83,20 @@ def test_expand(runner: CpuRunner, rng: np.random.Generator, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("gate_type", "down_type"),
-    [("q4_k", "q6_k"), ("q5_k", "q4_k"), ("q6_k", "q5_k"), ("q8_0", "q8_0"), ("f16", "f16"), ("bf16", "f32"),
-     ("f32", "q8_0")],
+    [("q4_k", "q6_k"), ("q5_k", "q4_k"), ("q6_k", "q5_k"), ("q8_0", "q8_0"), ("mxfp4", "q8_0"), ("f16", "f16"),
+     ("bf16", "f32"), ("f32", "q8_0")],
 )  # fmt: skip
 def test_experts(runner: CpuRunner, rng: np.random.Generator, gate_type: str, down_type: str) -> None:
     cases.check_experts(runner, rng, gate_type, down_type, 256, 512, 3, 2)
+
+
+@pytest.mark.parametrize(("gate_type", "down_type"), [("mxfp4", "mxfp4"), ("q8_0", "f32"), ("f32", "q4_k")])
+def test_experts_with_biases_and_clamps(
+    runner: CpuRunner, rng: np.random.Generator, gate_type: str, down_type: str
+) -> None:
+    cases.check_experts(runner, rng, gate_type, down_type, 256, 96, 3, 1, is_biased=True)
+    cases.check_experts(runner, rng, gate_type, down_type, 256, 32, 2, 2, is_biased=True)
+    tile_cases.check_group(runner, rng, gate_type, down_type, 256, 96, 18, 3, 2, is_biased=True)
 
 
 def test_experts_of_an_odd_number_of_blocks(runner: CpuRunner, rng: np.random.Generator) -> None:
@@ -131,6 +140,17 @@ def test_attention(
     cases.check_attention(runner, rng, cache, dim, heads, kv_heads, positions, rotary, gated)
 
 
+@pytest.mark.parametrize("cache", ["f32", "f16"])
+@pytest.mark.parametrize(
+    ("positions", "window"), [([0], 1), ([62, 63, 64], 1), ([30, 31, 32], 32), ([130, 131], 33), ([130], 500)]
+)
+def test_attention_with_sinks_and_a_window(
+    runner: CpuRunner, rng: np.random.Generator, cache: str, positions: list[int], window: int
+) -> None:
+    cases.check_attention(runner, rng, cache, 64, 6, 2, positions, 64, False, window)
+    cases.check_attention(runner, rng, cache, 32, 4, 2, positions, 32, False, window)
+
+
 @pytest.mark.parametrize(("channels", "taps", "tokens"), [(130, 4, 1), (64, 4, 7), (33, 2, 3)])
 def test_conv(runner: CpuRunner, rng: np.random.Generator, channels: int, taps: int, tokens: int) -> None:
     cases.check_conv(runner, rng, channels, taps, tokens)
@@ -155,24 +175,25 @@ def test_delta(
 
 @pytest.mark.parametrize(("experts", "picks", "tokens"), [(32, 4, 3), (512, 10, 2), (1000, 32, 1), (5, 5, 1)])
 def test_route(runner: CpuRunner, rng: np.random.Generator, experts: int, picks: int, tokens: int) -> None:
-    cases.check_route(runner, rng, experts, picks, tokens)
+    router_cases.check_route(runner, rng, experts, picks, tokens)
     for score in ("softmax", "sigmoid", "logits"):
         for is_biased in (False, True):
-            cases.check_route_by(runner, rng, experts, picks, tokens, score, is_biased)
+            router_cases.check_route_by(runner, rng, experts, picks, tokens, score, is_biased)
 
 
 def test_resolve(runner: CpuRunner, rng: np.random.Generator) -> None:
-    cases.check_resolve(runner, rng, 128, 8)
+    router_cases.check_resolve(runner, rng, 128, 8)
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_substitution(runner: CpuRunner, rng: np.random.Generator, rule: str) -> None:
-    shapes = ((128, 8), (512, 10), (40, 4))
-    assert sum(cases.check_substitution(runner, rng, *shape, CarRule.parse(rule)) for shape in shapes) > 0
+@pytest.mark.parametrize("is_biased", [False, True])
+def test_substitution(runner: CpuRunner, rng: np.random.Generator, rule: str, is_biased: bool) -> None:
+    shapes, parsed = ((128, 8), (512, 10), (40, 4)), CarRule.parse(rule)
+    assert sum(router_cases.check_substitution(runner, rng, *shape, parsed, is_biased) for shape in shapes) > 0
 
 
 def test_nan_logits_show(runner: CpuRunner, rng: np.random.Generator) -> None:
-    cases.check_nan_logits_show(runner, rng)
+    router_cases.check_nan_logits_show(runner, rng)
 
 
 def test_read_memory(runner: CpuRunner, rng: np.random.Generator) -> None:
@@ -228,7 +249,7 @@ def test_late_experts_are_computed_as_they_come(runner: CpuRunner, rng: np.rando
             runner.put(np.zeros((2, kernels.q8_row_bytes(256)), np.uint8)),
             runner.put(here.astype(np.uint64)),
         )
-        shape = (0, offsets["up"], x, hidden, None, 256, 256, 2)
+        shape = (0, offsets["up"], x, hidden, None, 256, 256, 2, None)
         runner.launch("experts_gate_up_q4_k", kernels.gate_up_grid(256, 2), table, *shape)
         arguments = (table, late, reply, run, stop, *shape)
         waiter = threading.Thread(
@@ -250,7 +271,7 @@ def test_late_experts_are_computed_as_they_come(runner: CpuRunner, rng: np.rando
     assert (results[1][0] == results[0][0]).all() == (word == "answer")
 
 
-@pytest.mark.parametrize("name", kernels.QUANTIZED_TYPES)
+@pytest.mark.parametrize("name", kernels.EXPANDED_TYPES)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 256), (13, 768), (67, 512)])
 def test_expand_half(runner: CpuRunner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
     cases.check_expand_half(runner, rng, name, rows, columns)

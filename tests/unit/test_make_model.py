@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fomoe_io import Engine, EngineConfig
+
 BENCH = Path(__file__).resolve().parent.parent.parent / "bench"
 
 
@@ -22,3 +24,21 @@ def test_recall_is_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.Monkey
     make_model.make(path, small, small.layers, "normal:0.5", recall, seed=2)
     found = make_model.measured_recall(path)
     assert np.mean(found) == pytest.approx(recall, abs=0.06), found
+
+
+@pytest.mark.parametrize("preset", ["next-80b-a3b", "m2-230b-a10b", "glm-air-106b-a12b", "gpt-oss-120b-a5b"])
+def test_every_family_is_a_model_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
+    """With rows that K types do not divide, and experts of which some are popular."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    make_model = pytest.importorskip("make_model")
+    p = make_model.PRESETS[preset]
+    small = make_model.replace(p, columns=512, hidden=160, experts=24, heads=8, vocabulary=512, dense_hidden=416)
+    path = tmp_path / "model.gguf"
+    make_model.make(path, small, 5, "normal:1.5", None, seed=2)
+    with Engine.open(path, EngineConfig(context_tokens=64)) as engine:
+        session = engine.session()
+        logits = session.evaluate(np.arange(40) + 100, record=("experts",))
+        picks = session.records["experts"][small.dense_layers :]
+    assert np.isfinite(logits).all() and logits.std() > 0
+    counts = np.sort(np.bincount(picks[0].ravel(), minlength=24))[::-1]
+    assert counts[:3].sum() > 1.5 * picks[0].size * 3 / 24 and len(np.unique(picks)) > 12

@@ -30,6 +30,7 @@ OTHERS = {
     "minimax-m2": Tiny(architecture="minimax-m2", layers=2, vocabulary=260),
     "glm4moe": Tiny(architecture="glm4moe", dense_layers=1, layers=2, biased=True, vocabulary=260),
     "gpt-oss": Tiny(architecture="gpt-oss", layers=2, biased=True, rotated=32, vocabulary=260),
+    "deepseek2": Tiny(architecture="deepseek2", layers=2, dense_layers=1, query_rank=24, vocabulary=260),
 }
 
 
@@ -243,6 +244,18 @@ OF_OTHERS = {
         r"\[32, 4\], expected \[32, 8\]",
     ),
     "no output there": ("gpt-oss", without("output.weight"), "no tensor output.weight"),
+    "no rank of queries": ("deepseek2", key(attention__q_lora_rank=None), "attention.q_lora_rank"),
+    "no latent": ("deepseek2", key(attention__kv_lora_rank=0), "attention.kv_lora_rank is 0"),
+    "no columns of a query": ("deepseek2", key(attention__key_length_mla=16), "attention.key_length_mla is 16"),
+    "values that are no latents": ("deepseek2", key(attention__value_length=16), "attention.value_length"),
+    "keys without what turns": ("deepseek2", key(attention__key_length=32), "attention.key_length is 32, expected"),
+    "keys and values of old": ("deepseek2", without("blk.0.attn_k_b.weight"), "no tensor blk.0.attn_k_b.weight"),
+    "groups that do not fit": ("deepseek2", key(expert_group_count=3), "expert groups do not fit"),
+    "groups that leave too few": (
+        "deepseek2",
+        key(expert_group_count=4, expert_group_used_count=1),
+        "1 groups of 2 experts have no 3",
+    ),
     "norms of heads": ("gpt-oss", extra("blk.0.attn_q_norm.weight", 32), "tensor blk.0.attn_q_norm.weight"),
 }
 ONE |= OF_OTHERS
@@ -280,6 +293,7 @@ READ_OVER = {
     "qwen3next": key(expert_weights_norm=False, expert_weights_scale=2.0, rope__scaling__yarn_beta_fast=8.0),
     "minimax-m2": key(expert_weights_norm=False, expert_weights_scale=2.0, expert_feed_forward_length=999),
     "glm4moe": key(expert_gating_func=None, expert_group_count=1, expert_group_used_count=1),
+    "deepseek2": key(rope__scaling__yarn_beta_fast=8.0, rope__scaling__yarn_beta_slow=2.0, vocab_size=260),
     "gpt-oss": key(expert_weights_scale=2.0, rope__scaling__yarn_attn_factor=2.0, rope__scaling__yarn_ext_factor=0.5),
 }
 

@@ -209,10 +209,17 @@ static void substitute(fomoe_experts *e, const fomoe_step *step, const fomoe_run
         run->substitute && run->tokens == 1 && e->car.rule != FOMOE_CAR_OFF && run->positions[0] >= e->car.warmup;
     memset(e->replaced, -1, used * sizeof *e->replaced);
     if (!asked) return;
+    const fomoe_router *router = &step->as.experts.router;
+    const float *values = fomoe_float_row(&step->as.experts.logits, 0), *p = NULL;
+    if (!fomoe_follows_logits(router)) {
+        float *scratch = run->scratch[0];
+        fomoe_scores(router, values, scratch, scratch + router->experts);
+        p = scratch, values = scratch + router->experts;
+    }
     int swaps = fomoe_car_choose(
-        &e->car, e->layer[layer].experts, used, step->as.experts.normalise,
-        fomoe_float_row(&step->as.experts.logits, 0), fomoe_residency_tiers(e->residency, layer),
-        (int32_t *)fomoe_row(&step->as.experts.ids, 0), fomoe_float_row(&step->as.experts.weights, 0), e->replaced);
+        &e->car, e->layer[layer].experts, used, router->normalise || router->score == FOMOE_SCORE_LOGITS, values, p,
+        fomoe_residency_tiers(e->residency, layer), (int32_t *)fomoe_row(&step->as.experts.ids, 0),
+        fomoe_float_row(&step->as.experts.weights, 0), e->replaced);
     fomoe_residency_substituted(e->residency, swaps);
 }
 

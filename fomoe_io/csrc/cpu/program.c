@@ -306,18 +306,18 @@ void fomoe_step_kv(const fomoe_step *step, fomoe_run *run, int thread) {
 
 void fomoe_step_attention(const fomoe_step *step, fomoe_run *run, int thread) {
     int heads = step->as.attention.heads, n = step->as.attention.head_columns;
-    int group = heads / step->as.attention.kv_heads;
+    int group = heads / step->as.attention.kv_heads, v = step->as.attention.value_columns;
     int64_t context = step->as.attention.context, begin, end;
     while (fomoe_take_of(run, thread, &run->next[run->step], (int64_t)run->tokens * heads, 1, &begin, &end)) {
         int t = begin / heads, head = begin % heads;
         const float *q =
             fomoe_float_row(&step->as.attention.query, t) + (int64_t)head * step->as.attention.query_stride;
-        float *out = fomoe_float_row(&step->as.attention.output, t) + head * n;
+        float *out = fomoe_float_row(&step->as.attention.output, t) + (int64_t)head * v;
         int64_t length = run->positions[t] + 1, window = step->as.attention.window;
         int64_t first = window && length > window ? length - window : 0;
         fomoe_kv_type type = step->as.attention.type;
         uint8_t *state = run->states[t];
-        fomoe_attention_head(type, n, n, length - first, 1.0f / sqrtf((float)n), q,
+        fomoe_attention_head(type, n, v, length - first, step->as.attention.scale, q,
                              cache_row(state, type, step->as.attention.key_offset, context, n, head / group, first), n,
                              cache_row(state, type, step->as.attention.value_offset, context, n, head / group, first),
                              n, run->scratch[thread], step->as.attention.sinks ? step->as.attention.sinks + head : NULL,

@@ -144,8 +144,23 @@ struct fomoe_step {
             fomoe_kv_type type;
             int64_t window; /* positions that a token sees, itself included; 0: all */
             int32_t heads, kv_heads, head_columns, query_stride;
+            int32_t value_columns; /* of the value's row, which is as long as the key's */
+            float scale;
             int32_t gated; /* 1: sigmoid(gate) follows each head's query in the same row */
         } attention;
+        struct {
+            fomoe_rows query; /* each head's own columns, then those that turn */
+            fomoe_rows latent, key, table;
+            fomoe_rows absorbed; /* each head's turned columns, then as many as the latent has */
+            int64_t key_offset;  /* [position][turned key, latent] */
+            fomoe_kv_type type;
+            int32_t heads, rotated;
+        } latent;
+        struct {
+            fomoe_matrix matrix; /* [heads][rows / heads] */
+            fomoe_rows input, output; /* of each head a part */
+            int32_t heads, at; /* where in its part of the output a head's products go */
+        } head_mul;
         struct {
             fomoe_rows logits, weights, ids; /* ids: int32 */
             fomoe_router router;
@@ -165,7 +180,8 @@ struct fomoe_step {
             fomoe_rows input[2]; /* of gate and of up, in their activation types */
             fomoe_experts *experts;
             const float *bias[FOMOE_PARTS]; /* [experts][rows] of gate, up, down; NULL: none */
-            int32_t layer, normalise;
+            fomoe_router router;
+            int32_t layer;
             int32_t is_clamped; /* 1: fomoe_clamped_swiglu between them, not fomoe_silu_mul */
         } experts;
         struct {
@@ -215,6 +231,9 @@ void fomoe_step_delta(const fomoe_step *, fomoe_run *, int thread);
 void fomoe_step_rope_table(const fomoe_step *, fomoe_run *, int thread);
 void fomoe_step_kv(const fomoe_step *, fomoe_run *, int thread);
 void fomoe_step_attention(const fomoe_step *, fomoe_run *, int thread);
+void fomoe_step_latent(const fomoe_step *, fomoe_run *, int thread);
+/* Each head's rows times the first columns of its part of the input. */
+void fomoe_step_head_mul(const fomoe_step *, fomoe_run *, int thread);
 void fomoe_step_route(const fomoe_step *, fomoe_run *, int thread);
 void fomoe_step_experts_begin(const fomoe_step *, fomoe_run *, int thread);
 void fomoe_step_experts(const fomoe_step *, fomoe_run *, int thread);

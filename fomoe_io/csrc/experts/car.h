@@ -14,18 +14,19 @@
 #include <math.h>
 #include <stdint.h>
 
-/* The best `most` resident experts that were not picked, best first; returns how many there are. */
-static inline int fomoe_car_candidates(int n, int last_pick, const float *logits, const int8_t *tiers, float handicap,
-                                       int most, int32_t *experts) {
-    float value[FOMOE_CAR_MOST_SWAPS], least = logits[last_pick];
+/* The best `most` resident experts that were not picked, best first; returns how many there are.  What the router can't
+ * choose, of a group that it leaves, is minus infinity. */
+static inline int fomoe_car_candidates(int n, int last_pick, const float *values, const float *p, const int8_t *tiers,
+                                       float handicap, int most, int32_t *experts) {
+    float value[FOMOE_CAR_MOST_SWAPS], least = values[last_pick];
     int count = 0;
     for (int e = 0; e < n; e++) {
         /* what fails most often, and most predictably, goes first */
-        if (count == most && !(logits[e] > value[most - 1])) continue;
-        if (tiers[e] >= FOMOE_CAR_RESIDENT) continue;
-        if (!(logits[e] < least || (logits[e] == least && e > last_pick)))
+        if (count == most && !(values[e] > value[most - 1])) continue;
+        if (tiers[e] >= FOMOE_CAR_RESIDENT || !(values[e] > -INFINITY)) continue;
+        if (!(values[e] < least || (values[e] == least && e > last_pick)))
             continue; /* picked: ties go to the lower id */
-        float v = logits[e] - (tiers[e] ? handicap : 0);
+        float v = values[e] - (tiers[e] ? handicap * (p ? p[e] : 1) : 0);
         if (count == most && !(v > value[most - 1])) continue;
         int j = count < most ? count++ : most - 1;
         for (; j > 0 && v > value[j - 1]; j--) {
@@ -40,29 +41,34 @@ static inline int fomoe_car_candidates(int n, int last_pick, const float *logits
 
 /* Swap missing true picks for resident experts.
  *
- * n, k: experts, and picks of a token.  tiers: where each expert is.  ids, weights: the k true picks, best first, and
- * their weights; changed where a swap happens.  A stand-in gets its own probability on the same scale, and the weights
- * are then scaled to their old sum when normalise != 0, as if the router had picked the new set itself.
+ * n, k: experts, and picks of a token.  values: what the router chooses by, its logits where p is NULL.  p: the weights
+ * of all experts, not yet normalised, of a router that chooses by more than logits (a sigmoid, a bias, groups): what it
+ * gives up is then the difference of values, as a share of p.  tiers: where each expert is.  ids, weights: the k true
+ * picks, best first, and their weights; changed where a swap happens.  A stand-in gets its own probability on the same
+ * scale, and the weights are then scaled to their old sum when normalise != 0, as if the router had picked the new set
+ * itself.
  * replaced: k entries, the true pick in whose place ids[i] stands, -1 where nothing changed.
  * Returns the number of swaps; with none, ids and weights are untouched. */
-static inline int fomoe_car_choose(const fomoe_car *car, int n, int k, int normalise, const float *logits,
-                                   const int8_t *tiers, int32_t *ids, float *weights, int32_t *replaced) {
+static inline int fomoe_car_choose(const fomoe_car *car, int n, int k, int normalise, const float *values,
+                                   const float *p, const int8_t *tiers, int32_t *ids, float *weights,
+                                   int32_t *replaced) {
     int32_t missing[FOMOE_CAR_MOST_SWAPS], candidates[FOMOE_CAR_MOST_SWAPS];
     int misses = 0, swaps = 0;
-    float sum = 0, highest = logits[ids[0]], lowest = highest, spent = 0;
+    float sum = 0, mass = 0, highest = values[ids[0]], lowest = highest, spent = 0;
     for (int i = k - 1; i >= 0; i--) {
         replaced[i] = -1;
         sum += weights[i];
+        if (p) mass += p[ids[i]];
         if (i >= car->keep && misses < car->swaps && tiers[ids[i]] >= FOMOE_CAR_RESIDENT) missing[misses++] = i;
     }
-    if (!misses) return 0;
-    int found = fomoe_car_candidates(n, ids[k - 1], logits, tiers, car->slow_handicap, misses, candidates);
+    if (!misses || (p && !(mass > 0))) return 0;
+    int found = fomoe_car_candidates(n, ids[k - 1], values, p, tiers, car->slow_handicap, misses, candidates);
     if (car->rule == FOMOE_CAR_PRIOR)
-        for (int e = 0; e < n; e++) lowest = logits[e] < lowest ? logits[e] : lowest;
+        for (int e = 0; e < n; e++) lowest = values[e] < lowest && values[e] > -INFINITY ? values[e] : lowest;
     for (; swaps < found; swaps++) {
         int rank = missing[swaps], candidate = candidates[swaps], allowed;
-        float ahead = logits[ids[rank]] - logits[candidate], ratio = expf(-ahead),
-              lost = weights[rank] * (1 - ratio) / sum;
+        float ahead = values[ids[rank]] - values[candidate], ratio = p ? 1 - ahead / p[ids[rank]] : expf(-ahead),
+              lost = p ? ahead / mass : weights[rank] * (1 - ratio) / sum;
         spent += lost;
         switch (car->rule) {
         case FOMOE_CAR_RATIO: allowed = ratio >= car->parameter; break;
@@ -74,7 +80,7 @@ static inline int fomoe_car_choose(const fomoe_car *car, int n, int k, int norma
         if (!allowed) break;
         replaced[rank] = ids[rank];
         ids[rank] = candidate;
-        weights[rank] *= ratio;
+        weights[rank] = p ? p[candidate] * (sum / mass) : weights[rank] * ratio;
     }
     if (!swaps || !normalise) return swaps;
     float rest = 0;

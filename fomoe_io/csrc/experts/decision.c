@@ -1,3 +1,4 @@
+#include <stddef.h>
 #include <stdint.h>
 
 #include "car.h"
@@ -25,7 +26,8 @@ int64_t fomoe_decide_many(fomoe_residency *residency, const fomoe_car *car, int6
         fomoe_residency_tick(residency, 1);
         fomoe_residency_touch(residency, 0, 0, ids, k);
         if (car)
-            swapped = fomoe_car_choose(car, n, k, 1, row, fomoe_residency_tiers(residency, 0), ids, weights, replaced);
+            swapped =
+                fomoe_car_choose(car, n, k, 1, row, NULL, fomoe_residency_tiers(residency, 0), ids, weights, replaced);
         fomoe_residency_substituted(residency, swapped);
         if (fomoe_residency_resolve(residency, 0, ids, 0, k, placements, moves, &move_count)) return -1;
         fomoe_residency_release(residency, 0, ids, k);

@@ -59,18 +59,27 @@ static void leave_groups(const fomoe_router *r, float *scores) {
     }
 }
 
-void fomoe_route_by(const fomoe_router *r, const float *logits, float *scratch, int32_t *ids, float *weights) {
-    int n = r->experts, k = r->used;
-    float *p = scratch, *scores = scratch + n;
-    if (r->score == FOMOE_SCORE_SOFTMAX && !r->bias && r->groups <= 1) {
-        fomoe_route(n, k, logits, r->normalise, r->scale, p, ids, weights);
-        return;
-    }
+int fomoe_follows_logits(const fomoe_router *r) {
+    return r->score != FOMOE_SCORE_SIGMOID && !r->bias && r->groups <= 1;
+}
+
+void fomoe_scores(const fomoe_router *r, const float *logits, float *p, float *values) {
+    int n = r->experts;
     memcpy(p, logits, n * sizeof *p);
     if (r->score == FOMOE_SCORE_SOFTMAX) fomoe_softmax(n, p);
     for (int i = 0; i < n && r->score == FOMOE_SCORE_SIGMOID; i++) p[i] = fomoe_sigmoid(p[i]);
-    for (int i = 0; i < n; i++) scores[i] = r->bias ? p[i] + r->bias[i] : p[i];
-    if (r->groups > 1) leave_groups(r, scores);
+    for (int i = 0; i < n; i++) values[i] = r->bias ? p[i] + r->bias[i] : p[i];
+    if (r->groups > 1) leave_groups(r, values);
+}
+
+void fomoe_route_by(const fomoe_router *r, const float *logits, float *scratch, int32_t *ids, float *weights) {
+    int n = r->experts, k = r->used;
+    float *p = scratch, *scores = scratch + n;
+    if (r->score == FOMOE_SCORE_SOFTMAX && fomoe_follows_logits(r)) {
+        fomoe_route(n, k, logits, r->normalise, r->scale, p, ids, weights);
+        return;
+    }
+    fomoe_scores(r, logits, p, scores);
     choose(n, k, scores, ids);
     if (r->score != FOMOE_SCORE_LOGITS) {
         weigh(k, r->normalise, r->scale, p, ids, weights);

@@ -21,6 +21,12 @@ typedef struct {
  * normalise != 0 (as llama.cpp), times scale. */
 void fomoe_route_by(const fomoe_router *, const float *logits, float *scratch, int32_t *ids, float *weights);
 
+/* Whether the experts are those of the greatest logits. */
+int fomoe_follows_logits(const fomoe_router *);
+
+/* p: the score of each; values: what experts are chosen by, minus infinity in groups that are left. */
+void fomoe_scores(const fomoe_router *, const float *logits, float *p, float *values);
+
 /* The same by softmax alone.  probabilities: scratch and result, n floats (softmax of all). */
 void fomoe_route(int n, int k, const float *logits, int normalise, float scale, float *probabilities, int32_t *ids,
                  float *weights);

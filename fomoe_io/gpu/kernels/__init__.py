@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
-QUANTIZED_TYPES = ("q4_k", "q5_k", "q6_k", "q8_0")
+QUANTIZED_TYPES = ("q4_k", "q5_k", "q6_k", "q8_0", "mxfp4")
 FLOAT_TYPES = ("f16", "bf16", "f32")
 TYPES = QUANTIZED_TYPES + FLOAT_TYPES
-HALF_TYPES = (*QUANTIZED_TYPES, "f16")  # gpu/products.py: those that lose little as halves
-UNIT_ELEMENTS = {"q4_k": 64, "q5_k": 64, "q6_k": 32, "q8_0": 32, "f16": 8, "bf16": 8, "f32": 4}  # units.h
+EXPANDED_TYPES = ("q4_k", "q5_k", "q6_k", "q8_0")  # half.h
+HALF_TYPES = (*EXPANDED_TYPES, "f16")  # gpu/products.py: those that lose little as halves
+UNIT_ELEMENTS = {"q4_k": 64, "q5_k": 64, "q6_k": 32, "q8_0": 32, "mxfp4": 32, "f16": 8, "bf16": 8, "f32": 4}  # units.h
+
+HEAD_SIZES = (32, 64, 128, 256)  # attention.h
 
 MAIN_SOURCE = "fomoe.hip"
 MOST_EXPERTS = 1024  # router.h: of a layer
@@ -60,39 +63,41 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "rms_norm": Kernel(512, "pppppif"),
         "add_bias": Kernel(256, "ppi"),
         "ungroup": Kernel(256, "ppiiiiii"),
-        "attention_merge": Kernel(256, "pppppiiii"),
+        "attention_merge": Kernel(256, "pppppiiiipi"),
         "conv_step": Kernel(128, "pppppiii"),
         "gated_norm": Kernel(128, "pppppiif"),
         "route": Kernel(512, "pppiiif"),
-        "route_by": Kernel(512, "pppppiiiif"),
+        "route_by": Kernel(512, "pppppiiiifp"),
         "begin_run": Kernel(512, "pppppii"),
         "resolve_picks": Kernel(512, "ppppppppi"),
         "route_and_resolve": Kernel(512, "pppppppppiiif"),
-        "substitute_and_resolve": Kernel(512, "ppppppppppiii"),
+        "substitute_and_resolve": Kernel(512, "pppppppppppiii"),
         "wait_for_misses": Kernel(256, "ppppppi"),
-        "combine_picks": Kernel(256, "pppppii"),
+        "hand_over": Kernel(512, "pppppi"),
+        "take_over": Kernel(512, "ppppppi"),
+        "combine_picks": Kernel(256, "pppppiip"),
         "read_memory": Kernel(256, "pqpi"),
         "to_halves": Kernel(256, "ppq"),
         "probe_wait": Kernel(32, "pp"),
         "probe_header": Kernel(32, "pppp"),
         "probe_echo": Kernel(32, "ppi"),
     }
-    for name in QUANTIZED_TYPES:
+    for name in EXPANDED_TYPES:
         table[f"expand_half_{name}"] = Kernel(256, "ppq")
     for name in TYPES:
         table[f"mat_mul_{name}"] = Kernel(128, "pppiii")
-        table[f"group_gate_up_{name}"] = Kernel(128, "ppqqpppiii")
+        table[f"group_gate_up_{name}"] = Kernel(128, "ppqqpppiiip")
         table[f"group_down_{name}"] = Kernel(128, "ppqppii")
         table[f"mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
         table[f"mat_vec_many_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "ppppppppiiiipiii")
         table[f"expand_{name}"] = Kernel(32, "pppi")
-        table[f"experts_gate_up_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pqqpppiii")
-        table[f"experts_gate_up_late_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pppppqqpppiii")
-        table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiii")
+        table[f"experts_gate_up_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pqqpppiiip")
+        table[f"experts_gate_up_late_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pppppqqpppiiip")
+        table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiiip")
     for cache in ("f32", "f16"):
         table[f"attention_prepare_{cache}"] = Kernel(256, "pppppppppppiiiiif")
-        for dim in (64, 128, 256):
-            table[f"attention_{cache}_{dim}"] = Kernel(256, "ppppppiiif")
+        for dim in HEAD_SIZES:
+            table[f"attention_{cache}_{dim}"] = Kernel(256, "ppppppiiifi")
     for dim in (64, 128):
         table[f"delta_step_{dim}"] = Kernel(128, "ppppppppiiiiif")
     return table

@@ -10,12 +10,14 @@
 #define ATTENTION_SPLIT 32
 
 // parts: [tokens][heads][splits][dim + 2]: weighted values, their largest score, the sum of weights.  Splits past the
-// token's position are left unwritten.  q: [tokens][heads][dim]; caches: [positions][kv_heads][dim]
-// in the memory of each token's session.  Grid (kv_heads * blocks of a key head, splits, tokens); splits covers the
-// longest context, so that a captured graph fits every position.
+// token's position, and before its window, are left unwritten.  q: [tokens][heads][dim];
+// caches: [positions][kv_heads][dim] in the memory of each token's session.
+// Grid (kv_heads * blocks of a key head, splits, tokens); splits covers the longest context, so that a captured graph
+// fits every position.
 template <class CACHE, int PER_LANE>
 DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const typename CACHE::element *v_cache,
-                   const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits, float scale) {
+                   const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits,
+                   float scale, int window) {
     const int dim = 32 * PER_LANE, row = dim + 4;  // four floats apart, rows start in different banks
     __shared__ quad tile_quads[ATTENTION_SPLIT * row / 4], query_quads[ATTENTION_WARPS][dim / 4];
     __shared__ float weight_of[ATTENTION_WARPS][ATTENTION_SPLIT];
@@ -24,7 +26,8 @@ DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const
     const int blocks = (group + ATTENTION_WARPS - 1) / ATTENTION_WARPS, kv_head = block_x() / blocks;
     const int g = block_x() % blocks * ATTENTION_WARPS + warp_index();
     const int length = (int)now(positions + token) + 1, begin = split * ATTENTION_SPLIT;
-    if (begin >= length) return;
+    const int first = window && window < length ? length - window : 0;  // position that the token sees
+    if (begin >= length || begin + ATTENTION_SPLIT <= first) return;
     const u64 base = state_base(states, token);
     k_cache = in_state(base, k_cache), v_cache = in_state(base, v_cache);
     const u64 head = (u64)token * heads + kv_head * group + (g < group ? g : 0);
@@ -50,7 +53,7 @@ DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const
         const quad key = tile_quads[(lane * row + c) / 4], query = query_quads[warp_index()][c / 4];
         for (int j = 0; j < 4; ++j) score = fused(query.v[j], key.v[j], score);
     }
-    if (begin + lane >= length) score = -infinity();
+    if (begin + lane >= length || begin + lane < first) score = -infinity();
     const float most = warp_max(score), weight = exponential(score - most), weight_sum = warp_sum(weight);
     weight_of[warp_index()][lane] = weight;
     sync_block();
@@ -77,24 +80,29 @@ DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const
 }
 
 // Merges the splits, multiplies with sigmoid(gate) where one is given, writes floats and Q8 rows (each may be null).
+// sinks: of each head, a logit without a value; null for none.
 // gate: [tokens][heads] rows gate_stride apart; y: [tokens][heads * dim].  dim <= 256, a multiple of 32.
 // Grid (heads, tokens).
 KERNEL(256, attention_merge)
 (const float *parts, const replayed *positions, const float *gate, float *y, u8 *q8, int heads, int dim,
- int splits, int gate_stride) {
+ int splits, int gate_stride, const float *sinks, int window) {
     start_kernel();
-    const int token = block_y(), i = thread_index(), used = (int)now(positions + token) / ATTENTION_SPLIT + 1;
+    const int token = block_y(), i = thread_index(), length = (int)now(positions + token) + 1;
+    const int used = (length - 1) / ATTENTION_SPLIT + 1;
+    const int first = window && window < length ? (length - window) / ATTENTION_SPLIT : 0;
     const u64 head = (u64)token * heads + block_x();
     if (i >= dim) return;
     const float *part = parts + head * splits * (dim + 2);
-    float most = -infinity(), sum = 0.f, weight_sum = 0.f;
-    for (int s = 0; s < used; ++s) most = larger(most, part[(u64)s * (dim + 2) + dim]);
-    for (int s = 0; s < used; ++s) {
+    const float sink = sinks ? sinks[block_x()] : -infinity();
+    float most = sink, sum = 0.f, weight_sum = 0.f;
+    for (int s = first; s < used; ++s) most = larger(most, part[(u64)s * (dim + 2) + dim]);
+    for (int s = first; s < used; ++s) {
         const float *p = part + (u64)s * (dim + 2);
         const float weight = exponential(p[dim] - most);
         sum = fused(weight, p[i], sum);
         weight_sum = fused(weight, p[dim + 1], weight_sum);
     }
+    if (sinks) weight_sum += exponential(sink - most);
     float value = sum / weight_sum;
     if (gate) value *= sigmoid(gate[head * gate_stride + i]);
     if (y) y[head * dim + i] = value;
@@ -106,15 +114,18 @@ EXPORT_KERNEL(attention_merge)
     KERNEL(32 * ATTENTION_WARPS, attention_##type##_##dim)                                                            \
     (const float *q, const cache_##type::element *k_cache, const cache_##type::element *v_cache,                      \
      const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits,            \
-     float scale) {                                                                                                   \
+     float scale, int window) {                                                                                       \
         start_kernel();                                                                                               \
-        attend<cache_##type, dim / 32>(q, k_cache, v_cache, positions, states, parts, heads, kv_heads, splits, scale);        \
+        attend<cache_##type, dim / 32>(q, k_cache, v_cache, positions, states, parts, heads, kv_heads, splits, scale, \
+                                       window);                                                                       \
     }                                                                                                                 \
     EXPORT_KERNEL(attention_##type##_##dim)
 
+ATTENTION_KERNEL(f32, 32)
 ATTENTION_KERNEL(f32, 64)
 ATTENTION_KERNEL(f32, 128)
 ATTENTION_KERNEL(f32, 256)
+ATTENTION_KERNEL(f16, 32)
 ATTENTION_KERNEL(f16, 64)
 ATTENTION_KERNEL(f16, 128)
 ATTENTION_KERNEL(f16, 256)

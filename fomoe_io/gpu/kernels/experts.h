@@ -14,14 +14,34 @@ constexpr int down_batch = DOWN_BATCH;
 template <>
 constexpr int down_batch<q6_k> = DOWN_BATCH_Q6_K;
 
-// hidden[pair] = Q8(silu(gate x) * (up x)).  A block makes 32 of the pair's `rows` values: one Q8 group, so nothing
-// but the quantized result leaves it.
+// What an expert computes beside its products, where that is more than silu(gate) * up; in device memory, for few scalar
+// registers.  Biases: a row an expert, null for none; ids: which expert a pair's is.  Clamped: g sigmoid(1.702 g) (u + 1),
+// g = min(gate, 7), u = up between -7 and 7.
+struct expert_form {
+    const int *ids;
+    const float *gate_bias, *up_bias, *down_bias;
+    int is_clamped;
+};
+DEVICE float hidden_of(const expert_form *form, float gate, float up, int pair, int row, int rows) {
+    if (!form) return silu(gate) * up;
+    const u64 at = (u64)form->ids[pair] * rows + row;
+    if (form->gate_bias) gate += form->gate_bias[at];
+    if (form->up_bias) up += form->up_bias[at];
+    if (!form->is_clamped) return silu(gate) * up;
+    // what is not a number stays so: no comparison with it is true
+    gate = gate > 7.f ? 7.f : gate;
+    up = up > 7.f ? 7.f : up < -7.f ? -7.f : up;
+    return gate / (1.f + exponential(-1.702f * gate)) * (up + 1.f);
+}
+
+// hidden[pair] = Q8(silu(gate x) * (up x)), or what else the form says.  A block makes 32 of the pair's `rows` values:
+// one Q8 group, so nothing but the quantized result leaves it.
 // x: [tokens] Q8 or float rows; hidden: [pairs] Q8 rows.  Grid (rows / 32, pairs).
 template <class T, class L>
 DEVICE void gate_up(const u8 *record, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats,
-                    int rows, int columns, int picks) {
+                    int rows, int columns, int picks, const expert_form *form) {
     const int ROWS = 32 / GATE_UP_WARPS, PAIRS = gate_up_pairs<T>;
-    __shared__ float values[32];
+    __shared__ float gates[32], ups[32];
     const int pair = block_y(), first = 32 * block_x() + warp_index() * ROWS;
     const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
     const u32 token[1] = {0};
@@ -40,13 +60,14 @@ DEVICE void gate_up(const u8 *record, u64 gate_offset, u64 up_offset, const u8 *
 #pragma unroll
         for (int r = 0; r < PAIRS; ++r) {
             const float gate = warp_sum(sums[2 * r][0]), up = warp_sum(sums[2 * r + 1][0]);
-            if (lane_index() == 0) values[warp_index() * ROWS + row + r] = silu(gate) * up;
+            if (lane_index() == 0) gates[warp_index() * ROWS + row + r] = gate, ups[warp_index() * ROWS + row + r] = up;
         }
     }
     sync_block();
     if (warp_index() > 0) return;
-    const float value = values[lane_index()];
-    if (hidden_floats) hidden_floats[(u64)pair * rows + 32 * block_x() + lane_index()] = value;
+    const int lane = lane_index(), row = 32 * block_x() + lane;
+    const float value = hidden_of(form, gates[lane], ups[lane], pair, row, rows);
+    if (hidden_floats) hidden_floats[(u64)pair * rows + row] = value;
     store_q8_group(value, hidden + pair * q8_row_bytes(rows), rows, block_x());
 }
 
@@ -137,7 +158,8 @@ DEVICE void add_down_rows(const down_picks &p, const u64 (&offset)[DOWN_ROWS], c
     }
 }
 
-// y[token] = sum over ranks of weight * (down hidden), + sigmoid(shared_gate) * shared where a shared expert is given.
+// y[token] = sum over ranks of weight * (down hidden [+ bias]), + sigmoid(shared_gate) * shared where a shared expert is
+// given.
 // The record of a pair is records[pair], or late[pair] where that is 0: what is summed, and in which order, does not
 // depend on which came late.  A record found in neither gives NaN, never silence.
 // A warp takes the picks' rows one after another in the router's order as if they were one long row, so that short rows
@@ -146,7 +168,8 @@ DEVICE void add_down_rows(const down_picks &p, const u64 (&offset)[DOWN_ROWS], c
 // Grid (rows / (DOWN_WARPS * DOWN_ROWS) up, tokens).
 template <class T>
 DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,
-                 const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks) {
+                 const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks,
+                 const expert_form *form) {
     __shared__ down_picks p;
     __shared__ int in_place;
     const int row = (block_x() * DOWN_WARPS + warp_index()) * DOWN_ROWS, token = block_y();
@@ -175,6 +198,13 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
         add_down_rows<T, arriving>(p, offset, hidden, columns, picks, total);
     else
         add_down_rows<T, settled>(p, offset, hidden, columns, picks, total);
+    if (form && form->down_bias)
+        for (int rank = lane_index(); rank < picks; rank += 32)
+#pragma unroll
+            for (int r = 0; r < DOWN_ROWS; ++r) {
+                const int column = row + r < rows ? row + r : rows - 1, expert = form->ids[token * picks + rank];
+                total[r] = fused(p.weight[rank], form->down_bias[(u64)expert * rows + column], total[r]);
+            }
 #pragma unroll
     for (int r = 0; r < DOWN_ROWS; ++r) {
         const float sum = warp_sum(total[r]);
@@ -187,29 +217,34 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
 #define EXPERT_KERNELS(type)                                                                                          \
     RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_##type)                                     \
     (const u64 *records, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows,     \
-     int columns, int picks) {                                                                                        \
+     int columns, int picks, const expert_form *form) {                                                               \
         start_kernel();                                                                                               \
         const u8 *record = (const u8 *)records[block_y()];                                                            \
         if (!record) return; /* another launch will do it */                                                          \
-        gate_up<type, settled>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks);       \
+        gate_up<type, settled>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks,        \
+                               form);                                                                                 \
     }                                                                                                                 \
     EXPORT_KERNEL(experts_gate_up_##type)                                                                             \
     /* of one token's pairs that the launch above has left alone, each as soon as it has come */                      \
     RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_late_##type)                                \
     (const u64 *records, u64 *late, const void *reply, const replayed *run, const void *stop, u64 gate_offset,        \
-     u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows, int columns, int picks) {                \
+     u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows, int columns, int picks,                  \
+     const expert_form *form) {                                                                                       \
         start_kernel();                                                                                               \
         if (records[block_y()]) return;                                                                               \
         const u8 *record = await_record(late, reply, run, stop, picks);                                               \
         if (!record) return;                                                                                          \
-        gate_up<type, arriving>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks);      \
+        gate_up<type, arriving>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks,       \
+                                form);                                                                                \
     }                                                                                                                 \
     EXPORT_KERNEL(experts_gate_up_late_##type)                                                                        \
     KERNEL(32 * DOWN_WARPS, experts_down_##type)                                                                      \
     (const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,                    \
-     const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks) {              \
+     const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks,                \
+     const expert_form *form) {                                                                                       \
         start_kernel();                                                                                               \
-        down<type>(records, late, down_offset, hidden, weights, shared_output, shared_gate, y, rows, columns, picks); \
+        down<type>(records, late, down_offset, hidden, weights, shared_output, shared_gate, y, rows, columns, picks,  \
+                   form);                                                                                             \
     }                                                                                                                 \
     EXPORT_KERNEL(experts_down_##type)
 
@@ -217,6 +252,7 @@ EXPERT_KERNELS(q4_k)
 EXPERT_KERNELS(q5_k)
 EXPERT_KERNELS(q6_k)
 EXPERT_KERNELS(q8_0)
+EXPERT_KERNELS(mxfp4)
 EXPERT_KERNELS(f16)
 EXPERT_KERNELS(bf16)
 EXPERT_KERNELS(f32)

@@ -16,7 +16,7 @@ template <class T, int ROWS, int TOKENS, class L = settled>
 DEVICE void dot_rows(const u8 *const (&rows)[ROWS], const u8 *x, const u32 (&token)[TOKENS], int columns, int first,
                      int step, float (&sums)[ROWS][TOKENS]) {
     const int units = columns / T::unit_elements;
-#pragma unroll ROWS * TOKENS > 2 ? 1 : ROWS * TOKENS > 1 ? 2 : 4
+#pragma unroll ROWS * TOKENS > 2 ? 1 : ROWS * TOKENS > 1 ? L::unrolled_pairs : 4
     for (int unit = first; unit < units; unit += step) {
         typename T::raw raw[ROWS];
 #pragma unroll
@@ -133,6 +133,7 @@ MAT_VEC_KERNELS(q4_k)
 MAT_VEC_KERNELS(q5_k)
 MAT_VEC_KERNELS(q6_k)
 MAT_VEC_KERNELS(q8_0)
+MAT_VEC_KERNELS(mxfp4)
 MAT_VEC_KERNELS(f16)
 MAT_VEC_KERNELS(bf16)
 MAT_VEC_KERNELS(f32)

@@ -79,6 +79,11 @@ DEVICE u32x4 system_load16(const void *p) {
 DEVICE void system_store4(void *p, u32 v) { *(volatile GLOBAL_MEMORY u32 *)p = v; }
 DEVICE void system_store8(void *p, u64 v) { *(volatile GLOBAL_MEMORY u64 *)p = v; }
 DEVICE u32 funnel_right(u32 low, u32 high, int bits) { return __builtin_amdgcn_alignbit(high, low, bits); }
+// The bytes of an eight-byte table that the nibbles of `words` (0 to 7 each) name: of low nibbles and of high ones.
+DEVICE void look_up(u32 words, u32 first, u32 last, u32 &of_low, u32 &of_high) {
+    of_low = __builtin_amdgcn_perm(last, first, words & 0x0f0f0f0fu);
+    of_high = __builtin_amdgcn_perm(last, first, (words >> 4) & 0x0f0f0f0fu);
+}
 DEVICE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 DEVICE float power_of_2(float x) { return __builtin_exp2f(x); }
 DEVICE float logarithm_2(float x) { return __builtin_log2f(x); }
@@ -172,6 +177,10 @@ DEVICE u32x4 system_load16(const void *p) {
 DEVICE void system_store4(void *p, u32 v) { *(volatile u32 *)p = v; }
 DEVICE void system_store8(void *p, u64 v) { *(volatile u64 *)p = v; }
 DEVICE u32 funnel_right(u32 low, u32 high, int bits) { return __funnelshift_r(low, high, bits); }
+DEVICE void look_up(u32 words, u32 first, u32 last, u32 &of_low, u32 &of_high) {
+    const u32 left = __byte_perm(first, last, words), right = __byte_perm(first, last, words >> 16);
+    of_low = __byte_perm(left, right, 0x6420), of_high = __byte_perm(left, right, 0x7531);
+}
 DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float power_of_2(float x) { return exp2f(x); }
 DEVICE float logarithm_2(float x) { return log2f(x); }
@@ -192,6 +201,7 @@ DEVICE u32 fresh4(const void *p) { return load4(p); }
 
 // How weights are read: what was there when the kernel began, or what others write while it runs.
 struct settled {
+    static const int unrolled_pairs = 2;  // mat_vec.h: steps of two rows at once
     static DEVICE_MEMBER u32x4 word16(const void *p) { return load16(p); }
     static DEVICE_MEMBER u32x4 word16_once(const void *p) { return load16_once(p); }
     static DEVICE_MEMBER u32 word4(const void *p) { return load4(p); }
@@ -199,6 +209,7 @@ struct settled {
     static DEVICE_MEMBER u8 word1(const void *p) { return load1(p); }
 };
 struct arriving {
+    static const int unrolled_pairs = 1;  // loads that keep their order keep their registers, too
     static DEVICE_MEMBER u32x4 word16(const void *p) { return system_load16(p); }
     static DEVICE_MEMBER u32x4 word16_once(const void *p) { return system_load16(p); }
     static DEVICE_MEMBER u32 word4(const void *p) { return system_load4(p); }

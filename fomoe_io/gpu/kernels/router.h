@@ -120,17 +120,22 @@ DEVICE void pick(const float *logits, float *values, int *ids, float *weights, i
     sync_block();
 }
 
-// The swaps, by one thread: missing picks, weakest first, against candidates, best first.
-DEVICE void swap_picks(const fomoe_car &c, const float *values, const int *missing, const int *candidates, int found,
+// The swaps, by one thread: missing picks, weakest first, against candidates, best first.  p: as in csrc/experts/car.h.
+DEVICE void swap_picks(const fomoe_car &c, const float *values, const float *p, const int *missing, const int *candidates, int found,
                        float lowest, int *ids, float *weights, int picks, int normalise) {
-    float sum = 0.f, rest = 0.f, spent = 0.f;
+    float sum = 0.f, mass = 0.f, rest = 0.f, spent = 0.f;
     const float highest = values[ids[0]];
     int swaps = 0;
-    for (int i = picks - 1; i >= 0; --i) sum += weights[i];
+    for (int i = picks - 1; i >= 0; --i) {
+        sum += weights[i];
+        if (p) mass += p[ids[i]];
+    }
+    if (p && !(mass > 0.f)) return;
     for (; swaps < found; ++swaps) {
         const int rank = missing[swaps], candidate = candidates[swaps];
-        const float ahead = values[ids[rank]] - values[candidate], ratio = exponential(-ahead);
-        const float lost = weights[rank] * (1.f - ratio) / sum;
+        const float ahead = values[ids[rank]] - values[candidate];
+        const float ratio = p ? 1.f - ahead / p[ids[rank]] : exponential(-ahead);
+        const float lost = p ? ahead / mass : weights[rank] * (1.f - ratio) / sum;
         spent += lost;
         const bool is_allowed = c.rule == FOMOE_CAR_RATIO    ? ratio >= c.parameter
                                 : c.rule == FOMOE_CAR_PRIOR  ? ahead < c.parameter * (highest - lowest)
@@ -138,7 +143,7 @@ DEVICE void swap_picks(const fomoe_car &c, const float *values, const int *missi
                                                        : spent <= c.parameter;
         if (!is_allowed) break;
         ids[rank] = candidate;
-        weights[rank] *= ratio;
+        weights[rank] = p ? p[candidate] * (sum / mass) : weights[rank] * ratio;
     }
     if (!swaps || !normalise) return;
     for (int i = picks - 1; i >= 0; --i) rest += weights[i];
@@ -146,9 +151,9 @@ DEVICE void swap_picks(const fomoe_car &c, const float *values, const int *missi
 }
 
 // Cache-aware routing: experts of the device or of DRAM stand in for picks that would have to be read.  ids, weights:
-// changed.  All but c and record_of in shared memory.
-DEVICE void substitute(const fomoe_car &c, const float *values, const u64 *record_of, int *ids, float *weights, int experts,
-                       int picks, int normalise) {
+// changed.  All but c, p and record_of in shared memory.
+DEVICE void substitute(const fomoe_car &c, const float *values, const float *p, const u64 *record_of, int *ids,
+                       float *weights, int experts, int picks, int normalise) {
     __shared__ float masked[ROUTER_EXPERTS], lowest_of[ROUTER_THREADS / 32];
     __shared__ int missing[FOMOE_CAR_MOST_SWAPS], candidates[FOMOE_CAR_MOST_SWAPS], misses;
     if (thread_index() == 0) {
@@ -163,9 +168,9 @@ DEVICE void substitute(const fomoe_car &c, const float *values, const u64 *recor
     float lowest = infinity();
     for (int e = thread_index(); e < experts; e += ROUTER_THREADS) {
         const bool was_picked = !(values[e] < values[last] || (values[e] == values[last] && e > last));
-        lowest = -larger(-lowest, -values[e]);
-        masked[e] = was_picked || record_of[e] == IN_NVME ? -infinity()
-                                                          : values[e] - (record_of[e] & IN_DRAM ? c.slow_handicap : 0.f);
+        if (values[e] > -infinity()) lowest = -larger(-lowest, -values[e]);
+        const float handicap = record_of[e] & IN_DRAM ? c.slow_handicap * (p ? p[e] : 1.f) : 0.f;
+        masked[e] = was_picked || record_of[e] == IN_NVME ? -infinity() : values[e] - handicap;
     }
     lowest = -warp_max(-lowest);
     if (lane_index() == 0) lowest_of[warp_index()] = lowest;
@@ -173,7 +178,7 @@ DEVICE void substitute(const fomoe_car &c, const float *values, const u64 *recor
     const int found = largest(masked, experts, misses, candidates);
     if (thread_index() == 0) {
         for (int i = 0; i < ROUTER_THREADS / 32; ++i) lowest = -larger(-lowest, -lowest_of[i]);
-        swap_picks(c, values, missing, candidates, found, lowest, ids, weights, picks, normalise);
+        swap_picks(c, values, p, missing, candidates, found, lowest, ids, weights, picks, normalise);
     }
     sync_block();
 }
@@ -196,10 +201,11 @@ EXPORT_KERNEL(route)
 
 // Routers of other kinds: p = softmax or sigmoid of logits + logit_bias, or those themselves.  The picks are the largest
 // p + bias; weight = p without the bias, or the softmax of the picks' logits.  Both biases may be null; logits: changed
-// where there is a logit_bias.  Grid (tokens).
+// where there is a logit_bias.  values: [tokens][experts] p + bias, and the logits become p; null where nobody asks.
+// Grid (tokens).
 KERNEL(ROUTER_THREADS, route_by)
 (float *logits, const float *logit_bias, const float *bias, int *ids, float *weights, int experts, int picks, int score,
- int normalise, float scale) {
+ int normalise, float scale, float *values) {
     start_kernel();
     __shared__ float p[ROUTER_EXPERTS], choice[ROUTER_EXPERTS], chosen[MOST_PICKS], most_of[ROUTER_THREADS / 32];
     __shared__ int block_ids[MOST_PICKS];
@@ -224,6 +230,7 @@ KERNEL(ROUTER_THREADS, route_by)
     for (int e = t; e < experts; e += ROUTER_THREADS) {
         if (score == SCORE_SOFTMAX) p[e] = p[e] / sum;
         choice[e] = bias ? p[e] + bias[e] : p[e];
+        if (values) values[(u64)token * experts + e] = choice[e], logits[(u64)token * experts + e] = p[e];
     }
     sync_block();
     const int found = largest(choice, experts, picks, block_ids);
@@ -299,19 +306,20 @@ KERNEL(ROUTER_THREADS, route_and_resolve)
 EXPORT_KERNEL(route_and_resolve)
 
 // For one token after route, where the engine was asked for cache-aware routing: stand-ins by `rule` where run[1] allows
-// them, then records and post.  Grid (1).
+// them, then records and post.  chosen_by: the logits, or what else the router chooses by; then p is not null.  Grid (1).
 KERNEL(ROUTER_THREADS, substitute_and_resolve)
-(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, u64 *late, void *post, const replayed *run,
- replayed *misses, const void *rule, int experts, int picks, int normalise) {
+(const float *chosen_by, const float *p, int *ids, float *weights, const u64 *record_of, u64 *records, u64 *late,
+ void *post, const replayed *run, replayed *misses, const void *rule, int experts, int picks, int normalise) {
     start_kernel();
     __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS], wanted_weights[MOST_PICKS];
     __shared__ int block_ids[MOST_PICKS], wanted[MOST_PICKS];
     __shared__ u64 table[ROUTER_EXPERTS];
     const int i = thread_index();
-    for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e], values[e] = logits[e];
+    for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e], values[e] = chosen_by[e];
     if (i < picks) block_ids[i] = wanted[i] = ids[i], block_weights[i] = wanted_weights[i] = weights[i];
     sync_block();
-    if (now(run + 1)) substitute(*(const fomoe_car *)rule, values, table, block_ids, block_weights, experts, picks, normalise);
+    if (now(run + 1))
+        substitute(*(const fomoe_car *)rule, values, p, table, block_ids, block_weights, experts, picks, normalise);
     if (i < picks) ids[i] = block_ids[i], weights[i] = block_weights[i];
     resolve(block_ids, wanted, wanted_weights, table, records, late, (u64 *)post, run, misses, picks);
 }

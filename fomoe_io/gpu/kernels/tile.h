@@ -189,12 +189,11 @@ struct step_of<false> {
     static const int columns = TILE_FLOATS;
 };
 
-// All sums of the tile.  token_rows: in shared memory.  A whole block calls it.
+// All sums of the tile.  s, token_rows: in shared memory.  A whole block calls it.
 template <class T>
-DEVICE void multiply_tile(const tile_rows &rows, const u8 *x, const int *token_rows, int columns,
-                          float (&sums)[4][2]) {
+DEVICE void multiply_tile(typename step_of<T::is_quantized>::type &s, const tile_rows &rows, const u8 *x,
+                          const int *token_rows, int columns, float (&sums)[4][2]) {
     typedef step_of<T::is_quantized> step;
-    __shared__ typename step::type s;
 #pragma unroll
     for (int r = 0; r < 4; ++r) sums[r][0] = sums[r][1] = 0.f;
     for (int column = 0; column < columns; column += step::columns) {
@@ -238,18 +237,23 @@ DEVICE void multiply(const u8 *weights, const u8 *x, float *y, int rows, int col
     __shared__ int token_rows[TILE_TOKENS];
     const int first = TILE_ROWS * block_x(), token = TILE_TOKENS * block_y() + thread_index();
     if (thread_index() < TILE_TOKENS) token_rows[thread_index()] = token < tokens ? token : -1;
+    __shared__ typename step_of<T::is_quantized>::type s;
     float sums[4][2];
-    multiply_tile<T>(rows_from<T>(weights, first, rows, columns), x, token_rows, columns, sums);
+    multiply_tile<T>(s, rows_from<T>(weights, first, rows, columns), x, token_rows, columns, sums);
     store_sums(sums, y, token_rows, first, rows);
 }
 
-// hidden[pair] = Q8(silu(gate x) * (up x)), x the pair's token; as floats too where hidden_floats is given.
+// hidden[pair] = Q8(silu(gate x) * (up x)), or what else the form says, x the pair's token; as floats too where
+// hidden_floats is given.
 // Grid (rows / 32, tiles).
 template <class T>
 DEVICE void group_gate_up(const tile *tiles, const int *order, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,
-                          float *hidden_floats, int rows, int columns, int picks) {
+                          float *hidden_floats, int rows, int columns, int picks, const expert_form *form) {
     __shared__ int pairs[TILE_TOKENS], token_rows[TILE_TOKENS];
-    __shared__ float values[TILE_TOKENS][32];
+    __shared__ union {
+        typename step_of<T::is_quantized>::type step;
+        float products[TILE_TOKENS][TILE_ROWS];  // gate's, then up's
+    } s;
     const tile t = tiles[block_y()];
     load_pairs(t, order, pairs);
     if (thread_index() < TILE_TOKENS)
@@ -258,17 +262,18 @@ DEVICE void group_gate_up(const tile *tiles, const int *order, u64 gate_offset, 
     const u8 *rows_here = (const u8 *)t.record + 32 * block_x() * row_bytes;
     const tile_rows r = {rows_here + gate_offset, rows_here + up_offset, TILE_ROWS, row_bytes};
     float sums[4][2];
-    multiply_tile<T>(r, x, token_rows, columns, sums);
+    multiply_tile<T>(s.step, r, x, token_rows, columns, sums);
+    sync_block();  // the last step has been used
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-            values[first_token() + 8 * j][first_row() + 16 * i] = silu(sums[i][j]) * sums[i + 2][j];
+        for (int j = 0; j < 2; ++j) s.products[first_token() + 8 * j][first_row() + 16 * i] = sums[i][j];
     sync_block();
     for (int i = warp_index(); i < TILE_TOKENS; i += TILE_THREADS / 32) {
         if (pairs[i] < 0) break;
-        const float value = values[i][lane_index()];
-        if (hidden_floats) hidden_floats[(u64)pairs[i] * rows + 32 * block_x() + lane_index()] = value;
+        const int lane = lane_index(), row = 32 * block_x() + lane;
+        const float value = hidden_of(form, s.products[i][lane], s.products[i][32 + lane], pairs[i], row, rows);
+        if (hidden_floats) hidden_floats[(u64)pairs[i] * rows + row] = value;
         store_q8_group(value, hidden + pairs[i] * q8_row_bytes(rows), rows, block_x());
     }
 }
@@ -282,23 +287,26 @@ DEVICE void group_down(const tile *tiles, const int *order, u64 down_offset, con
     const tile t = tiles[block_y()];
     load_pairs(t, order, pairs);
     const tile_rows r = rows_from<T>((const u8 *)t.record + down_offset, first, rows, columns);
+    __shared__ typename step_of<T::is_quantized>::type s;
     float sums[4][2];
-    multiply_tile<T>(r, hidden, pairs, columns, sums);
+    multiply_tile<T>(s, r, hidden, pairs, columns, sums);
     store_sums(sums, out, pairs, first, rows);
 }
 
-// y[token] = sum over ranks, in order, of weight * out[pair], + sigmoid(shared_gate) * shared where a shared expert is
-// given.  Grid (columns / 256 up, tokens).
+// y[token] = sum over ranks, in order, of weight * (out[pair] [+ bias]), + sigmoid(shared_gate) * shared where a shared
+// expert is given.  Grid (columns / 256 up, tokens).
 KERNEL(256, combine_picks)
 (const float *out, const float *weights, const float *shared_output, const float *shared_gate, float *y, int columns,
- int picks) {
+ int picks, const expert_form *form) {
     start_kernel();
     const int column = block_x() * 256 + thread_index(), token = block_y();
     if (column >= columns) return;
+    const float *bias = form ? form->down_bias : (const float *)0;
     float sum = 0.f;
     for (int rank = 0; rank < picks; ++rank) {
         const int pair = token * picks + rank;
-        sum = fused(weights[pair], out[(u64)pair * columns + column], sum);
+        const float more = bias ? bias[(u64)form->ids[pair] * columns + column] : 0.f;
+        sum = fused(weights[pair], out[(u64)pair * columns + column] + more, sum);
     }
     const u64 i = (u64)token * columns + column;
     y[i] = shared_output ? fused(shared_gate ? sigmoid(shared_gate[token]) : 1.f, shared_output[i], sum) : sum;
@@ -313,9 +321,10 @@ EXPORT_KERNEL(combine_picks)
     EXPORT_KERNEL(mat_mul_##type)                                                                                     \
     KERNEL(TILE_THREADS, group_gate_up_##type)                                                                        \
     (const tile *tiles, const int *order, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,                    \
-     float *hidden_floats, int rows, int columns, int picks) {                                                        \
+     float *hidden_floats, int rows, int columns, int picks, const expert_form *form) {                               \
         start_kernel();                                                                                               \
-        group_gate_up<type>(tiles, order, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks);    \
+        group_gate_up<type>(tiles, order, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks,     \
+                            form);                                                                                    \
     }                                                                                                                 \
     EXPORT_KERNEL(group_gate_up_##type)                                                                               \
     KERNEL(TILE_THREADS, group_down_##type)                                                                           \
@@ -329,6 +338,7 @@ TILE_KERNELS(q4_k)
 TILE_KERNELS(q5_k)
 TILE_KERNELS(q6_k)
 TILE_KERNELS(q8_0)
+TILE_KERNELS(mxfp4)
 TILE_KERNELS(f16)
 TILE_KERNELS(bf16)
 TILE_KERNELS(f32)

@@ -1,5 +1,5 @@
 // The weight formats.  A unit is what one lane reads at once: 64 weights of Q4_K or Q5_K (so that scales are decoded
-// once for all that they scale), 32 of Q6_K or Q8_0, or 16 bytes of a float row.
+// once for all that they scale), 32 of Q6_K, Q8_0 or MXFP4, or 16 bytes of a float row.
 #pragma once
 #include "prelude.h"
 
@@ -175,6 +175,52 @@ struct q8_0 {
         for (int i = 0; i < 8; ++i)
             u.quants[0][i] = (int)funnel_right(r.word[i], i < 7 ? r.word[i < 7 ? i + 1 : 7] : r.last, r.bits);
         u.scale[0] = from_half(r.d);
+        u.minimum[0] = 0.f;
+    }
+};
+
+// MXFP4: 17 bytes for 32 weights: an exponent, then 16 bytes whose low nibbles are the first half.  A nibble is a sign
+// and a place in 0 1 2 3 4 6 8 12, times 2^(exponent - 128).  Blocks begin at any byte.
+struct mxfp4 {
+    static const bool is_quantized = true, has_minimum = false;
+    static const int block_elements = 32, block_bytes = 17, unit_elements = 32, groups = 1, group_elements = 32;
+    static const int centre = 0;
+    typedef unpacked<1, 32> prepared;
+    struct raw {
+        u32 word[5];
+        u8 exponent;
+        int bits;
+    };
+    template <class L = settled>
+    static DEVICE_MEMBER raw load(const u8 *row, int unit) {
+        const u8 *block = row + unit * block_bytes, *nibbles = block + 1;
+        const u8 *aligned = nibbles - ((u64)nibbles & 3), *last = nibbles + 15;
+        raw r;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) r.word[i] = L::word4(aligned + 4 * i);
+        // the fourth again where the nibbles end with it: a fifth could lie past the tensor's end
+        r.word[4] = L::word4(last - ((u64)last & 3));
+        r.exponent = L::word1(block);
+        r.bits = (int)((u64)nibbles & 3) * 8;
+        return r;
+    }
+    static DEVICE_MEMBER int element(int unit, int) { return unit * 32; }
+    // 128 + value and 128 - value stay within their bytes; with the upper bit flipped they are signed.
+    static DEVICE_MEMBER int with_signs(u32 values, u32 signs) {
+        const u32 negative = (signs << 8) - signs;
+        return (int)((0x80808080u + values - ((values & negative) << 1)) ^ 0x80808080u);
+    }
+    static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const u32 word = funnel_right(r.word[i], r.word[i + 1], r.bits);
+            u32 low, high;
+            look_up(word & 0x77777777u, 0x03020100u, 0x0c080604u, low, high);
+            u.quants[0][i] = with_signs(low, (word >> 3) & 0x01010101u);
+            u.quants[0][4 + i] = with_signs(high, (word >> 7) & 0x01010101u);
+        }
+        // 2^(exponent - 128): the two least are denormal
+        u.scale[0] = as_float(r.exponent < 2 ? 0x00200000u << r.exponent : (u32)(r.exponent - 1) << 23);
         u.minimum[0] = 0.f;
     }
 };

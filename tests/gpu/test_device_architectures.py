@@ -1,0 +1,154 @@
+"""Every architecture on the double of a GPU: the processor's logits, llama.cpp's, and bits that no memory changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fomoe_io import Engine
+from fomoe_io.config import Tiers
+from fomoe_io.experts.car import CarRule
+from fomoe_io.gpu import device
+from tests.fake_hip.build import installed_fake
+from tests.gpu.test_device_engine import TOKENS, evaluate, nmse, settings, tiny
+from tests.tiny_model import Type, write_tiny
+
+PART = 40
+"""Tokens of the fixtures: enough for every part of the equations, on a double that takes its time."""
+
+MXFP4 = {"weights": Type.MXFP4, "down": None}
+YARN = (("rope.scaling.type", "yarn"), ("rope.scaling.factor", 4.0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def provider(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=0), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(device.PROVIDERS, "hip", ("hip",))
+        yield
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"architecture": "qwen3moe", "shared_hidden": 0, "rotated": 64},
+        {"tied": True, "fused": True, "used": 1},
+        {"weights": Type.BF16, "kv_heads": 4},
+        {"architecture": "qwen3moe", "shared_hidden": 0, "rotated": 64, "biased": True, "layers": 2, "keys": YARN},
+        {"architecture": "qwen3moe", "shared_hidden": 0, "rotated": 64, "biased": True, "layers": 2, "fused_qkv": True},
+        {"fused_qkv": True},
+        {"architecture": "qwen3next"},
+        {"architecture": "qwen3next", "legacy": True, "value_heads": 6},
+        {"architecture": "minimax-m2", "rotated": 32, "layers": 3},
+        {"architecture": "glm4moe", "dense_layers": 1, "biased": True, "layers": 3},
+        {
+            "architecture": "glm4moe",
+            "dense_layers": 1,
+            "normed": False,
+            "layers": 2,
+            "keys": (("expert_gating_func", 1),),
+        },
+        {"architecture": "gpt-oss", "rotated": 64, "biased": True, "keys": YARN},
+        {
+            "architecture": "gpt-oss",
+            "rotated": 32,
+            "layers": 3,
+            "window": 1,
+            "fused_qkv": True,
+            "biased": True,
+            "head_columns": 32,
+            "keys": (("attention.sliding_window_pattern", 3), ("rope.freq_base_swa", 500.0)),
+        },
+    ],
+    ids=[
+        "delta",
+        "attention only",
+        "tied fused",
+        "bf16",
+        "biases, yarn",
+        "fused qkv with a bias",
+        "fused qkv",
+        "qwen3next",
+        "qwen3next, one matrix",
+        "minimax-m2",
+        "glm4moe",
+        "glm4moe by softmax, no norms",
+        "gpt-oss",
+        "gpt-oss, turning at two speeds",
+    ],
+)
+def test_float_weights_give_the_processors_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = write_tiny(tmp_path / "model.gguf", tiny(**changes), seed=1)
+    expected, _ = evaluate(path, settings(device="cpu", activations="float32"))
+    found, statistics = evaluate(path, settings())
+    assert nmse(found, expected) < 1e-9
+    assert statistics["device"].startswith("hip:0")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "qwen3next", "layers": 4},
+        {"architecture": "minimax-m2", "layers": 2, "rotated": 32},
+        {"architecture": "glm4moe", "layers": 3, "dense_layers": 1, "biased": True},
+        {"architecture": "gpt-oss", "layers": 3, "rotated": 64, "biased": True, "dense": Type.Q8_0, **MXFP4},
+    ],
+    ids=["qwen3next", "minimax-m2", "glm4moe", "gpt-oss"],
+)
+def test_bits_of_other_architectures(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Neither few slots nor misses change them; the router's picks are known, -1 where a layer has no experts."""
+    path = write_tiny(tmp_path / "model.gguf", tiny(**({"weights": Type.Q4_K, "down": Type.Q6_K} | changes)), seed=2)
+    for batch in (1, 4):
+        found = []
+        for tiers in (None, Tiers(0.19, 0.2)):
+            with Engine.open(path, settings(batch_tokens=batch, tiers=tiers)) as engine:
+                session = engine.session()
+                logits = session.evaluate(TOKENS, record=("experts",))
+                picks, dense = session.records["experts"], engine.shape.dense_layers
+                assert (engine.statistics()["tiers"]["nvme"]["hits"] > 0) == (tiers is not None)
+            assert (picks[:dense] == -1).all() and (picks[dense:] >= 0).all()
+            found.append((logits.tobytes(), picks.tobytes()))
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("architecture", ["minimax-m2", "gpt-oss"])
+def test_stand_ins_are_those_of_the_processor(tmp_path: Path, architecture: str) -> None:
+    """Where a bias chooses, and where logits do."""
+    shape = tiny(architecture=architecture, layers=2, rotated=32 if architecture == "minimax-m2" else 64)
+    path, found = write_tiny(tmp_path / "model.gguf", shape, seed=2), []
+    for kind in ("cpu", "hip"):
+        rule = CarRule.parse("regret:0.2,handicap=0")
+        with Engine.open(path, settings(device=kind, tiers=Tiers(0.25, 0.0), batch_tokens=1, car=rule)) as engine:
+            session = engine.session()
+            logits = np.stack([session.decode(int(token)).copy() for token in TOKENS])
+            found.append((logits, engine.statistics()["substitutions"]))
+    assert found[0][1] == found[1][1] > 5
+    assert nmse(found[1][0], found[0][0]) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["minimax-m2", "glm4moe", "glm4moe-air", "gpt-oss"])
+def test_logits_and_experts_are_those_of_llama_cpp(shared: Path, name: str) -> None:
+    """Float weights; a token alone and in a batch; past a window and past 32 positions."""
+    directory = shared / "reference/architectures"
+    expected = np.load(directory / f"{name}-ref.npz")
+    for batch in (1, 16):
+        with Engine.open(directory / f"{name}.gguf", settings(context_tokens=128, batch_tokens=batch)) as engine:
+            session = engine.session()
+            logits = session.evaluate(expected["tokens"][:PART], record=("experts",))
+            assert np.array_equal(session.records["experts"], expected["experts"][:, :PART])
+        assert nmse(logits, expected["logits_batch"][:PART]) < 1e-9
+
+
+def test_mxfp4_experts(shared: Path) -> None:
+    """Eight bits of an activation are within what llama.cpp's own are."""
+    directory = shared / "reference/architectures"
+    expected = np.load(directory / "gpt-oss-mxfp4-ref.npz")
+    for batch in (1, 16):
+        with Engine.open(directory / "gpt-oss-mxfp4.gguf", settings(context_tokens=128, batch_tokens=batch)) as engine:
+            logits = engine.session().evaluate(expected["tokens"][:PART])
+        assert nmse(logits, expected["logits_batch"][:PART]) < 1e-3
+        assert nmse(logits, expected["logits_decoded"][:PART]) < 1e-3
