@@ -12,6 +12,7 @@ from fomoe_io.engine import Engine
 from fomoe_io.errors import UsageError
 from fomoe_io.serve.thoughts import BEGIN
 from fomoe_io.stats import write_json
+from fomoe_io.text.channels import said
 from fomoe_io.text.chat import ChatTemplate, Message
 from fomoe_io.text.generation import last_turn
 
@@ -126,7 +127,7 @@ class Chat:
         """Remember a question, the tokens that :meth:`ask` gave for it, and the answer."""
         self._last = (question, self._tokens)
         self._tokens = [*tokens, *answer.ids]
-        self.messages += [message("user", question), message("assistant", answer.text)]
+        self.messages += [message("user", question), message("assistant", said(answer.text))]
         is_whole = answer.stop_reason != "word"  # a stop string's tokens were read, and are no part of the text
         self._text = self._asked + answer.text if is_whole else ""
 

@@ -40,13 +40,16 @@ from fomoe_io.cli.options import (
 from fomoe_io.cli.parser import Parser, new_parser, valid_text, whole
 from fomoe_io.cli.progress import Loading
 from fomoe_io.cli.report import Report
-from fomoe_io.cli.talk import Talk
+from fomoe_io.cli.talk import Talk, too_long
 from fomoe_io.cli.ui import shown
 from fomoe_io.engine import Engine
 from fomoe_io.errors import UsageError
+from fomoe_io.open_model import DEFAULT_CONTEXT_TOKENS
 from fomoe_io.stats import format_banner, format_footer
+from fomoe_io.storage.store import Store
 from fomoe_io.system.files import check_targets
 from fomoe_io.text.sampler import unbuilt_samplers
+from fomoe_io.text.tokenizer import Tokenizer
 
 EXAMPLES = """
 fomoe-run MODEL.gguf                          talk; /help lists the commands
@@ -245,6 +248,28 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--json - takes the place of the answers on stdout", hint='-p "...", or --json FILE')
 
 
+def _check_length(
+    path: Path, prompt: str | None, options: argparse.Namespace, context: int | None, report: Report
+) -> None:
+    """A prompt that fills the context by itself is refused before the weights are read.
+
+    Raises
+    ------
+    UsageError
+    """
+    if prompt is None:
+        return
+    store = Store.open(path)
+    trained = store.metadata.integer(f"{store.architecture}.context_length", None) or DEFAULT_CONTEXT_TOKENS
+    context = context or min(trained, DEFAULT_CONTEXT_TOKENS)
+    if len(prompt.encode()) < context:  # a token is a byte at least
+        return
+    count = len(Tokenizer.from_metadata(store.metadata).encode(prompt))
+    if count >= context:
+        report.add(context_tokens=context)
+        raise too_long(count, context, options.predict, trained)
+
+
 # ---- running ----
 
 
@@ -322,6 +347,7 @@ def run(argv: Sequence[str] | None = None) -> int:
                 note("note: standard input is not read, since -p gives the prompt (-f - reads it)")
         copy = files.enter_context(options.output.open("w")) if options.output is not None else None
         with explained(path), smaller_context_helps(options), loading:
+            _check_length(path, prompt, options, config.context_tokens, report)
             engine = Engine.open(path, config)
         with engine:
             _answer(engine, prompt, copy, options, report)

@@ -42,6 +42,14 @@ ROOM_TOKENS = 256
 """For an answer, in the context that is suggested."""
 
 
+def too_long(tokens: int, context: int, predict: int, trained: int) -> UsageError:
+    """Of a prompt that leaves no room for an answer; the context that is suggested has some."""
+    return UsageError(
+        f"{tokens} tokens of a prompt and an answer exceed the context of {context}",
+        hint=f"-c {tokens + max(predict, ROOM_TOKENS)} (the model was trained on {trained})",
+    )
+
+
 class Talk:
     """One run's conversation.
 
@@ -104,11 +112,7 @@ class Talk:
             raise UsageError("the prompt is empty", hint='-p "Once upon a time"')
         context = self._engine.context_tokens
         if len(tokens) >= context:
-            wanted = len(tokens) + max(self._options.predict, ROOM_TOKENS)
-            raise UsageError(
-                f"{len(tokens)} tokens of a prompt and an answer exceed the context of {context}",
-                hint=f"-c {wanted} (the model was trained on {self._engine.shape.context_tokens})",
-            )
+            raise too_long(len(tokens), context, self._options.predict, self._engine.shape.context_tokens)
         return tokens
 
     def answer(self, tokens: list[int]) -> Answer:

@@ -71,9 +71,7 @@ def messages(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
     choosing = prompts.choosing_of({"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p})
     form = response_form((request.output_config or {}).get("format"))
     choosing = chat_constrained(choosing, prompts, prompt, tools, form)
-    work = prompts.work(
-        [prompt.tokens], choosing, most=request.max_tokens, stops=request.stop_sequences, turn=prompt.turn
-    )
+    work = prompts.work([prompt.tokens], choosing, most=request.max_tokens, stops=request.stop_sequences, chat=prompt)
     written = Format(
         prompts.name,
         prompts.tokenizer,

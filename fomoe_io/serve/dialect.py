@@ -13,6 +13,7 @@ import msgspec
 
 from fomoe_io.serve.errors import ApiError
 from fomoe_io.serve.jobs import Ended, Event, Piece, Progress, Started, StopType, Timings, Work
+from fomoe_io.serve.replays import Sampled
 from fomoe_io.serve.sampling import Probability
 from fomoe_io.serve.tools import CallReading, splitter
 from fomoe_io.text.tokenizer import Tokenizer
@@ -171,8 +172,16 @@ class Dialect(ABC):
             answer = self.answers[-1]
             deltas = [answer.add(part) for part in self._splitter.finish()]
             answer.stop_type, answer.stop_text, answer.timings = event.stop_type, event.stop_text, event.timings
+            self._remember(answer)
             written = self.ended(answer, deltas)
         return b"".join(written) if self.is_stream else b""
+
+    def _remember(self, answer: Answer) -> None:
+        """An answer with calls, as the model wrote it."""
+        calls = self.form.calls
+        if answer.calls and calls is not None and calls.sampled is not None:
+            text = self.form.tokenizer.decode(answer.tokens, special=True)
+            calls.sampled.add([call.id for call in answer.calls], Sampled(text, self.form.is_thinking))
 
     def _collect(self, piece: Piece) -> Sequence[Delta]:
         answer, was_thinking = self.answers[-1], self._splitter.is_thinking

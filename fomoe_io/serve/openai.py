@@ -133,7 +133,7 @@ def chat(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
     work = prompts.work(
         [prompt.tokens],
         chat_constrained(choosing, prompts, prompt, tools, form, ignore_eos=request.ignore_eos),
-        turn=prompt.turn,
+        chat=prompt,
         choices=request.n,
         most=most,
         stops=request.stop,

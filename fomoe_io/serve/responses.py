@@ -55,7 +55,7 @@ def responses(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
     prompt = prompts.of_chat(chat_messages(messages), thinking=thinking, names=names)
     choosing = prompts.choosing_of({"temperature": request.temperature, "top_p": request.top_p})
     choosing = chat_constrained(choosing, prompts, prompt, tools, form)
-    work = prompts.work([prompt.tokens], choosing, most=request.max_output_tokens, turn=prompt.turn)
+    work = prompts.work([prompt.tokens], choosing, most=request.max_output_tokens, chat=prompt)
     written = Format(
         prompts.name,
         prompts.tokenizer,

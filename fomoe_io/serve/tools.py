@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from fomoe_io.errors import UsageError
 from fomoe_io.serve.errors import ApiError, bad_request
 from fomoe_io.serve.prompts import ChatPrompt, Prompts
+from fomoe_io.serve.replays import SampledCalls
 from fomoe_io.serve.sampling import Choosing
 from fomoe_io.serve.schema import Sampled
 from fomoe_io.serve.thoughts import CallSplitter, Splitter, ThoughtSplitter
@@ -65,6 +66,8 @@ class CallReading(NamedTuple):
 
     known: ToolFormat
     schemas: Mapping[str, Mapping[str, Any]]
+    sampled: SampledCalls | None = None
+    """Where answers with calls are remembered as they were written."""
 
 
 def splitter(*, is_thinking: bool, splits_thoughts: bool, calls: CallReading | None) -> Splitter:
@@ -309,4 +312,6 @@ def call_reading(prompts: Prompts, tools: Tools | None, *, splits_thoughts: bool
         return None
     if prompts.thoughts is not None and not splits_thoughts:
         raise bad_request("tools need thoughts told from text: reasoning_format is none", param="reasoning_format")
-    return CallReading(prompts.tool_format, {function.name: function.schema for function in tools.functions})
+    return CallReading(
+        prompts.tool_format, {function.name: function.schema for function in tools.functions}, prompts.sampled
+    )

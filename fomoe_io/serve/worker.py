@@ -164,12 +164,12 @@ class EngineWorker(threading.Thread):
         """Do a job; what the client has to be told when it went wrong."""
         try:
             do()
-        except ApiError as error:  # a slot's file, a grammar
-            self.outcomes["failed"] += 1
-            return error
         except Unwanted:
             self.outcomes["cancelled"] += 1
             return unavailable("the server is shutting down") if self._is_stopping else None
+        except ApiError as error:
+            self.outcomes["failed"] += 1
+            return error
         except FomoeError as error:
             self.outcomes["failed"] += 1
             print(printable(f"fomoe-serve: {error.message}"), file=sys.stderr)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fomoe_io import Engine, EngineConfig
 from fomoe_io.cli import run
+from fomoe_io.cli.chat import Answer, Chat
 from fomoe_io.cli.model_help import missing
 from fomoe_io.cli.run import _unescaped
 from tests.cli.test_hostile_text import with_key
@@ -99,9 +102,6 @@ def test_an_answer_is_not_read_again(talk: Any, tmp_path: Path) -> None:
 
 
 def test_thoughts_may_stay_in_the_history(model: Path) -> None:
-    from fomoe_io import Engine, EngineConfig
-    from fomoe_io.cli.chat import Answer, Chat
-
     with Engine.open(model, EngineConfig(context_tokens=256)) as engine:
         for keeps in (False, True):
             chat = Chat(engine, keeps_thoughts=keeps)
@@ -164,6 +164,19 @@ def test_json_of_a_failure(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert values["error"]["hint"].startswith("-c ") and values["context_tokens"] == 64
     assert run.main(["/nonexistent.gguf", "-p", "x", "--json", str(target)]) == 1
     assert "/nonexistent.gguf" in json.loads(target.read_text())["error"]["message"]
+
+
+def test_a_prompt_that_is_too_long_costs_no_loading(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of -p and of -f; what is suggested has room for the answer that was asked for."""
+    monkeypatch.setattr("fomoe_io.cli.run.Engine", None)  # opening one fails the test
+    (tmp_path / "question").write_text("word " * 300)
+    for source in (["-p", "word " * 300], ["-f", str(tmp_path / "question")]):
+        assert run.main([str(demo_model), *source, "-c", "256", "-n", "500", "--no-profile"]) == 1
+        said = capsys.readouterr().err
+        count = int(re.search(r"(\d+) tokens of a prompt", said)[1])  # type: ignore[index]
+        assert count >= 256 and f"fix: -c {count + 500} " in said
 
 
 def test_json_of_an_interrupt(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,3 +248,35 @@ def test_files_that_are_no_models(model: Path, tmp_path: Path, capsys: pytest.Ca
     assert "convert_hf_to_gguf" in said(tmp_path / "weights.safetensors")
     assert "holds GGUF files" in said(tmp_path)
     assert str(tmp_path / "adapter.gguf") in said(tmp_path / "adaptr.gguf")
+
+
+CHANNELS = (
+    "{% for m in messages %}{% if '<|channel|>' in m.content %}{{ raise_exception('channels') }}{% endif %}"
+    "<|start|>{{ m.role }}{{ '<|channel|>final' if m.role == 'assistant' }}<|message|>{{ m.content }}<|end|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "want"),
+    [
+        ("<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>yes", "yes"),
+        ("<|channel|>final<|message|>yes", "yes"),
+        ("<|channel|>analysis<|message|>never at an end", ""),
+        ("no channels", "no channels"),
+    ],
+)
+def test_a_history_has_what_was_said_in_the_last_channel(tmp_path: Path, answer: str, want: str) -> None:
+    """gpt-oss' template refuses contents with channels, and leaves thoughts of earlier turns out."""
+    tiny = write_tiny(tmp_path / "tiny.gguf", Tiny(architecture="qwen3moe", layers=2), 3)
+    path = with_key(tiny, "tokenizer.chat_template", CHANNELS)
+    with Engine.open(path, EngineConfig(context_tokens=512)) as engine:
+        chat, tokenizer = Chat(engine), engine.tokenizer
+        first = chat.ask("well?")
+        chat.answered("well?", first, Answer(tokenizer.encode(answer), [answer], "eos"))
+        asked = tokenizer.decode(chat.ask("really?"))
+    assert chat.messages[1] == {"role": "assistant", "content": want}
+    assert asked.endswith(
+        f"<|channel|>final<|message|>{want}<|end|><|start|>user<|message|>really?<|end|><|start|>assistant"
+    )
