@@ -87,9 +87,9 @@ def expert_reads(layout: SlotLayout, expert: int, address: int) -> list[tuple[in
 
 def link_rates(device: str, record: int) -> tuple[float, float]:
     """Bytes a second of record-sized copies up from pinned memory: alone, and beside as many down."""
-    from fomoe_io.gpu.device import open_gpu
+    from fomoe_io.gpu.device import open_gpus
 
-    gpu = open_gpu(device)
+    gpu = next(iter(open_gpus(device)), None)
     memory = aligned_memory(16 * record)
     registration, target = gpu.register(np.frombuffer(memory.view, np.uint8)), gpu.allocate(16 * record)
     up, down, rates = gpu.new_stream(), gpu.new_stream(), []

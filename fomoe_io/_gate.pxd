@@ -8,6 +8,7 @@ cdef extern from "csrc/read/watch.h" nogil:
         void *argument
         int64_t polled_ms
         int32_t done, steps
+    int fomoe_watch_ended(fomoe_watch *)
 
 cdef class Gate:
     cdef fomoe_watch watch

@@ -95,12 +95,25 @@ cdef class Gate:
         """Whether a signal handler has raised during the run."""
         return self.raised is not None
 
+    def look(self):
+        """While the run waits in Python: raises what has ended it, if something has."""
+        if fomoe_watch_ended(&self.watch):
+            self.raise_end()
+
     def raise_end(self):
         """Of a run that returned -ECANCELED: what a signal handler raised, or that the engine was closed meanwhile."""
         raised, self.raised = self.raised, None
         if raised is not None:
             raise raised
         raise UsageError("the engine was closed while it ran")
+
+    def end(self):
+        """From another thread: the run at work ends, and so would the next, until go_on()."""
+        fomoe_store(self.watch.stop, 1)
+
+    def go_on(self):
+        """After end()."""
+        fomoe_store(self.watch.stop, 0)
 
     def tell(self, int done, int steps):
         """How far a run is that Python drives."""

@@ -182,6 +182,14 @@ cdef class DeviceExperts:
         self.logits_from = <void *>logits_from
         self.logits_to = <void *>logits_to
 
+    def allow(self):
+        """Before a run: its kernels wait for the host."""
+        self.stop[0] = 0
+
+    def pass_on(self):
+        """From any thread: kernels of the run at work wait no more."""
+        self.stop[0] = 1
+
     def trace(self, Trace trace, int tokens):
         """Write what runs from now on do, batches of up to so many tokens; None: nothing."""
         if fomoe_device_experts_set_trace(self.c, NULL if trace is None else trace.c, tokens):
@@ -311,7 +319,6 @@ cdef class DeviceExperts:
             self.end_of_run(drained)
             if self.own.is_interrupted:
                 return -ECANCELED
-        self.stop[0] = 0
         call = "hipGraphLaunch"
         with nogil:
             code = api.hipSetDevice(self.device)

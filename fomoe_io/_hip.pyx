@@ -168,6 +168,17 @@ cdef class Registration:
         check(api.hipHostGetDevicePointer(&p, <void *>address, 0), "hipHostGetDevicePointer")
         self.pointer = <uintptr_t>p
 
+    def pointer_on(self, int device):
+        """Where another device sees it."""
+        cdef void *p = NULL
+        cdef int code
+        with nogil:
+            code = api.hipSetDevice(device)
+            if code == 0:
+                code = api.hipHostGetDevicePointer(&p, <void *>self.address, 0)
+        check(code, "hipHostGetDevicePointer")
+        return <uintptr_t>p
+
     def close(self):
         cdef void *p = <void *>self.address
         cdef int code

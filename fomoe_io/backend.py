@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 
 from fomoe_io.errors import BudgetError
+from fomoe_io.units import format_bytes
 
 if TYPE_CHECKING:
     from fomoe_io._cpu import Trace
@@ -31,6 +32,8 @@ class Budgets:
         Of all sessions together.
     vram_pool_bytes, pool_bytes : int
         Experts in VRAM, and in host memory.
+    kept_bytes : int
+        Sessions that are kept beside the open ones.
     batch_tokens : int
         Of a full batch.
     slots : tuple of (int, int)
@@ -46,11 +49,17 @@ class Budgets:
     slots: tuple[tuple[int, int], ...]
     vram_bytes: int = 0
     vram_pool_bytes: int = 0
+    kept_bytes: int = 0
 
     @property
     def slot_table(self) -> np.ndarray:
         """`slots` as int32 [layers, 2]."""
         return np.array(self.slots, np.int32).reshape(-1, 2)
+
+
+def kept_text(budgets: Budgets) -> str:
+    """Of a banner's line."""
+    return f", kept sessions {format_bytes(budgets.kept_bytes)}" if budgets.kept_bytes else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,13 @@ def open_backend(opened: OpenModel) -> Backend:
     if opened.config.device != "cpu":
         from fomoe_io.gpu import device  # a machine without a GPU never gets here
 
-        gpu = device.open_gpu(opened.config.device)
-        if gpu is not None:
+        gpus = device.open_gpus(opened.config.device)
+        if len(gpus) > 1:
+            from fomoe_io.gpu.chain import ChainBackend
+
+            return ChainBackend(opened, gpus)
+        if gpus:
             from fomoe_io.gpu.backend import GpuBackend
 
-            return GpuBackend(opened, gpu)
+            return GpuBackend(opened, gpus[0])
     return CpuBackend(opened)

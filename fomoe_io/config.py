@@ -20,20 +20,21 @@ _CHOICES = {
     "kernels": ("auto", "ggml", "portable"),
     "activations": ("quantized", "float32"),
     "kv_type": ("f32", "f16"),
+    "split_mode": ("layer", "pingpong"),
     "policy": ("lru", "lfu", "decayed", "lfru"),
 }
 
 
 def device_name(text: str) -> str:
-    """The text itself, when it names a device: cpu, auto, hip, cuda, or one of a kind by its number, such as hip:1.
+    """The text itself, when it names a device: cpu, auto, hip, cuda, or some of a kind by number: hip:1 or hip:0,1.
 
     Raises
     ------
     UsageError
     """
-    if re.fullmatch(r"cpu|auto|(hip|cuda)(:\d{1,3})?", text) is None:
+    if re.fullmatch(r"cpu|auto|(hip|cuda)(:\d{1,3}(,\d{1,3})*)?", text) is None:
         raise UsageError(
-            f"{text!r} names no device, expected cpu, auto, hip or cuda, or one by its number, such as hip:1",
+            f"{text!r} names no device, expected cpu, auto, hip or cuda, or some by number, such as hip:1 or hip:0,1",
             hint="fomoe-doctor lists them",
         )
     return text
@@ -114,6 +115,19 @@ def _size(value: Any) -> int:
     return parse_bytes(value) if isinstance(value, str) else _integer(value)
 
 
+def _sizes(value: Any) -> int | tuple[int, ...]:
+    if isinstance(value, str) and "," in value:
+        return tuple(parse_bytes(part) for part in value.split(","))
+    return tuple(map(_size, value)) if isinstance(value, tuple | list) else _size(value)
+
+
+def _weights(value: Any) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, value.split(",") if isinstance(value, str) else value))
+    except ValueError:
+        raise TypeError from None
+
+
 def _is_true(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError
@@ -154,7 +168,11 @@ def _car(value: Any) -> CarRule | None:
 
 _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "ram_bytes": (_size, 'a number of bytes, or a size such as "16G"'),
-    "vram_bytes": (_size, 'a number of bytes, or a size such as "16G"'),
+    "vram_bytes": (_sizes, 'a number of bytes, a size such as "16G", or one a device'),
+    "tensor_split": (_weights, 'numbers, one a device: "3,1"'),
+    "cache_bytes": (_size, 'a number of bytes, or a size such as "1G"'),
+    "cache_disk_bytes": (_size, 'a number of bytes, or a size such as "100G"'),
+    "cache_folder": (_path, "a path"),
     "threads": (_integer, "an integer"),
     "context_tokens": (_integer, "an integer"),
     "sessions": (_integer, "an integer"),
@@ -170,7 +188,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "profile": (_profile, 'a path or "learned"'),
     "trace": (_path, "a path"),
 }
-_NEEDED = ("sessions", "batch_tokens", "lookahead", "logit_rows", "direct")
+_NEEDED = ("cache_disk_bytes", "sessions", "batch_tokens", "lookahead", "logit_rows", "direct")
 """None is no choice."""
 
 
@@ -216,8 +234,19 @@ class EngineConfig:
     device : str
         "cpu"; "auto" takes a GPU when there is one; "hip" or "cuda" one of its devices, "hip:1" that one.  Devices that
         share the processor's memory are taken by number only; of the others, the one with the most memory.
-    vram_bytes : int or None
-        Bound of the device memory; None takes what is free.
+    vram_bytes : int, tuple of int or None
+        Bound of the device memory, of each device; None takes what is free.
+    split_mode : {"layer", "pingpong"}
+        How several devices share a model: whole runs of layers, or layer by layer in turn.
+    tensor_split : tuple of float or None
+        How much of it each takes; None: all the same.
+    cache_bytes : int or None
+        Of `ram_bytes`, for what sessions have read and others may go on from (:meth:`Engine.timeline`); None: a
+        sixteenth, at most 2 GiB, as far as that is of use.
+    cache_disk_bytes : int
+        Of files that keep it beyond the process; 0: none.
+    cache_folder : Path or None
+        Where they are; None: in the user's cache directory.
     lookahead : int
         How many of the experts are read ahead that the next layer's router would pick from this layer's output; 0 none.
     car : CarRule or None
@@ -250,7 +279,12 @@ class EngineConfig:
     policy: str = "decayed"
     tiers: Tiers | None = None
     device: str = "cpu"
-    vram_bytes: int | None = None
+    vram_bytes: int | tuple[int, ...] | None = None
+    split_mode: str = "layer"
+    tensor_split: tuple[float, ...] | None = None
+    cache_bytes: int | None = 0
+    cache_disk_bytes: int = 0
+    cache_folder: Path | None = None
     lookahead: int = 0
     car: CarRule | None = None
     profile: Path | Literal["learned"] | None = None
@@ -270,6 +304,10 @@ class EngineConfig:
             except UsageError as error:
                 raise UsageError(f"{name}: {error.message}", hint=error.hint) from None
         self._check_values()
+
+    def vram_of(self, device: int) -> int | None:
+        """Bound of the memory of one of the devices."""
+        return self.vram_bytes[device] if isinstance(self.vram_bytes, tuple) else self.vram_bytes
 
     def _check_values(self) -> None:
         if not 0 <= self.lookahead <= MOST_LOOKAHEAD:
@@ -292,9 +330,19 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
                 raise UsageError(f"{name} is {value}, expected 1 to {most}")
+        for name in ("cache_bytes", "cache_disk_bytes"):
+            if (getattr(self, name) or 0) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}, expected 0 or more")
         if self.slots is not None and self.tiers is not None:
             raise UsageError("tiers say how many experts memory holds, and so do slots", hint="drop --slots or --tiers")
         for name in ("ram_bytes", "vram_bytes"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and min(value if isinstance(value, tuple) else (value,), default=0) < 1:
                 raise UsageError(f"{name} is {value}, expected a positive size")
+        devices = len(self.device.split(","))
+        for name in ("vram_bytes", "tensor_split"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != devices:
+                raise UsageError(f"{name} is for {len(value)} devices, and {self.device} names {devices}")
+        if self.tensor_split is not None and not min(self.tensor_split) > 0:
+            raise UsageError(f"tensor_split is {self.tensor_split}, expected positive numbers")

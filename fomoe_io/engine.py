@@ -21,10 +21,14 @@ from fomoe_io.experts import learned_profile
 from fomoe_io.experts.residency import DECAY
 from fomoe_io.experts.slots import slot_layout
 from fomoe_io.experts.warm_start import seeds
+from fomoe_io.kept.folder import Folder
+from fomoe_io.kept.store import Form, KeptSessions, form_fingerprint
+from fomoe_io.kept.timeline import Timeline
 from fomoe_io.open_model import OpenModel
 from fomoe_io.session import Session, Usage
 from fomoe_io.storage.reader import Reader
 from fomoe_io.storage.store import Store
+from fomoe_io.system.files import cache_folder
 from fomoe_io.system.memory import peak_resident_bytes
 from fomoe_io.text.tokenizer import Tokenizer
 from fomoe_io.trace.trace import TraceFile, TraceHeader
@@ -169,6 +173,30 @@ class Engine:
         self.gate.check()
         return Session(self.backend, self.gate, self.shape, self.context_tokens, self.usage)
 
+    def timeline(self, note: Callable[[str], None] = lambda text: None) -> Timeline:
+        """A session that goes on from what earlier ones have read, as far as `EngineConfig.cache_bytes` and
+        `cache_disk_bytes` keep it.
+
+        Parameters
+        ----------
+        note : callable, optional
+            Takes what is wrong with kept files, a line each: they cost reading a prompt again at worst.
+        """
+        session = self.session()
+        fingerprint = form_fingerprint(
+            self.store.fingerprint, self.kernels, self.config.activations, self.config.kv_type, self.config.car,
+            session.row_bytes, session.recurrent_bytes,
+        )  # fmt: skip
+        form = Form(session.row_bytes, session.recurrent_bytes, fingerprint)
+        folder = None
+        if self.config.cache_disk_bytes:
+            where = self.config.cache_folder or cache_folder() / "sessions"
+            folder = Folder(where, self.config.cache_disk_bytes, fingerprint, note)
+        kept = KeptSessions(form, self.budgets.kept_bytes, folder)
+        if folder is not None and not kept.is_enough:
+            note(f"sessions are not kept: that needs --cache-ram {-(-kept.least_bytes >> 20)}M at least")
+        return Timeline(session, kept, self.tokenizer)
+
     def _ask(self, question: Callable[[], T]) -> T:
         """What the native side says while it stands still: between the batches of this thread's own run, or alone."""
         if self.gate.is_mine:
@@ -235,6 +263,7 @@ class Engine:
                 "resident_bytes": b.resident_bytes,
                 "state_bytes": b.state_bytes,
                 "pool_bytes": b.pool_bytes,
+                "kept_bytes": b.kept_bytes,
                 "batch_tokens": b.batch_tokens,
                 "slots_per_layer": min(sum(b.slots[layer]) for layer in self.shape.expert_layers),
             },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +13,7 @@ from fomoe_io.config import EngineConfig
 from fomoe_io.engine import Engine
 from fomoe_io.errors import UsageError
 from fomoe_io.text.chat import ChatTemplate, Message
-from fomoe_io.text.generation import Conversation, StopReason
+from fomoe_io.text.generation import Conversation, StopReason, last_turn
 from fomoe_io.text.sampler import Sampler, SamplingConfig
 
 
@@ -91,12 +92,13 @@ class LLM:
             if name not in known:
                 raise UsageError(f"LLM has no option {name!r}; others than its own are those of EngineConfig")
         given: dict[str, Any] = {
-            **config, "ram_bytes": ram, "vram_bytes": vram, "context_tokens": context, "device": device
+            "cache_bytes": None, **config,
+            "ram_bytes": ram, "vram_bytes": vram, "context_tokens": context, "device": device,
         }  # fmt: skip
         self.engine = Engine.open(path, EngineConfig(**given))
         try:
             self.sampling = sampling or SamplingConfig.of_model(self.engine.metadata)
-            self._conversation = Conversation(self.engine.session(), self.engine.tokenizer)
+            self._conversation = Conversation(self.engine.timeline(_warn))
         except BaseException:
             self.engine.close()
             raise
@@ -170,18 +172,19 @@ class LLM:
         thinking: bool | None = None,
     ) -> Iterator[str]:
         """The pieces of an answer as they come: to a text as :meth:`generate`, to messages as :meth:`chat`."""
-        tokens = self._tokens(prompt) if isinstance(prompt, str) else self._chat_tokens(prompt, thinking)
-        for _, text in self._generate(tokens, Sampler(sampling or self.sampling), max_tokens, stop):
+        tokens, turn = self._tokens(prompt) if isinstance(prompt, str) else self._chat_tokens(prompt, thinking)
+        for _, text in self._generate(tokens, turn, Sampler(sampling or self.sampling), max_tokens, stop):
             if text:
                 yield text
 
-    def _tokens(self, prompt: str) -> list[int]:
+    def _tokens(self, prompt: str) -> tuple[list[int], None]:
         if not isinstance(prompt, str):
             raise UsageError(f"a prompt is {type(prompt).__name__}, expected a text", hint="chat() takes messages")
         tokenizer = self.engine.tokenizer
-        return self._checked(tokenizer.encode(prompt, add_bos=tokenizer.add_bos))
+        return self._checked(tokenizer.encode(prompt, add_bos=tokenizer.add_bos)), None
 
-    def _chat_tokens(self, messages: str | Sequence[Message], thinking: bool | None) -> list[int]:
+    def _chat_tokens(self, messages: str | Sequence[Message], thinking: bool | None) -> tuple[list[int], int | None]:
+        """Of a conversation, and where its last question begins."""
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if not messages or not all(
@@ -189,6 +192,16 @@ class LLM:
             for m in messages
         ):
             raise UsageError('messages are dicts with a "role" and a "content", which are texts')
+        template, tokenizer = self._chat_template(), self.engine.tokenizer
+
+        def render(messages: Sequence[Message]) -> str:
+            return template.render(messages, enable_thinking=thinking)
+
+        text = render(messages)
+        tokens = self._checked(tokenizer.encode(text, special=True))
+        return tokens, last_turn(render, messages, text, tokens, tokenizer)
+
+    def _chat_template(self) -> ChatTemplate:
         tokenizer = self.engine.tokenizer
         if self._template is None:
             bos, eos = tokenizer.bos_id, tokenizer.eos_id
@@ -199,7 +212,7 @@ class LLM:
             )
         if self._template is None:
             raise UsageError("the model has no chat template", hint="generate(text)")
-        return self._checked(tokenizer.encode(self._template.render(messages, enable_thinking=thinking), special=True))
+        return self._template
 
     def _checked(self, tokens: list[int]) -> list[int]:
         context = self.engine.context_tokens
@@ -211,16 +224,21 @@ class LLM:
         return tokens
 
     def _generate(
-        self, tokens: list[int], sampler: Sampler, max_tokens: int, stop: str | Sequence[str]
+        self, tokens: list[int], turn: int | None, sampler: Sampler, max_tokens: int, stop: str | Sequence[str]
     ) -> Iterator[tuple[int, str]]:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        return self._conversation.generate(tokens, sampler, most=max_tokens, stops=stops)
+        return self._conversation.generate(tokens, sampler, most=max_tokens, stops=stops, turn=turn)
 
     def _complete(
-        self, tokens: list[int], sampling: SamplingConfig | None, max_tokens: int, stop: str | Sequence[str]
+        self,
+        prompt: tuple[list[int], int | None],
+        sampling: SamplingConfig | None,
+        max_tokens: int,
+        stop: str | Sequence[str],
     ) -> Completion:
+        tokens, turn = prompt
         sampler = Sampler(sampling or self.sampling)
-        pairs = list(self._generate(tokens, sampler, max_tokens, stop))
+        pairs = list(self._generate(tokens, turn, sampler, max_tokens, stop))
         return Completion(
             "".join(text for _, text in pairs),
             [token for token, _ in pairs if token >= 0],
@@ -240,3 +258,7 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import NoReturn
+from collections.abc import Collection
+from copy import copy
+from typing import NoReturn, Self
 
 from fomoe_io._gate import Gate
 from fomoe_io.config import EngineConfig
@@ -39,6 +41,8 @@ class OpenModel:
     Attributes
     ----------
     model : Model
+    experts : dict of int to ExpertLayer
+        Of the layers that this backend computes.
     shape : Shape
     context_tokens : int
         Positions of a session.
@@ -56,6 +60,7 @@ class OpenModel:
     def __init__(self, store: Store, config: EngineConfig, gate: Gate, peak_bytes_before: int) -> None:
         self.store, self.config, self.gate, self.peak_bytes_before = store, config, gate, peak_bytes_before
         self.model = check_model(store)
+        self.experts = self.model.experts
         self.shape = self.model.shape
         self.context_tokens = config.context_tokens or min(self.shape.context_tokens, DEFAULT_CONTEXT_TOKENS)
         self.files: list[int] = []
@@ -66,6 +71,15 @@ class OpenModel:
         except BaseException:
             self.close()
             raise
+
+    def part(self, layers: Collection[int], *, is_first: bool) -> Self:
+        """The same model for one of several devices: its own layers' experts, and a reader and a gate for the thread
+        that serves it, which for the first is the caller's."""
+        other = copy(self)
+        other.experts = {i: layer for i, layer in self.model.experts.items() if i in layers}
+        if not is_first:
+            other.gate, other.reader = Gate(), self._open_reader()
+        return other
 
     def _open_reader(self) -> Reader:
         """As the calibration says where there is one."""

@@ -14,6 +14,7 @@ from fomoe_io.serve.thoughts import BEGIN
 from fomoe_io.stats import write_json
 from fomoe_io.text.channels import said
 from fomoe_io.text.chat import ChatTemplate, Message
+from fomoe_io.text.generation import last_turn
 
 _MARK = "fomoe-answer-0d1f"
 """Stands for an answer in a rendered history, to find what the template writes after it."""
@@ -86,6 +87,7 @@ class Chat:
         self._text = self._asked = ""
         self._last: tuple[str, list[int]] | None = None
         self.is_thinking = False
+        self.turn: int | None = None  # where the last question begins in its tokens
 
     @property
     def turns(self) -> int:
@@ -96,9 +98,17 @@ class Chat:
         """All tokens of the conversation with this question at its end, which :meth:`answered` makes part of it."""
         tokenizer = self._tokenizer
         if self.template is None:
+            self.turn = len(self._tokens)
             return [*self._tokens, *tokenizer.encode(text, add_bos=tokenizer.add_bos and not self._tokens)]
-        self._asked = self._render([*self.messages, message("user", text)])
+        messages = [*self.messages, message("user", text)]
+        self._asked = self._render(messages)
         self.is_thinking = self._asked.rstrip().endswith(BEGIN)
+        tokens = self._tokens_of(text)
+        self.turn = last_turn(self._render, messages, self._asked, tokens, tokenizer)
+        return tokens
+
+    def _tokens_of(self, text: str) -> list[int]:
+        tokenizer = self._tokenizer
         if self._text and self._asked.startswith(self._text):  # the same text: keep its tokens as they were generated
             return [*self._tokens, *tokenizer.encode(self._asked[len(self._text) :], special=True)]
         if self._text and self._keeps_thoughts:

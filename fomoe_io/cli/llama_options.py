@@ -48,9 +48,7 @@ ENGINE: list[Foreign] = [
     _noted("-cmoe --cpu-moe", _PLACED),
     _noted("-ncmoe --n-cpu-moe -ncffn --n-cpu-ffn", _PLACED, ONE),
     _noted("-ngl --gpu-layers --n-gpu-layers", "layers go where --vram has room", ONE),
-    _noted("-mg --main-gpu", "one GPU computes: --device hip:N or cuda:N", ONE),
-    _refused("-sm --split-mode", "one GPU computes", "--device hip:N or cuda:N", ONE, neutral="none layer"),
-    _refused("-ts --tensor-split", "one GPU computes", "--device hip:N or cuda:N, and --vram for its share", ONE),
+    _noted("-mg --main-gpu", "the first of --device hip:0,1 begins, the last makes the logits", ONE),
     _noted("-fit --fit", "--ram and --vram are always kept", OPTIONAL),
     _refused("-fitt --fit-target", "the bound of device memory is given as such", "--vram 12G", ONE),
     _noted("-fitc --fit-ctx", "-c is never made smaller", ONE),
@@ -137,7 +135,7 @@ CONVERSATION: list[Foreign] = [
     _refused("--context-shift", "the state of these models can't be shifted: a full context ends the answer",
         "a larger -c"),
     _noted("--no-context-shift", "contexts are never shifted"),
-    _noted("-ctxcp --ctx-checkpoints --swa-checkpoints -cram --cache-ram", "a conversation goes on where it is", ONE),
+    _noted("-ctxcp --ctx-checkpoints --swa-checkpoints", "checkpoints are made where they are of use", ONE),
     _refused("--server-base", "the model runs in this process", "fomoe-serve for a server, and any client of it", ONE),
     _refused("--verbose-prompt", "tokens are not shown", "--json FILE: token_ids"),
     _refused("-sp --special", "special tokens are not shown", "--json FILE: token_ids"),
@@ -157,7 +155,7 @@ CONVERSATION: list[Foreign] = [
     _refused("--gpt-oss-20b-default --gpt-oss-120b-default", _DOWNLOAD, "-hf USER/MODEL:QUANT"),
     _refused("--vision-gemma-4b-default --vision-gemma-12b-default", _DOWNLOAD, "-hf USER/MODEL:QUANT"),
     _noted("-ptc --print-token-count", "the last line counts tokens", ONE),
-    _refused("--prompt-cache", "a session is not kept on the drive", "/save FILE keeps a conversation's text", ONE),
+    _refused("--prompt-cache", "what was read is kept by its tokens, not by a name", "--cache-disk 20G", ONE),
     _noted("--prompt-cache-all --prompt-cache-ro", "there is no --prompt-cache"),
     _noted("--in-prefix-bos", "the chat template writes what stands around a message"),
     _refused("--in-prefix --in-suffix", "the chat template writes what stands around a message",
@@ -183,7 +181,6 @@ SERVE: list[Foreign] = [
         "--mmproj-auto", "-mmdev", "--skip-chat-parsing", "--reasoning-effort", "-ctxcp")),
     _refused("--embeddings --embedding --reranking --rerank", "the model writes text: no embeddings, no reranking",
         "leave it out"),
-    _refused("--slot-save-path", "sessions are not kept on the drive", "leave it out", ONE),
 ]  # fmt: skip
 
 BENCH: list[Foreign] = [

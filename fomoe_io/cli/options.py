@@ -129,10 +129,15 @@ def add_engine_options(parser: Parser, *, batch: int = 512) -> None:
     group = parser.add_argument_group("memory and machine (sizes: 512M, 16G)")
     group.add_argument("--ram", type=checked(_memory_size), metavar="SIZE",
         help="bound of the whole process (default: 80 %% of what is available)")  # fmt: skip
-    group.add_argument("--vram", type=checked(_memory_size), metavar="SIZE",
-        help="bound of device memory (default: what is free)")  # fmt: skip
+    group.add_argument("--vram", type=checked(_device_sizes), metavar="SIZE",
+        help="bound of device memory, or one a device: 12G,16G (default: what is free)")  # fmt: skip
     group.add_argument("-dev", "--device", type=checked(_device), default="auto", metavar="NAME",
-        help="auto (a GPU if there is one), cpu, hip, cuda, or one by number: hip:1")  # fmt: skip
+        help="auto (a GPU if there is one), cpu, hip, cuda, or some by number: hip:1, cuda:0,1")  # fmt: skip
+    group.add_argument("-sm", "--split-mode", type=checked(_split_mode), default="layer", metavar="MODE",
+        help="several devices: layer (each computes a run of layers), pingpong (layers in turn), or none (the first "
+        "alone)")  # fmt: skip
+    group.add_argument("-ts", "--tensor-split", type=checked(_tensor_split), metavar="N,N",
+        help="how much of the model each device takes (default: all the same)")  # fmt: skip
     group.add_argument("--list-devices", action=_ListDevices, nargs=0, help="list the devices and exit")
     group.add_argument("-t", "--threads", type=whole, metavar="N",
         help="-1 and default: all processors of this process")  # fmt: skip
@@ -166,6 +171,23 @@ def add_engine_options(parser: Parser, *, batch: int = 512) -> None:
     group.add_argument("--kernels", choices=("auto", "ggml", "portable"), default=d.kernels, help="what multiplies")
 
 
+def _cache_size(text: str) -> int:
+    """Of --cache-ram: a bare number is MiB, as llama-server has it."""
+    size = parse_bytes(text)
+    return size << 20 if re.fullmatch(r"\d+", text.strip()) else size
+
+
+def add_cache_options(parser: Parser) -> None:
+    """What commands that answer keep of what they have read."""
+    group = parser.add_argument_group("prompts that were read before (none changes an answer)")
+    group.add_argument("-cram", "--cache-ram", type=checked(_cache_size), metavar="SIZE",
+        help="memory for them, of --ram (default: a sixteenth of it, at most 2G; 0: none)")  # fmt: skip
+    group.add_argument("--cache-disk", type=checked(parse_bytes), default=0, metavar="SIZE",
+        help="files that keep them beyond this run, such as 50G (default: none)")  # fmt: skip
+    group.add_argument("--cache-dir", type=Path, metavar="DIR",
+        help="where those are (default: sessions, in the cache directory)")  # fmt: skip
+
+
 def engine_config(options: argparse.Namespace, path: Path | None = None) -> EngineConfig:
     """The configuration that the options ask for; the model's path is needed for `-c 0`.
 
@@ -181,6 +203,9 @@ def engine_config(options: argparse.Namespace, path: Path | None = None) -> Engi
             ram_bytes=options.ram,
             slots=options.slots,
             threads=None if options.threads is None or options.threads <= 0 else options.threads,
+            cache_bytes=getattr(options, "cache_ram", 0),
+            cache_disk_bytes=getattr(options, "cache_disk", 0),
+            cache_folder=getattr(options, "cache_dir", None),
             context_tokens=trained_tokens(path) if options.ctx_size == 0 and path is not None else options.ctx_size,
             batch_tokens=options.batch_size,
             kv_type=_one_kv_type(options.cache_type_k, options.cache_type_v),
@@ -193,9 +218,31 @@ def engine_config(options: argparse.Namespace, path: Path | None = None) -> Engi
             lookahead=options.lookahead,
             car=options.car,
             trace=options.trace,
-            device=options.device,
+            device=options.device.split(",")[0] if options.split_mode == "none" else options.device,
             vram_bytes=options.vram,
+            split_mode="layer" if options.split_mode == "none" else options.split_mode,
+            tensor_split=options.tensor_split,
         )
+
+
+def _split_mode(text: str) -> str:
+    if text in ("row", "tensor"):
+        raise UsageError(f"a layer is computed by one device: {text} is not built", hint="-sm layer")
+    if text not in ("none", "layer", "pingpong"):
+        raise UsageError(f"unknown split {text!r}", hint="-sm layer, pingpong or none")
+    return text
+
+
+def _tensor_split(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.replace("/", ",").split(",")))
+    except ValueError:
+        raise UsageError(f"{text!r} is no list of numbers", hint="-ts 3,1") from None
+
+
+def _device_sizes(text: str) -> int | tuple[int, ...]:
+    sizes = tuple(map(_memory_size, text.split(",")))
+    return sizes if len(sizes) > 1 else sizes[0]
 
 
 def _kv_type(text: str) -> str:

@@ -22,6 +22,7 @@ from fomoe_io.cli.kept_profile import keep_profile
 from fomoe_io.cli.llama_options import RUN
 from fomoe_io.cli.model_help import explained
 from fomoe_io.cli.options import (
+    add_cache_options,
     add_engine_options,
     add_model,
     add_reasoning_options,
@@ -65,6 +66,7 @@ def parser() -> Parser:
     add_sampling_options(p)
     _add_output(p)
     add_engine_options(p)
+    add_cache_options(p)
     group = p.add_argument_group("what earlier runs have learned")
     profile = group.add_mutually_exclusive_group()
     profile.add_argument("--profile", type=Path, metavar="FILE",

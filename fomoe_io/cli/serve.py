@@ -16,6 +16,7 @@ from fomoe_io.cli.kept_profile import keep_profile
 from fomoe_io.cli.llama_options import SERVE
 from fomoe_io.cli.model_help import missing
 from fomoe_io.cli.options import (
+    add_cache_options,
     add_engine_options,
     add_model,
     add_reasoning_options,
@@ -54,6 +55,7 @@ def parser() -> Parser:
     _add_requests(p)
     add_sampling_options(p, "sampling, where a request says nothing")
     add_engine_options(p)
+    add_cache_options(p)
     p.add_foreign(SERVE)
     p.add_argument_group(
         "of llama-server",
@@ -77,6 +79,7 @@ def _add_network(p: Parser) -> None:
         help="a name that this server is reached by, such as a proxy's (repeat)")  # fmt: skip
     group.add_argument("--no-metrics", action="store_true", help="no /metrics")
     group.add_argument("--no-slots", action="store_true", help="no /slots")
+    group.add_argument("--slot-save-path", type=Path, metavar="DIR", help="where /slots saves sessions to files")
     group.add_argument("--no-webui", action="store_true", help="no page at /")
     group.add_argument("-to", "--timeout", type=float, default=d.stall_seconds, metavar="SECONDS",
         help="drop a client that takes longer to send or to accept (default: %(default)g)")  # fmt: skip
@@ -141,6 +144,7 @@ def _settings(options: argparse.Namespace, sampling: SamplingConfig, chosen: dic
         has_page=not options.no_webui,
         stall_seconds=options.timeout,
         version=package_version(),
+        slot_folder=options.slot_save_path,
     )
 
 
@@ -160,6 +164,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     """The command without its error handling."""
     options = parser().parse_args(argv)
     path, config = model_path(options), serve_config(options)
+    if config.slot_folder is not None and not config.slot_folder.is_dir():
+        raise UsageError(
+            f"--slot-save-path {config.slot_folder} is no directory", hint=f"mkdir -p {config.slot_folder}"
+        )
     engine_options = replace(
         engine_config(options, path), profile=None if options.no_profile else options.profile or "learned"
     )

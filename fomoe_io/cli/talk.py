@@ -70,7 +70,7 @@ class Talk:
         self._report = report
         self._copy = copy
         self._sampler = Sampler(sampling)
-        self._conversation = Conversation(engine.session(), engine.tokenizer)
+        self._conversation = Conversation(engine.timeline(lambda text: self._say(f"note: {text}")))
         self._progress = PromptProgress(engine, quiet=options.quiet)
         self._put_before = ""
         self._is_interactive = False
@@ -138,7 +138,7 @@ class Talk:
         self._progress.begin(unread)
         for token, text in conversation.generate(
             tokens, self._sampler, most=options.predict, stops=options.stop, ignore_eos=options.ignore_eos,
-            progress=self._progress,
+            progress=self._progress, turn=self.chat.turn,
         ):  # fmt: skip
             if not answer.ids:
                 self._progress.end()

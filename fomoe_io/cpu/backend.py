@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fomoe_io import _cpu
-from fomoe_io.backend import Batch, Budgets, Counters, Joined, PooledState, Span, StatePool, together
+from fomoe_io.backend import Batch, Budgets, Counters, Joined, PooledState, Span, StatePool, kept_text, together
 from fomoe_io.cpu import dot_library
 from fomoe_io.cpu.recorder import CpuRecorder, Embedding, StateLayout
 from fomoe_io.cpu.weights import Weights
@@ -138,6 +138,7 @@ class CpuBackend:
             f"memory {format_bytes(b.ram_bytes)}{again}: weights {format_bytes(b.resident_bytes)}, "
             f"experts {format_bytes(b.pool_bytes)} ({_slots_text(self._slots().values())} of {self._shape.experts} a "
             f"layer), state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}"
+            f"{kept_text(b)}"
         ]
 
     # ---- opening ----
@@ -217,7 +218,7 @@ class CpuBackend:
         s, config = self._shape, self._config
         ram = RamBudget(self._opened.store.model_name, s, config, self._opened.peak_bytes_before)
         sketch = self._record(1, None)
-        state = config.sessions * sketch.state.bytes
+        state, parts = config.sessions * sketch.state.bytes, sketch.state.parts
         per_token = sketch.activation_bytes + _cpu.Experts.workspace_bytes(self._experts_shape(1))
         del sketch
         least = ram.slots or s.used
@@ -226,6 +227,8 @@ class CpuBackend:
         row_bytes = sum(slot_bytes.values())
         smallest = base + per_token + least * row_bytes
         limit = ram.limit(smallest)
+        kept = ram.kept_bytes(limit - smallest, limit, parts, self._opened.context_tokens)
+        base, smallest = base + kept, smallest + kept
         most = ram.slots or s.experts
         batch = config.batch_tokens
         # An eighth of what is left at most for activations: a smaller batch costs prompt speed, fewer slots cost reads.
@@ -247,6 +250,7 @@ class CpuBackend:
             pool_bytes=pool,
             batch_tokens=batch,
             slots=slot_pairs(tier_slots(s.layers, slots, vram)),
+            kept_bytes=kept + (config.cache_bytes or 0),
         )
 
     def record(self, trace: _cpu.Trace) -> None:

@@ -123,6 +123,51 @@ class Mailbox:
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The layers that a device computes, where several share a model.
+
+    Attributes
+    ----------
+    owner : tuple of int
+        Which device computes each layer; empty: this one all of them.
+    index : int
+        This device's.
+    exchange : int
+        Address of what devices hand to one another, as this one sees it.
+    columns : int
+        Of the residual stream.
+    """
+
+    owner: tuple[int, ...] = ()
+    index: int = 0
+    exchange: int = 0
+    columns: int = 0
+
+    def has(self, layer: int) -> bool:
+        """Whether a layer is computed here; those before the first and after the last belong to these."""
+        return not self.owner or self.owner[max(0, min(layer, len(self.owner) - 1))] == self.index
+
+    @property
+    def is_last(self) -> bool:
+        """Whether logits are made here."""
+        return self.has(len(self.owner))
+
+    def hop(self, number: int) -> tuple[int, int]:
+        """Addresses of the rows that the so-manieth change of devices hands over, and of the word that follows them."""
+        rows = self.exchange + number * hop_bytes(self.columns)
+        return rows, rows + 8 * self.columns
+
+
+WHOLE = Part()
+"""One device computes everything."""
+
+
+def hop_bytes(columns: int) -> int:
+    """Of one change of devices: two rows, and a word on a line of its own."""
+    return up(8 * columns + 64, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
 class DeviceState:
     """Places in a session's memory, which begins at `base`; `parts` are offsets in it.  A new session clears what is
     recurrent."""

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from contextlib import suppress
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fomoe_io import _gpu, _hip
-from fomoe_io.backend import Batch, Counters, Joined, PooledState, Span, StatePool, together
+from fomoe_io.backend import Batch, Counters, Joined, PooledState, Span, StatePool, kept_text
 from fomoe_io.errors import DeviceError, UsageError
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import slot_layout
 from fomoe_io.gpu import device, kernels
-from fomoe_io.gpu.arena import F32, Q8
+from fomoe_io.gpu.arena import F32, Q8, WHOLE, Part
 from fomoe_io.gpu.budget import check_shape, native_device_layers, pool_places, record_layout, size_classes
 from fomoe_io.gpu.device import Gpu
 from fomoe_io.gpu.embedding import EmbeddingReader
 from fomoe_io.gpu.products import WORKSPACE_BYTES, DenseProducts
-from fomoe_io.gpu.prompts import PromptRunner
+from fomoe_io.gpu.prompts import Handed, PromptRunner
 from fomoe_io.gpu.recorder import CAR_BYTES
 from fomoe_io.gpu.recordings import Addresses, ModelSource
+from fomoe_io.gpu.runs import run_batch
 from fomoe_io.gpu.shared import STAGING_BYTES, SharedWords, part_sizes
 from fomoe_io.gpu.sharing import DRAM, VRAM, Sharing
 from fomoe_io.gpu.state_copies import StateCopies
 from fomoe_io.gpu.token import TokenRunner
 from fomoe_io.models.recorder import KvType
 from fomoe_io.open_model import OpenModel
+from fomoe_io.ram_budget import RamBudget, RamPart
 from fomoe_io.storage.reader import aligned_memory
 from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES
 from fomoe_io.units import format_bytes
@@ -85,26 +87,32 @@ class GpuBackend:
     ----------
     opened : OpenModel
     gpu : Gpu
+    part : Part
+        What this device computes of the model.
+    ram : RamPart, optional
+        Its part of the host's memory, where several devices share it.
     """
 
     threads = 1
     """The one that serves the experts."""
 
-    def __init__(self, opened: OpenModel, gpu: Gpu) -> None:
-        self._opened, self.gpu = opened, gpu
+    def __init__(self, opened: OpenModel, gpu: Gpu, part: Part = WHOLE, ram: RamPart | None = None) -> None:
+        self._opened, self.gpu, self._number = opened, gpu, 0
         self._refuse()
         check_shape(opened.shape)
         block_bytes, layers = opened.reader.block_bytes, opened.model.experts
-        self.layouts = {i: slot_layout(layer, block_bytes) for i, layer in layers.items()}
-        self.records = {i: record_layout(i, layer, self.layouts[i]) for i, layer in layers.items()}
-        forms = {i: Q8 if r.kernels[0] in kernels.QUANTIZED_TYPES else F32 for i, r in self.records.items()}
+        layouts = {i: slot_layout(layer, block_bytes) for i, layer in layers.items()}
+        records = {i: record_layout(i, layer, layouts[i]) for i, layer in layers.items()}
+        self.layouts, self.records = ({i: layouts[i] for i in opened.experts}, {i: records[i] for i in opened.experts})
+        forms = {i: Q8 if r.kernels[0] in kernels.QUANTIZED_TYPES else F32 for i, r in records.items()}
         inputs = {i: (form, form) for i, form in forms.items()}
         source = ModelSource(
-            opened.shape, opened.model.architecture.build, opened.model.resident, opened.files, self.records, inputs,
+            opened.shape, opened.model.architecture.build, opened.model.resident, opened.files, records, inputs,
             opened.context_tokens, opened.config.car is not None, opened.config.sessions,
-            KvType[opened.config.kv_type.upper()],
+            KvType[opened.config.kv_type.upper()], part,
         )  # fmt: skip
-        self.sharing = Sharing(gpu, opened, source, self.layouts)
+        budget = ram or RamBudget(opened.store.model_name, opened.shape, opened.config, opened.peak_bytes_before)
+        self.sharing = Sharing(gpu, opened, source, self.layouts, budget)
         self.budgets = self.sharing.budgets
         self._states = StatePool(opened.config.sessions)
         try:
@@ -151,7 +159,8 @@ class GpuBackend:
             f"VRAM {format_bytes(b.vram_bytes)}: weights {format_bytes(b.resident_bytes)}, experts "
             f"{format_bytes(b.vram_pool_bytes)} ({least[VRAM]} of {s.experts} a layer), "
             f"state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}",
-            f"memory {format_bytes(b.ram_bytes)}{again}: experts {format_bytes(b.pool_bytes)} ({least[DRAM]} a layer)",
+            f"memory {format_bytes(b.ram_bytes)}{again}: experts {format_bytes(b.pool_bytes)} ({least[DRAM]} a layer)"
+            f"{kept_text(b)}",
         ]
 
     # ---- opening ----
@@ -192,7 +201,7 @@ class GpuBackend:
         self._prompts = PromptRunner(
             gpu, self._experts, r.layers, opened.shape, r.inputs, self._shared.part("inputs", 0, r.inputs.bytes),
             r.inputs_address, r.batch, embedding.read, self._products, opened.gate,
-            self._check,
+            self.check,
         ) if b.batch_tokens > 1 else None  # fmt: skip
 
     def _device_experts(self, vram_address: int, events: list[list[_hip.Event]]) -> _gpu.DeviceExperts:
@@ -206,7 +215,7 @@ class GpuBackend:
             for sizes, number in size_classes(self.records).items()
         ]
         layers = native_device_layers(
-            s.layers, self.records, self.layouts, self._opened.model.experts, (pools[VRAM], pools[DRAM]),
+            s.layers, self.records, self.layouts, self._opened.experts, (pools[VRAM], pools[DRAM]),
             self._shared.host + self._shared.offset("tables"), (self._shared.host, self._shared.device),
             self.recorded.mail,
         )  # fmt: skip
@@ -237,11 +246,12 @@ class GpuBackend:
 
     def warm(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
         """Bring experts into a layer's free slots."""
-        self._check(self._experts.warm(layer, experts, scores))
+        self.check(self._experts.warm(layer, experts, scores))
 
     # ---- running ----
 
-    def _check(self, error: int) -> None:
+    def check(self, error: int) -> None:
+        """ReadError, or what has ended the run."""
         if error:
             self._opened.raise_failure(error, *self._experts.failure())
 
@@ -252,33 +262,57 @@ class GpuBackend:
         return GpuState(self._states, copies, self._states_address, state.bytes)
 
     def run(self, batch: Batch, logits: np.ndarray) -> None:
-        """Read tokens, of as many sessions at once as a batch holds; tokens that may be substituted one by one."""
-        unknown = sorted(set(batch.records) - {"experts"})
-        if unknown:
-            raise UsageError(f"a GPU records experts alone, not {', '.join(unknown)}")
-        place, picks = 0, batch.records.get("experts")
-        if batch.may_substitute or self._prompts is None:
-            for span in batch.spans:
-                self._run_token(span, batch.may_substitute, logits[place : place + span.outputs], picks)
-                place += span.outputs
-            return
-        for uses_products, alike in groupby(batch.spans, lambda span: self.uses_products(span.prompt_tokens)):
-            for spans in together(list(alike), self.budgets.batch_tokens):
-                joined = Joined(spans)
-                states = joined.of_tokens([self._enter(span.state) for span in spans])
-                rows = logits[place : place + len(joined.output_rows)]
-                self._prompts.run(joined, states, rows, uses_products=uses_products, picks=picks)
-                place += len(rows)
+        """See :func:`run_batch`."""
+        run_batch(self, batch, logits)
 
-    def _run_token(self, span: Span, may_substitute: bool, logits: np.ndarray, picks: np.ndarray | None) -> None:
-        address = self._enter(span.state)
-        error, found = self.tokens.run(
-            span.ids, span.position, address, span.outputs, may_substitute=may_substitute
-        )  # fmt: skip
-        self._check(error)
+    def run_token(self, span: Span, may_substitute: bool, logits: np.ndarray, picks: np.ndarray | None) -> None:
+        """One token."""
+        self._number = self._number % 0xFFFFFFFF + 1  # 0 is what posts and answers hold before the first run
+        self.allow()
+        error, found = self.token(self._number, span, may_substitute)
+        self.check(error)
         logits[:] = found
         if picks is not None:
             picks[:, 0] = self.tokens.posted_picks()
+
+    def token(self, number: int, span: Span, may_substitute: bool) -> tuple[int, np.ndarray]:
+        """(error, logits), as :meth:`TokenRunner.run` has them."""
+        address = self._enter(span.state)
+        return self.tokens.run(number, span.ids, span.position, address, span.outputs, may_substitute=may_substitute)
+
+    def allow(self) -> None:
+        """Before a run: its kernels wait for the host, and for other devices."""
+        self._experts.allow()
+
+    def pass_on(self) -> None:
+        """From any thread: kernels of the run at work wait no more."""
+        self._experts.pass_on()
+
+    def end_run(self) -> None:
+        """From another thread: nothing waits any more, and the run ends."""
+        self._opened.gate.end()
+        self._experts.pass_on()
+
+    def go_on(self) -> None:
+        """After `end_run`."""
+        self._opened.gate.go_on()
+
+    def run_prompt(self, spans: list[Span], logits: np.ndarray, uses_products: bool, picks: np.ndarray | None) -> None:
+        """Spans of different sessions at once."""
+        for _ in self.prompt(Joined(spans), logits, uses_products, picks, {}):
+            raise AssertionError("no other device has rows")
+
+    def prompt(
+        self, joined: Joined, logits: np.ndarray, uses_products: bool, picks: np.ndarray | None, handed: Handed
+    ) -> Iterator[int]:
+        """This device's layers of a batch, as :meth:`PromptRunner.run`."""
+        assert self._prompts is not None
+        states = joined.of_tokens([self._enter(span.state) for span in joined.spans])
+        return self._prompts.run(joined, states, logits, uses_products=uses_products, picks=picks, handed=handed)
+
+    def reader_counters(self) -> dict[str, int]:
+        """Of the reader of this device's experts."""
+        return self._opened.reader.counters
 
     def _enter(self, state: object) -> int:
         """Where the state's memory begins; what a new session sees of it is zero."""

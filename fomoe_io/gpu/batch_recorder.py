@@ -43,6 +43,26 @@ class PostPicks:
 
 
 @dataclass(frozen=True, slots=True)
+class Hop:
+    """Rows go to another device, or come from one: the residual stream's and those that the next norm adds to it.
+
+    Attributes
+    ----------
+    number : int
+        Of the change of devices.
+    comes : bool
+    rows : tuple of int
+        Addresses of float32 [tokens, columns].
+    columns : int
+    """
+
+    number: int
+    comes: bool
+    rows: tuple[int, ...]
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
 class ServeExperts:
     """The host brings a layer's experts, some at a time, and has their products computed.
 
@@ -160,6 +180,12 @@ class BatchRecorder(DeviceRecorder):
             )  # fmt: skip
 
     # ---- experts ----
+
+    def _hand_over(self, hop: int, x: DeviceRows, added: int | None) -> None:
+        self.body.append(Hop(hop, False, (x.address, *([] if added is None else [added])), x.columns))
+
+    def _take_over(self, hop: int, x: DeviceRows, added: int | None) -> None:
+        self.body.append(Hop(hop, True, (x.address, *([] if added is None else [added])), x.columns))
 
     def route(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
         """The picks, and their way to the host."""

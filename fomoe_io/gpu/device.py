@@ -182,21 +182,24 @@ def all_devices() -> list[DeviceInfo]:
     return found or list_devices("auto")  # whose error says why
 
 
-def open_gpu(name: str) -> Gpu | None:
-    """The device that ``hip``, ``cuda``, ``auto`` or ``hip:1`` means; None when ``auto`` finds none.
+def open_gpus(name: str) -> list[Gpu]:
+    """The devices that ``hip``, ``cuda``, ``auto``, ``hip:1`` or ``hip:0,1`` means; none when ``auto`` finds none.
 
     Raises
     ------
     DeviceError
         A device was asked for by its API and there is none, or the one found does not work.
     """
+    kind, _, numbers = name.partition(":")
+    if numbers:
+        return [Gpu(f"{kind}:{number}") for number in numbers.split(",")]
     try:
         find_device(name)
     except DeviceError:
         if name == "auto":
-            return None
+            return []
         raise
-    return Gpu(name)
+    return [Gpu(name)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from fomoe_io import _gpu
 from fomoe_io.backend import Joined
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import ALIGNMENT_BYTES, DeviceExpertLayer, LaunchSpec
-from fomoe_io.gpu.batch_recorder import LOGITS_TOKENS, BatchRecorder, DenseProduct, PostPicks, ServeExperts
+from fomoe_io.gpu.batch_recorder import LOGITS_TOKENS, BatchRecorder, DenseProduct, Hop, PostPicks, ServeExperts
 from fomoe_io.gpu.kernels import up
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fomoe_io.gpu.products import DenseProducts
     from fomoe_io.models.shape import Shape
 
+Handed = dict[int, list[np.ndarray]]
 KEPT_PROGRAMS = 2
 """A long prompt's full batches and its last one."""
 
@@ -157,8 +158,9 @@ class PromptRunner:
         *,
         uses_products: bool,
         picks: np.ndarray | None = None,
-    ) -> None:
-        """Read one batch.
+        handed: Handed | None = None,
+    ) -> Iterator[int]:
+        """Read one batch; yields where rows of another device must come first, until they are in `handed`.
 
         Parameters
         ----------
@@ -171,6 +173,13 @@ class PromptRunner:
             Dense products by the vendor's library.
         picks : numpy.ndarray, optional
             int32 [layers, tokens, used], out: what the router picked.
+        handed : dict of int to list of numpy.ndarray, optional
+            Float rows that one device has left for another, by the number of the change.
+
+        Yields
+        ------
+        int
+            The number of the change whose rows are missing.
         """
         tokens, stream = len(joined.ids), self._gpu.stream
         program = self._program(tokens, uses_products)
@@ -188,9 +197,17 @@ class PromptRunner:
                 stream.record(self._posted)
             elif isinstance(step, ServeExperts):
                 self._serve(step, tokens, picks)
+            elif isinstance(step, Hop):
+                assert handed is not None
+                while step.comes and step.number not in handed:
+                    yield step.number
+                self._hop(step, tokens, handed)
             else:
                 step.run(stream)
-        self._compute_logits(program.recorder, joined, logits)
+        if program.recorder.makes_logits:
+            self._compute_logits(program.recorder, joined, logits)
+        else:
+            stream.synchronize(self._gate)
         self._is_running = False
 
     def _fill_inputs(self, recorder: BatchRecorder, joined: Joined, states: np.ndarray) -> None:
@@ -202,6 +219,19 @@ class PromptRunner:
         self._send(at.positions, 4 * tokens)
         self._send(at.states, 8 * tokens)
         self._send(at.embedding, nbytes)
+
+    def _hop(self, step: Hop, tokens: int, handed: Handed) -> None:
+        stream, size = self._gpu.stream, 4 * tokens * step.columns
+        if step.comes:
+            for address, rows in zip(step.rows, handed.pop(step.number), strict=True):
+                stream.copy_in(address, rows.ctypes.data, size)
+                stream.synchronize(self._gate)
+            return
+        found = [np.empty((tokens, step.columns), np.float32) for _ in step.rows]
+        for address, rows in zip(step.rows, found, strict=True):
+            stream.copy_out(rows.ctypes.data, address, size)
+        stream.synchronize(self._gate)
+        handed[step.number] = found
 
     def _serve(self, step: ServeExperts, tokens: int, picks: np.ndarray | None) -> None:
         """Bring a layer's experts wave by wave; what is there is computed with while the next are read."""

@@ -13,6 +13,7 @@ from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import (
     F32,
     Q8,
+    WHOLE,
     DeviceExpertLayer,
     DeviceMatrix,
     DeviceRows,
@@ -21,6 +22,7 @@ from fomoe_io.gpu.arena import (
     LaunchSpec,
     Mailbox,
     Memory,
+    Part,
 )
 from fomoe_io.gpu.budget import refusal
 from fomoe_io.gpu.kernels import up
@@ -71,6 +73,8 @@ class DeviceRecorder:
         Width of a routed expert.
     substitutes : bool
         Picks go through cache-aware routing.
+    part : Part
+        What this device computes of the model.
 
     Attributes
     ----------
@@ -79,8 +83,6 @@ class DeviceRecorder:
         Address of int32 [tokens].
     states : int or None
         Address of uint64 [tokens]: where each token's session has its memory; None: places in it are addresses.
-    body : list of LaunchSpec
-        All but the logits.
     """
 
     tokens = 1
@@ -96,13 +98,16 @@ class DeviceRecorder:
         vocabulary: int,
         hidden: int,
         substitutes: bool = False,
+        part: Part = WHOLE,
     ) -> None:
-        self._substitutes = substitutes
+        self._substitutes, self._part = substitutes, part
+        self._is_here, self._hops = part.has(0), 0
         self.memory, self.hidden, self.vocabulary = memory, hidden, vocabulary
         self.context_tokens = memory.context_tokens
         self.state = DeviceState(memory.state_base)  # every program's places are the same
+        self._elsewhere: tuple[list[Any], DeviceState] = [], DeviceState(0)
         self._experts, self._expert_inputs = experts, expert_inputs
-        self.body: list[Any] = []
+        self._body: list[Any] = []
         self._mailbox = mailbox
         self._pending: dict[int, int] = {}  # rows' address -> address of what is to be added to them
         self._makers: dict[int, LaunchSpec] = {}  # rows' address -> the launch that can write them as Q8 too
@@ -114,6 +119,15 @@ class DeviceRecorder:
     def _take_inputs(self) -> None:
         self.positions, self.states = self.memory.words("positions", 4), self.memory.states("states")
         self.logits_address = self.memory.words("logits", 4 * self.vocabulary)
+
+    @property
+    def body(self) -> list[Any]:
+        """All but the logits; of a layer that another device computes, a list that nobody reads."""
+        return self._body if self._is_here else self._elsewhere[0]
+
+    @property
+    def _kept(self) -> DeviceState:
+        return self.state if self._is_here else self._elsewhere[1]
 
     def _add(self, kernel: str, grid: tuple[int, int, int], *arguments: Any) -> LaunchSpec:
         spec = LaunchSpec(kernel, grid, list(arguments))
@@ -174,7 +188,7 @@ class DeviceRecorder:
         if of_outputs:
             self._final = launches
         else:
-            self.body += launches(0, self.tokens)
+            self.body.extend(launches(0, self.tokens))
         return Activation(forms)
 
     def _as_halves(self, forms: dict[int, DeviceRows], tokens: int) -> list[LaunchSpec]:
@@ -190,7 +204,7 @@ class DeviceRecorder:
                 self._add("quantize_q8", (up(x.columns, 256), self.tokens, 1), x.address, forms[Q8].address, x.columns)
             else:
                 maker.arguments[maker.arguments.index("q8")] = forms[Q8].address
-        self.body += self._as_halves(forms, self.tokens)
+        self.body.extend(self._as_halves(forms, self.tokens))
         return Activation(forms)
 
     def silu_mul(
@@ -202,7 +216,7 @@ class DeviceRecorder:
         floats = forms[F32].address if F32 in forms else None
         grid = (up(columns, 256), self.tokens, 1)
         self._add("silu_mul", grid, gate.address, up_rows.address, floats, forms[Q8].address, columns)
-        self.body += self._as_halves(forms, self.tokens)
+        self.body.extend(self._as_halves(forms, self.tokens))
         return Activation(forms)
 
     def mat_mul(self, products: Sequence[tuple[DeviceMatrix, Activation[DeviceRows], DeviceRows]]) -> None:
@@ -257,7 +271,7 @@ class DeviceRecorder:
         """Places in a session's memory."""
         kv_type = self.memory.kv_type
         row_bytes = heads * columns * kv_type.bytes
-        keys, values = (self.state.take_cache(self.context_tokens, row_bytes) for _ in range(2))
+        keys, values = (self._kept.take_cache(self.context_tokens, row_bytes) for _ in range(2))
         return KvCache(keys, values, heads, columns, kv_type)
 
     def attention(
@@ -318,7 +332,7 @@ class DeviceRecorder:
 
     def conv(self, x: DeviceRows, weight: int, taps: int, *, name: str) -> DeviceRows:
         """Causal convolution over each channel, then silu."""
-        state = self.state.take(4 * (taps - 1) * x.columns, zeroed=True)
+        state = self._kept.take(4 * (taps - 1) * x.columns, zeroed=True)
         output = self.rows(name, x.columns)
         grid = (up(x.columns, 128), 1, 1)
         self._add(
@@ -332,7 +346,7 @@ class DeviceRecorder:
     ) -> DeviceRows:
         """The gated delta rule, then the norm of each head times silu(gate)."""
         columns = op.value_heads * op.head_columns
-        state = self.state.take(4 * columns * op.head_columns, zeroed=True)
+        state = self._kept.take(4 * columns * op.head_columns, zeroed=True)
         output, recalled = self.rows(name, columns), self.rows("recalled", columns)
         self._add(
             f"delta_step_{op.head_columns}", (op.head_columns // 16, op.value_heads, 1), qkv.address, alpha.address,
@@ -465,17 +479,42 @@ class DeviceRecorder:
         """Nothing: the CPU alone guesses."""
 
     def layer_end(self, layer: int, x: DeviceRows) -> None:
-        """Nothing: layer outputs are recorded on the CPU alone."""
+        """The next layer may be another device's.  Layer outputs are recorded on the CPU alone."""
+        part = self._part
+        if not part.owner or layer + 1 == len(part.owner) or part.owner[layer] == part.owner[layer + 1]:
+            return
+        added = self._pending.get(x.address)
+        if part.has(layer):
+            self._hand_over(self._hops, x, added)
+        self._is_here = part.has(layer + 1)
+        if self._is_here:
+            self._take_over(self._hops, x, added)
+        self._hops += 1
+
+    def _hand_over(self, hop: int, x: DeviceRows, added: int | None) -> None:
+        """The residual stream, and what the next norm will add to it."""
+        rows, flag = self._part.hop(hop)
+        self._add("hand_over", (1, 1, 1), x.address, added, rows, flag, self._mailbox.run, x.columns)
+
+    def _take_over(self, hop: int, x: DeviceRows, added: int | None) -> None:
+        rows, flag = self._part.hop(hop)
+        mail = self._mailbox
+        self._add("take_over", (1, 1, 1), x.address, added, rows, flag, mail.run, mail.stop, x.columns)
 
     # ---- the result ----
 
+    @property
+    def makes_logits(self) -> bool:
+        """Whether the model ends on this device."""
+        return self._part.is_last
+
     def launches(self, outputs: int) -> list[LaunchSpec]:
         """All launches of a run that wants so many logits (0 or 1)."""
-        return [*self.finished_body(), *(self.tail(0, 1) if outputs else [])]
+        return [*self.finished_body(), *(self.tail(0, 1) if outputs and self.makes_logits else [])]
 
     def finished_body(self) -> list[Any]:
         """All but the logits."""
-        return _finished(self.body)
+        return _finished(self._body)
 
     def tail(self, first: int, tokens: int) -> list[LaunchSpec]:
         """Final norm and logits of so many tokens from the `first` on."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fomoe_io.gpu.arena import Arena, DeviceExpertLayer, Mailbox, Memory
+from fomoe_io.gpu.arena import WHOLE, Arena, DeviceExpertLayer, Mailbox, Memory, Part
 from fomoe_io.gpu.batch_recorder import BatchRecorder
 from fomoe_io.gpu.budget import Header, Mail, RecordLayout
 from fomoe_io.gpu.products import padded
@@ -45,6 +45,7 @@ class ModelSource:
     substitutes : whether a token goes through cache-aware routing
     sessions : states that there are
     kv_type : what keys and values are kept as
+    part : what this device computes
     """
 
     shape: Shape
@@ -57,6 +58,7 @@ class ModelSource:
     substitutes: bool
     sessions: int = 1
     kv_type: KvType = KvType.F32
+    part: Part = WHOLE
 
 
 class Recordings:
@@ -86,7 +88,7 @@ class Recordings:
         self._source = source
         room = padded(batch_tokens) if product_bytes else batch_tokens
         self._weights_arena = Arena(addresses.weights)
-        self.weights = DeviceWeights(source.resident, self._weights_arena)
+        self.weights = DeviceWeights(source.resident, self._weights_arena, source.part)
         many = source.sessions > 1
         self.memory = Memory(
             Arena(addresses.activations), 0 if many else addresses.state, many, source.kv_type, room,
@@ -138,6 +140,7 @@ class Recordings:
             "mailbox": self._mailbox,
             "vocabulary": s.vocabulary,
             "hidden": s.hidden,
+            "part": self._source.part,
         }
 
     def _recorded(self, recorder: Any) -> Any:

@@ -18,7 +18,7 @@ from fomoe_io.gpu.recordings import Addresses, ModelSource, Recordings
 from fomoe_io.gpu.shared import part_sizes, shared_bytes
 from fomoe_io.gpu.weights import kernel_of
 from fomoe_io.open_model import OpenModel
-from fomoe_io.ram_budget import RamBudget
+from fomoe_io.ram_budget import RamBudget, RamPart
 from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, round_down, round_up
 from fomoe_io.units import format_bytes
 
@@ -46,6 +46,8 @@ class Sharing:
     source : ModelSource
     layouts : mapping of int to SlotLayout
         Of the layers' experts in host memory.
+    ram : RamBudget or RamPart
+        Host memory.
 
     Attributes
     ----------
@@ -63,15 +65,23 @@ class Sharing:
     BudgetError
     """
 
-    def __init__(self, gpu: Gpu, opened: OpenModel, source: ModelSource, layouts: Mapping[int, SlotLayout]) -> None:
+    def __init__(
+        self,
+        gpu: Gpu,
+        opened: OpenModel,
+        source: ModelSource,
+        layouts: Mapping[int, SlotLayout],
+        ram: RamBudget | RamPart,
+    ) -> None:
         config = opened.config
         self._gpu, self._opened, self._source, self._layouts = gpu, opened, source, layouts
-        self._shape, self._config, self._records = opened.shape, config, source.records
+        self._shape, self._config = opened.shape, config
+        self._records = {i: record for i, record in source.records.items() if source.part.has(i)}
         self.batch_tokens = min(config.batch_tokens, opened.context_tokens)
         self.scratch_bytes = self._product_scratch_bytes()
         self.spares = (self._shape.used + EXTRA_SPARES, 2 * self._shape.used)
         self.sketch = self.recordings(Addresses())
-        self._ram = RamBudget(opened.store.model_name, self._shape, config, opened.peak_bytes_before)
+        self._ram = ram
         self.budgets = self._share()
 
     def recordings(self, addresses: Addresses, context_tokens: int | None = None) -> Recordings:
@@ -99,7 +109,7 @@ class Sharing:
         return max(least, round(share * (self._ram.slots or self._shape.experts)))
 
     def _vram_limit(self) -> int:
-        free, limit = self._gpu.free_bytes(), self._config.vram_bytes
+        free, limit = self._gpu.free_bytes(), self._config.vram_of(self._source.part.index)
         if limit is None:
             limit = free - min(MOST_FREE_BYTES, self._gpu.info.memory_bytes // FREE_SHARE)
             return round_down(limit, FREE_UNIT_BYTES) or limit
@@ -122,12 +132,13 @@ class Sharing:
         for layer, count in slots.items():
             table[layer, VRAM] = count
         host_bytes = shared_bytes(part_sizes(self.sketch, s, self.batch_tokens))
-        ram_limit = self._share_host(table, host_bytes)
+        ram_limit, kept = self._share_host(table, host_bytes)
         pools = [pool_places(self._records, table, self.spares, tier)[2] for tier in (VRAM, DRAM)]
         return Budgets(
             ram_bytes=ram_limit, vram_bytes=limit, resident_bytes=fixed[0], state_bytes=fixed[2],
             workspace_bytes=fixed[1] + host_bytes, vram_pool_bytes=pools[VRAM], pool_bytes=pools[DRAM],
             batch_tokens=self.batch_tokens, slots=slot_pairs(table),
+            kept_bytes=kept,
         )  # fmt: skip
 
     def _too_small(self, limit: int) -> BudgetError:
@@ -150,11 +161,14 @@ class Sharing:
             hint=hint,
         )
 
-    def _share_host(self, table: np.ndarray, shared: int) -> int:
-        """Fill in the DRAM slots; returns the budget."""
+    def _share_host(self, table: np.ndarray, shared: int) -> tuple[int, int]:
+        """Fill in the DRAM slots; returns the budget, and what of it is for kept sessions."""
         config, layers = self._config, list(self._records)
         base = self._ram.fixed_bytes + shared + self._spare_bytes(DRAM)
         limit = self._ram.limit(base)
+        parts = self.sketch.token.state.parts
+        kept = self._ram.kept_bytes(limit - base, limit, parts, self._opened.context_tokens)
+        base += kept
         wanted = self._ram.slots or self._shape.experts
         missing = max(0, wanted - int(table[layers, VRAM].min()))
         most = missing if config.tiers is None else min(missing, self._most_slots(config.tiers.dram, 0))
@@ -165,4 +179,4 @@ class Sharing:
         if config.slots is not None and (table[layers].sum(1) < wanted).any():
             rest = sum((wanted - table[i, VRAM]) * self._layouts[i].slot_bytes for i in layers)
             raise self._ram.too_small(limit, base + int(rest))
-        return limit
+        return limit, kept + (config.cache_bytes or 0)

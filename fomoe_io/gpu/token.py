@@ -47,7 +47,6 @@ class TokenRunner:
         self._gpu, self._experts, self._recorded, self._shared = gpu, experts, recorded, shared
         self._embedding, self._shape, self._config = embedding, shape, config
         self.graphs: dict[int, Graph] = {}
-        self._run_number = 0
 
     @property
     def branches(self) -> int:
@@ -75,23 +74,24 @@ class TokenRunner:
             r.tables_address, r.header.bytes // 16, s.experts,
         )  # fmt: skip
 
-    def _fill_header(self, ids: np.ndarray, position: int, state: int, may_substitute: bool) -> None:
+    def _fill_header(self, number: int, ids: np.ndarray, position: int, state: int, may_substitute: bool) -> None:
         h, car = self._recorded.header, self._config.car
-        self._run_number = self._run_number % 0xFFFFFFFF + 1  # 0 is what posts and answers hold before the first run
         may_swap = may_substitute and car is not None and position >= car.warmup
-        self._shared.part("header", 0, 8).view(np.uint32)[:] = self._run_number, may_swap
+        self._shared.part("header", 0, 8).view(np.uint32)[:] = number, may_swap
         self._shared.part("header", h.positions, 4).view(np.int32)[0] = position
         self._shared.part("header", h.states, 8).view(np.uint64)[0] = state
         row_bytes = self._recorded.embedding.row_bytes
         self._embedding.read(ids, self._shared.part("header", h.embedding, row_bytes).reshape(1, -1))
 
     def run(
-        self, ids: np.ndarray, position: int, state: int, outputs: int, *, may_substitute: bool
+        self, number: int, ids: np.ndarray, position: int, state: int, outputs: int, *, may_substitute: bool
     ) -> tuple[int, np.ndarray]:
         """Replay a token's graph.
 
         Parameters
         ----------
+        number : int
+            Of the run, never that of the one before: words that wait for a run's are told by it.
         ids : numpy.ndarray
             int32 [1]
         position : int
@@ -111,9 +111,9 @@ class TokenRunner:
             float32 [outputs, vocabulary], valid until the next run.
         """
         s, graph = self._shape, self.graph(outputs)
-        self._fill_header(ids, position, state, may_substitute)
+        self._fill_header(number, ids, position, state, may_substitute)
         logits_bytes = 4 * s.vocabulary * outputs
-        error = self._experts.run(self._gpu.stream, graph, self._run_number, logits_bytes)
+        error = self._experts.run(self._gpu.stream, graph, number, logits_bytes)
         return error, self._shared.part("logits", 0, logits_bytes).view(np.float32).reshape(outputs, s.vocabulary)
 
     def posted_picks(self) -> np.ndarray:

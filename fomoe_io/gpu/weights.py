@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import numpy as np
 
 from fomoe_io.errors import FormatError
 from fomoe_io.gpu import kernels
-from fomoe_io.gpu.arena import Arena, DeviceMatrix, EmbeddingTable
+from fomoe_io.gpu.arena import WHOLE, Arena, DeviceMatrix, EmbeddingTable, Part
 from fomoe_io.models.tensors import EMBEDDING, OUTPUT, checked
 from fomoe_io.storage.reader import Memory, Reader, aligned_memory
 from fomoe_io.system.direct_io import aligned_window
@@ -47,6 +48,8 @@ class DeviceWeights:
     tensors : mapping of str to TensorInfo
     arena : Arena
         Where they go; every tensor that is asked for takes its place once.
+    part : Part
+        What this device computes: tensors of other layers have no place.
 
     Attributes
     ----------
@@ -54,8 +57,8 @@ class DeviceWeights:
         Those that have been asked for.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], arena: Arena) -> None:
-        self._tensors, self._arena = tensors, arena
+    def __init__(self, tensors: Mapping[str, TensorInfo], arena: Arena, part: Part = WHOLE) -> None:
+        self._tensors, self._arena, self._part = tensors, arena, part
         self.planned: dict[str, Planned] = {}
         self.tied = OUTPUT not in tensors
 
@@ -68,6 +71,9 @@ class DeviceWeights:
         return self._tensors[name]
 
     def _place(self, tensor: TensorInfo, *, is_expanded: bool) -> int:
+        layer = re.match(r"blk\.(\d+)\.", tensor.name)
+        if not (self._part.has(int(layer[1])) if layer else self._part.is_last):
+            return 0
         if tensor.name not in self.planned:
             size = 4 * int(np.prod(tensor.shape)) if is_expanded else tensor.bytes
             self.planned[tensor.name] = Planned(tensor, self._arena.take(size), is_expanded)

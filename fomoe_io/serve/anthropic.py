@@ -63,7 +63,9 @@ def messages(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
     request = read(body, MessagesRequest)
     prompt = _prompt(request, prompts)
     choosing = prompts.choosing_of({"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p})
-    work = prompts.work([prompt.tokens], choosing, most=request.max_tokens, stops=request.stop_sequences)
+    work = prompts.work(
+        [prompt.tokens], choosing, most=request.max_tokens, stops=request.stop_sequences, turn=prompt.turn
+    )
     form = Format(
         prompts.name, prompts.tokenizer, is_thinking=prompt.is_thinking, splits_thoughts=config.splits_thoughts
     )

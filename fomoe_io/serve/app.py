@@ -16,7 +16,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fomoe_io.engine import Engine
-from fomoe_io.serve import anthropic, llama, metrics, openai, page, responses
+from fomoe_io.serve import anthropic, llama, metrics, openai, page, responses, slots
 from fomoe_io.serve.dialect import Prepared, to_json
 from fomoe_io.serve.errors import ApiError, internal_error, not_supported, unavailable
 from fomoe_io.serve.jobs import Job, JobQueue
@@ -60,7 +60,6 @@ ELSEWHERE = {
     "/lora-adapters": "LoRA adapters",
     "/models/load": "loading other models",
     "/models/unload": "loading other models",
-    "/slots/{slot}": "saving and restoring slots",
     "/v1/audio/transcriptions": "audio",
 }
 """Of llama-server, and not of this one."""
@@ -155,6 +154,7 @@ class Service:
             get |= dict.fromkeys(page.PATHS, page.answer)
         routes = [Route(path, endpoint(answer, "POST")) for path, answer in post.items()]
         routes += [Route(path, endpoint(answer, "GET")) for path, answer in get.items()]
+        routes.append(Route("/slots/{slot}", endpoint(self._slot, "POST")))
         routes += [Route(path, endpoint(_elsewhere(what))) for path, what in ELSEWHERE.items()]
         return Router(routes, redirect_slashes=False, default=endpoint_missing)
 
@@ -205,6 +205,15 @@ class Service:
             raise not_supported("/slots: it was started with --no-slots")
         context_tokens = self._ready().context_tokens
         return json_response(llama.slots(self.worker.slot, context_tokens, len(self.queue)))
+
+    async def _slot(self, request: Request) -> Response:
+        if not self.config.has_slots:
+            raise not_supported("/slots: it was started with --no-slots")
+        prompts = self._ready()
+        body = await self._body(request, prompts.context_tokens)
+        action = request.query_params.get("action", "")
+        work = slots.slot_work(request.path_params["slot"], action, body, self.config.slot_folder)
+        return json_response(await slots.told(work, self.queue))
 
     async def _metrics(self, request: Request) -> Response:
         if not self.config.has_metrics:

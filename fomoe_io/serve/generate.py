@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fomoe_io.serve.cache import Timeline
+from fomoe_io.kept.timeline import Timeline
 from fomoe_io.serve.jobs import Ended, Event, Piece, Progress, Run, Started, StopType, Timings, Work
 from fomoe_io.serve.sampling import Chooser, Probability
 from fomoe_io.text.generation import StopText
@@ -89,6 +89,7 @@ class Answering:
         self._number = run_number
         self._emit = emit
         self._check = check
+        self._prompt = self._run.tokens
         self._cached = 0
         self._prompt_seconds = 0.0
         self._count = 0
@@ -98,7 +99,7 @@ class Answering:
     def timings(self) -> Timings:
         """So far."""
         seconds = time.monotonic() - self._first_token if self._count else 0.0
-        prompt = len(self._run.tokens) - self._cached
+        prompt = len(self._prompt) - self._cached
         return Timings(self._cached, prompt, self._prompt_seconds, self._count, seconds)
 
     def answer(self, timeline: Timeline, piece: PieceSize) -> None:
@@ -108,7 +109,9 @@ class Answering:
         self._generate(timeline, logits)
 
     def _read(self, timeline: Timeline, piece: PieceSize) -> np.ndarray:
-        tokens, started = self._run.tokens, time.monotonic()
+        started = time.monotonic()
+        tokens = timeline.begin(self._run.tokens, turn=self._run.turn, reuse=self._work.reuse)
+        self._prompt = tokens
         self._cached = len(timeline.tokens)
         self._emit(Started(self._number, len(tokens), self._cached))
         done, logits = self._cached, None
@@ -122,12 +125,12 @@ class Answering:
             done += len(part)
             self._prompt_seconds = time.monotonic() - started
         self._emit(Progress(self._number, len(tokens), self._cached, done, self._prompt_seconds))
-        assert logits is not None  # a cache leaves at least one token to read
+        assert logits is not None  # a timeline leaves at least one token to read
         return logits
 
     def _generate(self, timeline: Timeline, logits: np.ndarray) -> None:
         work, tokenizer = self._work, self._tokenizer
-        chooser = Chooser(self._run.choosing, self._run.tokens)
+        chooser = Chooser(self._run.choosing, self._prompt)
         decoder, stop = StreamDecoder(tokenizer), StopText(work.stops)
         stop_type: StopType = "limit"
         texts: list[str] = []

@@ -8,8 +8,9 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fomoe_io.serve.errors import ApiError, busy, unavailable
@@ -24,6 +25,8 @@ class Run:
 
     tokens: array[int]
     choosing: Choosing
+    turn: int | None = None
+    """Where the last message of the user begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,14 @@ class Work:
     stops: Sequence[str] = ()
     ignore_eos: bool = False
     reuse: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SlotWork:
+    """What is asked of the session itself: to be saved to a file, restored from it, or erased."""
+
+    action: Literal["save", "restore", "erase"]
+    path: Path
 
 
 class Timings(NamedTuple):
@@ -113,13 +124,19 @@ class Ended(NamedTuple):
     timings: Timings
 
 
+class Told(NamedTuple):
+    """What became of a slot's work."""
+
+    document: dict[str, Any]
+
+
 class Over(NamedTuple):
     """The last event of every job."""
 
     error: ApiError | None
 
 
-Event = Started | Progress | Piece | Ended | Over
+Event = Started | Progress | Piece | Ended | Told | Over
 
 
 class Job:
@@ -127,12 +144,12 @@ class Job:
 
     Parameters
     ----------
-    work : Work
+    work : Work or SlotWork
     most_pending : int or None
         Events that may wait to be sent: a client that lets more come together has stalled.
     """
 
-    def __init__(self, work: Work, most_pending: int | None = None) -> None:
+    def __init__(self, work: Work | SlotWork, most_pending: int | None = None) -> None:
         self.work = work
         self.created = time.monotonic()
         self.is_cancelled = False
@@ -141,6 +158,7 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._events: deque[Event] = deque()
         self._arrived = asyncio.Event()
+        self._is_waking = self._is_full = False
 
     def cancel(self) -> None:
         """The answer is no longer wanted: the engine ends it after the piece or token in flight."""
@@ -148,25 +166,27 @@ class Job:
 
     def emit(self, event: Event) -> None:
         """From any thread: an event for the client."""
-        with contextlib.suppress(RuntimeError):  # the loop was closed by a second Ctrl-C
-            self._loop.call_soon_threadsafe(self._arrive, event)
-
-    def _arrive(self, event: Event) -> None:
-        if self.has_stalled.is_set() and not isinstance(event, Over):
+        if self._is_full and not isinstance(event, Over):
             return
         self._events.append(event)
-        self._arrived.set()
-        if self._most_pending is not None and len(self._events) > self._most_pending:
-            self.has_stalled.set()
+        if self._most_pending is not None and len(self._events) > self._most_pending and not self._is_full:
+            self._is_full = True
             self.cancel()
+            self._call(self.has_stalled.set)
+        if not self._is_waking:  # once for all that come until they are taken: a wake-up costs the engine time
+            self._is_waking = True
+            self._call(self._arrived.set)
+
+    def _call(self, act: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed by a second Ctrl-C
+            self._loop.call_soon_threadsafe(act)
 
     async def events(self) -> list[Event]:
-        """Wait for events; all that have come."""
+        """Wait for events; all that have come, at times none."""
         await self._arrived.wait()
         self._arrived.clear()
-        found = list(self._events)
-        self._events.clear()
-        return found
+        self._is_waking = False  # before they are taken: what comes now wakes again
+        return [self._events.popleft() for _ in range(len(self._events))]
 
 
 class JobQueue:

@@ -59,6 +59,7 @@ def _requests(worker: EngineWorker, queue: JobQueue) -> list[Sample]:
     values = [(f'{{outcome="{name}"}}', float(count)) for name, count in counts.items()]
     return [
         ("fomoe_requests_total", "counter", "Requests by how they ended.", values),
+        _one("fomoe_kept_session_bytes", "gauge", "Memory of sessions beside the open one.", worker.kept_bytes),
         _one("fomoe_prompt_tokens_cached_total", "counter", "Prompt tokens not read again.", worker.cached_tokens),
     ]
 

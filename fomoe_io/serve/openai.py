@@ -124,6 +124,7 @@ def chat(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
     work = prompts.work(
         [prompt.tokens],
         prompts.choosing(request, alternatives),
+        turn=prompt.turn,
         choices=request.n,
         most=most,
         stops=request.stop,

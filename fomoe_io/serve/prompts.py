@@ -17,6 +17,7 @@ from fomoe_io.serve.schema import Sampled
 from fomoe_io.serve.settings import MOST_CHOICES, MOST_MESSAGES, MOST_REPORTED, ServeConfig
 from fomoe_io.storage.metadata import Metadata
 from fomoe_io.text.chat import TEMPLATE_KEY, ChatTemplate
+from fomoe_io.text.generation import last_turn
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -38,6 +39,7 @@ class ChatPrompt(NamedTuple):
     text: str
     tokens: list[int]
     is_thinking: bool  # the template has begun the thoughts already
+    turn: int | None  # where the last message of the user begins, in tokens
 
 
 class Prompts:
@@ -119,17 +121,21 @@ class Prompts:
             raise bad_request(f"{len(messages)} messages, at most {MOST_MESSAGES}", param="messages")
         if messages[-1]["role"] == "assistant":
             raise bad_request("continuing a message of the assistant is not supported", param="messages")
-        enable = self._config.thinking if thinking is None else thinking
         try:
-            return self._template.render(list(messages), enable_thinking=enable)
+            return self._rendered(messages, thinking)
         except FomoeError as error:
             raise bad_request(error.message, param="messages") from None
+
+    def _rendered(self, messages: Sequence[dict[str, Any]], thinking: bool | None) -> str:
+        enable = self._config.thinking if thinking is None else thinking
+        return self._template.render(list(messages), enable_thinking=enable)
 
     def of_chat(self, messages: Sequence[dict[str, Any]], *, thinking: bool | None = None) -> ChatPrompt:
         """A conversation as tokens."""
         text = self.render(messages, thinking=thinking)
         tokens = self.of_text(text, add_bos=not (self.bos_text and text.startswith(self.bos_text)))
-        return ChatPrompt(text, tokens, text.rstrip().endswith(THOUGHT_BEGIN))
+        turn = last_turn(lambda other: self._rendered(other, thinking), messages, text, tokens, self.tokenizer)
+        return ChatPrompt(text, tokens, text.rstrip().endswith(THOUGHT_BEGIN), turn)
 
     # ---- work ----
 
@@ -144,6 +150,7 @@ class Prompts:
         ignore_eos: bool = False,
         reuse: bool = True,
         is_stream: bool = False,
+        turn: int | None = None,
     ) -> Work:
         """What the engine is asked for; each prompt is answered `choices` times.
 
@@ -160,7 +167,7 @@ class Prompts:
             if len(tokens) >= self.context_tokens:
                 raise context_exceeded(len(tokens), self.context_tokens)
         compact = [array("i", tokens) for tokens in prompts]
-        runs = [Run(tokens, choosing.of_choice(choice)) for tokens in compact for choice in range(choices)]
+        runs = [Run(tokens, choosing.of_choice(choice), turn) for tokens in compact for choice in range(choices)]
         wanted, limit = -1 if most is None else most, self._config.most_tokens
         most = limit if wanted < 0 else wanted if limit < 0 else min(wanted, limit)
         room = [self.context_tokens - len(run.tokens) for run in runs]

@@ -48,7 +48,7 @@ def responses(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
         messages += [_message(number, item) for number, item in enumerate(request.input)]
     prompt = prompts.of_chat(chat_messages(messages), thinking=thinking_of(request.chat_template_kwargs))
     choosing = prompts.choosing_of({"temperature": request.temperature, "top_p": request.top_p})
-    work = prompts.work([prompt.tokens], choosing, most=request.max_output_tokens)
+    work = prompts.work([prompt.tokens], choosing, most=request.max_output_tokens, turn=prompt.turn)
     form = Format(
         prompts.name,
         prompts.tokenizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fomoe_io.errors import UsageError
 from fomoe_io.text.sampler import SamplingConfig
@@ -60,6 +61,8 @@ class ServeConfig:
         How long a client may take to accept what it is sent, or to send what it has announced.
     version : str
         Of the package, for /props.
+    slot_folder : Path or None
+        Where /slots saves sessions; None: nowhere.
     pending_events : int
         What may wait for a slow client of a stream before it is dropped.
     """
@@ -87,6 +90,7 @@ class ServeConfig:
     stall_seconds: float = 30.0
     version: str = ""
     pending_events: int = 1024
+    slot_folder: Path | None = None
 
     def __post_init__(self) -> None:
         limits = {

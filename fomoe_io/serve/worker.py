@@ -13,10 +13,24 @@ from typing import Any, Literal
 
 from fomoe_io.engine import Engine
 from fomoe_io.errors import FomoeError, printable
-from fomoe_io.serve.cache import LiveSession, SessionCache
+from fomoe_io.kept.timeline import Timeline
 from fomoe_io.serve.errors import ApiError, internal_error, unavailable
 from fomoe_io.serve.generate import Answering, PieceSize, Unwanted
-from fomoe_io.serve.jobs import Ended, Event, Job, JobQueue, Over, Piece, Progress, Started, Timings
+from fomoe_io.serve.jobs import (
+    Ended,
+    Event,
+    Job,
+    JobQueue,
+    Over,
+    Piece,
+    Progress,
+    SlotWork,
+    Started,
+    Timings,
+    Told,
+    Work,
+)
+from fomoe_io.serve.slots import act
 
 SNAPSHOT_SECONDS = 0.2
 
@@ -49,8 +63,6 @@ class EngineWorker(threading.Thread):
     before_close : callable, optional
         Called with the engine before it is closed.
     piece_tokens : int or None
-    cache_of : callable
-        Makes the :class:`SessionCache` of an engine.
 
     Attributes
     ----------
@@ -60,6 +72,8 @@ class EngineWorker(threading.Thread):
         The engine's, as of a moment ago.
     outcomes : Counter
         Jobs by how they ended.
+    kept_bytes : int
+        Of sessions beside the open one, in memory.
     """
 
     def __init__(
@@ -71,7 +85,6 @@ class EngineWorker(threading.Thread):
         *,
         before_close: Callable[[Engine], None] | None = None,
         piece_tokens: int | None = None,
-        cache_of: Callable[[Engine], SessionCache] = LiveSession,
     ) -> None:
         super().__init__(name="engine", daemon=True)
         self._open_engine = open_engine
@@ -80,7 +93,6 @@ class EngineWorker(threading.Thread):
         self._on_end = on_end
         self._before_close = before_close
         self._piece_tokens = piece_tokens
-        self._cache_of = cache_of
         self._is_stopping = False
         self._snapshot_time = 0.0
         self.state: Literal["loading", "ready", "stopped"] = "loading"
@@ -89,7 +101,7 @@ class EngineWorker(threading.Thread):
         self.statistics: dict[str, Any] = {}
         self.slot = Slot()
         self.outcomes: Counter[str] = Counter()
-        self.cached_tokens = 0
+        self.cached_tokens = self.kept_bytes = 0
         self.most_tokens = 0
 
     def stop(self) -> None:
@@ -101,15 +113,15 @@ class EngineWorker(threading.Thread):
         """The thread."""
         try:
             with self._open_engine() as engine:
-                cache = self._cache_of(engine)
+                timeline = engine.timeline(_note_kept)
                 try:
                     self._loaded(engine)
-                    self._work(engine, cache)
+                    self._work(engine, timeline)
                     if self._before_close is not None:
                         self._before_close(engine)
                     self.statistics = engine.statistics()
                 finally:
-                    cache.close()
+                    timeline.close()
         except Exception as error:
             self.error = error
         self.state = "stopped"
@@ -125,19 +137,31 @@ class EngineWorker(threading.Thread):
         self._on_loaded(engine)
         self.state = "ready"
 
-    def _work(self, engine: Engine, cache: SessionCache) -> None:
+    def _work(self, engine: Engine, timeline: Timeline) -> None:
         while (job := self._queue.take()) is not None:
             started = time.monotonic()
-            error = self._outcome(engine, cache, job)
+            error = self._outcome(job, lambda job=job: self._do(engine, timeline, job))  # type: ignore[misc]
+            self._keep(timeline)
             self.slot.is_processing = False
             self._take_snapshot(at_once=True)
             self._queue.done(time.monotonic() - started)
             job.emit(Over(error))
 
-    def _outcome(self, engine: Engine, cache: SessionCache, job: Job) -> ApiError | None:
+    def _keep(self, timeline: Timeline) -> None:
+        """What was read stays known, also when the process is killed as soon as the client has its answer."""
+        try:
+            timeline.end()
+        except FomoeError as error:
+            print(printable(f"fomoe-serve: {error.message}"), file=sys.stderr)
+        self.kept_bytes = timeline.kept.held_bytes
+
+    def _outcome(self, job: Job, do: Callable[[], None]) -> ApiError | None:
         """Do a job; what the client has to be told when it went wrong."""
         try:
-            self._answer_all(engine, cache, job)
+            do()
+        except ApiError as error:  # a slot's file
+            self.outcomes["failed"] += 1
+            return error
         except Unwanted:
             self.outcomes["cancelled"] += 1
             return unavailable("the server is shutting down") if self._is_stopping else None
@@ -152,7 +176,13 @@ class EngineWorker(threading.Thread):
         self.outcomes["finished"] += 1
         return None
 
-    def _answer_all(self, engine: Engine, cache: SessionCache, job: Job) -> None:
+    def _do(self, engine: Engine, timeline: Timeline, job: Job) -> None:
+        if isinstance(job.work, SlotWork):
+            job.emit(Told(act(timeline, job.work)))
+        else:
+            self._answer_all(engine, timeline, job, job.work)
+
+    def _answer_all(self, engine: Engine, timeline: Timeline, job: Job, work: Work) -> None:
         def check() -> None:
             if job.is_cancelled or self._is_stopping:
                 raise Unwanted
@@ -161,13 +191,11 @@ class EngineWorker(threading.Thread):
             self._note(event)
             job.emit(event)
 
-        for number, run in enumerate(job.work.runs):
+        for number in range(len(work.runs)):
             check()
-            timeline = cache.acquire(run.tokens, reuse=job.work.reuse)
-            try:
-                Answering(engine.tokenizer, job.work, number, emit, check).answer(timeline, self._piece)
-            finally:
-                cache.release(timeline)
+            if number:
+                timeline.end()
+            Answering(engine.tokenizer, work, number, emit, check).answer(timeline, self._piece)
 
     def _note(self, event: Event) -> None:
         """Keep the slot and the statistics up to date."""
@@ -187,3 +215,7 @@ class EngineWorker(threading.Thread):
         if self.engine is not None and (at_once or now - self._snapshot_time >= SNAPSHOT_SECONDS):
             self._snapshot_time = now
             self.statistics = self.engine.statistics()
+
+
+def _note_kept(text: str) -> None:
+    print(printable(f"fomoe-serve: note: {text}"), file=sys.stderr, flush=True)

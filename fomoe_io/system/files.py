@@ -141,9 +141,14 @@ def _remove_stale(path: Path) -> None:
 
     A process id would not tell, as containers that share a directory have each their own.
     """
-    ours = re.compile(rf"\.{re.escape(path.name)}\.\d+(-[0-9a-f]+)?{re.escape(TEMPORARY)}")
+    remove_stale(path.parent, re.escape(path.name))
+
+
+def remove_stale(folder: Path, name: str) -> None:
+    """The same of all files of a folder whose names this expression matches."""
+    ours = re.compile(rf"\.{name}\.\d+(-[0-9a-f]+)?{re.escape(TEMPORARY)}")
     with contextlib.suppress(OSError):
-        for temporary in [entry for entry in path.parent.iterdir() if ours.fullmatch(entry.name)]:
+        for temporary in [entry for entry in folder.iterdir() if ours.fullmatch(entry.name)]:
             with contextlib.suppress(OSError), temporary.open("rb") as stream:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 temporary.unlink()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Literal
 
 import numpy as np
 
+from fomoe_io.errors import FomoeError, UsageError
+from fomoe_io.kept.timeline import Timeline
 from fomoe_io.session import Session
 from fomoe_io.text.sampler import Sampler
 from fomoe_io.text.tokenizer import StreamDecoder, Tokenizer
@@ -14,6 +17,55 @@ from fomoe_io.text.tokenizer import StreamDecoder, Tokenizer
 StopReason = Literal["", "eos", "word", "limit", "context"]
 """Why an answer ended: the model's end of text, a stop string, the bound on tokens, a full context; "" while it goes
 on, or when it was cut short."""
+
+
+OTHER_MESSAGE = "\N{REPLACEMENT CHARACTER}"
+"""Instead of the user's last, to see where that one begins."""
+
+
+def last_turn(
+    render: Callable[[list[Any]], str],
+    messages: Sequence[Mapping[str, Any]],
+    text: str,
+    tokens: Sequence[int],
+    tokenizer: Tokenizer,
+) -> int | None:
+    """Where the user's last message begins, in tokens: a later history may be another from there on.
+
+    Parameters
+    ----------
+    render : callable
+        Makes a text of messages.
+    messages : sequence of mapping
+    text : str
+        What it has made of these.
+    tokens : sequence of int
+        What was made of the text.
+    tokenizer : Tokenizer
+
+    Returns
+    -------
+    int or None
+        None where that can't be told.
+    """
+    number = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if number is None:
+        return None
+    other = [*messages[:number], {**messages[number], "content": OTHER_MESSAGE}, *messages[number + 1 :]]
+    try:
+        found = render(other)
+    except FomoeError:
+        return None
+    same = next((i for i, pair in enumerate(zip(text, found, strict=False)) if pair[0] != pair[1]), 0)
+    begin = len(text[:same].encode("utf-8", "replace"))
+    lengths = [len(tokenizer.decode_bytes(token, special=True)) for token in tokens]
+    begin += max(0, sum(lengths) - len(text.encode("utf-8", "replace")))  # a beginning that is not in the text
+    place, length = 0, 0
+    for place, size in enumerate(lengths):  # noqa: B007
+        length += size
+        if length > begin:
+            break
+    return place
 
 
 class StopText:
@@ -50,53 +102,48 @@ class StopText:
 
 
 class Conversation:
-    """A session with the tokens it has read, so that a prompt that extends them costs only what is new.
+    """Prompts and answers on a timeline: what it knows of a prompt is not read again.
 
     Attributes
     ----------
-    session : Session
-    tokenizer : Tokenizer
-    tokens : list of int
-        What the session has read.
+    timeline : Timeline
     stop_reason : str
         Why the last answer ended (:data:`StopReason`).
     known_tokens : int
         Of the last prompt: those that had been read before.
     """
 
-    def __init__(self, session: Session, tokenizer: Tokenizer) -> None:
-        self.session = session
-        self.tokenizer = tokenizer
-        self.tokens: list[int] = []
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
+        self.tokenizer = timeline.tokenizer
         self.stop_reason: StopReason = ""
         self.known_tokens = 0
 
+    @property
+    def session(self) -> Session:
+        """What reads."""
+        return self.timeline.session
+
+    @property
+    def tokens(self) -> list[int]:
+        """What the session has read."""
+        return self.timeline.tokens.tolist()
+
     def reset(self) -> None:
-        """Forget everything."""
-        self.session.reset()
-        self.tokens = []
+        """Begin anew; what was read stays known."""
+        self.timeline.reset()
 
     def unread(self, tokens: Sequence[int]) -> int:
-        """How many of `tokens`, the whole history, must be read: all, unless they continue what the session has read.
+        """How many of `tokens`, the whole history, must be read: at least one."""
+        return self.timeline.unread(tokens)
 
-        At least one must be read for logits, and the state of a session can't be wound back; after an interrupt it may
-        stand elsewhere than our tokens say.
-        """
-        common = len(self.tokens)
-        is_elsewhere = self.session.is_broken or self.session.position != common
-        is_other = is_elsewhere or list(tokens[:common]) != self.tokens or len(tokens) == common
-        return len(tokens) if is_other else len(tokens) - common
-
-    def read(self, tokens: Sequence[int], progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-        """Logits after `tokens`, the whole history; what the session has read already is not read again."""
-        common = len(tokens) - self.unread(tokens)
-        if not common:
-            self.reset()
-        self.known_tokens = common
-        self.tokens = list(tokens[:common])
-        logits = self.session.prefill(tokens[common:], progress)
-        self.tokens = list(tokens)
-        return logits
+    def read(
+        self, tokens: Sequence[int], progress: Callable[[int, int], None] | None = None, turn: int | None = None
+    ) -> np.ndarray:
+        """Logits after `tokens`, the whole history, in which the user's last message begins at `turn`."""
+        prompt = self.timeline.begin(tokens, turn=turn)
+        self.known_tokens = len(self.timeline.tokens)
+        return self.timeline.read(prompt[self.known_tokens :], progress)
 
     def generate(
         self,
@@ -107,11 +154,21 @@ class Conversation:
         stops: Sequence[str] = (),
         ignore_eos: bool = False,
         progress: Callable[[int, int], None] | None = None,
+        turn: int | None = None,
     ) -> Iterator[tuple[int, str]]:
         """Continue `tokens`; yields (token, text to show) until :attr:`stop_reason` says why it ended."""
         self.stop_reason = ""
-        sampler.accept_prompt(tokens)
-        logits = self.read(tokens, progress)
+        try:
+            logits = self.read(tokens, progress, turn)
+            sampler.accept_prompt(self.timeline.tokens)
+            yield from self._answer(logits, sampler, most, stops, ignore_eos)
+        finally:
+            with suppress(UsageError):  # an answer that nobody waited for, of an engine that is closed
+                self.timeline.end()
+
+    def _answer(
+        self, logits: np.ndarray, sampler: Sampler, most: int, stops: Sequence[str], ignore_eos: bool
+    ) -> Iterator[tuple[int, str]]:
         decoder, stop = StreamDecoder(self.tokenizer), StopText(stops)
         count = 0
         while True:
@@ -135,8 +192,7 @@ class Conversation:
                 self.stop_reason = "context"
                 break
             if count != most:
-                logits = self.session.decode(token)
-                self.tokens.append(token)
+                logits = self.timeline.decode(token)
         if not stop.found:
             rest = stop.add(decoder.finish())
             self.stop_reason = "word" if stop.found else self.stop_reason

@@ -25,7 +25,7 @@ def with_key(path: Path, key: str, value: Any) -> Path:
     """The model, with one key changed and all else copied."""
     reader = gguf.GGUFReader(path)
     changed = path.with_name("changed.gguf")
-    writer = gguf.GGUFWriter(changed, "qwen3moe")
+    writer = gguf.GGUFWriter(changed, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name not in (key, "general.architecture"):
             kind = field.types[0]

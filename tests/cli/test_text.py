@@ -106,13 +106,13 @@ def test_the_token_after_which_logits_fail_is_named(tiny: Path, capsys: pytest.C
     from fomoe_io import Engine, EngineConfig
 
     with Engine.open(tiny, EngineConfig(context_tokens=64)) as engine:
-        first = Conversation(engine.session(), engine.tokenizer)
+        first = Conversation(engine.timeline())
         greedy = Sampler(SamplingConfig(temperature=0))
         answer = [token for token, _ in first.generate([5, 6], greedy, most=3, ignore_eos=True)]
     assert answer[1] not in (5, 6, answer[0])  # else the seed is a bad one for this test
     set_row(tiny, "token_embd.weight", np.nan, answer[1])
     with Engine.open(tiny, EngineConfig(context_tokens=64)) as engine:
-        talk = Conversation(engine.session(), engine.tokenizer).generate([5, 6], greedy, most=5, ignore_eos=True)
+        talk = Conversation(engine.timeline()).generate([5, 6], greedy, most=5, ignore_eos=True)
         with pytest.raises(ComputeError, match="NaN after token 3 "):
             list(talk)
 

@@ -68,6 +68,33 @@ def test_peak_stays_below(demo_model: Path, tmp_path: Path, smallest: int, more:
         assert values["tiers"]["nvme"]["hits"] > 0
 
 
+KEEPING = """
+import json, sys
+from pathlib import Path
+from fomoe_io import Engine, EngineConfig
+ram, folder = int(sys.argv[2]) << 20, Path(sys.argv[3])
+config = EngineConfig(ram_bytes=ram, context_tokens=1024, threads=1, cache_bytes="14M", cache_disk_bytes="40M",
+    cache_folder=folder)
+with Engine.open(sys.argv[1], config) as engine:
+    timeline = engine.timeline()
+    for number in (*range(6), *range(6)):
+        tokens = timeline.begin([number + 5, *range(100, 700)])
+        timeline.read(tokens[len(timeline.tokens):])
+        timeline.end()
+    kept = timeline.kept
+    print(json.dumps([engine.statistics()["peak_rss_bytes"], kept.held_bytes, kept.folder.read_bytes]))
+"""
+
+
+def test_kept_sessions_are_within_the_budget(demo_model: Path, tmp_path: Path, smallest: int) -> None:
+    ram = smallest + 14 + 8  # a longer context than there
+    command = [sys.executable, "-c", KEEPING, str(demo_model), str(ram), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    peak, held, read = json.loads(done.stdout)
+    assert peak <= ram << 20 and held > 4 << 20 and read > 0
+
+
 @pytest.mark.parametrize("options", [["--car", "on"], []])
 def test_peak_of_a_perplexity_stays_below(demo_model: Path, tmp_path: Path, options: list[str]) -> None:
     """A chunk's logits in float64, and those of the exact run, are several times what a budget leaves free."""

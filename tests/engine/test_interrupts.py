@@ -61,8 +61,8 @@ def interrupted_in_a_token(conversation: Conversation, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("interrupt", [interrupted_between_batches, interrupted_in_a_token])
 def test_the_next_question_is_read_whole(demo_model: Path, monkeypatch: pytest.MonkeyPatch, interrupt: object) -> None:
     with Engine.open(demo_model, EngineConfig(context_tokens=256, batch_tokens=8)) as engine:
-        want = Conversation(engine.session(), engine.tokenizer).read(TOKENS)
-        conversation = Conversation(engine.session(), engine.tokenizer)
+        want = Conversation(engine.timeline()).read(TOKENS)
+        conversation = Conversation(engine.timeline())
         with pytest.raises(KeyboardInterrupt):
             interrupt(conversation, monkeypatch)  # type: ignore[operator]
         np.testing.assert_array_equal(conversation.read(TOKENS), want)

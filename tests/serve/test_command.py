@@ -164,9 +164,7 @@ def test_llama_servers_flags(demo_model: Path, tmp_path: Path) -> None:
         process.end(signal.SIGTERM)
 
 
-@pytest.mark.parametrize(
-    "flag", ["--lora", "--embeddings", "--mmproj", "--slot-save-path", "--model-draft", "--por", "--path"]
-)
+@pytest.mark.parametrize("flag", ["--lora", "--embeddings", "--mmproj", "--model-draft", "--por", "--path"])
 def test_flags_that_are_not_known_are_refused(demo_model: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         serve.main([str(demo_model), flag, "x"])

@@ -57,7 +57,7 @@ def test_the_text_is_the_engines(live: Live) -> None:
     engine = live.running.service.worker.engine
     assert engine is not None
     live.wait_until_idle()
-    talk = Conversation(engine.session(), engine.tokenizer)
+    talk = Conversation(engine.timeline())
     sampler = Sampler(SamplingConfig(temperature=0))
     want = list(talk.generate(engine.tokenizer.encode(PROMPT), sampler, most=24))
     talk.session.close()

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import pytest
 
 from fomoe_io import Engine
 from fomoe_io.errors import BudgetError, FormatError, ReadError
-from fomoe_io.serve.cache import LiveSession, Timeline
+from fomoe_io.kept.timeline import Timeline
 from fomoe_io.serve.generate import PATIENCE_PIECES, PieceSize
 from tests.serve.conftest import CONTEXT, Live
 
@@ -218,7 +217,7 @@ def test_a_read_error_is_told_and_survived(
     def broken(self: Timeline, token: int) -> np.ndarray:
         calls.append(token)
         if len(calls) == 3:
-            self._session.decode(token)  # the session stands elsewhere than is known
+            self.session.decode(token)  # the session stands elsewhere than is known
             raise ReadError("reading expert 3 of layer 1 failed: EIO")
         return decode(self, token)
 
@@ -261,21 +260,6 @@ def test_an_error_in_each_dialects_stream(serve: Any, monkeypatch: pytest.Monkey
     assert message == {"type": "error", "error": {"type": "api_error", "message": "EIO"}}
     response = live.stream("/v1/responses", {"input": "a"})[-1]
     assert response["type"] == "response.failed" and response["response"]["error"]["message"] == "EIO"
-
-
-def test_the_live_session(demo_model: Path, open_demo: Callable[[], Engine]) -> None:
-    with open_demo() as engine:
-        cache = LiveSession(engine)
-        timeline = cache.acquire([5, 6, 7])
-        timeline.read([5, 6, 7])
-        timeline.decode(8)
-        assert cache.acquire([5, 6, 7, 8, 9]).tokens.tolist() == [5, 6, 7, 8]
-        assert cache.acquire([5, 6, 7, 8, 9], reuse=False).tokens.tolist() == []
-        for tokens in ([5, 6, 7, 8], [5, 6], [5, 6, 1, 8, 9]):  # nothing left to read, less, and something else
-            timeline = cache.acquire([5, 6, 7, 8])
-            timeline.read([5, 6, 7, 8][len(timeline.tokens) :])
-            assert cache.acquire(tokens).tokens.tolist() == []
-        cache.close()
 
 
 def test_pieces_become_smaller_while_that_costs_little() -> None:

@@ -42,7 +42,7 @@ def test_generate_is_what_the_engine_says(llm: LLM, demo_model: Path) -> None:
     answer = llm.generate("It was a dark and", GREEDY, max_tokens=12)
     with Engine.open(demo_model, EngineConfig(context_tokens=256)) as engine:
         tokens = engine.tokenizer.encode("It was a dark and", add_bos=engine.tokenizer.add_bos)
-        conversation = Conversation(engine.session(), engine.tokenizer)
+        conversation = Conversation(engine.timeline())
         pairs = list(conversation.generate(tokens, Sampler(GREEDY), most=12))
     assert answer.token_ids == [token for token, _ in pairs if token >= 0] and len(answer.token_ids) == 12
     assert str(answer) == answer.text == "".join(text for _, text in pairs)

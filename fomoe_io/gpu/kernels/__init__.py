@@ -73,6 +73,8 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "route_and_resolve": Kernel(512, "pppppppppiiif"),
         "substitute_and_resolve": Kernel(512, "pppppppppppiii"),
         "wait_for_misses": Kernel(256, "ppppppi"),
+        "hand_over": Kernel(512, "pppppi"),
+        "take_over": Kernel(512, "ppppppi"),
         "combine_picks": Kernel(256, "pppppiip"),
         "read_memory": Kernel(256, "pqpi"),
         "to_halves": Kernel(256, "ppq"),

@@ -10,5 +10,6 @@
 #include "attention.h"
 #include "delta.h"
 #include "router.h"
+#include "hop.h"
 #include "tile.h"
 #include "probe.h"

@@ -1,0 +1,313 @@
+"""A model on several GPUs: each computes some of the layers, in turn, with its own link, memory and experts.
+
+The devices' graphs run at the same time and wait for one another where a layer of one follows a layer of another
+(kernels/hop.h); each device's experts are served by a thread of their own.  The bits are those of one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fomoe_io.backend import Batch, Budgets, Counters, Joined, PooledState, Span, StatePool
+from fomoe_io.errors import DeviceError, UsageError
+from fomoe_io.gpu.arena import Part, hop_bytes
+from fomoe_io.gpu.backend import GpuBackend, GpuState
+from fomoe_io.gpu.device import Gpu
+from fomoe_io.gpu.prompts import Handed
+from fomoe_io.gpu.runs import run_batch
+from fomoe_io.open_model import OpenModel
+from fomoe_io.ram_budget import RamBudget, RamPart
+from fomoe_io.storage.reader import aligned_memory
+from fomoe_io.units import format_bytes
+
+if TYPE_CHECKING:
+    from fomoe_io._cpu import Trace
+
+LOOK_SECONDS = 0.05
+"""Between two looks whether a device whose run was given up has ended."""
+
+
+def owners(layers: int, weights: Sequence[float], mode: str) -> tuple[int, ...]:
+    """Which of the devices computes each layer.
+
+    Parameters
+    ----------
+    layers : int
+    weights : sequence of float
+        How much of the model each device takes, one number a device.
+    mode : {"layer", "pingpong"}
+        Layers one after another on a device, which hands over once; or in turn.
+    """
+    total, owner, taken = sum(weights), [], [0.0] * len(weights)
+    if mode == "layer":
+        ends = np.cumsum(weights) / total * layers
+        return tuple(int(np.searchsorted(ends, layer + 0.5)) for layer in range(layers))
+    for layer in range(layers):
+        behind = [(layer + 1) * weight / total - had for weight, had in zip(weights, taken, strict=True)]
+        owner.append(int(np.argmax(behind)))
+        taken[owner[-1]] += 1
+    return tuple(owner)
+
+
+class ChainState(PooledState):
+    """A session's memory, a part on each device."""
+
+    def __init__(self, pool: StatePool, parts: list[GpuState]) -> None:
+        self.parts = parts
+        self.row_bytes = sum(part.row_bytes for part in parts)
+        self.recurrent_bytes = sum(part.recurrent_bytes for part in parts)
+        super().__init__(pool)
+
+    def clear(self) -> None:
+        """Zero what the next token would see of earlier ones."""
+        for part in self.parts:
+            part.clear()
+
+    def save_rows(self, first: int, count: int) -> np.ndarray:
+        """KV of tokens, a device's after another's."""
+        return np.concatenate([part.save_rows(first, count) for part in self.parts], axis=1)
+
+    def load_rows(self, first: int, rows: np.ndarray) -> None:
+        """Put KV back."""
+        place = 0
+        for part in self.parts:
+            part.load_rows(first, rows[:, place : place + part.row_bytes])
+            place += part.row_bytes
+
+    def save_recurrent(self) -> np.ndarray:
+        """All that is recurrent."""
+        return np.concatenate([part.save_recurrent() for part in self.parts])
+
+    def load_recurrent(self, saved: np.ndarray) -> None:
+        """Put it back."""
+        place = 0
+        for part in self.parts:
+            part.load_recurrent(saved[place : place + part.recurrent_bytes])
+            place += part.recurrent_bytes
+
+    def _release(self) -> None:
+        for part in self.parts:
+            part.close()
+
+
+class ChainBackend:
+    """See :class:`fomoe_io.backend.Backend`.
+
+    Parameters
+    ----------
+    opened : OpenModel
+    gpus : sequence of Gpu
+        Two or more, of one provider; the same device may come twice.
+    """
+
+    threads = 1
+
+    def __init__(self, opened: OpenModel, gpus: Sequence[Gpu]) -> None:
+        config, shape = opened.config, opened.shape
+        if config.trace is not None:
+            raise UsageError("a trace is written of one device alone", hint=f"--device {gpus[0].info.option}")
+        weights = config.tensor_split or tuple(1.0 for _ in gpus)
+        self._owner = owners(shape.layers, weights, config.split_mode)
+        if len(weights) != len(gpus) or len(set(self._owner)) < len(gpus):
+            raise UsageError(
+                f"{len(gpus)} devices, and a split that gives layers to {len(set(self._owner))} of them",
+                hint="-ts with a number a device, none of them 0",
+            )
+        self._opened, self.stages, self._number = opened, list[GpuBackend](), 0
+        self._states = StatePool(config.sessions)
+        self._threads = ThreadPoolExecutor(len(gpus) - 1, "fomoe-device")
+        try:
+            self._open(gpus)
+        except BaseException:
+            self.close()
+            raise
+        self.budgets = self._budgets()
+
+    def _open(self, gpus: Sequence[Gpu]) -> None:
+        opened, shape, owner = self._opened, self._opened.shape, self._owner
+        hops = sum(a != b for a, b in pairwise(owner))
+        self._exchange = aligned_memory(hops * hop_bytes(shape.columns))
+        words = np.frombuffer(self._exchange.view, np.uint8)
+        words[:] = 0
+        self._registration = gpus[0].register(words)
+        ram = RamBudget(opened.store.model_name, shape, opened.config, opened.peak_bytes_before)
+        limit = ram.limit(ram.fixed_bytes)
+        sizes = {i: int(layer.extents[..., 2].sum()) for i, layer in opened.model.experts.items()}
+        for i, gpu in enumerate(gpus):
+            layers = [layer for layer in range(shape.layers) if owner[layer] == i]
+            share = sum(sizes.get(layer, 0) for layer in layers) / sum(sizes.values())
+            exchange = self._registration.pointer_on(gpu.info.ordinal)
+            part = Part(owner, i, exchange, shape.columns)
+            mine = opened.part(layers, is_first=i == 0)
+            try:
+                self.stages.append(GpuBackend(mine, gpu, part, RamPart(ram, limit, max(share, 1e-9), i == 0)))
+            except BaseException:
+                mine.reader.close()
+                raise
+        self._ram_bytes = limit
+
+    def _budgets(self) -> Budgets:
+        """The sums, and each layer's slots where it is computed."""
+        all_of = [stage.budgets for stage in self.stages]
+        added = {
+            f.name: sum(getattr(b, f.name) for b in all_of)
+            for f in fields(Budgets)
+            if f.name not in ("ram_bytes", "batch_tokens", "slots")
+        }
+        slots = tuple(all_of[i].slots[layer] for layer, i in enumerate(self._owner))
+        added["kept_bytes"] -= (len(all_of) - 1) * (self._opened.config.cache_bytes or 0)  # each has counted it
+        batch = min(b.batch_tokens for b in all_of)
+        return replace(all_of[0], **added, ram_bytes=self._ram_bytes, batch_tokens=batch, slots=slots)
+
+    @property
+    def device_name(self) -> str:
+        """For the banner and the statistics."""
+        one = self.stages[0].gpu.info
+        ordinals = ",".join(str(stage.gpu.info.ordinal) for stage in self.stages)
+        return f"{one.provider}:{ordinals} {one.name}"
+
+    @property
+    def computed_by(self) -> str:
+        """What computes, for the banner."""
+        return f"{self.device_name} ({self._opened.config.split_mode})"
+
+    @property
+    def kernels(self) -> str:
+        """Whose arithmetic."""
+        return self.stages[0].kernels
+
+    def memory_lines(self, again: str) -> list[str]:
+        """Where the memory goes, for the banner."""
+        lines = [stage.memory_lines("")[0] for stage in self.stages]
+        b = self.budgets
+        return [*lines, f"memory {format_bytes(b.ram_bytes)}{again}: experts {format_bytes(b.pool_bytes)}"]
+
+    def record(self, trace: Trace) -> None:
+        """Refused when the backend was opened."""
+
+    def warm(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
+        """Bring experts into a layer's free slots."""
+        self.stages[self._owner[layer]].warm(layer, experts, scores)
+
+    def new_state(self) -> ChainState:
+        """Memory for another session."""
+        return ChainState(self._states, [stage.new_state() for stage in self.stages])
+
+    # ---- running ----
+
+    def run(self, batch: Batch, logits: np.ndarray) -> None:
+        """See :func:`run_batch`."""
+        run_batch(self, batch, logits)
+
+    def uses_products(self, prompt_tokens: int) -> bool:
+        """Whether the vendor's library makes the dense products: on all devices, or on none."""
+        return all(stage.uses_products(prompt_tokens) for stage in self.stages)
+
+    def _of_stage(self, span: Span, i: int) -> Span:
+        assert isinstance(span.state, ChainState)
+        return replace(span, state=span.state.parts[i])
+
+    def run_token(self, span: Span, may_substitute: bool, logits: np.ndarray, picks: np.ndarray | None) -> None:
+        """One token: the devices' graphs at the same time, the caller's thread for the first."""
+        self._number = self._number % 0xFFFFFFFF + 1
+        for stage in self.stages:
+            stage.allow()
+        work = [
+            self._threads.submit(self._stage_token, i, span, may_substitute, self._number)
+            for i in range(1, len(self.stages))
+        ]
+        try:
+            first = self._stage_token(0, span, may_substitute, self._number)
+            while not first[0] and wait(work, LOOK_SECONDS).not_done:
+                self._opened.gate.look()
+        except BaseException:
+            self._give_up(work)
+            raise
+        if first[0]:
+            self._give_up(work)
+        results = [first, *(future.result() for future in work)]
+        for stage, (error, _) in zip(self.stages, results, strict=True):
+            stage.check(error)
+        logits[:] = results[self._owner[-1]][1]
+        if picks is not None:
+            for stage in self.stages:
+                posted = stage.tokens.posted_picks()
+                for layer in stage.records:
+                    picks[layer, 0] = posted[layer]
+
+    def _stage_token(self, i: int, span: Span, may_substitute: bool, number: int) -> tuple[int, np.ndarray]:
+        error = 1
+        try:
+            error, found = self.stages[i].token(number, self._of_stage(span, i), may_substitute)
+            return error, found
+        finally:
+            if error:  # nobody waits for rows that do not come
+                for stage in self.stages:
+                    stage.pass_on()
+
+    def _give_up(self, work: list[Future[tuple[int, np.ndarray]]]) -> None:
+        """The first device's run has failed: those of the others end, too."""
+        while wait(work, LOOK_SECONDS).not_done:
+            for stage in self.stages[1:]:
+                stage.end_run()
+        for stage in self.stages[1:]:
+            stage.go_on()
+        for future in work:
+            with suppress(DeviceError, UsageError):
+                future.result()
+
+    def run_prompt(self, spans: list[Span], logits: np.ndarray, uses_products: bool, picks: np.ndarray | None) -> None:
+        """A batch, each device's layers when the rows before them are there."""
+        handed: Handed = {}
+        waiting = {}
+        for i, stage in enumerate(self.stages):
+            mine = [self._of_stage(span, i) for span in spans]
+            waiting[i] = stage.prompt(Joined(mine), logits, uses_products, picks, handed)
+        while waiting:
+            for i in list(waiting):
+                if next(waiting[i], None) is None:
+                    del waiting[i]
+
+    def picks(self) -> np.ndarray:
+        """How often the router has picked each expert."""
+        found = [stage.picks() for stage in self.stages]
+        return np.stack([found[i][layer] for layer, i in enumerate(self._owner)])
+
+    def counters(self) -> Counters:
+        """What has been counted, on all devices."""
+        found = [stage.counters() for stage in self.stages]
+        return Counters(*(sum(getattr(c, f.name) for c in found) for f in fields(Counters)))
+
+    def add_statistics(self, result: dict[str, Any], change: Counters) -> None:
+        """Those of all devices, and how the model is split."""
+        self.stages[0].add_statistics(result, change)
+        counts = [sum(i == k for i in self._owner) for k in range(len(self.stages))]
+        result["split"] = {"mode": self._opened.config.split_mode, "layers": counts}
+        for stage in self.stages[1:]:
+            for name, value in stage.reader_counters().items():
+                if isinstance(result["reader"].get(name), int):
+                    result["reader"][name] += value
+
+    def reset_statistics(self) -> None:
+        """Counts of calls begin anew."""
+        self.stages[0].reset_statistics()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._threads.shutdown()
+        for stage in self.stages:
+            stage.close()
+        registration = self.__dict__.pop("_registration", None)
+        if registration is not None:
+            with suppress(DeviceError):  # a lost device gives nothing back, and has been reported
+                registration.close()
+        exchange = self.__dict__.pop("_exchange", None)
+        if exchange is not None:
+            exchange.close()
