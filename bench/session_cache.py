@@ -123,7 +123,7 @@ def stream_speed(options: argparse.Namespace, folder: Path) -> None:
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0, env=environment) as done:
                 assert done.stdout is not None
-                pair = (rate, _rate(iter(lambda: os.read(done.stdout.fileno(), 1 << 16), b""), count))  # noqa: B023
+                pair = (rate, _rate(iter(lambda: os.read(done.stdout.fileno(), 1 << 16), b""), count))
             process.send_signal(signal.SIGCONT)
             if number:  # the first warms up
                 served.append(pair[0])
