@@ -62,7 +62,7 @@ stress: $(VENV)/.installed-dev native
 # The pages of docs/, as a site in build/site; a link that leads nowhere fails.
 site: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
-	$(BIN)/mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 # sdist and wheel, liburing inside.
 dist: $(VENV)/.installed-dev

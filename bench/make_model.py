@@ -226,11 +226,15 @@ def main() -> None:
     parser.add_argument("--popularity", default="normal:0.5", help=popularity.__doc__)
     parser.add_argument("--recall", type=float, help="how often the next layer's experts are guessed, such as 0.85")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--header", action="store_true", help="the header over a sparse file, for fomoe plan")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     p = PRESETS[options.preset]
     if options.experts:
         p = replace(p, experts=options.experts)
+    if options.header:
+        write_header(options.output, p, options.layers or p.layers)
+        return
     make(options.output, p, options.layers or p.layers, options.popularity, options.recall, options.seed)
     if options.recall is not None:
         found = measured_recall(options.output)
@@ -271,8 +275,26 @@ def write_layers(
     write(path, p, layers, tensors, random)
 
 
-def write(path: Path, p: Preset, layers: int, tensors: list[Tensor], random: np.random.Generator) -> None:
-    """Header by package gguf, data streamed."""
+def write_header(path: Path, p: Preset, layers: int) -> None:
+    """A model of those shapes without its weights."""
+    small, random = replace(p, vocabulary=512), np.random.default_rng(1)
+    stream = Stream(np.full(layers, SUBLAYER_GAIN), np.full(layers, 0.5))
+    even = np.full(p.experts, 1 / p.experts)
+    tensors = [
+        Tensor("token_embd.weight", (p.columns, p.vocabulary), Q4_K if has_constant(p) else Q8_0),
+        Tensor("output_norm.weight", (p.columns,), F32),
+        Tensor("output.weight", (p.columns, p.vocabulary), stored_as(p, Q6_K, p.columns)),
+    ]
+    for layer in range(layers):
+        tensors += layer_tensors(small, layer, layers, even, stream, random)
+    write_infos(path, p, layers, tensors)
+    sizes = [4 * int(np.prod(t.shape)) if t.kind == F32 else tensor_bytes(t.kind, t.shape) for t in tensors]
+    with path.open("r+b") as file:
+        file.truncate(-(-path.stat().st_size // 32) * 32 + sum(-(-size // 32) * 32 for size in sizes))
+
+
+def write_infos(path: Path, p: Preset, layers: int, tensors: list[Tensor]) -> None:
+    """Metadata and the list of tensors."""
     writer = gguf.GGUFWriter(path, p.architecture)
     add_metadata(writer, p, layers)
     for t in tensors:
@@ -286,6 +308,11 @@ def write(path: Path, p: Preset, layers: int, tensors: list[Tensor], random: np.
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
+
+
+def write(path: Path, p: Preset, layers: int, tensors: list[Tensor], random: np.random.Generator) -> None:
+    """Header by package gguf, data streamed."""
+    write_infos(path, p, layers, tensors)
     pools = {kind: BlockPool(kind, random) for kind in dict.fromkeys(t.kind for t in tensors if t.values is None)}
     with path.open("r+b") as stream:
         stream.seek(0, 2)

@@ -1,5 +1,5 @@
 # The C side of the CPU backend: what csrc/*.h declares.
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from fomoe_io._gate cimport fomoe_watch
 
@@ -59,6 +59,8 @@ cdef extern from "csrc/experts/residency.h" nogil:
     void fomoe_residency_scores(const fomoe_residency *, int layer, double *scores)
     const fomoe_residency_counters *fomoe_residency_count(const fomoe_residency *)
     int fomoe_residency_find(const fomoe_residency *, int layer, int32_t expert, int32_t *slot)
+    const int8_t *fomoe_residency_tiers(const fomoe_residency *, int layer)
+    int FOMOE_TIER_NVME
 
 cdef extern from "csrc/experts/trace.h" nogil:
     ctypedef struct fomoe_trace:

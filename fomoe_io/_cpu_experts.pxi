@@ -107,6 +107,15 @@ cdef class Experts:
         cdef const int64_t *p = fomoe_experts_picks(self.c)
         return np.array(<const int64_t[:self.shape.layers, :self.most]>p)
 
+    def tiers(self):
+        cdef int layer, count
+        tiers = np.full((self.shape.layers, self.most), FOMOE_TIER_NVME, np.int8)
+        for layer in range(self.shape.layers):
+            count = self.counts[layer]
+            if count:
+                tiers[layer, :count] = <const int8_t[:count]>fomoe_residency_tiers(self.residency, layer)
+        return tiers
+
     def scores(self, int layer):
         scores = np.zeros(self.most)
         cdef double[::1] view = scores

@@ -1,7 +1,7 @@
 # Replays a model on a GPU: one graph a batch, the routed experts served beside it, without the GIL.
 # Thin on purpose: what is launched is recorded in fomoe_io/gpu/recorder.py, how experts are served is in
 # csrc/gpu/device_experts.c.
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
@@ -42,6 +42,8 @@ cdef extern from "csrc/experts/residency.h" nogil:
     void fomoe_residency_free(fomoe_residency *)
     const fomoe_residency_counters *fomoe_residency_count(const fomoe_residency *)
     void fomoe_residency_scores(const fomoe_residency *, int layer, double *scores)
+    const int8_t *fomoe_residency_tiers(const fomoe_residency *, int layer)
+    int FOMOE_TIER_NVME
 
 cdef extern from "csrc/gpu/device_experts.h" nogil:
     enum:
@@ -129,6 +131,7 @@ cdef class DeviceExperts:
     cdef fomoe_patience own  # the limits of the run at work, and whether the gate has ended it
     cdef Trace tracer
     cdef readonly int most, count
+    cdef tuple counts
     cdef int device
     cdef uint32_t *changed
     cdef volatile uint32_t *stop
@@ -146,7 +149,7 @@ cdef class DeviceExperts:
         cdef fomoe_decay decays
         decays.slow, decays.fast, decays.fast_share = decay
         self.keep = (layers, classes, streams, events, keep)
-        self.count, self.most = len(layers), max(experts)
+        self.count, self.most, self.counts = len(layers), max(experts), tuple(experts)
         self.device = (<Stream>streams[0]).device
         try:
             if layer == NULL or size_class == NULL:
@@ -277,6 +280,16 @@ cdef class DeviceExperts:
         """int64 [layers, most experts]: how often the router has picked each."""
         cdef const int64_t *c = fomoe_device_experts_picks(self.c)
         return np.array(<const int64_t[:self.count, :self.most]>c)
+
+    def tiers(self):
+        """int8 [layers, most experts]: where each is."""
+        cdef int layer, count
+        tiers = np.full((self.count, self.most), FOMOE_TIER_NVME, np.int8)
+        for layer in range(self.count):
+            count = self.counts[layer]
+            if count:
+                tiers[layer, :count] = <const int8_t[:count]>fomoe_residency_tiers(self.residency, layer)
+        return tiers
 
     def begin_batch(self, int tokens, Stream stream not None):
         """A batch whose kernels go to this stream."""

@@ -303,6 +303,9 @@ class Backend(Protocol):
     def picks(self) -> np.ndarray:
         """int64 [layers, experts]: how often the router has picked each."""
 
+    def tiers(self) -> np.ndarray:
+        """int8 [layers, experts]: where each is, 0 VRAM, 1 DRAM, 2 the drive."""
+
     def counters(self) -> Counters:
         """What has been counted."""
 

@@ -93,7 +93,7 @@ VERBS = {
     "run": ("fomoe_io.cli.run", "answer a prompt, or talk"),
     "serve": ("fomoe_io.cli.serve", "answer over HTTP, as llama-server does"),
     "layout": ("layout_tool.main", "write a model so that each expert is read in one request"),
-    "plan": ("layout_tool.main", "what that would write, and whether it fits: fomoe layout plan"),
+    "plan": ("layout_tool.main", "will it fit, how fast, also before the download; what layout pack would write"),
     "ppl": ("fomoe_io.cli.ppl", "perplexity of a text"),
     "bench": ("fomoe_io.cli.bench", "speed of a model, of drives, of caching policies"),
     "doctor": ("fomoe_io.cli.doctor", "what of this machine helps or hinders"),

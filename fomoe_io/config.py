@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from fomoe_io.errors import UsageError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.storage.pace import Pace
+from fomoe_io.system.files import cache_folder
 from fomoe_io.units import parse_bytes
 
 _CHOICES = {
@@ -291,6 +292,11 @@ class EngineConfig:
     trace: Path | None = None
     tuning: Tuning = Tuning()
     progress: Callable[[str, int, int], None] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def sessions_folder(self) -> Path:
+        """Where files keep what sessions have read."""
+        return self.cache_folder or cache_folder() / "sessions"
 
     def __post_init__(self) -> None:
         for name, (form, expected) in _FORMS.items():

@@ -28,7 +28,6 @@ from fomoe_io.open_model import OpenModel
 from fomoe_io.session import Session, Usage
 from fomoe_io.storage.reader import Reader
 from fomoe_io.storage.store import Store
-from fomoe_io.system.files import cache_folder
 from fomoe_io.system.memory import peak_resident_bytes
 from fomoe_io.text.tokenizer import Tokenizer
 from fomoe_io.trace.trace import TraceFile, TraceHeader
@@ -121,7 +120,7 @@ class Engine:
     def memory_lines(self) -> list[str]:
         """Where the memory goes, for the banner; with how to ask for the same budget where nobody did."""
         mib = -(-self.budgets.ram_bytes // (1 << 20))
-        return self.backend.memory_lines("" if self.config.ram_bytes is not None else f" (--ram {mib}M repeats it)")
+        return self.backend.memory_lines(f" (--ram {mib}M{'' if self.config.ram_bytes is not None else ' repeats it'})")
 
     # ---- opening ----
 
@@ -190,8 +189,7 @@ class Engine:
         form = Form(session.row_bytes, session.recurrent_bytes, fingerprint)
         folder = None
         if self.config.cache_disk_bytes:
-            where = self.config.cache_folder or cache_folder() / "sessions"
-            folder = Folder(where, self.config.cache_disk_bytes, fingerprint, note)
+            folder = Folder(self.config.sessions_folder, self.config.cache_disk_bytes, fingerprint, note)
         kept = KeptSessions(form, self.budgets.kept_bytes, folder)
         if folder is not None and not kept.is_enough:
             note(f"sessions are not kept: that needs --cache-ram {-(-kept.least_bytes >> 20)}M at least")
@@ -208,6 +206,11 @@ class Engine:
         """How often the router has picked each expert since the engine was opened: layer -> int64 [experts]."""
         picks = self._ask(self.backend.picks)
         return {layer: picks[layer, : self.shape.experts].copy() for layer in self.shape.expert_layers}
+
+    def expert_tiers(self) -> dict[int, np.ndarray]:
+        """Where each expert is now: layer -> int8 [experts], 0 VRAM, 1 DRAM, 2 the drive."""
+        tiers = self._ask(self.backend.tiers)
+        return {layer: tiers[layer, : self.shape.experts].copy() for layer in self.shape.expert_layers}
 
     def _counters(self) -> Counters:
         """The experts' counters; while a run is at work in another thread, as they were before it."""

@@ -47,7 +47,15 @@ class ComputeError(FomoeError):
 
 
 class BudgetError(FomoeError):
-    """A memory budget that is too small."""
+    """A memory budget that is too small.
+
+    Attributes
+    ----------
+    smallest_bytes : int
+        The least that works; 0 where that is not known.
+    """
+
+    smallest_bytes = 0
 
 
 class DeviceError(FomoeError):

@@ -119,7 +119,9 @@ class RamBudget:
         mib = -(-smallest // (1 << 20)) + 1
         what = "" if self.slots is None else f" with {self.slots} slots a layer"
         hint = f"--ram {mib}M" if self.slots is None else f"--ram {mib}M, or fewer --slots"
-        return BudgetError(f"a memory budget of {format_bytes(limit)} is too small for {self._name}{what}", hint=hint)
+        error = BudgetError(f"a memory budget of {format_bytes(limit)} is too small for {self._name}{what}", hint=hint)
+        error.smallest_bytes = smallest
+        return error
 
 
 class RamPart:

@@ -24,6 +24,20 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * 1024 ** _SUFFIXES[match[2].upper()])
 
 
+def parse_rate(text: str) -> float:
+    """Bytes a second, such as `7G` or `500M`: decimal multiples, as drives' data sheets have them.
+
+    Raises
+    ------
+    UsageError
+        When the text is no rate.
+    """
+    match = _SIZE.fullmatch(text.strip().removesuffix("/s"))
+    if match is None or not float(match[1]):
+        raise UsageError(f"{text!r} is no rate", hint="bytes a second with M or G, such as 7G")
+    return float(match[1]) * 1000.0 ** _SUFFIXES[match[2].upper()]
+
+
 def format_bytes(count: float) -> str:
     """`1.23 GB`, `45.6 MB`: decimal multiples, as drives and fio's parentheses have them."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -10,11 +10,12 @@ from pathlib import Path
 from fomoe_io import commands
 from fomoe_io.cli.common import run_command
 from fomoe_io.cli.parser import Parser, checked, new_parser
-from fomoe_io.units import parse_bytes
+from fomoe_io.units import parse_bytes, parse_rate
 from layout_tool import collect
 from layout_tool.index import index
 from layout_tool.inspect import inspect
 from layout_tool.mirror import mirror, unmirror
+from layout_tool.outlook import Machine, Wanted
 from layout_tool.pack import pack
 from layout_tool.plan import plan
 from layout_tool.relocate import relocate
@@ -43,8 +44,9 @@ def parser() -> Parser:
     def command(name: str, help_: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.")
 
-    sub = command("plan", "what pack would write, whether it fits and how long it takes; writes nothing")
-    _add_model(sub)
+    sub = command("plan", "whether a model fits and how fast it will be; what pack would write, and how long it takes")
+    sub.add_argument("model", nargs="?", metavar="MODEL", help="GGUF (of shards the first), store, or http address")
+    _add_forecast(sub)
     _add_targets(sub, required=False)
     _add_profile(sub)
     _add_calibration(sub)
@@ -56,10 +58,11 @@ def parser() -> Parser:
     _add_ignore_free_space(sub)
     sub.set_defaults(
         run=lambda o: plan(
-            o.model,
+            Wanted(o.model, o.hf_repo, o.hf_file, o.hf_token),
             o.to,
             o.profile,
             Striping(o.by, o.calibration, measures=o.probe, ignore_free_space=o.ignore_free_space),
+            Machine(o.ram, o.vram, o.drive, o.ctx_size, o.threads),
             as_json=o.json,
         )
     )
@@ -150,6 +153,24 @@ def _positive(text: str) -> int:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL.gguf", help="a GGUF file, or the first of its shards")
+
+
+def _add_forecast(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-hf", "-hfr", "--hf-repo", metavar="USER/MODEL[:QUANT]", help="of the hub: its header alone")
+    parser.add_argument("-hff", "--hf-file", metavar="FILE", help="with -hf: this file of it, or its first shard")
+    parser.add_argument("-hft", "--hf-token", metavar="TOKEN", help="for the hub (default: $HF_TOKEN)")
+    parser.add_argument("--ram", type=checked(parse_bytes), metavar="SIZE", help="a row for this memory, such as 16G")
+    parser.add_argument("--vram", type=checked(parse_bytes), metavar="SIZE", help="and for a card of this one")
+    parser.add_argument(
+        "--drive",
+        type=checked(parse_rate),
+        metavar="RATE",
+        help="of a drive: 7G (default: measured where the file is)",
+    )
+    parser.add_argument("-t", "--threads", type=_positive, metavar="N", help="default: all processors of this process")
+    parser.add_argument(
+        "-c", "--ctx-size", type=_positive, metavar="N", help="context, in tokens (default: the model's, at most 4096)"
+    )
 
 
 def _add_targets(parser: argparse.ArgumentParser, *, required: bool) -> None:

@@ -1,4 +1,4 @@
-"""`fomoe-layout plan`: what pack would write, whether it fits and how long it takes.  Writes nothing."""
+"""`fomoe plan`: memory and speed to expect, what pack would write and how long it takes.  Writes nothing."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fomoe_io.errors import printable
+from fomoe_io.errors import UsageError, printable
 from fomoe_io.experts.profile import Profile
 from fomoe_io.storage.gguf import GGUFFile
 from fomoe_io.storage.manifest import MANIFEST, Fields, unseal
 from fomoe_io.storage.store import Store
 from fomoe_io.units import format_bytes, format_rate, format_seconds
 from layout_tool import targets as target_tools
+from layout_tool.check_runs import check_runs
+from layout_tool.outlook import Machine, Wanted
 from layout_tool.pack import known_weights, model_frequencies, open_model
 from layout_tool.placement import place
 from layout_tool.striping import Striping
 
 
 def plan(
-    model_path: Path,
+    wanted: Wanted,
     directories: Sequence[Path],
     profile_path: Path | None,
     striping: Striping,
+    machine: Machine,
     *,
     as_json: bool,
 ) -> int:
@@ -33,7 +36,32 @@ def plan(
     ------
     FomoeError
     """
-    model, source = open_model(model_path)
+    with wanted.path() as path:
+        if path.is_dir() and directories:
+            raise UsageError(f"{path} is a store", hint="the GGUF that is to be packed, or no --to")
+        source = Store.open(path)
+        check_runs(source)
+        report: dict[str, Any] = {**model_report(source), "model_bytes": sum(source.file_bytes)}
+        report["shards"] = len(source.paths)
+        short: list[str] = []
+        if not path.is_dir():
+            packing, short = _packing(path, directories or [], profile_path, striping, is_here=not wanted.is_elsewhere)
+            report.update(packing)
+        forecast = machine.forecast(path, source, is_elsewhere=wanted.is_elsewhere)
+    report["forecast"] = forecast.report([machine.ram_bytes] if machine.ram_bytes is not None else [])
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        _print(report, short)
+        print("\n".join(printable(line) for line in machine.lines(forecast)))
+    return 1 if short else 0
+
+
+def _packing(
+    path: Path, directories: Sequence[Path], profile_path: Path | None, striping: Striping, *, is_here: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """(what pack would do, which drives are too full)"""
+    model, source = open_model(path)
     profile = None if profile_path is None else Profile.load(profile_path)
     frequencies = model_frequencies(source, profile)
     targets = target_tools.resolve(directories)
@@ -46,12 +74,8 @@ def plan(
     is_there = held is not None and held.optional("id") and held.text("id") == placement.store_id
     needs = target_tools.still_needed(targets, placement, model.header_bytes[0]) if targets else []
     short = [] if striping.ignore_free_space or is_there else target_tools.shortages(targets, needs)
-    total = sum(file.bytes for file in placement.files)
-    report = {
-        **model_report(source),
-        "shards": len(model.paths),
-        "model_bytes": sum(model.file_bytes),
-        "store_bytes": total,
+    report: dict[str, Any] = {
+        "store_bytes": sum(file.bytes for file in placement.files),
         "profile_tokens": profile.tokens if profile else 0,
         "targets": [
             {"path": str(target), "needs_bytes": need, "free_bytes": target_tools.free_bytes(target), "weight": weight}
@@ -61,13 +85,9 @@ def plan(
         "is_there": bool(is_there),
         "holds_another": None if held is None or is_there else held.text("model"),
     }
-    if targets and not short and not is_there:
+    if targets and not short and not is_there and is_here:
         report.update(_time(model, targets, needs, striping))
-    if as_json:
-        print(json.dumps(report, indent=1))
-    else:
-        _print(report, short)
-    return 1 if short else 0
+    return report, short
 
 
 def _held(targets: Sequence[Path]) -> Fields | None:
@@ -138,6 +158,9 @@ def _print(report: dict[str, Any], short: Sequence[str]) -> None:
     lines = model_lines(report)
     shards = "1 file" if report["shards"] == 1 else f"{report['shards']} shards"
     lines[0] += f"   {shards}, {format_bytes(report['model_bytes'])}"
+    if "store_bytes" not in report:
+        print("\n".join(printable(line) for line in lines))
+        return
     lines.append(f"  store      {format_bytes(report['store_bytes']):>9}")
     if report["profile_tokens"]:
         lines.append(f"  profile    hottest experts first, counted over {report['profile_tokens']:,} tokens")

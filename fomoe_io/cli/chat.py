@@ -90,6 +90,11 @@ class Chat:
         self.turn: int | None = None  # where the last question begins in its tokens
 
     @property
+    def asked(self) -> str:
+        """The text up to where the next answer begins; none without a template."""
+        return self._asked
+
+    @property
     def turns(self) -> int:
         """Questions answered."""
         return sum(m["role"] == "assistant" for m in self.messages)

@@ -24,7 +24,10 @@ from fomoe_io.cli.parser import Parser, checked, new_parser, package_version
 from fomoe_io.config import device_name
 from fomoe_io.cpu import dot_library
 from fomoe_io.errors import DeviceError, FomoeError, UsageError, printable
+from fomoe_io.ram_budget import RAM_SHARE
+from fomoe_io.storage.manifest import MANIFEST
 from fomoe_io.storage.reader import ALIGNMENT, IO_URING_FIX, aligned_memory, open_reader, probe_modes
+from fomoe_io.storage.store import Store
 from fomoe_io.system import memory
 from fomoe_io.system.system_card import drive_of, processor, system_card
 from fomoe_io.units import format_bytes
@@ -41,6 +44,8 @@ COOP_KERNEL = (5, 19)
 READ_KERNEL = (5, 6)
 """IORING_OP_READ."""
 TRIED_BUFFER_BYTES = 64 << 20
+LEAST_LOCKED_BYTES = 1 << 20
+"""A ring of its own takes some hundred KiB."""
 LEAST_MEMORY_BYTES = 1 << 30
 GPU_NODES = ("/dev/kfd", "/dev/nvidia0")
 """What the drivers of AMD and NVIDIA make."""
@@ -120,7 +125,11 @@ def check_locked_memory(limit: int, registered: bool, problem: str) -> Check:
     text = "no limit" if limit == resource.RLIM_INFINITY else format_bytes(limit)
     if registered:
         return Check("locked memory", OK, f"{text}; {format_bytes(TRIED_BUFFER_BYTES)} of buffers were registered")
+    if not problem and (limit == resource.RLIM_INFINITY or limit >= LEAST_LOCKED_BYTES):
+        return Check("locked memory", OK, f"{text}; of no use without io_uring")
     found = f"{text}; buffers cannot be registered, each read pins its own pages: {problem}"
+    if not problem:
+        found = f"{text}: too little for io_uring's own buffers"
     user = os.environ.get("USER", "*")
     fix = f"echo '{user} - memlock unlimited' | sudo tee /etc/security/limits.d/fomoe.conf, then log in again"
     return Check("locked memory", WARN, found, fix)
@@ -181,6 +190,27 @@ def check_direct(path: Path) -> Check:
             return Check("O_DIRECT", WARN, "; ".join(reader.notes) or kind, f"a store on {GOOD_FILE_SYSTEMS}")
         blocks = f" in blocks of {reader.block_bytes:,} bytes" if reader.block_bytes > ALIGNMENT else ""
     return Check("O_DIRECT", OK, f"works on {kind}{blocks}")
+
+
+def check_model(place: Path, store: Store) -> Check:
+    """Whether the model at hand runs, and what this machine's memory holds of it."""
+    from fomoe_io.cli.forecast import needs_of
+
+    try:
+        needs = needs_of(place, store=store)
+    except FomoeError as error:
+        return Check("model", FAIL, error.message, error.hint or "")
+    available = memory.available_bytes()
+    size = format_bytes(sum(store.file_bytes))
+    found = f"{store.model_name}, {store.kind}, {size}: at least {format_bytes(needs.smallest_bytes)} of memory"
+    if needs.smallest_bytes > available:
+        found = f"{found}, and {format_bytes(available)} are available"
+        return Check("model", FAIL, found, "a smaller context (-c 1024), or end other programs")
+    share = needs.share(int(RAM_SHARE * available))
+    found = f"{found}; {RAM_SHARE:.0%} of what is available holds {share:.0%} of its experts (fomoe plan: how fast)"
+    if store.lost_copies:
+        return Check("model", WARN, f"{found}; {store.lost_copies[0]}", f"fomoe-layout verify {place}")
+    return Check("model", OK, found)
 
 
 def check_drive(path: Path) -> Check:
@@ -267,13 +297,33 @@ def _tried_registration(path: Path) -> Check:
     area = aligned_memory(TRIED_BUFFER_BYTES)
     with open_reader([path], depth=1) as reader:
         if reader.name != "uring":
-            return Check("locked memory", OK, "of no use without io_uring")
+            return check_locked_memory(limit, False, "")
         registered = reader.register_buffers(area.address, TRIED_BUFFER_BYTES)
         return check_locked_memory(limit, registered, reader.registration_error)
 
 
+def model_at(place: Path) -> Store | None:
+    """The model that a place is; None for a directory or a file of another kind.
+
+    Raises
+    ------
+    FomoeError
+        It is one that can't be opened.
+    """
+    is_model = (place / MANIFEST).exists() if place.is_dir() else place.suffix == ".gguf"
+    return Store.open(place) if is_model else None
+
+
 def examine(place: Path) -> list[Check]:
-    """All checks, those of storage for the drive under a place."""
+    """All checks, those of storage for the drive under a place; of a model for the drive with its weights."""
+    models: list[Check] = []
+    try:
+        store = model_at(place)
+    except FomoeError as error:
+        store, models = None, [Check("model", FAIL, error.message, error.hint or "")]
+    if store is not None:
+        models = [check_model(place, store)]
+        place = max(store.paths, key=lambda path: path.stat().st_size)
 
     def read(path: Path) -> str:
         return path.read_text().strip() if path.exists() else ""
@@ -291,7 +341,7 @@ def examine(place: Path) -> list[Check]:
             check_gpu,
             check_versions,
         ]
-        return [check() for check in checks]
+        return [*models, *(check() for check in checks)]
 
 
 def _json(checks: Sequence[Check], place: Path) -> dict[str, Any]:

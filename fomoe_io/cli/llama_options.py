@@ -18,7 +18,6 @@ _LOADED = "experts are read from the drive with O_DIRECT, weights once into memo
 _LOG = "there is no log beside notes and errors on stderr"
 _ROPE = "the model's own rope scaling is used"
 _SAMPLER = "this sampler is not built: there are --temp, --top-k, --top-p, --min-p and penalties"
-_GRAMMAR = "answers can't be constrained by a grammar yet"
 _DOWNLOAD = "nothing is downloaded from there"
 
 
@@ -122,8 +121,6 @@ SAMPLING: list[Foreign] = [
     _refused("--mirostat", _SAMPLER, "--min-p 0.05", ONE, neutral="0"),
     _noted("--mirostat-lr --mirostat-ent", "--mirostat is 0", ONE),
     _refused("-l --logit-bias", "fomoe-serve takes logit_bias, this command does not", "fomoe-serve", ONE),
-    _refused("--grammar --grammar-file -j --json-schema -jf --json-schema-file", _GRAMMAR,
-        "say in the prompt what form the answer should have", ONE),
     _noted("-bs --backend-sampling", "tokens are chosen on the processor"),
 ]  # fmt: skip
 
@@ -179,6 +176,8 @@ SERVE: list[Foreign] = [
     *SAMPLING,
     *(option for option in CONVERSATION if option.names[0] in ("--context-shift", "--no-context-shift", "--keep", "-mm",
         "--mmproj-auto", "-mmdev", "--skip-chat-parsing", "--reasoning-effort", "-ctxcp")),
+    _refused("--grammar --grammar-file -j --json-schema -jf --json-schema-file", "a request brings its own",
+        "grammar, json_schema or response_format in the request", ONE),
     _refused("--embeddings --embedding --reranking --rerank", "the model writes text: no embeddings, no reranking",
         "leave it out"),
 ]  # fmt: skip

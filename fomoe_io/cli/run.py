@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from fomoe_io import commands
 from fomoe_io.cli.chat import Chat
 from fomoe_io.cli.common import decoded, note, run_command
+from fomoe_io.cli.grammar_options import add_grammar_options, answer_form
 from fomoe_io.cli.kept_profile import keep_profile
 from fomoe_io.cli.llama_options import RUN
 from fomoe_io.cli.model_help import explained
@@ -39,13 +40,16 @@ from fomoe_io.cli.options import (
 from fomoe_io.cli.parser import Parser, new_parser, valid_text, whole
 from fomoe_io.cli.progress import Loading
 from fomoe_io.cli.report import Report
-from fomoe_io.cli.talk import Talk
+from fomoe_io.cli.talk import Talk, too_long
 from fomoe_io.cli.ui import shown
 from fomoe_io.engine import Engine
 from fomoe_io.errors import UsageError
+from fomoe_io.open_model import DEFAULT_CONTEXT_TOKENS
 from fomoe_io.stats import format_banner, format_footer
+from fomoe_io.storage.store import Store
 from fomoe_io.system.files import check_targets
 from fomoe_io.text.sampler import unbuilt_samplers
+from fomoe_io.text.tokenizer import Tokenizer
 
 EXAMPLES = """
 fomoe-run MODEL.gguf                          talk; /help lists the commands
@@ -64,6 +68,7 @@ def parser() -> Parser:
     _add_prompt(p)
     _add_conversation(p)
     add_sampling_options(p)
+    add_grammar_options(p.add_argument_group("form of answers (pip install 'fomoe_io[grammar]')"))
     _add_output(p)
     add_engine_options(p)
     add_cache_options(p)
@@ -236,10 +241,33 @@ def _template_names(options: argparse.Namespace) -> dict[str, Any]:
 def _check(options: argparse.Namespace) -> None:
     """Mistakes that should not cost the loading."""
     sampling_config(options)
+    options.form = answer_form(options)
     options.is_mute = options.json is not None and str(options.json) == "-"
     talks = options.conversation or (options.prompt is None and options.file is None and _is_terminal(sys.stdin))
     if options.is_mute and talks:
         raise UsageError("--json - takes the place of the answers on stdout", hint='-p "...", or --json FILE')
+
+
+def _check_length(
+    path: Path, prompt: str | None, options: argparse.Namespace, context: int | None, report: Report
+) -> None:
+    """A prompt that fills the context by itself is refused before the weights are read.
+
+    Raises
+    ------
+    UsageError
+    """
+    if prompt is None:
+        return
+    store = Store.open(path)
+    trained = store.metadata.integer(f"{store.architecture}.context_length", None) or DEFAULT_CONTEXT_TOKENS
+    context = context or min(trained, DEFAULT_CONTEXT_TOKENS)
+    if len(prompt.encode()) < context:  # a token is a byte at least
+        return
+    count = len(Tokenizer.from_metadata(store.metadata).encode(prompt))
+    if count >= context:
+        report.add(context_tokens=context)
+        raise too_long(count, context, options.predict, trained)
 
 
 # ---- running ----
@@ -319,6 +347,7 @@ def run(argv: Sequence[str] | None = None) -> int:
                 note("note: standard input is not read, since -p gives the prompt (-f - reads it)")
         copy = files.enter_context(options.output.open("w")) if options.output is not None else None
         with explained(path), smaller_context_helps(options), loading:
+            _check_length(path, prompt, options, config.context_tokens, report)
             engine = Engine.open(path, config)
         with engine:
             _answer(engine, prompt, copy, options, report)

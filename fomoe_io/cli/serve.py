@@ -35,10 +35,12 @@ from fomoe_io.engine import Engine
 from fomoe_io.errors import UsageError
 from fomoe_io.serve.settings import ServeConfig
 from fomoe_io.stats import format_banner, format_footer
-from fomoe_io.text.sampler import SamplingConfig
+from fomoe_io.text.sampler import SamplingConfig, unbuilt_samplers
 from fomoe_io.units import parse_bytes
 
 KEY_VARIABLE = "FOMOE_API_KEY"
+_PENALTIES = ("presence_penalty", "frequency_penalty")
+"""The server's own, over the tokens that a request's `repeat_last_n` counts."""
 
 EXAMPLES = """
 fomoe-serve MODEL.gguf                          http://127.0.0.1:8080, this machine only
@@ -132,6 +134,7 @@ def _settings(options: argparse.Namespace, sampling: SamplingConfig, chosen: dic
         queue_requests=options.queue,
         body_bytes=options.max_body,
         sampling=sampling,
+        chosen_sampling={name: value for name, value in chosen.items() if name not in _PENALTIES},
         presence_penalty=chosen.get("presence_penalty", 0.0),
         frequency_penalty=chosen.get("frequency_penalty", 0.0),
         most_tokens=options.predict,
@@ -182,6 +185,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     def announce(engine: Engine) -> None:
         if not options.quiet:
             print("\n".join(format_banner(engine)), file=sys.stderr)
+            for key in unbuilt_samplers(engine.metadata):
+                note(f"note: the model asks for {key}, a sampler that is not built")
         print(f"ready: {running.url}", file=sys.stderr, flush=True)
 
     running = Running(config, lambda: Engine.open(path, engine_options), on_loaded=announce, before_close=keep_profile)

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from fomoe_io.cli.chat import Answer, Chat
 from fomoe_io.cli.common import Terminated, decoded
+from fomoe_io.cli.grammar_options import AnswerGrammar
 from fomoe_io.cli.kept_profile import keep_profile
 from fomoe_io.cli.progress import PromptProgress
 from fomoe_io.cli.report import Report
@@ -39,6 +40,14 @@ LONG_TOKENS = 256
 """Worth a word when they are read again."""
 ROOM_TOKENS = 256
 """For an answer, in the context that is suggested."""
+
+
+def too_long(tokens: int, context: int, predict: int, trained: int) -> UsageError:
+    """Of a prompt that leaves no room for an answer; the context that is suggested has some."""
+    return UsageError(
+        f"{tokens} tokens of a prompt and an answer exceed the context of {context}",
+        hint=f"-c {tokens + max(predict, ROOM_TOKENS)} (the model was trained on {trained})",
+    )
 
 
 class Talk:
@@ -70,6 +79,7 @@ class Talk:
         self._report = report
         self._copy = copy
         self._sampler = Sampler(sampling)
+        self._grammar = AnswerGrammar(engine, options.form)
         self._conversation = Conversation(engine.timeline(lambda text: self._say(f"note: {text}")))
         self._progress = PromptProgress(engine, quiet=options.quiet)
         self._put_before = ""
@@ -102,11 +112,7 @@ class Talk:
             raise UsageError("the prompt is empty", hint='-p "Once upon a time"')
         context = self._engine.context_tokens
         if len(tokens) >= context:
-            wanted = len(tokens) + max(self._options.predict, ROOM_TOKENS)
-            raise UsageError(
-                f"{len(tokens)} tokens of a prompt and an answer exceed the context of {context}",
-                hint=f"-c {wanted} (the model was trained on {self._engine.shape.context_tokens})",
-            )
+            raise too_long(len(tokens), context, self._options.predict, self._engine.shape.context_tokens)
         return tokens
 
     def answer(self, tokens: list[int]) -> Answer:
@@ -135,6 +141,7 @@ class Talk:
         if unread == len(tokens) > LONG_TOKENS and self.chat.turns:
             why = "" if options.reasoning_preserve else " (--reasoning-preserve keeps thoughts in it)"
             self._say(f"reading all {unread} tokens again: the history is not what was read before{why}")
+        self._sampler.constraint = self._grammar.start(self.chat)
         self._progress.begin(unread)
         for token, text in conversation.generate(
             tokens, self._sampler, most=options.predict, stops=options.stop, ignore_eos=options.ignore_eos,

@@ -135,7 +135,7 @@ class CpuBackend:
         """Where the memory goes, for the banner."""
         b = self.budgets
         return [
-            f"memory {format_bytes(b.ram_bytes)}{again}: weights {format_bytes(b.resident_bytes)}, "
+            f"memory at most {format_bytes(b.ram_bytes)}{again}, in it weights {format_bytes(b.resident_bytes)}, "
             f"experts {format_bytes(b.pool_bytes)} ({_slots_text(self._slots().values())} of {self._shape.experts} a "
             f"layer), state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}"
             f"{kept_text(b)}"
@@ -297,6 +297,10 @@ class CpuBackend:
     def picks(self) -> np.ndarray:
         """How often the router has picked each expert."""
         return self._experts.picks()
+
+    def tiers(self) -> np.ndarray:
+        """Where each expert is."""
+        return self._experts.tiers()
 
     def counters(self) -> Counters:
         """What has been counted."""

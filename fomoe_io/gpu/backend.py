@@ -156,11 +156,11 @@ class GpuBackend:
         b, s = self.budgets, self._opened.shape
         least = b.slot_table[list(self.records)].min(0)
         return [
-            f"VRAM {format_bytes(b.vram_bytes)}: weights {format_bytes(b.resident_bytes)}, experts "
+            f"VRAM at most {format_bytes(b.vram_bytes)}, in it weights {format_bytes(b.resident_bytes)}, experts "
             f"{format_bytes(b.vram_pool_bytes)} ({least[VRAM]} of {s.experts} a layer), "
             f"state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}",
-            f"memory {format_bytes(b.ram_bytes)}{again}: experts {format_bytes(b.pool_bytes)} ({least[DRAM]} a layer)"
-            f"{kept_text(b)}",
+            f"memory at most {format_bytes(b.ram_bytes)}{again}, in it experts {format_bytes(b.pool_bytes)} "
+            f"({least[DRAM]} a layer){kept_text(b)}",
         ]
 
     # ---- opening ----
@@ -333,6 +333,10 @@ class GpuBackend:
     def picks(self) -> np.ndarray:
         """How often the router has picked each expert."""
         return self._experts.picks()
+
+    def tiers(self) -> np.ndarray:
+        """Where each expert is."""
+        return self._experts.tiers()
 
     def counters(self) -> Counters:
         """What has been counted."""

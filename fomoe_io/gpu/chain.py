@@ -277,7 +277,14 @@ class ChainBackend:
 
     def picks(self) -> np.ndarray:
         """How often the router has picked each expert."""
-        found = [stage.picks() for stage in self.stages]
+        return self._by_layer([stage.picks() for stage in self.stages])
+
+    def tiers(self) -> np.ndarray:
+        """Where each expert is."""
+        return self._by_layer([stage.tiers() for stage in self.stages])
+
+    def _by_layer(self, found: list[np.ndarray]) -> np.ndarray:
+        """Each layer's row from the device that computes it."""
         return np.stack([found[i][layer] for layer, i in enumerate(self._owner)])
 
     def counters(self) -> Counters:

@@ -54,7 +54,7 @@ class Form:
 
 def form_fingerprint(*parts: object) -> str:
     """One name for all that must be alike: weights, arithmetic, sizes."""
-    return xxhash.xxh3_128_hexdigest(json.dumps([str(part) for part in (VERSION, *parts)]))
+    return xxhash.xxh3_128_hexdigest(json.dumps([str(part) for part in (VERSION, *parts)]).encode())
 
 
 class Place(NamedTuple):

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from fomoe_io.serve.dialect import Answer, Dialect, Format, Prepared, new_id, server_sent
+from fomoe_io.serve.dialect import Answer, Delta, Dialect, Format, Prepared, Section, new_id, server_sent
 from fomoe_io.serve.errors import ApiError, bad_request
 from fomoe_io.serve.jobs import Piece
 from fomoe_io.serve.prompts import ChatPrompt, Prompts
+from fomoe_io.serve.reasoning import reasoning
 from fomoe_io.serve.schema import Probability, read
 from fomoe_io.serve.settings import MOST_STOPS, ServeConfig
-from fomoe_io.serve.thoughts import Part
+from fomoe_io.serve.tools import Tools, call_reading, chat_call, chat_constrained, chat_tools, response_form
 
 KINDS = {
     400: "invalid_request_error",
@@ -39,6 +40,9 @@ class CountRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: str = ""
     system: str | list[dict[str, Any]] = ""
     thinking: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    output_config: dict[str, Any] | None = None
 
 
 class MessagesRequest(CountRequest, kw_only=True, forbid_unknown_fields=True):
@@ -61,63 +65,129 @@ def error_document(error: ApiError) -> dict[str, Any]:
 def messages(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
     """A request of /v1/messages."""
     request = read(body, MessagesRequest)
-    prompt = _prompt(request, prompts)
+    tools = _tools(request)
+    calls = call_reading(prompts, tools, splits_thoughts=config.splits_thoughts)
+    prompt = _prompt(request, prompts, tools)
     choosing = prompts.choosing_of({"temperature": request.temperature, "top_k": request.top_k, "top_p": request.top_p})
-    work = prompts.work(
-        [prompt.tokens], choosing, most=request.max_tokens, stops=request.stop_sequences, turn=prompt.turn
+    form = response_form((request.output_config or {}).get("format"))
+    choosing = chat_constrained(choosing, prompts, prompt, tools, form)
+    work = prompts.work([prompt.tokens], choosing, most=request.max_tokens, stops=request.stop_sequences, chat=prompt)
+    written = Format(
+        prompts.name,
+        prompts.tokenizer,
+        is_thinking=prompt.is_thinking,
+        splits_thoughts=config.splits_thoughts,
+        calls=calls,
     )
-    form = Format(
-        prompts.name, prompts.tokenizer, is_thinking=prompt.is_thinking, splits_thoughts=config.splits_thoughts
-    )
-    return Prepared(work, Messages(form, is_stream=request.stream))
+    return Prepared(work, Messages(written, is_stream=request.stream))
 
 
 def count_tokens(body: bytes, prompts: Prompts) -> dict[str, Any]:
     """/v1/messages/count_tokens."""
-    return {"input_tokens": len(_prompt(read(body, CountRequest), prompts).tokens)}
+    request = read(body, CountRequest)
+    tools = _tools(request)
+    call_reading(prompts, tools, splits_thoughts=True)
+    return {"input_tokens": len(_prompt(request, prompts, tools).tokens)}
 
 
-def _prompt(request: CountRequest, prompts: Prompts) -> ChatPrompt:
-    system = BILLING_LINE.sub("", _text_and_thoughts(request.system, "system")[0])
+# ---- requests ----
+
+CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+
+
+def _tools(request: CountRequest) -> Tools | None:
+    """Tools in the form of OpenAI's chat, which templates take."""
+    found = []
+    for number, tool in enumerate(request.tools or ()):
+        kind = tool.get("type") or "custom"
+        if kind != "custom":
+            raise bad_request(f"tools[{number}]: tools of type {kind!r} are not supported, only custom ones are")
+        unknown = sorted(tool.keys() - {"type", "name", "description", "input_schema", "cache_control", "strict"})
+        if unknown:
+            raise bad_request(f"tools[{number}].{unknown[0]} is not supported")
+        function = {"name": tool.get("name"), "description": tool.get("description") or ""}
+        function |= {"parameters": tool.get("input_schema")} | ({"strict": True} if tool.get("strict") else {})
+        found.append({"type": "function", "function": function})
+    wanted = request.tool_choice or {"type": "auto"}
+    kind, parallel = wanted.get("type"), not wanted.get("disable_parallel_tool_use")
+    unknown = sorted(wanted.keys() - {"type", "name", "disable_parallel_tool_use"})
+    if unknown or not isinstance(kind, str) or kind not in (*CHOICES, "tool"):
+        raise bad_request(f"tool_choice: {unknown[0] if unknown else kind!r} is not supported")
+    named = {"type": "function", "function": {"name": wanted.get("name")}}
+    return chat_tools(found, CHOICES.get(kind, named), parallel)
+
+
+def _prompt(request: CountRequest, prompts: Prompts, tools: Tools | None) -> ChatPrompt:
+    system = BILLING_LINE.sub("", _blocks(request.system, "system", ("text",))["text"])
     found: list[dict[str, Any]] = [{"role": "system", "content": system}] if system.strip() else []
     for number, message in enumerate(request.messages):
-        role, where = message.get("role"), f"messages[{number}]"
-        if role not in ("user", "assistant"):
-            raise bad_request(f"{where}: role {role!r} is not supported (user, assistant)")
-        unknown = sorted(message.keys() - {"role", "content"})
-        if unknown:
-            raise bad_request(f"{where}.{unknown[0]} is not supported")
-        text, thoughts = _text_and_thoughts(message.get("content"), where)
-        found.append({"role": role, "content": text} | ({"reasoning_content": thoughts} if thoughts else {}))
-    return prompts.of_chat(found, thinking=_thinking(request.thinking))
+        found += _converted(message, f"messages[{number}]")
+    options = request.output_config or {}
+    unknown = sorted(options.keys() - {"format", "effort"})
+    if unknown:
+        raise bad_request(f"output_config.{unknown[0]} is not supported")
+    effort = options.get("effort")
+    if not (effort is None or isinstance(effort, str)):
+        raise bad_request("output_config.effort is no text")
+    thinking, names = reasoning(prompts, _thinking(request.thinking), effort, tools)
+    return prompts.of_chat(found, thinking=thinking, names=names)
 
 
-def _text_and_thoughts(content: Any, where: str) -> tuple[str, str]:
-    """Of a string, or of blocks."""
+KINDS_OF = {"user": ("text", "tool_result"), "assistant": ("text", "thinking", "tool_use")}
+
+
+def _converted(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """A message in the form of OpenAI's chat: results of tools are messages of their own, before what is said."""
+    role = message.get("role")
+    if not isinstance(role, str) or role not in KINDS_OF:
+        raise bad_request(f"{where}: role {role!r} is not supported (user, assistant)")
+    unknown = sorted(message.keys() - {"role", "content"})
+    if unknown:
+        raise bad_request(f"{where}.{unknown[0]} is not supported")
+    blocks = _blocks(message.get("content"), where, KINDS_OF[role])
+    found: dict[str, Any] = {"role": role, "content": blocks["text"]}
+    if blocks["thinking"]:
+        found["reasoning_content"] = blocks["thinking"]
+    if blocks["tool_use"]:
+        found["tool_calls"] = blocks["tool_use"]
+    is_said = role == "assistant" or blocks["text"] or not blocks["tool_result"]
+    return [*blocks["tool_result"], *([found] if is_said else [])]
+
+
+def _blocks(content: Any, where: str, kinds: Sequence[str]) -> dict[str, Any]:
+    """Of a string, or of blocks: texts and thoughts joined, calls and results in OpenAI's form."""
+    found: dict[str, Any] = {"text": "", "thinking": "", "tool_use": [], "tool_result": []}
     if isinstance(content, str):
-        return content, ""
+        return found | {"text": content}
     if not isinstance(content, list):
         raise bad_request(f"{where}: content is neither text nor a list of blocks")
-    texts, thoughts = [], []
     for block in content:
         kind = block.get("type") if isinstance(block, dict) else None
-        if kind == "text" and isinstance(block.get("text"), str):
-            texts.append(block["text"])
-        elif kind == "thinking" and isinstance(block.get("thinking"), str):
-            thoughts.append(block["thinking"])
+        if kind not in kinds:
+            raise bad_request(f"{where}: content of type {kind!r} is not supported, only {', '.join(kinds)}")
+        if kind in ("text", "thinking") and isinstance(block.get(kind), str):
+            found[kind] += block[kind]
+        elif kind == "tool_use" and isinstance(block.get("name"), str) and isinstance(block.get("input"), dict):
+            found[kind].append(chat_call(str(block.get("id", "")), block["name"], block["input"]))
+        elif kind == "tool_result" and isinstance(block.get("tool_use_id"), str):
+            text = _blocks(block.get("content") or "", f"{where}: tool_result", ("text",))["text"]
+            found[kind].append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": text})
         else:
-            raise bad_request(f"{where}: content of type {kind!r} is not supported, only text and thinking are")
-    return "".join(texts), "".join(thoughts)
+            raise bad_request(f"{where}: a block of type {kind!r} lacks what belongs to it")
+    return found
 
 
-def _thinking(wanted: Mapping[str, Any] | None) -> bool | None:
+def _thinking(wanted: Mapping[str, Any] | None) -> dict[str, Any]:
     """`thinking`, which is on or off: its budget only bounds what the answer's own bound bounds as well."""
     if wanted is None:
-        return None
+        return {}
     kind = wanted.get("type")
+    unknown = sorted(wanted.keys() - {"type", "budget_tokens", "display"})
+    if unknown:
+        raise bad_request(f"thinking.{unknown[0]} is not supported")
     if kind not in ("enabled", "disabled", "adaptive"):
         raise bad_request(f"thinking of type {kind!r} is not supported")
-    return str(kind) != "disabled"
+    return {"enable_thinking": str(kind) != "disabled"}
 
 
 class Messages(Dialect):
@@ -127,7 +197,7 @@ class Messages(Dialect):
         super().__init__(form, is_stream=is_stream)
         self.id = new_id("msg_")
         self._blocks = 0
-        self._open: str | None = None
+        self._open: Section | None = None
 
     def started(self, answer: Answer) -> Iterable[bytes]:
         """message_start."""
@@ -135,33 +205,31 @@ class Messages(Dialect):
         yield _event("message_start", message=message)
         yield _event("ping")
 
-    def piece(self, answer: Answer, piece: Piece, parts: Sequence[Part]) -> Iterable[bytes]:
-        """Deltas, in a block for thoughts and one for text."""
-        for part in parts:
-            if self._open != part.kind:
+    def piece(self, answer: Answer, piece: Piece, deltas: Sequence[Delta]) -> Iterable[bytes]:
+        """Deltas, in a block for thoughts, one for text, and one for each call."""
+        for delta in deltas:
+            if self._open is not delta.section:
                 yield from self._close_block()
-                self._open = part.kind
-                yield _event("content_block_start", index=self._blocks, content_block=_block(part.kind, ""))
-            delta = (
-                {"type": "thinking_delta", "thinking": part.text}
-                if part.kind == "thought"
-                else {"type": "text_delta", "text": part.text}
-            )
-            yield _event("content_block_delta", index=self._blocks, delta=delta)
+                self._open = delta.section
+                block = _block(Section(delta.section.kind, name=delta.section.name, id=delta.section.id))
+                yield _event("content_block_start", index=self._blocks, content_block=block)
+            if delta.kind != "call":
+                yield _event("content_block_delta", index=self._blocks, delta=_delta(delta))
 
     def _close_block(self) -> Iterable[bytes]:
         if self._open is None:
             return
-        if self._open == "thought":
+        if self._open.kind == "thought":
             yield _event("content_block_delta", index=self._blocks, delta={"type": "signature_delta", "signature": ""})
         yield _event("content_block_stop", index=self._blocks)
         self._blocks += 1
         self._open = None
 
-    def ended(self, answer: Answer, parts: Sequence[Part]) -> Iterable[bytes]:
+    def ended(self, answer: Answer, deltas: Sequence[Delta]) -> Iterable[bytes]:
         """message_delta and message_stop."""
-        rest = Piece(answer.index, -1, "", None, answer.timings)
-        yield from self.piece(answer, rest, parts or ([] if self._blocks or self._open else [Part("text", "")]))
+        if not answer.sections:  # nothing is said in so many words
+            deltas = [Delta("text", "", Section("text"), 0)]
+        yield from self.piece(answer, Piece(answer.index, -1, "", None, answer.timings), deltas)
         yield from self._close_block()
         reason, word = _stop_reason(answer)
         yield _event(
@@ -186,9 +254,7 @@ class Messages(Dialect):
     def document(self) -> dict[str, Any]:
         """The message."""
         answer = self.answers[0]
-        content = [_block("thought", answer.thoughts)] if answer.thoughts else []
-        if answer.text or not content:
-            content.append(_block("text", answer.text))
+        content = [_block(section) for section in answer.sections or [Section("text")]]
         message = self._message(answer, content, *_stop_reason(answer))
         return {**message, "usage": self._usage(answer, len(answer.tokens))}
 
@@ -217,13 +283,25 @@ def _event(kind: str, **values: Any) -> bytes:
     return server_sent({"type": kind, **values}, kind)
 
 
-def _block(kind: str, text: str) -> dict[str, Any]:
-    if kind == "thought":
-        return {"type": "thinking", "thinking": text, "signature": ""}
-    return {"type": "text", "text": text}
+def _block(section: Section) -> dict[str, Any]:
+    if section.kind == "thought":
+        return {"type": "thinking", "thinking": section.text, "signature": ""}
+    if section.kind == "text":
+        return {"type": "text", "text": section.text}
+    if section.arguments is None:  # cut short: what can't be run is only shown
+        return {"type": "text", "text": f"{section.name}({section.text}"}
+    return {"type": "tool_use", "id": section.id, "name": section.name, "input": section.arguments}
+
+
+def _delta(delta: Delta) -> dict[str, Any]:
+    if delta.kind == "thought":
+        return {"type": "thinking_delta", "thinking": delta.text}
+    if delta.kind == "arguments":
+        return {"type": "input_json_delta", "partial_json": delta.text}
+    return {"type": "text_delta", "text": delta.text}
 
 
 def _stop_reason(answer: Answer) -> tuple[str, str | None]:
     if answer.stop_type == "word":
         return "stop_sequence", answer.stop_text
-    return ("max_tokens" if answer.stop_type == "limit" else "end_turn"), None
+    return {"length": "max_tokens", "tool_calls": "tool_use"}.get(answer.finish_reason, "end_turn"), None

@@ -16,7 +16,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fomoe_io.engine import Engine
-from fomoe_io.serve import anthropic, llama, metrics, openai, page, responses, slots
+from fomoe_io.serve import anthropic, llama, machine, metrics, openai, page, responses, slots
 from fomoe_io.serve.dialect import Prepared, to_json
 from fomoe_io.serve.errors import ApiError, internal_error, not_supported, unavailable
 from fomoe_io.serve.jobs import Job, JobQueue
@@ -149,6 +149,7 @@ class Service:
             "/props": self._props,
             "/slots": self._slots,
             "/metrics": self._metrics,
+            "/machine": self._machine,
         }
         if self.config.has_page:
             get |= dict.fromkeys(page.PATHS, page.answer)
@@ -220,6 +221,12 @@ class Service:
             raise not_supported("/metrics: it was started with --no-metrics")
         self._ready()
         return PlainTextResponse(metrics.render(self.worker, self.queue), media_type=metrics.MEDIA_TYPE)
+
+    async def _machine(self, request: Request) -> Response:
+        if not self.config.has_metrics:
+            raise not_supported("/machine: it was started with --no-metrics")
+        self._ready()
+        return json_response(machine.document(self.worker, self.queue))
 
 
 def json_response(document: Any) -> Response:

@@ -7,15 +7,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from fomoe_io.serve.errors import ApiError
 from fomoe_io.serve.jobs import Ended, Event, Piece, Progress, Started, StopType, Timings, Work
+from fomoe_io.serve.replays import Sampled
 from fomoe_io.serve.sampling import Probability
-from fomoe_io.serve.thoughts import Part, ThoughtSplitter
+from fomoe_io.serve.tools import CallReading, splitter
 from fomoe_io.text.tokenizer import Tokenizer
+from fomoe_io.text.tool_parser import Part
 
 _ENCODER = msgspec.json.Encoder()
 FINGERPRINT = "fomoe_io"
@@ -39,14 +41,42 @@ def new_id(prefix: str) -> str:
 
 
 @dataclass(slots=True)
+class Section:
+    """Thoughts, text, or a call of a function, whose arguments are the text."""
+
+    kind: Literal["thought", "text", "call"]
+    text: str = ""
+    name: str = ""
+    id: str = ""
+
+    @property
+    def arguments(self) -> dict[str, Any] | None:
+        """Of a call; None where they are no JSON object."""
+        try:
+            found = msgspec.json.decode(self.text.encode("utf-8", "replace") or b"{}")
+        except (msgspec.DecodeError, RecursionError):
+            return None
+        return found if isinstance(found, dict) else None
+
+
+class Delta(NamedTuple):
+    """A part that has come, and where it went: its section, and how many calls there were before that."""
+
+    kind: Literal["thought", "text", "call", "arguments"]
+    text: str
+    section: Section
+    call: int
+
+
+@dataclass(slots=True)
 class Answer:
-    """One answer as far as it has come."""
+    """One answer as far as it has come; `sampled` is its text as the model wrote it, with thoughts and calls."""
 
     index: int
     prompt_tokens: int
     cached_tokens: int
-    text: str = ""
-    thoughts: str = ""
+    sections: list[Section] = field(default_factory=list)
+    sampled: list[str] = field(default_factory=list)
     thought_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
     probabilities: list[Probability] = field(default_factory=list)
@@ -55,9 +85,36 @@ class Answer:
     timings: Timings = NO_TIMINGS
 
     @property
+    def text(self) -> str:
+        """What it says."""
+        return "".join(section.text for section in self.sections if section.kind == "text")
+
+    @property
+    def thoughts(self) -> str:
+        """What was thought before."""
+        return "".join(section.text for section in self.sections if section.kind == "thought")
+
+    @property
+    def calls(self) -> list[Section]:
+        """Functions that it calls."""
+        return [section for section in self.sections if section.kind == "call"]
+
+    @property
     def finish_reason(self) -> str:
         """In OpenAI's words."""
-        return "length" if self.stop_type == "limit" else "stop"
+        if self.stop_type == "limit":
+            return "length"
+        return "tool_calls" if self.calls else "stop"
+
+    def add(self, part: Part) -> Delta:
+        """Take what has come; what a stream says of it."""
+        if part.kind == "call":
+            self.sections.append(Section("call", name=part.text, id=new_id("call_")))
+        elif part.kind != "arguments" and not (self.sections and self.sections[-1].kind == part.kind):
+            self.sections.append(Section(part.kind, part.text))
+        else:
+            self.sections[-1].text += part.text
+        return Delta(part.kind, part.text, self.sections[-1], len(self.calls) - 1)
 
 
 class Format(NamedTuple):
@@ -72,6 +129,9 @@ class Format(NamedTuple):
         In the stream: `return_progress` and `timings_per_token`.
     has_usage : bool
         In the stream.
+    choices : int
+    calls : CallReading or None
+        How functions are called, where they may be.
     """
 
     model: str
@@ -82,6 +142,7 @@ class Format(NamedTuple):
     has_timings: bool = False
     has_usage: bool = False
     choices: int = 1
+    calls: CallReading | None = None
 
 
 class Dialect(ABC):
@@ -97,7 +158,10 @@ class Dialect(ABC):
         """Take an event; what a stream says to it."""
         written: Iterable[bytes] = ()
         if isinstance(event, Started):
-            self._splitter = ThoughtSplitter(is_thinking=self.form.is_thinking, splits=self.form.splits_thoughts)
+            form = self.form
+            self._splitter = splitter(
+                is_thinking=form.is_thinking, splits_thoughts=form.splits_thoughts, calls=form.calls
+            )
             self.answers.append(Answer(event.run, event.prompt_tokens, event.cached_tokens))
             written = self.started(self.answers[-1])
         elif isinstance(event, Progress):
@@ -105,23 +169,31 @@ class Dialect(ABC):
         elif isinstance(event, Piece):
             written = self.piece(self.answers[-1], event, self._collect(event))
         elif isinstance(event, Ended):
-            answer, parts = self.answers[-1], self._splitter.finish()
-            _append(answer, parts)
+            answer = self.answers[-1]
+            deltas = [answer.add(part) for part in self._splitter.finish()]
             answer.stop_type, answer.stop_text, answer.timings = event.stop_type, event.stop_text, event.timings
-            written = self.ended(answer, parts)
+            self._remember(answer)
+            written = self.ended(answer, deltas)
         return b"".join(written) if self.is_stream else b""
 
-    def _collect(self, piece: Piece) -> Sequence[Part]:
+    def _remember(self, answer: Answer) -> None:
+        """An answer with calls, as the model wrote it."""
+        calls = self.form.calls
+        if answer.calls and calls is not None and calls.sampled is not None:
+            text = self.form.tokenizer.decode(answer.tokens, special=True)
+            calls.sampled.add([call.id for call in answer.calls], Sampled(text, self.form.is_thinking))
+
+    def _collect(self, piece: Piece) -> Sequence[Delta]:
         answer, was_thinking = self.answers[-1], self._splitter.is_thinking
-        parts = self._splitter.add(piece.text)
-        _append(answer, parts)
+        deltas = [answer.add(part) for part in self._splitter.add(piece.text)]
+        answer.sampled.append(piece.text)
         if piece.token >= 0:
             answer.tokens.append(piece.token)
             answer.thought_tokens += was_thinking or self._splitter.is_thinking
         if piece.probability is not None and not self.is_stream:
             answer.probabilities.append(piece.probability)
         answer.timings = piece.timings
-        return parts
+        return deltas
 
     # ---- what a stream says; called only in order, and lazily ----
 
@@ -134,11 +206,11 @@ class Dialect(ABC):
         return ()
 
     @abstractmethod
-    def piece(self, answer: Answer, piece: Piece, parts: Sequence[Part]) -> Iterable[bytes]:
+    def piece(self, answer: Answer, piece: Piece, deltas: Sequence[Delta]) -> Iterable[bytes]:
         """A token came."""
 
     @abstractmethod
-    def ended(self, answer: Answer, parts: Sequence[Part]) -> Iterable[bytes]:
+    def ended(self, answer: Answer, deltas: Sequence[Delta]) -> Iterable[bytes]:
         """An answer is complete."""
 
     @abstractmethod
@@ -206,11 +278,3 @@ class Prepared(NamedTuple):
 
     work: Work
     dialect: Dialect
-
-
-def _append(answer: Answer, parts: Sequence[Part]) -> None:
-    for part in parts:
-        if part.kind == "thought":
-            answer.thoughts += part.text
-        else:
-            answer.text += part.text

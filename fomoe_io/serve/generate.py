@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -110,7 +111,7 @@ class Answering:
 
     def _read(self, timeline: Timeline, piece: PieceSize) -> np.ndarray:
         started = time.monotonic()
-        tokens = timeline.begin(self._run.tokens, turn=self._run.turn, reuse=self._work.reuse)
+        tokens = self._begun(timeline)
         self._prompt = tokens
         self._cached = len(timeline.tokens)
         self._emit(Started(self._number, len(tokens), self._cached))
@@ -128,6 +129,13 @@ class Answering:
         assert logits is not None  # a timeline leaves at least one token to read
         return logits
 
+    def _begun(self, timeline: Timeline) -> Any:
+        """The prompt, in the form of which more is known."""
+        run, other = self._run, self._run.other
+        if other is not None and self._work.reuse and timeline.unread(other.tokens) < timeline.unread(run.tokens):
+            return timeline.begin(other.tokens, turn=other.turn)
+        return timeline.begin(run.tokens, turn=run.turn, reuse=self._work.reuse)
+
     def _generate(self, timeline: Timeline, logits: np.ndarray) -> None:
         work, tokenizer = self._work, self._tokenizer
         chooser = Chooser(self._run.choosing, self._prompt)
@@ -144,6 +152,9 @@ class Answering:
             self._count += 1
             texts.append(decoder.add(token))
             self._show(token, stop.add(texts[-1]), probability)
+            if chooser.is_over:
+                stop_type = "eos"
+                break
             if stop.found or self._count == work.most or len(timeline.tokens) >= timeline.context_tokens:
                 break
             logits = timeline.decode(token)

@@ -19,6 +19,13 @@ from fomoe_io.serve.sampling import Choosing, Probability
 StopType = Literal["eos", "word", "limit"]
 
 
+class Known(NamedTuple):
+    """A prompt's tokens, and where the last message of the user begins."""
+
+    tokens: array[int]
+    turn: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """One answer that is wanted: a prompt (of type "i": many may wait), and how its tokens are chosen."""
@@ -27,6 +34,8 @@ class Run:
     choosing: Choosing
     turn: int | None = None
     """Where the last message of the user begins."""
+    other: Known | None = None
+    """Another form of the prompt, which is taken where more of it is known."""
 
 
 @dataclass(frozen=True, slots=True)

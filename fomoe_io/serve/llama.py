@@ -7,13 +7,14 @@ from typing import Any
 
 import msgspec
 
-from fomoe_io.serve.dialect import Answer, Dialect, Format, Prepared, server_sent
+from fomoe_io.serve.dialect import Answer, Delta, Dialect, Format, Prepared, server_sent
 from fomoe_io.serve.jobs import Piece, Progress, Work
-from fomoe_io.serve.openai import chat_messages, progress_document, thinking_of
+from fomoe_io.serve.openai import chat_messages, progress_document
 from fomoe_io.serve.prompts import Prompt, Prompts
+from fomoe_io.serve.reasoning import reasoning
 from fomoe_io.serve.schema import Sampled, read
 from fomoe_io.serve.settings import ServeConfig
-from fomoe_io.serve.thoughts import Part
+from fomoe_io.serve.tools import chat_tools, constrained, sampled_form
 from fomoe_io.serve.worker import Slot
 from fomoe_io.text.sampler import SamplingConfig
 
@@ -48,7 +49,9 @@ class TemplateRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The body of /apply-template."""
 
     messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     model: str = ""
 
 
@@ -58,7 +61,12 @@ def completion(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
     several = prompts.of_several(request.prompt)
     work = prompts.work(
         several,
-        prompts.choosing(request, request.n_probs or None),
+        constrained(
+            prompts.choosing(request, request.n_probs or None),
+            prompts,
+            sampled_form(request),
+            ignore_eos=request.ignore_eos,
+        ),
         choices=request.n,
         most=request.max_tokens if request.n_predict is None else request.n_predict,
         stops=request.stop,
@@ -122,9 +130,9 @@ class LlamaCompletion(Dialect):
         """How much of the prompt is read."""
         yield server_sent({**self._partial(answer, "", []), "prompt_progress": progress_document(progress)})
 
-    def piece(self, answer: Answer, piece: Piece, parts: Sequence[Part]) -> Iterable[bytes]:
+    def piece(self, answer: Answer, piece: Piece, deltas: Sequence[Delta]) -> Iterable[bytes]:
         """A token and its text."""
-        text = "".join(part.text for part in parts)
+        text = "".join(delta.text for delta in deltas)
         self._unsent += [piece.token] if piece.token >= 0 else []
         if not text and piece.probability is None:
             return
@@ -146,9 +154,9 @@ class LlamaCompletion(Dialect):
             "tokens_evaluated": answer.prompt_tokens,
         }
 
-    def ended(self, answer: Answer, parts: Sequence[Part]) -> Iterable[bytes]:
+    def ended(self, answer: Answer, deltas: Sequence[Delta]) -> Iterable[bytes]:
         """The statistics."""
-        text = "".join(part.text for part in parts)
+        text = "".join(delta.text for delta in deltas)
         yield server_sent({**self._final(answer), "content": text, "tokens": self._take_unsent()})
 
     def _take_unsent(self) -> list[int]:
@@ -224,9 +232,9 @@ def detokenize(body: bytes, prompts: Prompts) -> dict[str, Any]:
 def apply_template(body: bytes, prompts: Prompts) -> dict[str, Any]:
     """/apply-template."""
     request = read(body, TemplateRequest)
-    return {
-        "prompt": prompts.render(chat_messages(request.messages), thinking=thinking_of(request.chat_template_kwargs))
-    }
+    tools = chat_tools(request.tools, None, None)
+    thinking, names = reasoning(prompts, request.chat_template_kwargs, request.reasoning_effort, tools)
+    return {"prompt": prompts.render(chat_messages(request.messages), thinking=thinking, names=names)}
 
 
 def props(prompts: Prompts, config: ServeConfig) -> dict[str, Any]:
@@ -234,7 +242,7 @@ def props(prompts: Prompts, config: ServeConfig) -> dict[str, Any]:
     return {
         "default_generation_settings": {
             "params": {
-                **sampling_document(config.sampling),
+                **sampling_document(prompts.sampling),
                 "presence_penalty": config.presence_penalty,
                 "frequency_penalty": config.frequency_penalty,
                 "n_predict": config.most_tokens,

@@ -7,19 +7,30 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from fomoe_io.serve.dialect import FINGERPRINT, Answer, Dialect, Format, Prepared, new_id, server_sent
+from fomoe_io.serve.dialect import FINGERPRINT, Answer, Delta, Dialect, Format, Prepared, Section, new_id, server_sent
 from fomoe_io.serve.errors import bad_request
 from fomoe_io.serve.jobs import Piece, Progress
 from fomoe_io.serve.prompts import Prompt, Prompts
+from fomoe_io.serve.reasoning import reasoning
 from fomoe_io.serve.sampling import Probability
 from fomoe_io.serve.schema import Sampled, StreamOptions, read
 from fomoe_io.serve.settings import ServeConfig
-from fomoe_io.serve.thoughts import Part
+from fomoe_io.serve.tools import (
+    call_reading,
+    calls_of_message,
+    chat_constrained,
+    chat_tools,
+    constrained,
+    one_form,
+    response_form,
+    sampled_form,
+)
 
 DONE = b"data: [DONE]\n\n"
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 MESSAGE_FIELDS = frozenset({"role", "content", "name", "reasoning_content"})
+MORE_FIELDS = {"assistant": frozenset({"tool_calls"}), "tool": frozenset({"tool_call_id"})}
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 Count = Annotated[int, Meta(ge=-1)]
@@ -34,7 +45,12 @@ class ChatRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     stream_options: StreamOptions | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     reasoning_format: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
 
 
 class CompletionRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
@@ -81,31 +97,18 @@ def chat_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         said = {name: value for name, value in message.items() if value is not None and value != []}
-        unknown = sorted(said.keys() - MESSAGE_FIELDS)
-        if unknown:
-            raise bad_request(f"{where}.{unknown[0]} is not supported", param="messages")
         role = said.get("role")
         if not isinstance(role, str) or role not in ROLES:
             raise bad_request(f"{where}: role {role!r} is not supported ({', '.join(ROLES)})", param="messages")
-        converted = {"role": ROLES[role], "content": plain_text(said.get("content", ""), where)}
-        converted |= {name: str(said[name]) for name in ("name", "reasoning_content") if name in said}
+        unknown = sorted(said.keys() - MESSAGE_FIELDS - MORE_FIELDS.get(role, frozenset()))
+        if unknown:
+            raise bad_request(f"{where}.{unknown[0]} is not supported", param="messages")
+        converted: dict[str, Any] = {"role": ROLES[role], "content": plain_text(said.get("content", ""), where)}
+        converted |= {name: str(said[name]) for name in ("name", "reasoning_content", "tool_call_id") if name in said}
+        if "tool_calls" in said:
+            converted["tool_calls"] = calls_of_message(said["tool_calls"], where)
         found.append(converted)
     return found
-
-
-def thinking_of(arguments: Mapping[str, Any] | None) -> bool | None:
-    """`enable_thinking` among chat_template_kwargs.
-
-    Raises
-    ------
-    ApiError
-        Others are there.
-    """
-    values = dict(arguments or {})
-    thinking = values.pop("enable_thinking", None)
-    if values or not (thinking is None or isinstance(thinking, bool)):
-        raise bad_request("chat_template_kwargs: only enable_thinking (a boolean) is supported")
-    return thinking
 
 
 # ---- requests ----
@@ -118,13 +121,19 @@ def chat(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
         raise bad_request("top_logprobs needs logprobs: true", param="top_logprobs")
     if request.reasoning_format not in (None, "none", "auto", "deepseek"):
         raise bad_request(f"reasoning_format {request.reasoning_format!r} is not supported", param="reasoning_format")
-    prompt = prompts.of_chat(chat_messages(request.messages), thinking=thinking_of(request.chat_template_kwargs))
+    splits = config.splits_thoughts if request.reasoning_format is None else request.reasoning_format != "none"
+    tools = chat_tools(request.tools, request.tool_choice, request.parallel_tool_calls)
+    calls = call_reading(prompts, tools, splits_thoughts=splits)
+    thinking, names = reasoning(prompts, request.chat_template_kwargs, request.reasoning_effort, tools)
+    prompt = prompts.of_chat(chat_messages(request.messages), thinking=thinking, names=names)
+    form = one_form([response_form(request.response_format), sampled_form(request)])
     alternatives = (request.top_logprobs or request.n_probs or 0) if request.logprobs else request.n_probs or None
     most = next((m for m in (request.max_completion_tokens, request.max_tokens) if m is not None), request.n_predict)
+    choosing = prompts.choosing(request, alternatives)
     work = prompts.work(
         [prompt.tokens],
-        prompts.choosing(request, alternatives),
-        turn=prompt.turn,
+        chat_constrained(choosing, prompts, prompt, tools, form, ignore_eos=request.ignore_eos),
+        chat=prompt,
         choices=request.n,
         most=most,
         stops=request.stop,
@@ -132,11 +141,9 @@ def chat(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
         reuse=request.cache_prompt,
         is_stream=request.stream,
     )
-    splits = config.splits_thoughts if request.reasoning_format is None else request.reasoning_format != "none"
-    form = _format(prompts, request, request.stream_options)
-    return Prepared(
-        work, Chat(form._replace(is_thinking=prompt.is_thinking, splits_thoughts=splits), is_stream=request.stream)
-    )
+    written = _format(prompts, request, request.stream_options)
+    written = written._replace(is_thinking=prompt.is_thinking, splits_thoughts=splits, calls=calls)
+    return Prepared(work, Chat(written, is_stream=request.stream))
 
 
 def completions(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
@@ -144,7 +151,12 @@ def completions(body: bytes, prompts: Prompts, config: ServeConfig) -> Prepared:
     request = read(body, CompletionRequest)
     work = prompts.work(
         prompts.of_several(request.prompt),
-        prompts.choosing(request, request.logprobs if request.logprobs is not None else request.n_probs or None),
+        constrained(
+            prompts.choosing(request, request.logprobs if request.logprobs is not None else request.n_probs or None),
+            prompts,
+            sampled_form(request),
+            ignore_eos=request.ignore_eos,
+        ),
         choices=request.n,
         most=request.n_predict if request.max_tokens is None else request.max_tokens,
         stops=request.stop,
@@ -225,20 +237,20 @@ class Chat(OpenAI):
         """How much of the prompt is read."""
         yield self._delta(answer, {}, prompt_progress=progress_document(progress))
 
-    def piece(self, answer: Answer, piece: Piece, parts: Sequence[Part]) -> Iterable[bytes]:
+    def piece(self, answer: Answer, piece: Piece, deltas: Sequence[Delta]) -> Iterable[bytes]:
         """A delta for each stretch of text; a probability goes with the first."""
-        deltas = [_delta_of(part) for part in parts]
+        said = [_said(delta) for delta in deltas]
         logprobs = None
         if piece.probability is not None:
             logprobs = {"content": [self.probability(piece.probability)], "refusal": None}
-            deltas = deltas or [{}]
-        for number, delta in enumerate(deltas):
+            said = said or [{}]
+        for number, delta in enumerate(said):
             yield self._delta(answer, delta, logprobs=None if number else logprobs, **self._timings(answer))
 
-    def ended(self, answer: Answer, parts: Sequence[Part]) -> Iterable[bytes]:
+    def ended(self, answer: Answer, deltas: Sequence[Delta]) -> Iterable[bytes]:
         """The reason."""
-        for part in parts:
-            yield self._delta(answer, _delta_of(part))
+        for delta in deltas:
+            yield self._delta(answer, _said(delta))
         choice = {"index": answer.index, "delta": {}, "logprobs": None, "finish_reason": answer.finish_reason}
         yield self._chunk(choice, timings=answer.timings.document())
 
@@ -252,9 +264,12 @@ class Chat(OpenAI):
         return self._envelope([self._choice(answer) for answer in self.answers], usage=self.usage(), timings=timings)
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        calls = answer.calls
+        message: dict[str, Any] = {"role": "assistant", "content": (answer.text or None) if calls else answer.text}
         if answer.thoughts:
             message["reasoning_content"] = answer.thoughts
+        if calls:
+            message["tool_calls"] = [_call(section, section.text) for section in calls]
         content = [self.probability(probability) for probability in answer.probabilities]
         return {
             "index": answer.index,
@@ -282,16 +297,16 @@ class Completion(OpenAI):
         """How much of the prompt is read."""
         yield self._text(answer, "", prompt_progress=progress_document(progress))
 
-    def piece(self, answer: Answer, piece: Piece, parts: Sequence[Part]) -> Iterable[bytes]:
+    def piece(self, answer: Answer, piece: Piece, deltas: Sequence[Delta]) -> Iterable[bytes]:
         """Text."""
-        text = "".join(part.text for part in parts)
+        text = "".join(delta.text for delta in deltas)
         if text or piece.probability is not None:
             found = [] if piece.probability is None else [piece.probability]
             yield self._text(answer, text, self._logprobs(found), **self._timings(answer))
 
-    def ended(self, answer: Answer, parts: Sequence[Part]) -> Iterable[bytes]:
+    def ended(self, answer: Answer, deltas: Sequence[Delta]) -> Iterable[bytes]:
         """The reason."""
-        text = "".join(part.text for part in parts)
+        text = "".join(delta.text for delta in deltas)
         choice = {"index": answer.index, "text": text, "logprobs": None, "finish_reason": answer.finish_reason}
         yield self._chunk(choice, timings=answer.timings.document())
 
@@ -330,8 +345,16 @@ class Completion(OpenAI):
         }
 
 
-def _delta_of(part: Part) -> dict[str, Any]:
-    return {"reasoning_content" if part.kind == "thought" else "content": part.text}
+def _said(delta: Delta) -> dict[str, Any]:
+    if delta.kind == "call":
+        return {"tool_calls": [{"index": delta.call, **_call(delta.section, "")}]}
+    if delta.kind == "arguments":
+        return {"tool_calls": [{"index": delta.call, "function": {"arguments": delta.text}}]}
+    return {"reasoning_content" if delta.kind == "thought" else "content": delta.text}
+
+
+def _call(section: Section, arguments: str) -> dict[str, Any]:
+    return {"id": section.id, "type": "function", "function": {"name": section.name, "arguments": arguments}}
 
 
 def progress_document(progress: Progress) -> dict[str, Any]:

@@ -180,6 +180,7 @@ function grow() {
 
 function setTheme(name) {
   document.documentElement.dataset.theme = name;
+  drawMap();
 }
 
 function toggleMachine() {
@@ -190,53 +191,94 @@ function toggleMachine() {
 
 // ---- the machine ----
 
-let before = null;
+let before = null;      // what /machine said last
+let layers = [];        // of it: {layer, slots, vram, dram, tiers, heat}
+let chosen = -1;        // the row that the map tells of
 
-function parse(metrics) {
-  const found = {time: performance.now()};
-  for (const line of metrics.split("\n")) {
-    const match = line.match(/^([a-z_:]+)(?:\{[a-z]+="([a-z]+)"\})? (\S+)$/);
-    if (match) found[match[2] ? `${match[1]}.${match[2]}` : match[1]] = Number(match[3]);
-  }
-  return found;
-}
+const percent = (part, whole) => (whole > 0 ? 100 * part / whole : 0).toFixed(1) + " %";
 
-function draw(now, slot) {
+function draw(now) {
   const since = (name) => now[name] - (before?.[name] ?? 0);
-  const tokens = since("llamacpp:tokens_predicted_total"), prompt = since("llamacpp:prompt_tokens_total");
-  if (tokens) $("speed").textContent = rate(tokens / since("llamacpp:tokens_predicted_seconds_total"));
-  if (prompt) $("prompt-speed").textContent = rate(prompt / since("llamacpp:prompt_seconds_total"));
-  if (tokens + prompt) $("per-token").textContent = bytes(since("fomoe_nvme_read_bytes_total") / (tokens + prompt)) + "/token";
-  $("queue").textContent = `${now["llamacpp:requests_processing"]}, ${now["llamacpp:requests_deferred"]}`;
-  const requests = since("fomoe_expert_requests_total");
+  const tokens = since("generated_tokens"), prompt = since("prompt_tokens"), requests = since("expert_requests");
+  if (tokens) $("speed").textContent = rate(tokens / since("decode_seconds"));
+  if (prompt) $("prompt-speed").textContent = rate(prompt / since("prompt_seconds"));
+  if (tokens + prompt) {
+    $("per-token").textContent = bytes(since("nvme_bytes") / (tokens + prompt)) + "/token";
+    $("stall").textContent = percent(since("stall_seconds"), since("prompt_seconds") + since("decode_seconds"));
+  }
+  $("queue").textContent = `${now.at_work}, ${now.waiting}`;
   if (requests) {
+    $("swaps").textContent = now.exact ? "off" : percent(since("substitutions"), requests);
     for (const tier of ["vram", "dram", "nvme"]) {
-      const share = 100 * since(`fomoe_expert_hits_total.${tier}`) / requests;
+      const share = 100 * (now.hits[tier] - (before?.hits[tier] ?? 0)) / requests;
       $(tier).textContent = share.toFixed(1) + " %";
       $("tiers").querySelector("." + tier).style.width = share + "%";
     }
   }
-  $("prompt-total").textContent = now["llamacpp:prompt_tokens_total"].toLocaleString("en");
-  $("cached-total").textContent = now["fomoe_prompt_tokens_cached_total"].toLocaleString("en");
-  $("generated-total").textContent = now["llamacpp:tokens_predicted_total"].toLocaleString("en");
-  $("read-total").textContent = bytes(now["fomoe_nvme_read_bytes_total"]);
-  $("memory").textContent = bytes(now["fomoe_peak_rss_bytes"]);
-  $("exact").textContent = now["fomoe_exact"] ? "exact" : "not exact (--car)";
-  const isReading = slot?.is_processing && slot.n_prompt_tokens_processed < slot.n_prompt_tokens;
+  $("prompt-total").textContent = now.prompt_tokens.toLocaleString("en");
+  $("cached-total").textContent = now.cached_tokens.toLocaleString("en");
+  $("generated-total").textContent = now.generated_tokens.toLocaleString("en");
+  $("read-total").textContent = bytes(now.nvme_bytes);
+  $("memory").textContent = bytes(now.peak_rss_bytes);
+  $("exact").textContent = now.exact ? "exact" : `not exact (--car ${now.car})`;
+  const isReading = now.prompt && now.prompt.processed < now.prompt.total;
   $("prompt-part").hidden = !isReading;
   if (isReading) {
-    $("prompt-count").textContent = `${slot.n_prompt_tokens_processed} of ${slot.n_prompt_tokens}`;
-    $("prompt-bar").style.width = 100 * slot.n_prompt_tokens_processed / slot.n_prompt_tokens + "%";
+    $("prompt-count").textContent = `${now.prompt.processed} of ${now.prompt.total}`;
+    $("prompt-bar").style.width = 100 * now.prompt.processed / now.prompt.total + "%";
   }
+  layers = now.layers;
+  drawMap();
+}
+
+function color(name) {
+  const hex = getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  return [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+}
+
+// A pixel an expert: its tier is the colour, how often it was picked the strength
+function drawMap() {
+  const map = $("map"), columns = Math.max(...layers.map((layer) => layer.tiers.length), 1);
+  map.hidden = !layers.length;
+  if (!layers.length) return;
+  map.width = columns;
+  map.height = layers.length;
+  map.style.height = Math.min(Math.max(3 * layers.length, 60), 320) + "px";
+  const context = map.getContext("2d"), image = context.createImageData(columns, layers.length);
+  const colors = {v: color("--vram"), d: color("--dram"), ".": color("--nvme")};
+  layers.forEach(({tiers, heat}, row) => {
+    for (let expert = 0; expert < tiers.length; expert++) {
+      const share = (heat.charCodeAt(expert) - 48) / 9, tier = tiers[expert];
+      const strength = tier === "." ? 0.75 * share : 0.35 + 0.65 * share;
+      image.data.set([...colors[tier], Math.round(255 * strength)], 4 * (row * columns + expert));
+    }
+  });
+  context.putImageData(image, 0, 0);
+  tellLayer();
+}
+
+function tellLayer() {
+  chosen = Math.min(chosen, layers.length - 1);
+  const sum = (name) => layers.reduce((total, layer) => total + layer[name], 0);
+  const one = layers[chosen];
+  const all = layers.reduce((total, layer) => total + layer.tiers.length, 0);
+  $("map-about").textContent = one
+    ? `layer ${one.layer}: ${one.vram} in VRAM, ${one.dram} in DRAM, of ${one.tiers.length}`
+    : `${layers.length} layers: ${sum("vram")} in VRAM, ${sum("dram")} in DRAM, of ${all}`;
+}
+
+function choose(row) {
+  chosen = Math.max(-1, Math.min(row, layers.length - 1));
+  tellLayer();
 }
 
 async function look() {
   if ($("panel").hidden || document.hidden) return;
   try {
-    const [metrics, slots] = await Promise.all([fetch("metrics", {headers: headers()}), fetch("slots", {headers: headers()})]);
-    if (!metrics.ok) throw new Error(await failure(metrics));
-    const now = parse(await metrics.text());
-    draw(now, slots.ok ? (await slots.json())[0] : null);
+    const response = await fetch("machine", {headers: headers()});
+    if (!response.ok) throw new Error(await failure(response));
+    const now = await response.json();
+    draw(now);
     before = now;
     $("state").textContent = "";
   } catch (error) {
@@ -282,6 +324,14 @@ $("new").onclick = begin;
 $("machine").onclick = toggleMachine;
 $("theme").onclick = () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
 $("key").onchange = look;
+$("map").onkeydown = (event) => {
+  const step = {ArrowDown: 1, ArrowUp: -1}[event.key];
+  if (!step) return;
+  event.preventDefault();
+  choose(chosen + step);
+};
+$("map").onpointermove = (event) => choose(Math.floor(event.offsetY / $("map").clientHeight * layers.length));
+$("map").onpointerleave = () => choose(-1);
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 setInterval(look, 1000);
 begin();

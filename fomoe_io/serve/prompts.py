@@ -6,18 +6,24 @@ import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from fomoe_io.config import EngineConfig
 from fomoe_io.engine import Engine
 from fomoe_io.errors import FomoeError, FormatError
 from fomoe_io.serve.errors import bad_request, context_exceeded
-from fomoe_io.serve.jobs import Run, Work
+from fomoe_io.serve.jobs import Known, Run, Work
+from fomoe_io.serve.replays import SampledCalls
 from fomoe_io.serve.sampling import Choosing
 from fomoe_io.serve.schema import Sampled
 from fomoe_io.serve.settings import MOST_CHOICES, MOST_MESSAGES, MOST_REPORTED, ServeConfig
 from fomoe_io.storage.metadata import Metadata
 from fomoe_io.text.chat import TEMPLATE_KEY, ChatTemplate
 from fomoe_io.text.generation import last_turn
+from fomoe_io.text.grammar import Grammars
+from fomoe_io.text.sampler import SamplingConfig
+from fomoe_io.text.tool_formats import thoughts_of, tool_format
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -40,6 +46,13 @@ class ChatPrompt(NamedTuple):
     tokens: list[int]
     is_thinking: bool  # the template has begun the thoughts already
     turn: int | None  # where the last message of the user begins, in tokens
+    replayed: Known | None  # the same with calls as the model wrote them: another that may be known better
+
+
+def calls_file(config: EngineConfig) -> Path | None:
+    """Where calls are kept beyond the process: beside the sessions."""
+    folder = config.sessions_folder if config.cache_disk_bytes else None
+    return folder / "calls.jsonl" if folder is not None and folder.is_dir() else None
 
 
 class Prompts:
@@ -57,7 +70,11 @@ class Prompts:
     """
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        if config.chosen_sampling is not None:
+            own = SamplingConfig.of_model(engine.metadata, **config.chosen_sampling)
+            config = replace(config, sampling=own)
         self._config = config
+        self.sampling = config.sampling
         self.tokenizer = engine.tokenizer
         self.shape = engine.shape
         self.context_tokens = engine.context_tokens
@@ -73,6 +90,11 @@ class Prompts:
             self._template = ChatTemplate(self.template_source, bos_text=self.bos_text, eos_text=self.eos_text)
         except FormatError as error:
             raise FormatError(error.message, hint="--chat-template chatml, or --chat-template-file FILE") from None
+
+        self.sampled = SampledCalls(calls_file(engine.config))
+        self.grammars = Grammars(self.tokenizer, self.shape.vocabulary)
+        self.tool_format = tool_format(self.template_source)
+        self.thoughts = thoughts_of(self.template_source)
 
     # ---- prompts ----
 
@@ -107,8 +129,14 @@ class Prompts:
             raise bad_request(f"token {token} is not in 0..{self.shape.vocabulary - 1}")
         return token
 
-    def render(self, messages: Sequence[dict[str, Any]], *, thinking: bool | None = None) -> str:
-        """A conversation as text.
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        thinking: bool | None = None,
+        names: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation as text; `names` are known to the template besides.
 
         Raises
         ------
@@ -122,20 +150,40 @@ class Prompts:
         if messages[-1]["role"] == "assistant":
             raise bad_request("continuing a message of the assistant is not supported", param="messages")
         try:
-            return self._rendered(messages, thinking)
+            return self._rendered(messages, thinking, names)
         except FomoeError as error:
             raise bad_request(error.message, param="messages") from None
 
-    def _rendered(self, messages: Sequence[dict[str, Any]], thinking: bool | None) -> str:
+    def _rendered(
+        self, messages: Sequence[dict[str, Any]], thinking: bool | None, names: Mapping[str, Any] | None
+    ) -> str:
         enable = self._config.thinking if thinking is None else thinking
-        return self._template.render(list(messages), enable_thinking=enable)
+        return self._template.render(list(messages), enable_thinking=enable, names=names)
 
-    def of_chat(self, messages: Sequence[dict[str, Any]], *, thinking: bool | None = None) -> ChatPrompt:
+    def of_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        thinking: bool | None = None,
+        names: Mapping[str, Any] | None = None,
+    ) -> ChatPrompt:
         """A conversation as tokens."""
-        text = self.render(messages, thinking=thinking)
+        text = self.render(messages, thinking=thinking, names=names)
         tokens = self.of_text(text, add_bos=not (self.bos_text and text.startswith(self.bos_text)))
-        turn = last_turn(lambda other: self._rendered(other, thinking), messages, text, tokens, self.tokenizer)
-        return ChatPrompt(text, tokens, text.rstrip().endswith(THOUGHT_BEGIN), turn)
+        is_thinking = text.rstrip().endswith(THOUGHT_BEGIN)
+
+        def render(other: Sequence[dict[str, Any]]) -> str:
+            return self._rendered(other, thinking, names)
+
+        turn = last_turn(render, messages, text, tokens, self.tokenizer)
+        begun = text[text.rindex(THOUGHT_BEGIN) :] if is_thinking else ""
+        other = self.sampled.replayed(messages, render, begun)
+        replayed = None
+        if other is not None and other != text:
+            found = self.of_text(other, add_bos=not (self.bos_text and other.startswith(self.bos_text)))
+            place = last_turn(render, messages, other, found, self.tokenizer)
+            replayed = Known(array("i", found), place) if len(found) < self.context_tokens else None
+        return ChatPrompt(text, tokens, is_thinking, turn, replayed)
 
     # ---- work ----
 
@@ -150,7 +198,7 @@ class Prompts:
         ignore_eos: bool = False,
         reuse: bool = True,
         is_stream: bool = False,
-        turn: int | None = None,
+        chat: ChatPrompt | None = None,
     ) -> Work:
         """What the engine is asked for; each prompt is answered `choices` times.
 
@@ -166,8 +214,9 @@ class Prompts:
         for tokens in prompts:
             if len(tokens) >= self.context_tokens:
                 raise context_exceeded(len(tokens), self.context_tokens)
+        known = () if chat is None else (chat.turn, chat.replayed)
         compact = [array("i", tokens) for tokens in prompts]
-        runs = [Run(tokens, choosing.of_choice(choice), turn) for tokens in compact for choice in range(choices)]
+        runs = [Run(tokens, choosing.of_choice(choice), *known) for tokens in compact for choice in range(choices)]
         wanted, limit = -1 if most is None else most, self._config.most_tokens
         most = limit if wanted < 0 else wanted if limit < 0 else min(wanted, limit)
         room = [self.context_tokens - len(run.tokens) for run in runs]

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fomoe_io.errors import UsageError
+from fomoe_io.serve.errors import bad_request
+from fomoe_io.text.grammar import Grammar
 from fomoe_io.text.sampler import Sampler, SamplingConfig
 
 NEVER = np.float32(-1e30)
@@ -28,6 +31,8 @@ class Choosing:
         Taken from the logits of the last `repeat_last` tokens, once and for each time, as llama.cpp does.
     probabilities : int or None
         How many alternatives to report with each token; None reports nothing.
+    grammar : Grammar or None
+        What answers have to follow: no bias lets a token come that may not.
     """
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -35,6 +40,7 @@ class Choosing:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     probabilities: int | None = None
+    grammar: Grammar | None = None
 
     def of_choice(self, number: int) -> Choosing:
         """For one of several choices: each draws from a seed of its own."""
@@ -64,7 +70,8 @@ class Chooser:
 
     def __init__(self, choosing: Choosing, prompt: Sequence[int]) -> None:
         self._choosing = choosing
-        self._sampler = Sampler(choosing.sampling)
+        grammar = choosing.grammar
+        self._sampler = Sampler(choosing.sampling, None if grammar is None else grammar.start())
         self._bias_ids = np.fromiter(choosing.bias.keys(), np.int64)
         self._bias = np.fromiter(choosing.bias.values(), np.float32)
         last = choosing.sampling.repeat_last
@@ -72,14 +79,28 @@ class Chooser:
         for token in prompt[-last:] if last else ():
             self.accept(token)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the grammar lets nothing come but an end."""
+        return self._sampler.is_over
+
     def accept(self, token: int) -> None:
         """Let the penalties see a token."""
         self._sampler.accept(token)
         self._recent.append(token)
 
     def choose(self, logits: np.ndarray) -> tuple[int, Probability | None]:
-        """The next token, and how likely it was when that was asked for."""
-        token = self._sampler.sample(self._adjusted(logits))
+        """The next token, and how likely it was when that was asked for.
+
+        Raises
+        ------
+        ApiError
+            400: the grammar has come to be too much to follow.
+        """
+        try:
+            token = self._sampler.sample(self._adjusted(logits))
+        except UsageError as error:  # the grammar's, which is the client's
+            raise bad_request(error.message, param="grammar") from None
         many = self._choosing.probabilities
         return token, None if many is None else probability(logits, token, many)
 

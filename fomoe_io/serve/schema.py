@@ -54,13 +54,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "verbosity": ("medium",),
     "mcp_servers": ([],),
-    "include": ([],),
+    "include": ([], ["reasoning.encrypted_content"]),
 }
 """Values that ask for nothing, of fields that are refused with any other value."""
 
 _STRUCTURE = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{\]},]')
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-100, le=100)]
@@ -91,6 +91,8 @@ class Sampled(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     cache_prompt: bool = True
     return_progress: bool = False
     timings_per_token: bool = False
+    grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -135,13 +137,14 @@ def read(body: bytes, kind: type[T]) -> T:
     ApiError
         400, naming the field that is wrong, unknown or not supported.
     """
+    known = {field.encode_name for field in msgspec.structs.fields(kind)}
     document = {
         name: value
         for name, value in parse(body).items()
-        if value is not None and name not in HARMLESS and not _asks_for_nothing(name, value)
+        if value is not None and name not in HARMLESS and (name in known or not _asks_for_nothing(name, value))
     }
     for name in document:
-        if name in NEUTRAL:
+        if name in NEUTRAL and name not in known:
             raise bad_request(f"{name} is not supported", param=name)
     try:
         return msgspec.convert(document, kind)

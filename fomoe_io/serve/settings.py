@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fomoe_io.errors import UsageError
 from fomoe_io.text.sampler import SamplingConfig
@@ -43,6 +45,8 @@ class ServeConfig:
         Largest body; None takes what a full context may need.
     sampling : SamplingConfig
         Where a request says nothing.
+    chosen_sampling : mapping of str to Any or None
+        What of it was chosen: the rest is what the model asks for (`general.sampling.*`).  None: `sampling` as it is.
     presence_penalty, frequency_penalty : float
     most_tokens : int
         Of an answer, whatever a request asks for; -1 is the context's end.
@@ -76,6 +80,7 @@ class ServeConfig:
     queue_requests: int = 32
     body_bytes: int | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    chosen_sampling: Mapping[str, Any] | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     most_tokens: int = -1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -121,12 +122,15 @@ class JobResponse:
         stalled = asyncio.create_task(self._job.has_stalled.wait())
         try:
             await send({"type": "http.response.start", "status": 200, "headers": list(headers.items())})
-            is_over = False
+            is_over, spoke = False, time.monotonic()
             while not is_over:
                 frames, is_over = await self._next_frames()
+                if not frames and time.monotonic() - spoke >= self._config.keep_alive_seconds:
+                    frames = KEEP_ALIVE  # tokens come and say nothing yet
                 if frames or is_over:
                     message = {"type": "http.response.body", "body": frames, "more_body": not is_over}
                     await self._deliver(send, message, stalled)
+                    spoke = time.monotonic()
                 if not is_over:
                     await asyncio.sleep(PACE_SECONDS)
         finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Protocol
+
+from fomoe_io.text.tool_parser import CallParser, Part
 
 BEGIN, END = "<think>", "</think>"
 ENDS = {
@@ -16,11 +18,18 @@ FINAL = "<|channel|>final<|message|>"
 """What an answer without thoughts begins with, of gpt-oss."""
 
 
-class Part(NamedTuple):
-    """A stretch of an answer."""
+class Splitter(Protocol):
+    """Takes an answer's text and gives its parts."""
 
-    kind: Literal["thought", "text"]
-    text: str
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the model is at its thoughts now."""
+
+    def add(self, text: str) -> list[Part]:
+        """What is known after this text."""
+
+    def finish(self) -> list[Part]:
+        """What was held back in vain."""
 
 
 class ThoughtSplitter:
@@ -95,3 +104,36 @@ class ThoughtSplitter:
             self._is_first = not self._held
         said, self._held = self._held, ""
         return [Part("text", said)] if said else []
+
+
+class CallSplitter:
+    """Splits off thoughts, and calls from what comes after them.
+
+    Parameters
+    ----------
+    thoughts : ThoughtSplitter
+    parser : CallParser
+    """
+
+    def __init__(self, thoughts: ThoughtSplitter, parser: CallParser) -> None:
+        self._thoughts = thoughts
+        self._parser = parser
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether the model is at its thoughts now."""
+        return self._thoughts.is_thinking
+
+    def add(self, text: str) -> list[Part]:
+        """What is known after this text."""
+        return self._parsed(self._thoughts.add(text))
+
+    def finish(self) -> list[Part]:
+        """What was held back in vain."""
+        return self._parsed(self._thoughts.finish()) + self._parser.finish()
+
+    def _parsed(self, parts: list[Part]) -> list[Part]:
+        found: list[Part] = []
+        for part in parts:
+            found += [part] if part.kind == "thought" else self._parser.add(part.text)
+        return found

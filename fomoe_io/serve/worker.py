@@ -15,6 +15,7 @@ from fomoe_io.engine import Engine
 from fomoe_io.errors import FomoeError, printable
 from fomoe_io.kept.timeline import Timeline
 from fomoe_io.serve.errors import ApiError, internal_error, unavailable
+from fomoe_io.serve.expert_map import ExpertMap
 from fomoe_io.serve.generate import Answering, PieceSize, Unwanted
 from fomoe_io.serve.jobs import (
     Ended,
@@ -70,6 +71,8 @@ class EngineWorker(threading.Thread):
         Once loaded; others than this thread may only look at what never changes (tokenizer, metadata, shape).
     statistics : dict
         The engine's, as of a moment ago.
+    experts : ExpertMap or None
+        Likewise, while somebody watches.
     outcomes : Counter
         Jobs by how they ended.
     kept_bytes : int
@@ -99,6 +102,8 @@ class EngineWorker(threading.Thread):
         self.engine: Engine | None = None
         self.error: Exception | None = None
         self.statistics: dict[str, Any] = {}
+        self.experts: ExpertMap | None = None
+        self.watched_until = 0.0  # by the clock of time.monotonic(): whether `experts` is worth its copies
         self.slot = Slot()
         self.outcomes: Counter[str] = Counter()
         self.cached_tokens = self.kept_bytes = 0
@@ -159,12 +164,12 @@ class EngineWorker(threading.Thread):
         """Do a job; what the client has to be told when it went wrong."""
         try:
             do()
-        except ApiError as error:  # a slot's file
-            self.outcomes["failed"] += 1
-            return error
         except Unwanted:
             self.outcomes["cancelled"] += 1
             return unavailable("the server is shutting down") if self._is_stopping else None
+        except ApiError as error:
+            self.outcomes["failed"] += 1
+            return error
         except FomoeError as error:
             self.outcomes["failed"] += 1
             print(printable(f"fomoe-serve: {error.message}"), file=sys.stderr)
@@ -215,6 +220,8 @@ class EngineWorker(threading.Thread):
         if self.engine is not None and (at_once or now - self._snapshot_time >= SNAPSHOT_SECONDS):
             self._snapshot_time = now
             self.statistics = self.engine.statistics()
+            if at_once or now < self.watched_until:
+                self.experts = ExpertMap.of(self.engine)
 
 
 def _note_kept(text: str) -> None:

@@ -325,11 +325,11 @@ def open_reader(
             ring = _open_ring(files, depth, sub_read_bytes, mode, write)
             return Reader(_paced(ring, pace), depth, sub_read_bytes)
         except OSError as error:
+            fix = ring_fix(error.errno or 0)
             if engine == "uring" or mode != "auto":
-                fix = ring_fix(error.errno or 0)
                 hint = f"{fix}, or --reader pread" if fix else "--reader pread"
                 raise UsageError(error.strerror or str(error), hint=hint) from None
-            reason = error.strerror
+            reason = f"{error.strerror} ({fix})" if fix else error.strerror
         native = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
         return Reader(_paced(native, pace), depth, sub_read_bytes, reason)
     except BaseException:

@@ -21,8 +21,9 @@ from fomoe_io.text.channels import with_thinking
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 
-Message = dict[str, str]
-"""{"role": "user" | "assistant" | "system", "content": text}"""
+Message = dict[str, Any]
+"""{"role": "user" | "assistant" | "system" | "tool", "content": text}; an assistant's may have "tool_calls" in OpenAI's
+form, with arguments as an object."""
 
 MOST_SECONDS = 10.0
 """Of a template's run; real ones take milliseconds."""
@@ -31,6 +32,9 @@ START_SECONDS = 60.0
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _PROBE = "fomoe probe"
+_THINKING = "message.thinking"
+"""What templates of gpt-oss call the thoughts before a call."""
+_CALL_PROBE = {"fomoe_probe": "fomoe value"}
 
 
 class _Worker:
@@ -134,9 +138,15 @@ class ChatTemplate:
         self._names = {"bos_token": bos_text, "eos_token": eos_text, "tools": None, "documents": None}
         self._worker: _Worker | None = None
         self._takes_parts: bool | None = None
+        self._takes_json: bool | None = None
         self._lock = threading.Lock()  # one question at a time
         with _bounds():
             self._started()
+
+    @property
+    def source(self) -> str:
+        """The template itself."""
+        return self._source
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any], *, bos_text: str, eos_text: str) -> ChatTemplate | None:
@@ -168,6 +178,11 @@ class ChatTemplate:
             values["enable_thinking"] = enable_thinking
         asked = with_thinking(self._source, messages)
         try:
+            if any(message.get("tool_calls") for message in messages):
+                messages = _with_thinking(messages) if _THINKING in self._source else messages
+                if self._takes_json is None:
+                    self._takes_json = self._probe_calls(values)
+                messages = _with_json(messages) if self._takes_json else messages
             if self._takes_parts is None:
                 self._takes_parts = self._probe(asked, values)
             return self._run({**values, "messages": _with_parts(asked) if self._takes_parts else asked})
@@ -186,6 +201,23 @@ class ChatTemplate:
                     return takes_parts
         return None
 
+    def _probe_calls(self, values: Mapping[str, Any]) -> bool:
+        """Whether arguments of calls must be JSON texts: objects fail there, or are written as Python has them.
+
+        Most templates go through an object's keys, or write it with `tojson`; some put it between other texts.
+        """
+        call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": _CALL_PROBE}}
+        talk: list[Message] = [
+            {"role": "user", "content": _PROBE}, {"role": "assistant", "content": "", "tool_calls": [call]}
+        ]  # fmt: skip
+        key = next(iter(_CALL_PROBE))
+        for takes_json in (False, True):
+            with suppress(RuntimeError):
+                text = self._run({**values, "messages": _with_json(talk) if takes_json else talk})
+                if key in text and f"'{key}'" not in text:
+                    return takes_json
+        return False
+
     def _started(self) -> _Worker:
         if self._worker is None or not self._worker.stop.alive:
             self._worker = _Worker(self._source)
@@ -198,6 +230,30 @@ class ChatTemplate:
 
 def _with_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def _with_thinking(messages: Sequence[Message]) -> list[Message]:
+    """Beside a text, thoughts of a call are refused by these templates."""
+    return [
+        {**message, "thinking": message["reasoning_content"]}
+        if message.get("tool_calls") and message.get("reasoning_content") and not message["content"] else message
+        for message in messages
+    ]  # fmt: skip
+
+
+def _with_json(messages: Sequence[Message]) -> list[Message]:
+    return [
+        {**message, "tool_calls": [_call_with_json(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls") else message
+        for message in messages
+    ]  # fmt: skip
+
+
+def _call_with_json(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fomoe_io.errors import ComputeError, UsageError
+from fomoe_io.errors import UsageError
 from fomoe_io.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ HINT = "pip install 'fomoe_io[grammar]'"
 MOST_CHARACTERS = 1 << 16
 """Of a grammar, whose converter takes time that grows faster than its text."""
 MOST_RULES = 1000
+MOST_SOURCE_CHARACTERS = 1 << 17
+"""Of what is compiled, schemas of all tools among it: a few seconds at worst."""
+MOST_LEXER_STATES = 1 << 15
+"""Of one answer's grammar, at up to 2 KiB each."""
 MOST_REASON_CHARACTERS = 300
 
 FORBIDDEN = np.float32(-1e35)
@@ -70,7 +74,7 @@ def json_rule(schema: Mapping[str, Any] | bool, *, is_lenient: bool = False) -> 
     """A rule's right-hand side for JSON of a schema; a lenient one leaves out what can't be kept to."""
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    options = {"whitespace_pattern": _WHITESPACE, "lenient": is_lenient}
+    options = {"whitespace_pattern": _WHITESPACE, "lenient": is_lenient, "coerce_one_of": True}
     return "%json " + json.dumps({**schema, "x-guidance": options})
 
 
@@ -151,7 +155,7 @@ class Constraint:
 
         Raises
         ------
-        ComputeError
+        UsageError
             The grammar has come to be too much to follow.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
@@ -164,14 +168,14 @@ class Constraint:
 
         Raises
         ------
-        ComputeError
+        UsageError
         """
         self._matcher.consume_token(token)
         self._check()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ComputeError(f"the grammar can't be followed any further: {_reason(self._matcher.get_error())}")
+            raise UsageError(f"the grammar can't be followed any further: {_reason(self._matcher.get_error())}")
 
 
 class Grammar:
@@ -211,11 +215,14 @@ class Grammars:
             It is wrong, asks for what can't be constrained, or is too much; or the package is missing.
         """
         llguidance = _package()
+        source = form.source()
+        if len(source) > MOST_SOURCE_CHARACTERS:
+            raise UsageError(f"the schemas have {len(source)} characters, at most {MOST_SOURCE_CHARACTERS}")
         with self._lock:
             if self._prepared is None:
                 self._prepared = self._prepare()
-        limits = llguidance.LLParserLimits(verbose_errors=False)
-        matcher = llguidance.LLMatcher(self._prepared, form.source(), log_level=0, limits=limits)
+        limits = llguidance.LLParserLimits(verbose_errors=False, max_lexer_states=MOST_LEXER_STATES)
+        matcher = llguidance.LLMatcher(self._prepared, source, log_level=0, limits=limits)
         if matcher.is_error():
             raise UsageError(f"the grammar is wrong: {_reason(matcher.get_error())}")
         return Grammar(matcher, self._vocabulary)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fomoe_io.text.grammar import Form, json_rule, quoted
+from fomoe_io.text.grammar import Form, after_thoughts, json_rule, quoted
 
 
 class Function(NamedTuple):
@@ -215,7 +215,7 @@ FORMATS = (
     ),
     ToolFormat(
         name="hermes",
-        marks=("<tool_call>", '"name"', '"arguments"'),
+        marks=("<tool_call>", "arguments"),
         begin="<tool_call>",
         end="</tool_call>",
         head=re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'),
@@ -241,6 +241,13 @@ def thoughts_of(template: str) -> Thoughts | None:
 
 
 # ---- whole answers ----
+
+
+def with_thoughts(form: Form, thoughts: Thoughts | None, prompt: str, *, has_begun: bool) -> Form:
+    """The form after the thoughts that may come after a prompt, or that have begun at its end."""
+    if thoughts is None or prompt.rstrip().endswith(thoughts.end):
+        return form
+    return after_thoughts(form, thoughts.begin, thoughts.end, plain=thoughts.plain, has_begun=has_begun)
 
 
 def must_call(known: ToolFormat, functions: Sequence[Function], *, is_parallel: bool) -> tuple[Form, Thoughts | None]:

@@ -6,7 +6,10 @@ import errno
 import json
 import os
 import resource
+import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +22,13 @@ from fomoe_io.errors import FormatError, ReadError
 from fomoe_io.experts.slots import slot_layout
 from fomoe_io.io_bench.calibrate import calibrate
 from fomoe_io.io_bench.run import file_bytes
+from fomoe_io.storage import reader as reader_module
 from fomoe_io.storage.calibration import Calibration, Point
 from fomoe_io.storage.read_files import read_fault
 from fomoe_io.system import direct_io
 from fomoe_io.system import system_card as card_module
 from fomoe_io.system.system_card import Drive, drive_of, system_card
+from layout_tool.main import main as layout
 
 # ---- doctor ----
 
@@ -130,6 +135,71 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     value = json.loads(capsys.readouterr().out)
     names = {check["name"]: check["status"] for check in value["checks"]}
     assert names["O_DIRECT"] in ("OK", "WARN") and value["system"]["drives"]
+
+
+def test_no_locked_memory_names_its_fix() -> None:
+    """Without any, io_uring itself is refused: that there is nothing to register for is no reason to be content."""
+    for limit in (0, 64 << 10):
+        check = doctor.check_locked_memory(limit, False, "")
+        assert check.status == "WARN" and "too little for io_uring" in check.found and "limits.d" in check.fix
+    assert doctor.check_locked_memory(resource.RLIM_INFINITY, False, "").status == "OK"
+
+
+def test_a_run_without_locked_memory_says_what_mends_it(demo_model: Path) -> None:
+    if not shutil.which("setpriv") or not shutil.which("prlimit"):
+        pytest.skip("no setpriv here")
+    command = ["setpriv", "--bounding-set=-ipc_lock", "prlimit", "--memlock=0:0", sys.executable, "-c",
+        "import sys; from fomoe_io.storage.reader import open_reader as o; print(o([sys.argv[1]]).notes)"]  # fmt: skip
+    done = subprocess.run([*command, str(demo_model)], capture_output=True, text=True)
+    if done.returncode or "io_uring" not in done.stdout:
+        pytest.skip("this kernel locks no memory for io_uring")
+    assert "ulimit -l unlimited" in done.stdout
+
+
+def test_the_model_at_hand(demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GGUF, a store, one that does not run, one that does not fit."""
+    found = {check.name: check for check in doctor.examine(demo_model)}
+    assert (
+        found["model"].status == "OK"
+        and "of its experts" in found["model"].found
+        and "fomoe plan" in found["model"].found
+    )
+    assert layout(["pack", str(demo_model), "--to", str(tmp_path / "s")]) == 0
+    before = sorted((tmp_path / "s").iterdir())
+    found = {check.name: check for check in doctor.examine(tmp_path / "s")}
+    assert found["model"].status == "OK" and "packed" in found["model"].found
+    assert sorted((tmp_path / "s").iterdir()) == before
+    monkeypatch.setattr(doctor.memory, "available_bytes", lambda: 50 << 20)
+    check = doctor.check_model(demo_model, Store.open(demo_model))
+    assert check.status == "FAIL" and "are available" in check.found and "-c 1024" in check.fix
+    (tmp_path / "cut.gguf").write_bytes(demo_model.read_bytes()[:5000])
+    found = {check.name: check for check in doctor.examine(tmp_path / "cut.gguf")}
+    assert found["model"].status == "FAIL" and "cut" in found["model"].found
+    assert doctor.main([str(tmp_path / "cut.gguf")]) == 1
+
+
+def test_a_drive_that_fails_is_no_fault_of_io_uring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 16))
+    submit = reader_module._Table.from_address
+
+    class Failing:
+        """Every read completes with EIO."""
+
+        def __init__(self, address: int) -> None:
+            self._table = submit(address)
+            self.self = self._table.self
+
+        def submit(self, *_: object) -> int:
+            return -errno.EIO
+
+        def reap(self, *_: object) -> int:
+            raise AssertionError("nothing is in flight")
+
+    monkeypatch.setattr(reader_module._Table, "from_address", Failing)
+    modes = {mode: problem for mode, problem in reader_module.probe_modes(path).items() if mode in ("plain", "coop")}
+    check = doctor.check_io_uring("0", modes)
+    assert check.status == "OK" and "plain" in check.found
 
 
 def test_a_failure_is_exit_code_1(

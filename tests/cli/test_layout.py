@@ -23,6 +23,7 @@ from layout_tool.placement import place, runs
 from tests.model_files import EXPERTS, TYPES, USED, expert_bytes, read_expert, write_model
 
 LAYERS = len(TYPES)
+pytestmark = pytest.mark.usefixtures("known_machine")
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from layout_tool.main import main
 from tests.model_files import write_model
 
 Capture = pytest.CaptureFixture[str]
+pytestmark = pytest.mark.usefixtures("known_machine")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_plan_onto_a_finished_store(root: Path, capsys: Capture) -> None:
     targets = [f"--to={root / name}" for name in "ab"]
     assert main(["plan", str(root / "tiny.gguf"), *targets]) == 0
     out = capsys.readouterr().out
-    assert "holds this store already" in out and "takes" not in out and "/s" not in out
+    assert "holds this store already" in out and "takes" not in out
     assert main(["plan", str(root / "other.gguf"), *targets]) == 0
     assert "another store, of tiny: pack asks for --overwrite" in capsys.readouterr().out
 

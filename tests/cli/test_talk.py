@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,19 @@ def test_json_of_a_failure(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert values["error"]["hint"].startswith("-c ") and values["context_tokens"] == 64
     assert run.main(["/nonexistent.gguf", "-p", "x", "--json", str(target)]) == 1
     assert "/nonexistent.gguf" in json.loads(target.read_text())["error"]["message"]
+
+
+def test_a_prompt_that_is_too_long_costs_no_loading(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of -p and of -f; what is suggested has room for the answer that was asked for."""
+    monkeypatch.setattr("fomoe_io.cli.run.Engine", None)  # opening one fails the test
+    (tmp_path / "question").write_text("word " * 300)
+    for source in (["-p", "word " * 300], ["-f", str(tmp_path / "question")]):
+        assert run.main([str(demo_model), *source, "-c", "256", "-n", "500", "--no-profile"]) == 1
+        said = capsys.readouterr().err
+        count = int(re.search(r"(\d+) tokens of a prompt", said)[1])  # type: ignore[index]
+        assert count >= 256 and f"fix: -c {count + 500} " in said
 
 
 def test_json_of_an_interrupt(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

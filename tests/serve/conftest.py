@@ -21,6 +21,8 @@ from fomoe_io import Engine, EngineConfig  # noqa: E402
 from fomoe_io.serve.server import Running  # noqa: E402
 from fomoe_io.serve.settings import ServeConfig  # noqa: E402
 from fomoe_io.text.sampler import SamplingConfig  # noqa: E402
+from tests.serve.tool_requests import TEMPLATE  # noqa: E402
+from tests.tiny_model import Tiny, write_tiny  # noqa: E402
 
 GREEDY = SamplingConfig(temperature=0)
 CONTEXT = 512
@@ -102,10 +104,27 @@ def open_demo(demo_model: Path) -> Callable[[], Engine]:
 
 
 @pytest.fixture(scope="session")
+def open_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Engine]:
+    """Opens a model of random weights, whose tokens are bytes and cost next to nothing."""
+    shape = Tiny(layers=2, experts=4, used=2, vocabulary=300)
+    path = write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.gguf", shape, 1)
+    config = EngineConfig(context_tokens=4096, batch_tokens=64, threads=1, sessions=2)
+    return lambda: Engine.open(path, config)
+
+
+@pytest.fixture(scope="session")
 def live(open_demo: Callable[[], Engine]) -> Iterator[Live]:
     """The server that most tests share: greedy where a request says nothing."""
     config = ServeConfig(port=0, alias="demo", sampling=GREEDY, keep_alive_seconds=0.2)
     with serving(open_demo, config) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tooled(open_tiny: Callable[[], Engine]) -> Iterator[Live]:
+    """A server whose template knows tools and thoughts; its model writes whatever a grammar lets it."""
+    config = ServeConfig(port=0, alias="demo", sampling=GREEDY, chat_template=TEMPLATE, keep_alive_seconds=0.2)
+    with serving(open_tiny, config) as server:
         yield server
 
 

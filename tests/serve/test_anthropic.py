@@ -116,9 +116,10 @@ def test_thinking_blocks(serve: Any) -> None:
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "x"}}]}]},
             "image",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1"}]}]}, "tool_result"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "tool_result"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "and"}]}, "assistant"),
         ({"messages": []}, "messages"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024, "depth": 3}}, "depth"),
         ({"extra_body": {"temperature": -2}}, "temperature"),
     ],
 )

@@ -211,3 +211,47 @@ def test_a_server_that_is_told_to_end_writes_first(demo_model: Path, tmp_path: P
 @pytest.mark.timeout(900)
 def test_twenty_turns_on_a_long_prefix(demo_model: Path, tmp_path: Path) -> None:
     replay(demo_model, tmp_path, context=16384, prefix_words=5000, turns=20)
+
+
+# ---- calls of functions ----
+
+TOOL_TEMPLATE = """\
+{%- if tools %}{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}Call with <tool_call>
+{"name": "f", "arguments": {}}
+</tool_call>
+{% endif %}
+{%- for m in messages %}{{ m.role }}: {{ m.content }}
+{%- for call in m.tool_calls or [] %}<tool_call>
+{"arguments": {{ call.function.arguments | tojson }}, "name": "{{ call.function.name }}" }
+</tool_call>{% endfor %}
+{% endfor %}assistant: """
+"""It writes calls in another order than the model is held to."""
+
+PARAMETERS = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": text(150, 3), "parameters": PARAMETERS}}]
+
+
+def test_calls_are_replayed_as_they_were_sampled(demo_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    kept = {"cache_bytes": "32M", "cache_disk_bytes": 100 << 20, "cache_folder": tmp_path}
+    config = EngineConfig(context_tokens=2048, batch_tokens=128, threads=2, **kept)  # type: ignore[arg-type]
+    served = ServeConfig(port=0, sampling=GREEDY, chat_template=TOOL_TEMPLATE)
+    talk: list[dict[str, Any]] = [{"role": "user", "content": "Will it rain?"}]
+    known = 0
+    for slack in (8, SLACK_TOKENS):  # before a restart, and after it
+        with serving(lambda: Engine.open(demo_model, config), served) as live:
+            for _ in range(3):
+                read, prompt, written = called(live, talk)
+                assert not known or read <= prompt - known + slack
+                known = prompt + written
+
+
+def called(live: Live, talk: list[dict[str, Any]]) -> tuple[int, int, int]:
+    """A turn with a call and its result: (tokens that were read, of the prompt, of the answer)."""
+    body = {"messages": talk, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+    found = live.post("/v1/chat/completions", {**body, "max_tokens": 200}).json()
+    usage, message = found["usage"], found["choices"][0]["message"]
+    talk += [message, {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "Rain."}]
+    cached, prompt = usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
+    return prompt - cached, prompt, usage["completion_tokens"]

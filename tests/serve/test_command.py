@@ -19,7 +19,9 @@ import httpx
 import pytest
 
 from fomoe_io.cli import serve
+from fomoe_io.cli import serve as command_module
 from fomoe_io.errors import UsageError
+from fomoe_io.storage.metadata import Metadata
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -146,11 +148,11 @@ def test_llama_servers_flags(demo_model: Path, tmp_path: Path) -> None:
         "--model", str(demo_model), "--host", "127.0.0.1", "--alias", "tiny,small", "-c", "256", "-t", "2", "-b", "64",
         "-ub", "32", "--temp", "0", "--top-k", "1", "--seed", "42", "-n", "7", "-ngl", "99", "-np", "4", "-fa", "on",
         "--jinja", "--no-mmap", "-cb", "--metrics", "--reasoning-format", "deepseek",
-        "--chat-template", "chatml", "-ctk", "q8_0", "--api-key", "k1,k2", "--timeout", "60",
+        "--chat-template", "chatml", "-ctk", "f16", "-ctv", "f16", "--api-key", "k1,k2", "--timeout", "60",
     )  # fmt: skip
     with command(*flags, cache=tmp_path, FOMOE_API_KEY="k3") as process:
         url = url_of(process)
-        for flag in ("-ngl", "-np", "-fa", "--jinja", "--no-mmap", "-cb", "--metrics", "-ctk"):
+        for flag in ("-ngl", "-np", "-fa", "--jinja", "--no-mmap", "-cb", "--metrics"):
             process.wait_for(f"note: {flag} has no effect: ")
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
             assert client.get("/v1/models").json()["data"][0]["aliases"] == ["tiny", "small"]
@@ -247,3 +249,28 @@ def test_an_open_door_is_said(demo_model: Path, tmp_path: Path) -> None:
         process.wait_for("note: others can reach 0.0.0.0 and no key is asked for")
         process.wait_for("ready")
         process.end(signal.SIGTERM)
+
+
+def test_sampling_is_the_requests_else_the_users_else_the_models(serve_tiny_with: Any) -> None:
+    """`general.sampling.*` of a GGUF comes last, before llama.cpp's defaults."""
+    live = serve_tiny_with({"general.sampling.temp": 0.25, "general.sampling.top_k": 9}, ["--top-k", "7"])
+    params = live.get("/props").json()["default_generation_settings"]["params"]
+    assert (params["temperature"], params["top_k"], params["top_p"]) == (0.25, 7, 0.95)
+    found = live.post("/completion", {"prompt": "a", "n_predict": 1, "temperature": 0.5}).json()
+    assert (found["generation_settings"]["temperature"], found["generation_settings"]["top_k"]) == (0.5, 7)
+
+
+@pytest.fixture
+def serve_tiny_with(serve: Any, open_tiny: Any) -> Any:
+    """A server of the command's own settings, for a model with more metadata."""
+
+    def start(metadata: dict[str, Any], arguments: list[str]) -> Any:
+        def opened() -> Any:
+            engine = open_tiny()
+            engine.metadata = Metadata({**engine.metadata, **metadata})
+            return engine
+
+        config = command_module.serve_config(command_module.parser().parse_args(["model.gguf", *arguments]))
+        return serve(engine=opened, sampling=config.sampling, chosen_sampling=config.chosen_sampling)
+
+    return start

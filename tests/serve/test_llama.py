@@ -283,7 +283,8 @@ def test_paths_and_methods(live: Live) -> None:
     ("fields", "word"),
     [
         ({"grammar": "root ::= 'a'"}, "grammar"),
-        ({"json_schema": {"type": "object"}}, "json_schema"),
+        ({"json_schema": {"type": "thing"}}, "thing"),
+        ({"grammar_lazy": True}, "grammar_lazy"),
         ({"mirostat": 2}, "mirostat"),
         ({"xtc_probability": 0.5}, "xtc_probability"),
         ({"typical_p": 0.5}, "typical_p"),

@@ -136,9 +136,12 @@ def test_progress(client: Any) -> None:
     [
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "syntax": 1}}}, "syntax"),
+        ({"response_format": {"type": "text", "syntax": 1}}, "syntax"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "tool_call_id"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "tool_call_id"),
         ({"messages": [{"role": "alien", "content": "x"}]}, "alien"),
         ({"messages": [*HELLO, {"role": "assistant", "content": "and"}]}, "assistant"),
         ({"messages": [{"role": "user",
@@ -148,7 +151,7 @@ def test_progress(client: Any) -> None:
         ({"top_logprobs": 2}, "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"modalities": ["audio"]}, "modalities"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort"),
         ({"extra_body": {"chat_template_kwargs": {"other": 1}}}, "chat_template_kwargs"),
     ],
 )  # fmt: skip

@@ -86,7 +86,7 @@ class Browser:
 
     def press(self, key: str, modifiers: int = 0) -> None:
         """A key; modifiers: 1 Alt, 8 Shift."""
-        code = {"Enter": 13, "Escape": 27}.get(key, ord(key[0].upper()))
+        code = {"Enter": 13, "Escape": 27, "ArrowUp": 38, "ArrowDown": 40}.get(key, ord(key[0].upper()))
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             self.call(
@@ -167,6 +167,10 @@ def test_a_conversation(live: Live, browser: Browser) -> None:
     browser.wait_for("document.getElementById('dram').textContent.endsWith('%')")
     assert browser.evaluate("document.getElementById('exact').textContent") == "exact"
     assert browser.evaluate("document.getElementById('speed').textContent").endswith("tok/s")
+    assert browser.evaluate("document.getElementById('per-token').textContent").endswith("/token")
+    assert browser.evaluate("document.getElementById('stall').textContent").endswith("%")
+    assert browser.evaluate("document.getElementById('swaps').textContent") == "off"
+    check_map(browser, live)
     browser.screenshot("light")
     browser.evaluate("document.getElementById('theme').click()")
     browser.screenshot("dark")
@@ -176,6 +180,26 @@ def test_a_conversation(live: Live, browser: Browser) -> None:
     browser.press("n", modifiers=1)
     assert browser.evaluate("document.querySelectorAll('.assistant').length") == 0
     assert browser.problems() == []
+
+
+def check_map(browser: Browser, live: Live) -> None:
+    """Every expert is a pixel in its tier's colour, and keys tell of a layer."""
+    layers = live.get("/machine").json()["layers"]
+    assert browser.evaluate("[map.width, map.height]".replace("map", "document.getElementById('map')")) == [
+        len(layers[0]["tiers"]), len(layers),
+    ]  # fmt: skip
+    pixel = "Array.from(document.getElementById('map').getContext('2d').getImageData({}, {}, 1, 1).data)"
+    resident = layers[1]["tiers"].index("d")
+    green = browser.evaluate(pixel.format(resident, 1))
+    assert green[3] > 80 and green[1] > green[2], green
+    about = "document.getElementById('map-about').textContent"
+    assert f"{len(layers)} layers" in browser.evaluate(about)
+    browser.evaluate("document.getElementById('map').focus()")
+    browser.press("ArrowDown")
+    assert browser.evaluate(about).startswith(f"layer {layers[0]['layer']}: 0 in VRAM, {layers[0]['dram']} in DRAM")
+    browser.press("ArrowUp")
+    assert "layers" in browser.evaluate(about)
+    browser.evaluate("document.getElementById('text').focus()")
 
 
 @pytest.mark.slow

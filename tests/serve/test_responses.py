@@ -83,11 +83,13 @@ def test_a_complete_one(client: Any) -> None:
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"),
-        ({"input": [{"type": "function_call_output", "call_id": "1", "output": "x"}]}, "function_call_output"),
+        ({"text": {"format": {"type": "xml"}}}, "xml"),
+        ({"text": {"verbosity": "low"}}, "text"),
+        ({"input": [{"type": "file_search_call", "id": "1"}]}, "file_search_call"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input_image"),
         ({"background": True}, "background"),
-        ({"reasoning": {"effort": "low"}}, "reasoning"),
+        ({"reasoning": {"effort": "huge"}}, "huge"),
+        ({"reasoning": {"summary": "detailed"}}, "summary"),
     ],
 )
 def test_what_is_not_supported_is_refused(client: Any, fields: dict[str, Any], word: str) -> None:

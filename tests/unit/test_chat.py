@@ -20,7 +20,7 @@ from fomoe_io.text.chat import ChatTemplate
 HI = [{"role": "user", "content": "hi"}]
 
 
-def render(source: str, messages: list[dict[str, str]] = HI, **options: Any) -> str:
+def render(source: str, messages: list[dict[str, Any]] = HI, **options: Any) -> str:
     return ChatTemplate(source).render(messages, **options)
 
 
@@ -33,6 +33,47 @@ def test_an_ordinary_template() -> None:
     for text in ("hi", "naïve 北京 🙂 \r\n", "x" * 3_000_000, "\ud800"):
         expected = f"<s><|im_start|>user\n{text.strip()}<|im_end|>\n<|im_start|>assistant\n"
         assert template.render([{"role": "user", "content": f" {text} "}]) == expected
+
+
+TALK: list[dict[str, Any]] = [
+    *HI,
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "hm",
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": "é", "b": [1]}}}],
+    },
+    {"role": "tool", "content": "dry", "tool_call_id": "1"},
+]
+
+
+@pytest.mark.parametrize(
+    ("written", "want"),
+    [
+        ("{% for key, value in call.arguments.items() %}<{{ key }}>{{ value }}{% endfor %}", "<a>é<b>[1]"),
+        ("{{ call.arguments | tojson }}", '{"a": "é", "b": [1]}'),
+        ("{{ '{' + call.arguments + '}' }}", '{{"a": "é", "b": [1]}}'),
+        ("{{ call.arguments }}", '{"a": "é", "b": [1]}'),
+        (
+            "{% if call.arguments is string %}{{ call.arguments }}{% else %}{{ call.arguments | tojson }}{% endif %}",
+            '{"a": "é", "b": [1]}',
+        ),
+    ],
+)
+def test_arguments_of_calls_are_what_the_template_wants(written: str, want: str) -> None:
+    source = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{% set call = c.function %}"
+    template = ChatTemplate(source + written + "{% endfor %}{% endfor %}")
+    for _ in range(2):
+        assert template.render(TALK) == f"hi{want}dry"
+    plain = [*HI, {"role": "assistant", "content": "so"}]
+    assert template.render(plain) == "hiso"
+
+
+def test_thoughts_of_a_call_under_the_name_that_gpt_oss_has() -> None:
+    source = "{% for message in messages %}[{{ message.thinking }}]{{ message.content }}{% endfor %}"
+    assert render(source, TALK) == "[]hi[hm][]dry"
+    talk = [*HI, {**TALK[1], "content": "I look."}]
+    assert render(source, talk) == "[]hi[]I look."
 
 
 def test_thinking() -> None:

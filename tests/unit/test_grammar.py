@@ -157,6 +157,22 @@ def test_a_grammar_that_grows_is_bounded(grammars: Grammars) -> None:
         constraint.masked(np.zeros(VOCABULARY, np.float32))
 
 
+def test_what_grows_beyond_its_bounds_is_refused(grammars: Grammars) -> None:
+    patterns = {f"p{i}": {"type": "string", "pattern": "^[a-z]{1,9}$"} for i in range(5000)}
+    with pytest.raises(UsageError, match="characters"):
+        grammars.compiled(json_form({"type": "object", "properties": patterns}))
+    wide = {f"p{i}": {"type": "string"} for i in range(2000)}
+    constraint = grammars.compiled(json_form({"type": "object", "properties": wide})).start()
+    with pytest.raises(UsageError, match="can't be followed any further"):
+        for _ in range(20):
+            constraint.advance(int(constraint.masked(np.zeros(VOCABULARY, np.float32)).argmax()))
+
+
+def test_one_of_several_is_any_of_them(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    form = json_form({"oneOf": [{"type": "boolean"}, {"type": "null"}]})
+    assert follows(grammars, tokenizer, form, "true") == follows(grammars, tokenizer, form, "null") == (4, True)
+
+
 BODY = json_form({"enum": [1, 2]})
 
 
