@@ -267,7 +267,7 @@ class DeviceRecorder:
         """(cos, sin) of every position; the engine fills the table once."""
         return self.memory.rope_table(rope, name)
 
-    def kv_cache(self, heads: int, columns: int) -> KvCache:
+    def kv_cache(self, heads: int, columns: int, window: int = 0) -> KvCache:
         """Places in a session's memory."""
         kv_type = self.memory.kv_type
         row_bytes = heads * columns * kv_type.bytes
