@@ -38,6 +38,7 @@ from fomoe_io.models.recorder import (
     Recorder,
     Router,
     Score,
+    ring_positions,
 )
 
 if TYPE_CHECKING:
@@ -267,12 +268,16 @@ class DeviceRecorder:
         """(cos, sin) of every position; the engine fills the table once."""
         return self.memory.rope_table(rope, name)
 
-    def kv_cache(self, heads: int, columns: int) -> KvCache:
+    def kv_cache(self, heads: int, columns: int, window: int = 0) -> KvCache:
         """Places in a session's memory."""
         kv_type = self.memory.kv_type
         row_bytes = heads * columns * kv_type.bytes
-        keys, values = (self._kept.take_cache(self.context_tokens, row_bytes) for _ in range(2))
-        return KvCache(keys, values, heads, columns, kv_type)
+        ring = ring_positions(window, self.context_tokens, self.memory.batch_tokens)
+        if ring:
+            keys, values = (self._kept.take(ring * row_bytes, zeroed=True) for _ in range(2))
+        else:
+            keys, values = (self._kept.take_cache(self.context_tokens, row_bytes) for _ in range(2))
+        return KvCache(keys, values, heads, columns, kv_type, ring)
 
     def attention(
         self, query: DeviceRows, key: DeviceRows, value: DeviceRows, table: DeviceRows, cache: KvCache,
@@ -293,6 +298,7 @@ class DeviceRecorder:
             f"attention_prepare_{cache.type.suffix}", (op.heads + 2 * cache.heads, self.tokens, 1), query.address,
             key.address, value.address, *norms, table.address, self.positions, self.states, turned.address,
             cache.keys, cache.values, op.heads, cache.heads, cache.columns, stride, op.rotated, op.epsilon,
+            cache.ring,
         )  # fmt: skip
         output = self.rows("attended", op.heads * cache.columns)
         self._attend(query, turned, output, cache, op)
@@ -308,7 +314,7 @@ class DeviceRecorder:
             f"attention_{cache.type.suffix}_{cache.columns}",
             kernels.attention_grid(op.heads, cache.heads, splits, self.tokens),
             turned.address, cache.keys, cache.values, self.positions, self.states, parts, op.heads, cache.heads,
-            splits, cache.columns**-0.5, op.window,
+            splits, cache.columns**-0.5, op.window, cache.ring,
         )  # fmt: skip
         gate = query.address + 4 * cache.columns if op.gated else None
         self._makers[output.address] = self._add(

@@ -149,6 +149,7 @@ def test_attention_with_sinks_and_a_window(
 ) -> None:
     cases.check_attention(runner, rng, cache, 64, 6, 2, positions, 64, False, window)
     cases.check_attention(runner, rng, cache, 32, 4, 2, positions, 32, False, window)
+    cases.check_attention(runner, rng, cache, 32, 4, 2, positions, 32, False, window, window + len(positions) - 1)
 
 
 @pytest.mark.parametrize(("channels", "taps", "tokens"), [(130, 4, 1), (64, 4, 7), (33, 2, 3)])
