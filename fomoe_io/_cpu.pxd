@@ -237,6 +237,7 @@ cdef extern from "csrc/cpu/program.h" nogil:
         int64_t key_offset
         int64_t value_offset
         int64_t context
+        int64_t ring
         fomoe_kv_type type
         int32_t heads
         int32_t kv_heads
@@ -251,6 +252,7 @@ cdef extern from "csrc/cpu/program.h" nogil:
         int64_t key_offset
         int64_t value_offset
         int64_t context
+        int64_t ring
         fomoe_kv_type type
         int64_t window
         int32_t heads

@@ -128,6 +128,7 @@ class Program:
         key_offset: int,
         value_offset: int,
         context: int,
+        ring: int,
         type: int,
         heads: int,
         kv_heads: int,
@@ -154,6 +155,7 @@ class Program:
         window: int = 0,
         value_columns: int = 0,
         scale: float = 0,
+        ring: int = 0,
     ) -> None: ...
     def latent(
         self,

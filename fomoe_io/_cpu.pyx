@@ -239,7 +239,7 @@ cdef class Program:
         self._add(&s, (output, frequency))
 
     def kv(self, Rows query, Rows key, Rows value, Rows table, query_norm, key_norm, int64_t key_offset,
-           int64_t value_offset, int64_t context, int type, int heads, int kv_heads, int head_columns,
+           int64_t value_offset, int64_t context, int64_t ring, int type, int heads, int kv_heads, int head_columns,
            int query_stride, int rotated, float epsilon, biases):
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
@@ -257,6 +257,7 @@ cdef class Program:
         s.arguments.kv.key_offset = key_offset
         s.arguments.kv.value_offset = value_offset
         s.arguments.kv.context = context
+        s.arguments.kv.ring = ring
         s.arguments.kv.type = <fomoe_kv_type>type
         s.arguments.kv.heads = heads
         s.arguments.kv.kv_heads = kv_heads
@@ -268,7 +269,7 @@ cdef class Program:
 
     def attention(self, Rows query, Rows output, int64_t key_offset, int64_t value_offset, int64_t context, int type,
                   int heads, int kv_heads, int head_columns, int query_stride, bint gated, sinks=None,
-                  int64_t window=0, int value_columns=0, double scale=0):
+                  int64_t window=0, int value_columns=0, double scale=0, int64_t ring=0):
         """`value_columns`, `scale` 0: those of the key, and 1 / sqrt of them."""
         cdef fomoe_step s
         memset(&s, 0, sizeof(s))
@@ -278,6 +279,7 @@ cdef class Program:
         s.arguments.attention.key_offset = key_offset
         s.arguments.attention.value_offset = value_offset
         s.arguments.attention.context = context
+        s.arguments.attention.ring = ring
         s.arguments.attention.type = <fomoe_kv_type>type
         s.arguments.attention.heads = heads
         s.arguments.attention.kv_heads = kv_heads

@@ -209,6 +209,7 @@ class CpuBackend:
             experts=experts,
             lookahead=self._config.lookahead > 0,
             kv_type=KvType[self._config.kv_type.upper()],
+            widest_batch=self._config.batch_tokens,
         )
         opened.model.architecture.build(recorder, self._weights, s)
         return recorder

@@ -26,6 +26,7 @@ from fomoe_io.models.recorder import (
     Picks,
     Recorder,
     Router,
+    ring_positions,
 )
 from fomoe_io.models.recorder import Experts as ExpertsOp
 
@@ -90,6 +91,8 @@ class CpuRecorder:
         (`activation_bytes`, `state.bytes`).
     lookahead : bool
         Whether layers end with a guess at the next one's experts.
+    widest_batch : int
+        Most tokens of any batch: what rings have room for, however small memory makes the batches; 0: `batch_tokens`.
     kv_type : KvType
     """
 
@@ -106,6 +109,7 @@ class CpuRecorder:
         experts: Experts | None,
         lookahead: bool = False,
         kv_type: KvType = KvType.F32,
+        widest_batch: int = 0,
     ) -> None:
         self.program = _cpu.Program(team, kernels, scratch_floats)
         self._kernels = kernels
@@ -115,6 +119,7 @@ class CpuRecorder:
         self._expert_inputs = expert_inputs
         self._experts = experts
         self._looks_ahead, self._kv_type = lookahead, kv_type
+        self._widest_batch = widest_batch or batch_tokens
         self.state = StateLayout()
         self.activation_bytes = 0
         self._rows: dict[tuple[str, int, int], Rows] = {}
@@ -191,31 +196,38 @@ class CpuRecorder:
         self.program.rope_table(table, rope)
         return table
 
-    def kv_cache(self, heads: int, columns: int) -> KvCache:
-        """Offsets in a session's memory."""
+    def kv_cache(self, heads: int, columns: int, window: int = 0) -> KvCache:
+        """Offsets in a session's memory.
+
+        A ring is written twice, one copy behind the other, so that every window is one piece.
+        """
         positions, row_bytes = self.context_tokens, columns * self._kv_type.bytes
-        keys, values = (self.state.take_cache(heads, positions, row_bytes) for _ in range(2))
-        return KvCache(keys, values, heads, columns, self._kv_type)
+        ring = ring_positions(window, positions, self._widest_batch)
+        if ring:
+            keys, values = (self.state.take(heads * 2 * ring * row_bytes, zeroed=True) for _ in range(2))
+        else:
+            keys, values = (self.state.take_cache(heads, positions, row_bytes) for _ in range(2))
+        return KvCache(keys, values, heads, columns, self._kv_type, ring)
 
     def attention(
         self, query: Rows, key: Rows, value: Rows, table: Rows, cache: KvCache, op: Attention[np.ndarray]
     ) -> Rows:
         """A step that fills the cache, and one that reads it."""
-        stride = query.columns // op.heads
+        stride, positions = query.columns // op.heads, 2 * cache.ring or self.context_tokens
         query_norm, key_norm = op.query_norm, op.key_norm
         if op.norms_whole_rows:
             for rows, norm in ((query, query_norm), (key, key_norm)):
                 self.program.norm(rows, norm, op.epsilon, [rows], False)
             query_norm = key_norm = None
         self.program.kv(
-            query, key, value, table, query_norm, key_norm, cache.keys, cache.values, self.context_tokens,
+            query, key, value, table, query_norm, key_norm, cache.keys, cache.values, positions, cache.ring,
             cache.type.value, op.heads, cache.heads, cache.columns, stride, op.rotated, op.epsilon,
             (op.query_bias, op.key_bias, op.value_bias),
         )  # fmt: skip
         attended = self.rows("attended", op.heads * cache.columns)
         self.program.attention(
-            query, attended, cache.keys, cache.values, self.context_tokens, cache.type.value, op.heads, cache.heads,
-            cache.columns, stride, op.gated, op.sinks, op.window,
+            query, attended, cache.keys, cache.values, positions, cache.type.value, op.heads, cache.heads,
+            cache.columns, stride, op.gated, op.sinks, op.window, 0, 0, cache.ring,
         )  # fmt: skip
         return attended
 

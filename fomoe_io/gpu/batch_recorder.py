@@ -170,7 +170,7 @@ class BatchRecorder(DeviceRecorder):
                 f"attention_{cache.type.suffix}_{cache.columns}",
                 kernels.attention_grid(op.heads, cache.heads, splits, tokens),
                 turned.address + first * turned.stride_bytes, cache.keys, cache.values, positions, states, parts,
-                op.heads, cache.heads, splits, cache.columns**-0.5, op.window,
+                op.heads, cache.heads, splits, cache.columns**-0.5, op.window, cache.ring,
             )  # fmt: skip
             gate = query.address + 4 * cache.columns + first * query.stride_bytes if op.gated else None
             self._add(

@@ -27,6 +27,7 @@ from fomoe_io.gpu.arena import (
 from fomoe_io.gpu.budget import refusal
 from fomoe_io.gpu.kernels import up
 from fomoe_io.gpu.launches import mat_vec, mat_vec_many
+from fomoe_io.gpu.part_recorder import PartRecorder
 from fomoe_io.models.recorder import (
     Activation,
     Attention,
@@ -38,6 +39,7 @@ from fomoe_io.models.recorder import (
     Recorder,
     Router,
     Score,
+    ring_positions,
 )
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ FORM = "@4Pi4x"
 """gpu/kernels/experts.h, expert_form."""
 
 
-class DeviceRecorder:
+class DeviceRecorder(PartRecorder):
     """Collects the launches of a model for one token; the interface is that of :class:`Recorder`.
 
     Parameters
@@ -100,16 +102,11 @@ class DeviceRecorder:
         substitutes: bool = False,
         part: Part = WHOLE,
     ) -> None:
-        self._substitutes, self._part = substitutes, part
-        self._is_here, self._hops = part.has(0), 0
+        super().__init__(DeviceState(memory.state_base), mailbox, part)  # every program's places are the same
+        self._substitutes = substitutes
         self.memory, self.hidden, self.vocabulary = memory, hidden, vocabulary
         self.context_tokens = memory.context_tokens
-        self.state = DeviceState(memory.state_base)  # every program's places are the same
-        self._elsewhere: tuple[list[Any], DeviceState] = [], DeviceState(0)
         self._experts, self._expert_inputs = experts, expert_inputs
-        self._body: list[Any] = []
-        self._mailbox = mailbox
-        self._pending: dict[int, int] = {}  # rows' address -> address of what is to be added to them
         self._makers: dict[int, LaunchSpec] = {}  # rows' address -> the launch that can write them as Q8 too
         self._tail: Callable[[int, int], list[LaunchSpec]] | None = None
         self._final: Callable[[int, int], list[LaunchSpec]] | None = None
@@ -119,20 +116,6 @@ class DeviceRecorder:
     def _take_inputs(self) -> None:
         self.positions, self.states = self.memory.words("positions", 4), self.memory.states("states")
         self.logits_address = self.memory.words("logits", 4 * self.vocabulary)
-
-    @property
-    def body(self) -> list[Any]:
-        """All but the logits; of a layer that another device computes, a list that nobody reads."""
-        return self._body if self._is_here else self._elsewhere[0]
-
-    @property
-    def _kept(self) -> DeviceState:
-        return self.state if self._is_here else self._elsewhere[1]
-
-    def _add(self, kernel: str, grid: tuple[int, int, int], *arguments: Any) -> LaunchSpec:
-        spec = LaunchSpec(kernel, grid, list(arguments))
-        self.body.append(spec)
-        return spec
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -267,12 +250,16 @@ class DeviceRecorder:
         """(cos, sin) of every position; the engine fills the table once."""
         return self.memory.rope_table(rope, name)
 
-    def kv_cache(self, heads: int, columns: int) -> KvCache:
+    def kv_cache(self, heads: int, columns: int, window: int = 0) -> KvCache:
         """Places in a session's memory."""
         kv_type = self.memory.kv_type
         row_bytes = heads * columns * kv_type.bytes
-        keys, values = (self._kept.take_cache(self.context_tokens, row_bytes) for _ in range(2))
-        return KvCache(keys, values, heads, columns, kv_type)
+        ring = ring_positions(window, self.context_tokens, self.memory.batch_tokens)
+        if ring:
+            keys, values = (self._kept.take(ring * row_bytes, zeroed=True) for _ in range(2))
+        else:
+            keys, values = (self._kept.take_cache(self.context_tokens, row_bytes) for _ in range(2))
+        return KvCache(keys, values, heads, columns, kv_type, ring)
 
     def attention(
         self, query: DeviceRows, key: DeviceRows, value: DeviceRows, table: DeviceRows, cache: KvCache,
@@ -293,6 +280,7 @@ class DeviceRecorder:
             f"attention_prepare_{cache.type.suffix}", (op.heads + 2 * cache.heads, self.tokens, 1), query.address,
             key.address, value.address, *norms, table.address, self.positions, self.states, turned.address,
             cache.keys, cache.values, op.heads, cache.heads, cache.columns, stride, op.rotated, op.epsilon,
+            cache.ring,
         )  # fmt: skip
         output = self.rows("attended", op.heads * cache.columns)
         self._attend(query, turned, output, cache, op)
@@ -308,7 +296,7 @@ class DeviceRecorder:
             f"attention_{cache.type.suffix}_{cache.columns}",
             kernels.attention_grid(op.heads, cache.heads, splits, self.tokens),
             turned.address, cache.keys, cache.values, self.positions, self.states, parts, op.heads, cache.heads,
-            splits, cache.columns**-0.5, op.window,
+            splits, cache.columns**-0.5, op.window, cache.ring,
         )  # fmt: skip
         gate = query.address + 4 * cache.columns if op.gated else None
         self._makers[output.address] = self._add(
@@ -478,35 +466,7 @@ class DeviceRecorder:
     ) -> None:
         """Nothing: the CPU alone guesses."""
 
-    def layer_end(self, layer: int, x: DeviceRows) -> None:
-        """The next layer may be another device's.  Layer outputs are recorded on the CPU alone."""
-        part = self._part
-        if not part.owner or layer + 1 == len(part.owner) or part.owner[layer] == part.owner[layer + 1]:
-            return
-        added = self._pending.get(x.address)
-        if part.has(layer):
-            self._hand_over(self._hops, x, added)
-        self._is_here = part.has(layer + 1)
-        if self._is_here:
-            self._take_over(self._hops, x, added)
-        self._hops += 1
-
-    def _hand_over(self, hop: int, x: DeviceRows, added: int | None) -> None:
-        """The residual stream, and what the next norm will add to it."""
-        rows, flag = self._part.hop(hop)
-        self._add("hand_over", (1, 1, 1), x.address, added, rows, flag, self._mailbox.run, x.columns)
-
-    def _take_over(self, hop: int, x: DeviceRows, added: int | None) -> None:
-        rows, flag = self._part.hop(hop)
-        mail = self._mailbox
-        self._add("take_over", (1, 1, 1), x.address, added, rows, flag, mail.run, mail.stop, x.columns)
-
     # ---- the result ----
-
-    @property
-    def makes_logits(self) -> bool:
-        """Whether the model ends on this device."""
-        return self._part.is_last
 
     def launches(self, outputs: int) -> list[LaunchSpec]:
         """All launches of a run that wants so many logits (0 or 1)."""

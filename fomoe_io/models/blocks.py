@@ -50,7 +50,7 @@ def record_attention(
     query, key, value = p.rows("query", queries), p.rows("key", keys), p.rows("value", keys)
     h = p.norm(x, norm_weight, s.epsilon, name="normed", feeds=[w_query, w_key, w_value])
     p.mat_mul([(w_query, h, query), (w_key, h, key), (w_value, h, value)])
-    attended = p.attention(query, key, value, table, p.kv_cache(s.kv_heads, d), op)
+    attended = p.attention(query, key, value, table, p.kv_cache(s.kv_heads, d, window), op)
     bias = _optional(w, f"{prefix}.attn_output.bias", s.columns)
     p.mat_mul_add(w_output, p.convert(attended, name="attended", feeds=[w_output]), x, bias)
 

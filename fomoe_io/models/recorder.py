@@ -61,6 +61,8 @@ class KvCache:
         Of a position; each head's history is one stream.
     type : KvType
         Of their elements.
+    ring : int
+        So many of the last positions are kept, where a window sees no more; 0: all of the context.
     """
 
     keys: int
@@ -68,6 +70,17 @@ class KvCache:
     heads: int
     columns: int
     type: KvType
+    ring: int = 0
+
+
+RING_SHARE = 16
+"""A ring is kept where it is at most such a part of the context: without one a session can be wound back."""
+
+
+def ring_positions(window: int, context_tokens: int, batch_tokens: int) -> int:
+    """Length of the ring for a window: a batch writes all its positions before its first token has read; 0: no ring."""
+    positions = window + batch_tokens - 1
+    return positions if window and RING_SHARE * positions <= context_tokens else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,8 +333,8 @@ class Recorder(Protocol[_Matrix_contra, Vector, Rows]):
         """magnitude * (cos, sin)(position * frequency) of each pair."""
         ...
 
-    def kv_cache(self, heads: int, columns: int) -> KvCache:
-        """Room for a layer's keys and values."""
+    def kv_cache(self, heads: int, columns: int, window: int = 0) -> KvCache:
+        """Room for a layer's keys and values, of which a token sees the last `window`; 0: all."""
         ...
 
     def attention(

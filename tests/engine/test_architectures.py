@@ -130,6 +130,28 @@ def test_a_trace_and_a_profile_of_every_architecture(stores: dict[str, Path], tm
     assert np.array_equal(evaluate(tmp_path / "sorted", TOKENS, context_tokens=64, slots=3)[0], expected)
 
 
+def test_a_window_keeps_no_more_than_its_ring(tmp_path: Path) -> None:
+    """In a long context: the bits of the whole cache, whatever the batches, also past a snapshot; and less memory."""
+    path = write_tiny(tmp_path / "model.gguf", SHAPES["gpt-oss"], 2)
+    tokens = np.random.default_rng(5).integers(0, 300, 100)
+    whole = {batch: EngineConfig(context_tokens=128, batch_tokens=batch) for batch in (1, 4, 7)}
+    ring = {batch: EngineConfig(context_tokens=256, batch_tokens=batch) for batch in (1, 4, 7)}
+    with Engine.open(path, whole[7]) as engine:
+        assert engine.session().recurrent_bytes == 0
+        expected, whole_bytes = engine.session().evaluate(tokens), engine.statistics()["budgets"]["state_bytes"]
+    for batch, config in ring.items():
+        with Engine.open(path, config) as engine:
+            assert engine.statistics()["budgets"]["state_bytes"] < 1.5 * whole_bytes  # twice the context
+            session = engine.session()
+            logits = [session.evaluate(tokens[:61])]
+            assert session.recurrent_bytes == 2 * 2 * 2 * 2 * (5 + batch - 1) * 32 * 4  # layers, K and V, heads, copies
+            kept = session.snapshot()
+            session.evaluate(tokens[:30])
+            session.restore(kept)
+            logits.append(session.evaluate(tokens[61:]))
+            assert np.concatenate(logits).tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize("name", ["minimax-m2", "glm4moe", "gpt-oss", "deepseek2"])
 def test_cache_aware_routing_of_every_router(tmp_path: Path, name: str) -> None:
     """Where a bias chooses, too; a rule that gives up nothing changes nothing."""

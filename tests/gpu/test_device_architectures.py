@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine
-from fomoe_io.config import Tiers
+from fomoe_io.config import Tiers, Tuning
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import device
 from tests.fake_hip.build import installed_fake
@@ -113,6 +113,21 @@ def test_bits_of_other_architectures(tmp_path: Path, changes: dict[str, Any]) ->
             assert (picks[:dense] == -1).all() and (picks[dense:] >= 0).all()
             found.append((logits.tobytes(), picks.tobytes()))
         assert found[0] == found[1]
+
+
+def test_a_window_keeps_no_more_than_its_ring(tmp_path: Path) -> None:
+    """The bits of the whole cache."""
+    shape = tiny(architecture="gpt-oss", layers=2, rotated=64, biased=True, window=5)
+    path, found = write_tiny(tmp_path / "model.gguf", shape, seed=2), []
+    tokens = np.random.default_rng(6).integers(0, 300, 44)
+    for context in (64, 256):
+        config = settings(context_tokens=context, tuning=Tuning(library_products=False))
+        with Engine.open(path, config) as engine:
+            session = engine.session()
+            logits = session.evaluate(tokens)
+            found.append((logits.tobytes(), session.recurrent_bytes))
+    assert found[0][0] == found[1][0] and found[0][1] == 0
+    assert found[1][1] == 2 * (5 + 4 - 1) * 2 * 64 * 4  # K and V, positions, heads, columns
 
 
 @pytest.mark.parametrize("architecture", ["minimax-m2", "gpt-oss"])

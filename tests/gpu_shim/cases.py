@@ -269,10 +269,11 @@ def check_attention(
     rotary: int,
     gated: bool,
     window: int = 0,
+    ring: int = 0,
 ) -> None:
     """Norm, rope, cache, attention and merge of consecutive tokens over a cache that holds what came before.
 
-    With a window the heads have sinks, too.
+    With a window the heads have sinks, too; a `ring` holds the window's positions and no others.
     """
     sinks = normal(rng, heads) if window else None
     tokens, context, eps = len(positions), max(positions) + 1, 1e-6
@@ -289,12 +290,16 @@ def check_attention(
     turns = np.stack([np.cos(every), np.sin(every)], axis=2).astype(np.float32)
     angles = every[positions]
     place = runner.put(np.array(positions, np.int32))
-    device_q, device_keys, device_values = runner.put(q), runner.put(keys), runner.put(values)
+    slots = np.arange(context) % ring if ring else np.arange(context)
+    in_ring = [np.zeros((ring or context, kv_heads, dim), element) for _ in range(2)]
+    for stored_rows, rows in zip(in_ring, (keys, values), strict=True):
+        stored_rows[slots] = rows  # later positions over earlier ones
+    device_q, device_keys, device_values = runner.put(q), *(runner.put(rows) for rows in in_ring)
     q_out = runner.put(poison(tokens, heads, dim))
     runner.launch(
         f"attention_prepare_{cache}", (heads + 2 * kv_heads, tokens, 1),
         device_q, runner.put(k), runner.put(v), runner.put(q_norm), runner.put(k_norm), runner.put(turns), place,
-        None, q_out, device_keys, device_values, heads, kv_heads, dim, q_stride, rotary, eps,
+        None, q_out, device_keys, device_values, heads, kv_heads, dim, q_stride, rotary, eps, ring,
     )  # fmt: skip
     want_q = ref.rope(ref.rms_norm(q[..., :dim].astype(np.float64), q_norm, eps), angles)
     keys, values = keys.astype(np.float64), values.astype(np.float64)
@@ -302,8 +307,10 @@ def check_attention(
     values[positions] = v
     close = CLOSE if cache == "f32" else 5e-4  # f16 keeps 11 bits
     assert ref.error(q_out.get(), want_q) < CLOSE
-    assert ref.error(device_keys.get(), keys) < close
-    assert ref.error(device_values.get(), values) < close
+    last = slice(-ring, None)
+    kept = [rows.get()[slots[last]] for rows in (device_keys, device_values)]
+    assert ref.error(kept[0], keys[last]) < close
+    assert ref.error(kept[1], values[last]) < close
 
     splits = kernels.attention_splits(context) + 1  # one more than this context fills
     parts = runner.put(poison(tokens, heads, splits, dim + 2))
@@ -311,12 +318,12 @@ def check_attention(
     q8 = runner.put(np.full((tokens, kernels.q8_row_bytes(heads * dim)), 0xAA, np.uint8))
     runner.launch(
         f"attention_{cache}_{dim}", kernels.attention_grid(heads, kv_heads, splits, tokens),
-        q_out, device_keys, device_values, place, None, parts, heads, kv_heads, splits, dim**-0.5, window,
+        q_out, device_keys, device_values, place, None, parts, heads, kv_heads, splits, dim**-0.5, window, ring,
     )  # fmt: skip
     gate = runner.put(q[..., dim:]) if gated else None
     runner.launch("attention_merge", (heads, tokens, 1), parts, place, gate, y, q8, heads, dim, splits, dim,
                   None if sinks is None else runner.put(sinks), window)  # fmt: skip
-    stored = (device_keys.get().astype(np.float64), device_values.get().astype(np.float64))
+    stored = [rows.get()[slots].astype(np.float64) for rows in (device_keys, device_values)]
     want = ref.attention(q_out.get().astype(np.float64), *stored, np.array(positions), dim**-0.5, sinks, window)
     if gated:
         want = want * ref.sigmoid(q[..., dim:].astype(np.float64))

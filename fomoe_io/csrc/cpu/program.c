@@ -298,8 +298,12 @@ void fomoe_step_kv(const fomoe_step *step, fomoe_run *run, int thread) {
             if (step->as.kv.key_norm) fomoe_rms_norm(n, k, step->as.kv.key_norm, step->as.kv.epsilon, k);
             fomoe_rope_neox(rotated, table, k);
             uint8_t *state = run->states[t];
-            fomoe_to_kv(type, n, k, cache_row(state, type, step->as.kv.key_offset, context, n, head, position));
-            fomoe_to_kv(type, n, v, cache_row(state, type, step->as.kv.value_offset, context, n, head, position));
+            int64_t ring = step->as.kv.ring, place = ring ? position % ring : position;
+            for (; place < context; place += ring) {
+                fomoe_to_kv(type, n, k, cache_row(state, type, step->as.kv.key_offset, context, n, head, place));
+                fomoe_to_kv(type, n, v, cache_row(state, type, step->as.kv.value_offset, context, n, head, place));
+                if (!ring) break;
+            }
         }
     }
 }
@@ -315,11 +319,12 @@ void fomoe_step_attention(const fomoe_step *step, fomoe_run *run, int thread) {
         float *out = fomoe_float_row(&step->as.attention.output, t) + (int64_t)head * v;
         int64_t length = run->positions[t] + 1, window = step->as.attention.window;
         int64_t first = window && length > window ? length - window : 0;
+        int64_t place = step->as.attention.ring ? first % step->as.attention.ring : first;
         fomoe_kv_type type = step->as.attention.type;
         uint8_t *state = run->states[t];
         fomoe_attention_head(type, n, v, length - first, step->as.attention.scale, q,
-                             cache_row(state, type, step->as.attention.key_offset, context, n, head / group, first), n,
-                             cache_row(state, type, step->as.attention.value_offset, context, n, head / group, first),
+                             cache_row(state, type, step->as.attention.key_offset, context, n, head / group, place), n,
+                             cache_row(state, type, step->as.attention.value_offset, context, n, head / group, place),
                              n, run->scratch[thread], step->as.attention.sinks ? step->as.attention.sinks + head : NULL,
                              out);
         if (step->as.attention.gated) fomoe_sigmoid_mul(n, q + n, out, out);

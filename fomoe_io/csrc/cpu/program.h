@@ -132,7 +132,8 @@ struct fomoe_step {
             fomoe_rows query, key, value, table; /* query is normalised and rotated in place */
             const float *query_norm, *key_norm;  /* NULL: none */
             const float *query_bias, *key_bias, *value_bias; /* added before the norms, a row of each; NULL: none */
-            int64_t key_offset, value_offset, context;
+            int64_t key_offset, value_offset, context; /* context: positions of a head's stream */
+            int64_t ring; /* positions come again after so many, and stand twice in the stream; 0: never */
             fomoe_kv_type type;
             int32_t heads, kv_heads, head_columns, query_stride, rotated;
             float epsilon;
@@ -140,7 +141,7 @@ struct fomoe_step {
         struct {
             fomoe_rows query, output;
             const float *sinks; /* one more logit of each head; NULL: none */
-            int64_t key_offset, value_offset, context;
+            int64_t key_offset, value_offset, context, ring; /* as kv's */
             fomoe_kv_type type;
             int64_t window; /* positions that a token sees, itself included; 0: all */
             int32_t heads, kv_heads, head_columns, query_stride;

@@ -95,9 +95,9 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         table[f"experts_gate_up_late_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pppppqqpppiiip")
         table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiiip")
     for cache in ("f32", "f16"):
-        table[f"attention_prepare_{cache}"] = Kernel(256, "pppppppppppiiiiif")
+        table[f"attention_prepare_{cache}"] = Kernel(256, "pppppppppppiiiiifi")
         for dim in HEAD_SIZES:
-            table[f"attention_{cache}_{dim}"] = Kernel(256, "ppppppiiifi")
+            table[f"attention_{cache}_{dim}"] = Kernel(256, "ppppppiiifii")
     for dim in (64, 128):
         table[f"delta_step_{dim}"] = Kernel(128, "ppppppppiiiiif")
     return table

@@ -13,11 +13,11 @@
 // token's position, and before its window, are left unwritten.  q: [tokens][heads][dim];
 // caches: [positions][kv_heads][dim] in the memory of each token's session.
 // Grid (kv_heads * blocks of a key head, splits, tokens); splits covers the longest context, so that a captured graph
-// fits every position.
+// fits every position.  ring: the caches' rows are used again after so many; 0: never.
 template <class CACHE, int PER_LANE>
 DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const typename CACHE::element *v_cache,
                    const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits,
-                   float scale, int window) {
+                   float scale, int window, int ring) {
     const int dim = 32 * PER_LANE, row = dim + 4;  // four floats apart, rows start in different banks
     __shared__ quad tile_quads[ATTENTION_SPLIT * row / 4], query_quads[ATTENTION_WARPS][dim / 4];
     __shared__ float weight_of[ATTENTION_WARPS][ATTENTION_SPLIT];
@@ -35,7 +35,8 @@ DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const
 #pragma unroll
     for (int r = 0; r < PER_LANE; ++r) {
         const int i = 4 * (thread_index() + 32 * ATTENTION_WARPS * r), p = begin + i / dim;
-        const u64 at = ((u64)(p < length ? p : length - 1) * kv_heads + kv_head) * dim + i % dim;
+        const int seen = p < length ? p : length - 1, place = ring ? seen % ring : seen;
+        const u64 at = ((u64)place * kv_heads + kv_head) * dim + i % dim;
         keys[r] = CACHE::get_quad(k_cache + at);
         values[r] = CACHE::get_quad(v_cache + at);
     }
@@ -114,10 +115,10 @@ EXPORT_KERNEL(attention_merge)
     KERNEL(32 * ATTENTION_WARPS, attention_##type##_##dim)                                                            \
     (const float *q, const cache_##type::element *k_cache, const cache_##type::element *v_cache,                      \
      const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits,            \
-     float scale, int window) {                                                                                       \
+     float scale, int window, int ring) {                                                                             \
         start_kernel();                                                                                               \
         attend<cache_##type, dim / 32>(q, k_cache, v_cache, positions, states, parts, heads, kv_heads, splits, scale, \
-                                       window);                                                                       \
+                                       window, ring);                                                                 \
     }                                                                                                                 \
     EXPORT_KERNEL(attention_##type##_##dim)
 

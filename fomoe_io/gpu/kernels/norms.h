@@ -94,12 +94,12 @@ struct cache_f16 {
 // to the cache at the token's position.
 // q: [tokens][heads] rows q_stride apart; k, v: [tokens][kv_heads][dim]; cos_sin: [positions][rotary / 2][2];
 // q_out: [tokens][heads][dim]; caches: [positions][kv_heads][dim] in the memory of each token's session.  dim <= 256.
-// Grid (heads + 2 * kv_heads, tokens).
+// ring: the caches' rows are used again after so many; 0: never.  Grid (heads + 2 * kv_heads, tokens).
 template <class CACHE>
 DEVICE void prepare_head(const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm,
                          const float *cos_sin, const replayed *positions, const replayed *states, float *q_out,
                          typename CACHE::element *k_cache, typename CACHE::element *v_cache, int heads, int kv_heads,
-                         int dim, int q_stride, int rotary, float eps) {
+                         int dim, int q_stride, int rotary, float eps, int ring) {
     __shared__ float values[256];
     const int token = block_y(), i = thread_index();
     const bool is_query = block_x() < heads, is_key = !is_query && block_x() < heads + kv_heads;
@@ -123,7 +123,8 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
         }
     }
     if (i >= dim) return;
-    const u64 place = ((u64)now(positions + token) * kv_heads + head) * dim + i;
+    const u32 position = now(positions + token);
+    const u64 place = ((u64)(ring ? position % (u32)ring : position) * kv_heads + head) * dim + i;
     if (is_query)
         q_out[((u64)token * heads + head) * dim + i] = x;
     else
@@ -134,10 +135,11 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
     KERNEL(256, attention_prepare_##type)                                                                             \
     (const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm, const float *cos_sin,  \
      const replayed *positions, const replayed *states, float *q_out, cache_##type::element *k_cache,                 \
-     cache_##type::element *v_cache, int heads, int kv_heads, int dim, int q_stride, int rotary, float eps) { \
+     cache_##type::element *v_cache, int heads, int kv_heads, int dim, int q_stride, int rotary, float eps,           \
+     int ring) {                                                                                                      \
         start_kernel();                                                                                               \
         prepare_head<cache_##type>(q, k, v, q_norm, k_norm, cos_sin, positions, states, q_out, k_cache, v_cache, heads, \
-                                   kv_heads, dim, q_stride, rotary, eps);                                             \
+                                   kv_heads, dim, q_stride, rotary, eps, ring);                                       \
     }                                                                                                                 \
     EXPORT_KERNEL(attention_prepare_##type)
 
