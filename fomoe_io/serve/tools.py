@@ -109,7 +109,7 @@ def chat_tools(tools: Any, choice: Any, parallel: bool | None) -> Tools | None:
     name = choice.get("function", {}).get("name") if isinstance(choice.get("function"), dict) else None
     if choice.get("type") != "function" or name is None:
         raise bad_request(f"tool_choice of type {choice.get('type')!r} is not supported", param="tool_choice")
-    if name not in {function.name for function in functions}:
+    if name not in [function.name for function in functions]:  # which may be anything, also what has no hash
         raise bad_request(f"tool_choice names {name!r}, which is none of the tools", param="tool_choice")
     return Tools(tools, functions, "required", name, is_parallel)
 
