@@ -183,7 +183,8 @@ def response_form(wanted: Any, *, schema_key: str | None = "json_schema") -> For
     schema = described.get("schema", {"type": "object"} if kind == "json_object" else None)
     if not isinstance(schema, dict):
         raise bad_request("response_format has no schema that is an object", param="response_format")
-    return json_form(schema)
+    with _told("response_format"):
+        return json_form(schema)
 
 
 def sampled_form(request: Sampled) -> Form | None:
@@ -196,7 +197,8 @@ def sampled_form(request: Sampled) -> Form | None:
     if request.grammar and request.json_schema is not None:
         raise bad_request("grammar and json_schema were both given", param="grammar")
     if request.json_schema is not None:
-        return json_form(request.json_schema)
+        with _told("json_schema"):
+            return json_form(request.json_schema)
     with _told("grammar"):
         return grammar_form(request.grammar) if request.grammar else None
 
