@@ -109,7 +109,7 @@ def chat_tools(tools: Any, choice: Any, parallel: bool | None) -> Tools | None:
     name = choice.get("function", {}).get("name") if isinstance(choice.get("function"), dict) else None
     if choice.get("type") != "function" or name is None:
         raise bad_request(f"tool_choice of type {choice.get('type')!r} is not supported", param="tool_choice")
-    if name not in {function.name for function in functions}:
+    if name not in [function.name for function in functions]:  # which may be anything, also what has no hash
         raise bad_request(f"tool_choice names {name!r}, which is none of the tools", param="tool_choice")
     return Tools(tools, functions, "required", name, is_parallel)
 
@@ -183,7 +183,8 @@ def response_form(wanted: Any, *, schema_key: str | None = "json_schema") -> For
     schema = described.get("schema", {"type": "object"} if kind == "json_object" else None)
     if not isinstance(schema, dict):
         raise bad_request("response_format has no schema that is an object", param="response_format")
-    return json_form(schema)
+    with _told("response_format"):
+        return json_form(schema)
 
 
 def sampled_form(request: Sampled) -> Form | None:
@@ -196,7 +197,8 @@ def sampled_form(request: Sampled) -> Form | None:
     if request.grammar and request.json_schema is not None:
         raise bad_request("grammar and json_schema were both given", param="grammar")
     if request.json_schema is not None:
-        return json_form(request.json_schema)
+        with _told("json_schema"):
+            return json_form(request.json_schema)
     with _told("grammar"):
         return grammar_form(request.grammar) if request.grammar else None
 

@@ -27,6 +27,8 @@ MOST_SOURCE_CHARACTERS = 1 << 17
 MOST_LEXER_STATES = 1 << 15
 """Of one answer's grammar, at up to 2 KiB each."""
 MOST_REASON_CHARACTERS = 300
+MOST_NUMBER = 1 << 62
+"""Of a schema."""
 
 FORBIDDEN = np.float32(-1e35)
 """A logit that no bias and no penalty brings back; finite, so that sums stay numbers."""
@@ -71,11 +73,28 @@ def quoted(text: str) -> str:
 
 
 def json_rule(schema: Mapping[str, Any] | bool, *, is_lenient: bool = False) -> str:
-    """A rule's right-hand side for JSON of a schema; a lenient one leaves out what can't be kept to."""
+    """A rule's right-hand side for JSON of a schema; a lenient one leaves out what can't be kept to.
+
+    Raises
+    ------
+    UsageError
+        A number in it is too large: near the least of 64 bits the package ends the process.
+    """
+    _check_numbers(schema)
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
     options = {"whitespace_pattern": _WHITESPACE, "lenient": is_lenient, "coerce_one_of": True}
     return "%json " + json.dumps({**schema, "x-guidance": options})
+
+
+def _check_numbers(value: Any) -> None:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            _check_numbers(inner)
+    elif isinstance(value, int | float) and not abs(value) < MOST_NUMBER:
+        raise UsageError(f"the schema has the number {value}, at most {MOST_NUMBER - 1} is supported")
 
 
 def json_form(schema: Mapping[str, Any]) -> Form:

@@ -96,6 +96,7 @@ def test_no_bias_brings_back_what_a_grammar_forbids(tooled: Live) -> None:
         ({"grammar": "root ::= missing"}, "missing"),
         ({"grammar": "x" * 100000}, "longer"),
         ({"json_schema": {"type": "nothing"}}, "nothing"),
+        ({"json_schema": {"enum": [-(2**63)]}}, "the number"),
         ({"json_schema": {"$ref": "file:///etc/passwd"}}, "wrong"),
         ({"json_schema": {"enum": [1]}, "grammar": 'root ::= "a"'}, "both"),
         ({"grammar": 'root ::= "a"', "ignore_eos": True}, "ignore_eos"),

@@ -147,6 +147,7 @@ def test_calls_and_a_schema_go_together(client: Any) -> None:
         ({"tools": [TOOLS[0], TOOLS[0]]}, "one name"),
         ({"tools": TOOLS, "tool_choice": "perhaps"}, "perhaps"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "'g'"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": []}}}, "none of the tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "allowed_tools"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "extra_body": {"grammar": 'root ::= "a"'}}, "exclude"),

@@ -143,6 +143,12 @@ def test_a_wrong_schema(grammars: Grammars, schema: dict[str, Any], reason: str)
     assert "\n" not in caught.value.message and len(caught.value.message) < 400
 
 
+@pytest.mark.parametrize("schema", [{"enum": [1 - 2**63]}, {"items": {"const": -(2**63)}}, {"minimum": 1e300}])
+def test_numbers_that_end_the_process_are_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="the number"):
+        json_form(schema)
+
+
 def test_a_lenient_one_leaves_out_what_is_not_built(grammars: Grammars, tokenizer: Tokenizer) -> None:
     form = Form(grammar.json_rule({"type": "array", "uniqueItems": True}, is_lenient=True))
     assert follows(grammars, tokenizer, form, "[1]") == (3, True)
