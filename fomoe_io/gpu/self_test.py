@@ -18,6 +18,8 @@ from fomoe_io._hip import Event, Registration, Stream
 from fomoe_io.errors import DeviceError
 from fomoe_io.gpu import device, kernels
 from fomoe_io.gpu.device import Gpu, Step
+from fomoe_io.gpu.hop_test import COLUMNS as HOP_COLUMNS
+from fomoe_io.gpu.hop_test import hop_us, partner_of
 from fomoe_io.storage.reader import aligned_memory
 from fomoe_io.units import format_bytes
 
@@ -97,6 +99,7 @@ def run(name: str = "auto") -> Iterator[Finding]:
         ("copied under", check_rewritten),
         ("copies", check_copies),
         ("round trip", check_round_trip),
+        ("hops", check_hops),
         ("peers", check_peers),
     ]
     is_usable = True
@@ -315,6 +318,18 @@ def check_round_trip(gpu: Gpu) -> Finding:
 
 
 # ---- (f) ----
+
+
+def check_hops(gpu: Gpu) -> Finding:
+    """Whether rows go from device to device through the host's memory, inside graphs: several devices rely on it."""
+    other = partner_of(gpu)
+    if other is None:
+        return Finding("hops", OK, "skipped: there is no second device")
+    microseconds, damaged = hop_us(gpu, other, LIMIT_SECONDS)
+    who = other.info.option
+    if damaged:
+        return Finding("hops", FAIL, f"rows that went to {who} and back arrived damaged", REPORT_FIX)
+    return Finding("hops", OK, f"{HOP_COLUMNS * 8 >> 10} KB to {who} take {microseconds:.1f} us, kernels and all")
 
 
 def check_peers(gpu: Gpu) -> Finding:

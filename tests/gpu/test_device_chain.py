@@ -102,6 +102,13 @@ def test_cache_aware_routing_is_the_same(model: Path) -> None:
     assert found == expected and said["substitutions"] == counted["substitutions"] > 0
 
 
+def test_two_devices_that_are_two(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = read(model)
+    monkeypatch.setenv("FAKE_HIP_DEVICES", "2")
+    found, said = read(model, device="hip:0,1")
+    assert found == expected and said["device"].startswith("hip:0,1 ")
+
+
 def test_a_session_is_taken_out_of_one_and_put_into_two(model: Path) -> None:
     snapshots = {}
     for name, how in (("one", {}), ("two", SPLITS["pingpong"])):

@@ -10,10 +10,10 @@ import pytest
 from fomoe_io import _hip
 from fomoe_io.cli.doctor import main
 from fomoe_io.errors import DeviceError
-from fomoe_io.gpu import device, self_test
+from fomoe_io.gpu import device, hop_test, self_test
 from tests.fake_hip.build import Fake, installed_fake
 
-NAMES = ["device", "queues", "replays", "copied under", "copies", "round trip", "peers"]
+NAMES = ["device", "queues", "replays", "copied under", "copies", "round trip", "hops", "peers"]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,14 @@ def test_shared_queues_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stale_words_are_found() -> None:
     assert self_test.judge_replays([3, 9, 0, 9], 10, 2.0).status == "FAIL"
     assert self_test.judge_replays([0, 9, 9, 9], 10, 2.0).status == "OK"
+
+
+def test_rows_go_from_device_to_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hop_test, "HOPS", 2)
+    monkeypatch.setattr(hop_test, "COLUMNS", 256)
+    monkeypatch.setenv("FAKE_HIP_DEVICES", "2")
+    hops = found()["hops"]
+    assert hops.status == "OK" and "to hip:1 take" in hops.found
 
 
 def test_contents_that_change_between_devices_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
