@@ -145,6 +145,10 @@ def _profile(options: argparse.Namespace) -> int:
     )
 
 
+def _sum_of_sizes(text: str) -> int:
+    return sum(parse_bytes(size) for size in text.split(","))
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 1 << 22:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
@@ -160,7 +164,7 @@ def _add_forecast(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-hff", "--hf-file", metavar="FILE", help="with -hf: this file of it, or its first shard")
     parser.add_argument("-hft", "--hf-token", metavar="TOKEN", help="for the hub (default: $HF_TOKEN)")
     parser.add_argument("--ram", type=checked(parse_bytes), metavar="SIZE", help="a row for this memory, such as 16G")
-    parser.add_argument("--vram", type=checked(parse_bytes), metavar="SIZE", help="and for a card of this one")
+    parser.add_argument("--vram", type=checked(_sum_of_sizes), metavar="SIZE", help="and for a card, or cards: 15G,15G")
     parser.add_argument(
         "--drive",
         type=checked(parse_rate),

@@ -16,6 +16,8 @@ from fomoe_io.kept.piece_file import Head, PieceReader, write_piece
 from fomoe_io.system.files import remove_stale
 
 SUFFIX = ".kept"
+COUNT_SECONDS = 60.0
+"""Between looks at how much others have written."""
 PAUSE_SECONDS = 60.0
 """Without further attempts, after a write has failed."""
 
@@ -52,6 +54,7 @@ class Folder:
         self._paused_until = 0.0
         self._noted: set[str] = set()
         self.written_bytes = self.read_bytes = 0
+        self._total_bytes, self._counted = most_bytes, -COUNT_SECONDS  # of all files, and when they were counted
         self.is_usable = self._prepare()
 
     def _prepare(self) -> bool:
@@ -84,7 +87,7 @@ class Folder:
                     seconds = path.stat().st_mtime
                 except OSError:
                     continue
-                reader = self.open(path)
+                reader = self.open(path, is_direct=False)
                 if reader is not None:
                     with reader:
                         found.append(Found(path, reader.head, reader.tokens, seconds))
@@ -97,10 +100,10 @@ class Folder:
             self._once(f"kept sessions in {self._path} can't be listed: {error.strerror}")
             return []
 
-    def open(self, path: Path) -> PieceReader | None:
+    def open(self, path: Path, *, is_direct: bool = True) -> PieceReader | None:
         """A file of this model; None, and a note, when it can't be used."""
         try:
-            reader = PieceReader(path)
+            reader = PieceReader(path, is_direct=is_direct)
         except (OSError, FormatError) as error:
             self.cannot_use(path, error)
             return None
@@ -132,7 +135,9 @@ class Folder:
             return None
         path = self.path_of(head)
         try:
-            self.written_bytes += write_piece(path, head, tokens, rows, recurrent)
+            written = write_piece(path, head, tokens, rows, recurrent)
+            self.written_bytes += written
+            self._total_bytes += written
         except OSError as error:
             self._once(f"sessions are not kept in {self._path}: {error.strerror}")
             self._paused_until = time.monotonic() + PAUSE_SECONDS
@@ -140,7 +145,9 @@ class Folder:
         return path
 
     def _make_room(self, size: int, keep: set[Path]) -> bool:
-        """Remove what was used longest ago, of any model."""
+        """Remove what was used longest ago, of any model.  Others write to the folder, too: it is counted again."""
+        if self._total_bytes + size <= self._most_bytes and time.monotonic() - self._counted < COUNT_SECONDS:
+            return True
         found = []
         for path in self._files():
             try:
@@ -154,6 +161,7 @@ class Folder:
                 break
             if path not in keep and self.remove(path):
                 total -= freed
+        self._total_bytes, self._counted = total, time.monotonic()
         if total + size <= self._most_bytes:
             return True
         self._once(f"a session is too large for the bound of kept sessions in {self._path}: a larger --cache-disk")

@@ -197,6 +197,8 @@ class PieceReader:
     Parameters
     ----------
     path : Path
+    is_direct : bool
+        False where the header is all that is wanted: looking whether direct reads work takes longer than reading it.
 
     Attributes
     ----------
@@ -212,9 +214,9 @@ class PieceReader:
         It is damaged, or no such file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_direct: bool = True) -> None:
         self._path = path
-        self._descriptor = _open(path, os.O_RDONLY)
+        self._descriptor = _open(path, os.O_RDONLY) if is_direct else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             self.head, self.tokens, self._rows_offset = self._read_head()
         except BaseException:

@@ -96,6 +96,7 @@ class KeptSessions:
         self._most_bytes = max(0, memory_bytes - form.work_bytes)
         self.held_bytes = 0
         self.live: list[Piece] = []
+        self._held: set[Piece] = set()
         self.root = Piece(None, b"")
         self._clock = 0
         self._texts: dict[TextEnd, Piece] = {}
@@ -243,7 +244,7 @@ class KeptSessions:
         found = self._load(last, lambda reader: reader.recurrent())
         if self.make_room(found.nbytes, last.end, [*place.blocks, last]):
             last.recurrent = found
-            self.held_bytes += found.nbytes
+            self._hold(last, found.nbytes)
         return found
 
     def _load(self, piece: Piece, read: Callable[[PieceReader], np.ndarray]) -> np.ndarray:
@@ -291,7 +292,7 @@ class KeptSessions:
         piece = path[-1].hang(tail, is_checkpoint=True)
         if recurrent is not None and piece.recurrent is None and (known is None or known.file is None):
             piece.recurrent = recurrent
-            self.held_bytes += size
+            self._hold(piece, size)
         if text_end is not None:
             piece.text_end = text_end
             self._texts[text_end] = piece
@@ -315,8 +316,12 @@ class KeptSessions:
         if not self.make_room(piece.count * self.form.row_bytes, length, keep):
             return False
         piece.rows = rows_of(piece.first, piece.count)
-        self.held_bytes += piece.rows.nbytes
+        self._hold(piece, piece.rows.nbytes)
         return True
+
+    def _hold(self, piece: Piece, size: int) -> None:
+        self._held.add(piece)
+        self.held_bytes += size
 
     def write(self, piece: Piece, rows_of: RowsOf, keep: Sequence[Piece]) -> bool:
         """Make a file of a piece, unless there is one.  Whether there is one now."""
@@ -356,13 +361,8 @@ class KeptSessions:
 
     def _loose(self) -> list[Piece]:
         """What memory can let go of: a piece with a file, or one that nothing depends on."""
-        found, needed = [], set()
-        for piece in reversed(self.root.below()):
-            if piece.memory_bytes and (piece.file is not None or piece not in needed):
-                found.append(piece)
-            if piece.memory_bytes or piece.file is not None or piece in needed:
-                needed.add(piece.parent)
-        return found
+        self._held = {piece for piece in self._held if piece.memory_bytes}
+        return [piece for piece in self._held if piece.file is not None or not _is_needed(piece)]
 
     def _drop_rows(self, piece: Piece) -> None:
         """A session has them, too."""
@@ -389,6 +389,11 @@ class KeptSessions:
 
 class Unusable(Exception):
     """A piece's file can't be used; it is forgotten, and another place can be looked for."""
+
+
+def _is_needed(piece: Piece) -> bool:
+    """Whether something that is kept depends on it."""
+    return any(other is not piece and (other.memory_bytes or other.file) for other in piece.below())
 
 
 def _is_above(piece: Piece, length: int, now: float) -> bool:

@@ -15,7 +15,7 @@ from fomoe_io.serve.errors import ApiError, bad_request, too_large
 from fomoe_io.serve.jobs import Job, JobQueue, Over
 from fomoe_io.serve.settings import ServeConfig
 
-PACE_SECONDS = 0.02
+PACE_SECONDS = 0.05
 """Between two sends of a stream: tokens that come faster go together, as sending each would hold up the engine."""
 
 KEEP_ALIVE = b": keep-alive\n\n"

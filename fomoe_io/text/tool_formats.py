@@ -51,7 +51,8 @@ class ToolFormat:
     is_padded : bool
         Values are on lines of their own.
     rule : callable
-        A rule's right-hand side for what follows `begin` until `end`, for functions; and the rules that it refers to.
+        For functions, and whether there may be several calls: the right-hand side of a rule for what follows `begin`,
+        `end` included; and the rules that it refers to.
     """
 
     name: str
@@ -59,7 +60,7 @@ class ToolFormat:
     begin: str
     end: str
     head: re.Pattern[str]
-    rule: Callable[[Sequence[Function]], tuple[str, str]]
+    rule: Callable[[Sequence[Function], bool], tuple[str, str]]
     tail: re.Pattern[str]
     parameter: re.Pattern[str] | None = None
     value_end: str = ""
@@ -69,7 +70,7 @@ class ToolFormat:
 # ---- rules ----
 
 
-def _json_calls(functions: Sequence[Function]) -> tuple[str, str]:
+def _json_calls(functions: Sequence[Function], is_parallel: bool) -> tuple[str, str]:
     heads = ['{"name": "' + function.name + '", "arguments": ' for function in functions]
     return f'"\\n" ({_with_arguments(heads, "}")}) "\\n</tool_call>"', _json_arguments(functions)
 
@@ -90,9 +91,24 @@ def _object(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"type": "object", **schema}
 
 
-def _harmony_calls(functions: Sequence[Function]) -> tuple[str, str]:
+def _harmony_calls(functions: Sequence[Function], is_parallel: bool) -> tuple[str, str]:
     heads = [f"functions.{function.name} <|constrain|>json<|message|>" for function in functions]
     return _with_arguments(heads), _json_arguments(functions)
+
+
+def special(name: str) -> str:
+    """A token of DeepSeek's."""
+    return "<\uff5c" + name.replace(" ", "\u2581") + "\uff5c>"
+
+
+def _deepseek_calls(before: str, after: str, end: str) -> Callable[[Sequence[Function], bool], tuple[str, str]]:
+    def rule(functions: Sequence[Function], is_parallel: bool) -> tuple[str, str]:
+        heads = [special("tool call begin") + before + function.name + after for function in functions]
+        call = f"call: {_with_arguments(heads, end + special('tool call end'))}\n"
+        more = '("\\n"? call)*' if is_parallel else ""
+        return f"call {more} {quoted(special('tool calls end'))}", call + _json_arguments(functions)
+
+    return rule
 
 
 class _Tags(NamedTuple):
@@ -105,15 +121,16 @@ class _Tags(NamedTuple):
     section: str = "call"
 
 
-def _tag_calls(tags: _Tags) -> Callable[[Sequence[Function]], tuple[str, str]]:
-    def rule(functions: Sequence[Function]) -> tuple[str, str]:
+def _tag_calls(tags: _Tags) -> Callable[[Sequence[Function], bool], tuple[str, str]]:
+    def rule(functions: Sequence[Function], is_parallel: bool) -> tuple[str, str]:
         found = [f"value[lazy]: /(.|\\n)*/ {quoted(tags.value_end)}", f"call: {_alternatives(len(functions))}"]
         for number, function in enumerate(functions):
             name = f"call_{number}"
             parts, rules = _parameters(name, function, tags)
             found += [f"{name}: {quoted(tags.function.format(function.name))} {parts} {quoted(tags.function_end)}"]
             found += rules
-        return tags.section, "\n".join(found) + "\n"
+        section = tags.section if is_parallel else tags.section.replace("call+", "call")
+        return section, "\n".join(found) + "\n"
 
     return rule
 
@@ -169,6 +186,20 @@ HARMONY = ToolFormat(
 )
 """Of gpt-oss, whose answers have channels: read by a parser of its own."""
 
+
+def _deepseek(name: str, before: str, after: str, end: str, *marks: str) -> ToolFormat:
+    call = re.escape(special("tool call begin") + before)
+    return ToolFormat(
+        name=name,
+        marks=(special("tool calls begin"), special("tool sep"), *marks),
+        begin=special("tool calls begin"),
+        end=special("tool calls end"),
+        head=re.compile(rf"[^{{]*?{call}([^<\s]+){re.escape(after)}\s*(?=\{{)"),
+        tail=re.compile(re.escape(end + special("tool call end"))),
+        rule=_deepseek_calls(before, after, end),
+    )
+
+
 FORMATS = (
     HARMONY,
     ToolFormat(
@@ -213,6 +244,8 @@ FORMATS = (
                   r'"\n" call "</tool_call>"')
         ),
     ),
+    _deepseek("deepseek-v3", "function" + special("tool sep"), "\n```json\n", "\n```", "```json"),
+    _deepseek("deepseek-v3.1", "", special("tool sep"), ""),
     ToolFormat(
         name="hermes",
         marks=("<tool_call>", "arguments"),
@@ -252,7 +285,7 @@ def with_thoughts(form: Form, thoughts: Thoughts | None, prompt: str, *, has_beg
 
 def must_call(known: ToolFormat, functions: Sequence[Function], *, is_parallel: bool) -> tuple[Form, Thoughts | None]:
     """The form of an answer that calls; and what stands around its thoughts where that is not as usual."""
-    rule, rules = known.rule(functions)
+    rule, rules = known.rule(functions, is_parallel)
     if known is HARMONY:
         return Form(rule, rules), ANALYSIS._replace(plain=known.begin)
     more = f"(BETWEEN {quoted(known.begin)} section)*" if is_parallel else ""
@@ -264,7 +297,7 @@ def may_call(known: ToolFormat, functions: Sequence[Function], *, is_parallel: b
     """The form of an answer whose calls, if it has any, are well-formed; None where that can't be told beforehand."""
     if known is HARMONY:
         return None
-    rule, rules = known.rule(functions)
+    rule, rules = known.rule(functions, is_parallel)
     rules = (
         f"trigger[lazy]: /(.|\\n)*/ {quoted(known.begin)}\nTEXT: /(.|\\n)*/\nAFTER: /[ \\n]*/\nsection: {rule}\n{rules}"
     )

@@ -190,7 +190,7 @@ class CallParser:
 
     def _after(self) -> bool:
         """Another call of the same section, or its end; what else stands there says nothing."""
-        match = self._format.head.match(self._held) if self._format.parameter is not None else None
+        match = self._format.head.match(self._held)
         before, found, after = self._held.partition(self._format.end)
         if match and match.end() <= len(before):
             self._call(match[1].strip())

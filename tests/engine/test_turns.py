@@ -80,7 +80,7 @@ def test_a_second_thread_is_refused_and_harms_nothing(engine: Engine) -> None:
         calls: list[Callable[[], object]] = [
             lambda: session.decode(1), lambda: other.decode(1), lambda: other.prefill(TOKENS),
             lambda: other.evaluate(TOKENS), other.reset, session.reset, session.close, engine.reset_statistics,
-            engine.expert_counts,
+            engine.expert_counts, engine.expert_tiers,
         ]  # fmt: skip
         for call in calls:
             with pytest.raises(UsageError, match="busy in another thread"):
@@ -116,7 +116,7 @@ def test_a_callback_of_the_run_may_look_but_not_touch(engine: Engine) -> None:
 
     def progress(done: int, total: int) -> None:
         seen.append(engine.statistics()["expert_requests"])
-        assert engine.expert_counts()
+        assert engine.expert_counts() and engine.expert_tiers()
         for call in (session.reset, engine.close, lambda: session.decode(1)):
             with pytest.raises(UsageError, match="run of its own"):
                 call()
@@ -136,6 +136,7 @@ def every_call(engine: Engine, session: Session) -> dict[str, Callable[[], objec
         "statistics": engine.statistics,
         "reset_statistics": engine.reset_statistics,
         "expert_counts": engine.expert_counts,
+        "expert_tiers": engine.expert_tiers,
     }
 
 

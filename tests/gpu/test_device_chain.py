@@ -95,6 +95,16 @@ def test_the_bits_are_one_device_s(
         assert min(said["split"]["layers"]) > 0 and len(said["split"]["layers"]) == SPLITS[split]["device"].count("0")
 
 
+def test_it_tells_where_experts_are(model: Path) -> None:
+    """As one device does."""
+    found = []
+    for split in ({}, SPLITS["pingpong"], SPLITS["uneven"]):
+        with Engine.open(model, settings(tiers=Tiers(0.25, 0.25), **split)) as engine:
+            engine.session().evaluate(TOKENS)
+            found.append({layer: tiers.tolist() for layer, tiers in engine.expert_tiers().items()})
+    assert found[0] == found[1] == found[2] and {0, 1, 2} == {t for tiers in found[0].values() for t in tiers}
+
+
 def test_cache_aware_routing_is_the_same(model: Path) -> None:
     split = "pingpong"
     how = {"tiers": Tiers(0.25, 0.25), "car": CarRule.parse("ratio:0.5")}

@@ -443,3 +443,11 @@ def test_auto_without_a_device_computes_on_the_processor(
         Engine.open(model, settings(device="hip"))
     with pytest.raises(UsageError, match="there is no GPU in use"):
         Engine.open(model, settings(device="cpu", vram_bytes=1 << 30))
+
+
+def test_it_tells_where_experts_are(model: Path) -> None:
+    with Engine.open(model, settings(tiers=Tiers(0.25, 0.25))) as engine:
+        engine.session().evaluate(TOKENS)
+        for layer, tiers in engine.expert_tiers().items():
+            vram, dram = engine.budgets.slots[layer]
+            assert [np.count_nonzero(tiers == tier) for tier in (0, 1)] == [vram, dram] == [4, 4]

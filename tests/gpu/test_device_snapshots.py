@@ -82,3 +82,21 @@ def test_attention_alone_can_be_cut_anywhere(session: Session) -> None:
     want = answer(session)
     session.truncate(5)
     np.testing.assert_array_equal(answer(session), want)
+
+
+def test_a_helper_between_two_turns(fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `fomoe_io.kept` does with these: tests/engine/test_kept.py."""
+    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
+    path = write_tiny(tmp_path / "tiny.gguf", WIDE, 3)
+    how = {"context_tokens": 128, "device": "hip", "batch_tokens": 16, "threads": 1, "cache_bytes": "16M"}
+    main, helper = [*TOKENS * 5], [*TOKENS[::-1] * 3]
+    with Engine.open(path, EngineConfig(**how)) as engine:  # type: ignore[arg-type]
+        timeline, found = engine.timeline(), []
+        for prompt in (main, helper, [*main, *TOKENS]):
+            tokens = timeline.begin(prompt)
+            found.append(len(tokens) - len(timeline.tokens))
+            logits = timeline.read(tokens[len(timeline.tokens) :]).copy()
+            timeline.end()
+        assert found == [len(main), len(helper), len(TOKENS) + 4]  # from 4 tokens before the first prompt's end
+        timeline.begin([*main, *TOKENS], reuse=False)
+        np.testing.assert_allclose(timeline.read([*main, *TOKENS]), logits, rtol=2e-3, atol=2e-3)

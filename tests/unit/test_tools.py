@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fomoe_io.text.tool_formats import FORMATS, Function, may_call, must_call, must_not_call, tool_format
+from fomoe_io.text.tool_formats import FORMATS, Function, may_call, must_call, must_not_call, special, tool_format
 from fomoe_io.text.tool_parser import CallParser, HarmonyParser, Part
 
 PROPERTIES: dict[str, Any] = {
@@ -41,11 +41,28 @@ WRITTEN = {
     '<arg_key>deep</arg_key>\n<arg_value>{"a": true}</arg_value>\n'
     "<arg_key>mode</arg_key>\n<arg_value>w</arg_value>\n</tool_call>",
 }
+CALLS_BEGIN, CALLS_END = special("tool calls begin"), special("tool calls end")
+CALL_BEGIN, CALL_END, SEPARATOR = special("tool call begin"), special("tool call end"), special("tool sep")
+
+
+def v3(name: str, arguments: str) -> str:
+    """Calls of DeepSeek-V3 and R1."""
+    return f"{CALLS_BEGIN}{CALL_BEGIN}function{SEPARATOR}{name}\n```json\n{arguments}\n```{CALL_END}{CALLS_END}"
+
+
+def v31(name: str, arguments: str) -> str:
+    """Of those that came after them."""
+    return f"{CALLS_BEGIN}{CALL_BEGIN}{name}{SEPARATOR}{arguments}{CALL_END}{CALLS_END}"
+
+
+DEEPSEEK = {"deepseek-v3": v3, "deepseek-v3.1": v31}
+WRITTEN |= {name: write("read_file", json.dumps(WANTED, ensure_ascii=False)) for name, write in DEEPSEEK.items()}
 BARE = {
     "hermes": '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
     "qwen3-coder": "<tool_call>\n<function=now>\n</function>\n</tool_call>",
     "minimax-m2": '<minimax:tool_call>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>',
     "glm-4.5": "<tool_call>now\n</tool_call>",
+    **{name: write("now", "{}") for name, write in DEEPSEEK.items()},
 }
 
 
@@ -80,9 +97,24 @@ def test_calls_are_found_however_the_stream_is_cut(name: str, size: int) -> None
     assert json.loads(found[1][1]) == WANTED and json.loads(found[3][1]) == {}
 
 
-def test_several_calls_of_one_section() -> None:
-    text = BARE["minimax-m2"].replace("</invoke>\n", '</invoke>\n<invoke name="now">\n</invoke>\n')
-    assert calls("minimax-m2", text) == [("call", "now"), ("arguments", "{}")] * 2
+SECTIONS = {
+    "minimax-m2": BARE["minimax-m2"].replace("</invoke>\n", '</invoke>\n<invoke name="now">\n</invoke>\n'),
+    **{name: BARE[name].replace(CALLS_END, "\n" + BARE[name].removeprefix(CALLS_BEGIN)) for name in DEEPSEEK},
+}
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+@pytest.mark.parametrize("name", SECTIONS)
+def test_several_calls_of_one_section(name: str, size: int) -> None:
+    assert calls(name, SECTIONS[name], size) == [("call", "now"), ("arguments", "{}")] * 2
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_one_call_is_one_also_within_a_section(name: str, machine: Any) -> None:
+    for make in (may_call, lambda *a, **k: must_call(*a, **k)[0]):
+        assert fits(*machine, make(BY_NAME[name], FUNCTIONS, is_parallel=True), SECTIONS[name])
+        assert not fits(*machine, make(BY_NAME[name], FUNCTIONS, is_parallel=False), SECTIONS[name])
+        assert fits(*machine, make(BY_NAME[name], FUNCTIONS, is_parallel=False), BARE[name])
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -179,6 +211,8 @@ def test_channels(text: str, want: list[tuple[str, str]], size: int) -> None:
         ("{% if tools %}<tool_call>{name}\n<arg_key>", "glm-4.5"),
         ('{% if tools %}<minimax:tool_call>\n<invoke name="f">', "minimax-m2"),
         ("{% if tools %}<|channel|>commentary to=functions", "harmony"),
+        (f"{{% if tools %}}{CALLS_BEGIN}f{SEPARATOR}", "deepseek-v3.1"),
+        (f"{{% if tools %}}{CALLS_BEGIN}f{SEPARATOR}```json", "deepseek-v3"),
         ("{% if tools %}[TOOL_CALLS]", None),
         ("{{ messages }}<tool_call>", None),
     ],
@@ -221,7 +255,7 @@ def test_what_models_write_fits_the_grammar(name: str, machine: Any) -> None:
     assert fits(*machine, free, f"I look.\n{one}") and fits(*machine, free, "hello <b>")
     assert not fits(*machine, free, both)
     silent = must_not_call(known)
-    assert fits(*machine, silent, "hello <tool_cal") and not fits(*machine, silent, one)
+    assert fits(*machine, silent, f"hello {known.begin[:-1]}") and not fits(*machine, silent, one)
 
 
 def test_what_gpt_oss_writes_fits_the_grammar(machine: Any) -> None:
