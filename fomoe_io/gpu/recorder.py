@@ -24,6 +24,7 @@ from fomoe_io.gpu.arena import (
 )
 from fomoe_io.gpu.budget import refusal
 from fomoe_io.gpu.kernels import up
+from fomoe_io.gpu.part_recorder import PartRecorder
 from fomoe_io.models.recorder import (
     Activation,
     Attention,
@@ -46,7 +47,7 @@ ATTENTION_TOKENS, ATTENTION_BYTES = 8, 256 << 20
 merged: a long context takes fewer tokens at once, down to one."""
 
 
-class DeviceRecorder:
+class DeviceRecorder(PartRecorder):
     """Collects the launches of a model for one token; the interface is that of :class:`Recorder`.
 
     Parameters
@@ -91,16 +92,11 @@ class DeviceRecorder:
         substitutes: bool = False,
         part: Part = WHOLE,
     ) -> None:
-        self._substitutes, self._part = substitutes, part
-        self._is_here, self._hops = part.has(0), 0
+        super().__init__(DeviceState(memory.state_base), mailbox, part)  # every program's places are the same
+        self._substitutes = substitutes
         self.memory, self.hidden, self.vocabulary = memory, hidden, vocabulary
         self.context_tokens = memory.context_tokens
-        self.state = DeviceState(memory.state_base)  # every program's places are the same
-        self._elsewhere: tuple[list[Any], DeviceState] = [], DeviceState(0)
         self._experts, self._expert_inputs = experts, expert_inputs
-        self._body: list[Any] = []
-        self._mailbox = mailbox
-        self._pending: dict[int, int] = {}  # rows' address -> address of what is to be added to them
         self._makers: dict[int, LaunchSpec] = {}  # rows' address -> the launch that can write them as Q8 too
         self._tail: Callable[[int, int], list[LaunchSpec]] | None = None
         self._final: Callable[[int, int], list[LaunchSpec]] | None = None
@@ -110,20 +106,6 @@ class DeviceRecorder:
     def _take_inputs(self) -> None:
         self.positions, self.states = self.memory.words("positions", 4), self.memory.states("states")
         self.logits_address = self.memory.words("logits", 4 * self.vocabulary)
-
-    @property
-    def body(self) -> list[Any]:
-        """All but the logits; of a layer that another device computes, a list that nobody reads."""
-        return self._body if self._is_here else self._elsewhere[0]
-
-    @property
-    def _kept(self) -> DeviceState:
-        return self.state if self._is_here else self._elsewhere[1]
-
-    def _add(self, kernel: str, grid: tuple[int, int, int], *arguments: Any) -> LaunchSpec:
-        spec = LaunchSpec(kernel, grid, list(arguments))
-        self.body.append(spec)
-        return spec
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -444,35 +426,7 @@ class DeviceRecorder:
     ) -> None:
         """Nothing: the CPU alone guesses."""
 
-    def layer_end(self, layer: int, x: DeviceRows) -> None:
-        """The next layer may be another device's.  Layer outputs are recorded on the CPU alone."""
-        part = self._part
-        if not part.owner or layer + 1 == len(part.owner) or part.owner[layer] == part.owner[layer + 1]:
-            return
-        added = self._pending.get(x.address)
-        if part.has(layer):
-            self._hand_over(self._hops, x, added)
-        self._is_here = part.has(layer + 1)
-        if self._is_here:
-            self._take_over(self._hops, x, added)
-        self._hops += 1
-
-    def _hand_over(self, hop: int, x: DeviceRows, added: int | None) -> None:
-        """The residual stream, and what the next norm will add to it."""
-        rows, flag = self._part.hop(hop)
-        self._add("hand_over", (1, 1, 1), x.address, added, rows, flag, self._mailbox.run, x.columns)
-
-    def _take_over(self, hop: int, x: DeviceRows, added: int | None) -> None:
-        rows, flag = self._part.hop(hop)
-        mail = self._mailbox
-        self._add("take_over", (1, 1, 1), x.address, added, rows, flag, mail.run, mail.stop, x.columns)
-
     # ---- the result ----
-
-    @property
-    def makes_logits(self) -> bool:
-        """Whether the model ends on this device."""
-        return self._part.is_last
 
     def launches(self, outputs: int) -> list[LaunchSpec]:
         """All launches of a run that wants so many logits (0 or 1)."""
