@@ -1,0 +1,257 @@
+"""Every kernel on its double and, with -m gpu, on a device: fresh random inputs, odd shapes, against float64 numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fomoe_io.errors import DeviceError
+from fomoe_io.experts.car import CarRule
+from fomoe_io.gpu import kernels
+from fomoe_io.gpu.device import Gpu
+from tests.gpu_shim import cases, router_cases, tile_cases
+from tests.gpu_shim.cases import Runner
+from tests.gpu_shim.cpu_kernels import CpuRunner, build
+from tests.gpu_shim.device_runner import DeviceRunner
+from tests.unit.test_car import RULES
+
+
+@pytest.fixture(scope="session")
+def double(tmp_path_factory: pytest.TempPathFactory) -> CpuRunner:
+    return CpuRunner(build(tmp_path_factory.mktemp("kernels")))
+
+
+@pytest.fixture(scope="session")
+def device() -> DeviceRunner:
+    try:
+        return DeviceRunner(Gpu())
+    except DeviceError as problem:
+        pytest.skip(problem.message)
+
+
+@pytest.fixture
+def runner(request: pytest.FixtureRequest) -> Runner:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    return np.random.default_rng(sum(request.node.name.encode()))
+
+
+def sized(names: str, small: Sequence[Any], larger: Sequence[Any] = ()) -> pytest.MarkDecorator:
+    """On both with the small sizes; those that take the double long are a device's alone."""
+    rows = [("double", size, ()) for size in small]
+    rows += [("device", size, pytest.mark.gpu) for size in (*small, *larger)]
+    values = [pytest.param(kind, *(s if isinstance(s, tuple) else (s,)), marks=marks) for kind, s, marks in rows]
+    return pytest.mark.parametrize(f"runner,{names}", values, indirect=["runner"])
+
+
+on_both = pytest.mark.parametrize("runner", ["double", pytest.param("device", marks=pytest.mark.gpu)], indirect=True)
+any_type = pytest.mark.parametrize("name", kernels.TYPES)
+any_cache = pytest.mark.parametrize("cache", ["f32", "f16"])
+
+
+def columns_of(name: str, blocks: int) -> int:
+    """The fewest that a type's rows may have, so many times."""
+    return blocks * (32 if name in ("q8_0", "mxfp4") else 8 if name in kernels.FLOAT_TYPES else 256)
+
+
+# ---- products ----
+
+
+@sized("columns,tokens", [(64, 1), (256, 3), (1056, 2)], [(4096, 7)])
+def test_quantize(runner: Runner, rng: np.random.Generator, columns: int, tokens: int) -> None:
+    cases.check_quantize(runner, rng, columns, tokens)
+
+
+@any_type
+@sized("rows,blocks,tokens", [(1, 1, 1), (13, 3, 1), (9, 9, 3), (3, 2, 9)], [(517, 16, 9), (4096, 4, 1)])
+def test_mat_vec(runner: Runner, rng: np.random.Generator, name: str, rows: int, blocks: int, tokens: int) -> None:
+    cases.check_mat_vec(runner, rng, name, rows, columns_of(name, blocks), tokens)
+
+
+@any_type
+@sized("rows,columns", [(3, 2304)], [(517, 4096), (4096, 1024)])
+def test_mat_vec_of_long_rows(runner: Runner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
+    cases.check_mat_vec(runner, rng, name, rows, columns, 1)
+
+
+@any_type
+@sized("rows,blocks,tokens", [(1, 1, 1), (70, 2, 17), (130, 3, 5)], [(4096, 16, 128)])
+def test_mat_mul(runner: Runner, rng: np.random.Generator, name: str, rows: int, blocks: int, tokens: int) -> None:
+    tile_cases.check_mat_mul(runner, rng, name, rows, columns_of(name, blocks), tokens)
+
+
+@sized(
+    "gate_type,down_type,ff,columns,tokens,experts,used",
+    [("q4_k", "q6_k", 256, 256, 19, 3, 2), ("q5_k", "q8_0", 96, 256, 5, 4, 1), ("q6_k", "q4_k", 256, 512, 3, 2, 2),
+     ("q8_0", "q5_k", 256, 96, 4, 3, 2), ("f32", "bf16", 64, 96, 18, 2, 1), ("bf16", "f16", 32, 32, 3, 3, 3)],
+    [("q4_k", "q4_k", 1024, 2048, 128, 16, 4), ("q5_k", "q5_k", 1024, 2048, 64, 8, 4),
+     ("q6_k", "q6_k", 1024, 2048, 64, 8, 4)],
+)  # fmt: skip
+def test_group(
+    runner: Runner, rng: np.random.Generator, gate_type: str, down_type: str, ff: int, columns: int, tokens: int,
+    experts: int, used: int,
+) -> None:  # fmt: skip
+    tile_cases.check_group(runner, rng, gate_type, down_type, ff, columns, tokens, experts, used)
+
+
+@any_type
+@on_both
+@pytest.mark.parametrize("rows", [[5, 1, 13, 8], [16, 3], [1]])
+def test_mat_vec_many(runner: Runner, rng: np.random.Generator, name: str, rows: list[int]) -> None:
+    cases.check_mat_vec_many(runner, rng, name, rows, 512)
+
+
+@any_type
+@sized("rows,columns", [(5, 1280)], [(64, 4096)])
+def test_expand(runner: Runner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
+    cases.check_expand(runner, rng, name, rows, columns)
+
+
+@pytest.mark.parametrize("name", kernels.EXPANDED_TYPES)
+@sized("rows,columns", [(1, 256), (13, 768), (67, 512)])
+def test_expand_half(runner: Runner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
+    cases.check_expand_half(runner, rng, name, rows, columns)
+
+
+@sized("elements", [32, 1024, 5 * 1056])
+def test_to_halves(runner: Runner, rng: np.random.Generator, elements: int) -> None:
+    cases.check_to_halves(runner, rng, elements)
+
+
+# ---- experts ----
+
+
+@pytest.mark.parametrize(
+    ("gate_type", "down_type"),
+    [("q4_k", "q6_k"), ("q5_k", "q4_k"), ("q6_k", "q5_k"), ("q8_0", "q8_0"), ("mxfp4", "q8_0"), ("f16", "f16"),
+     ("bf16", "f32"), ("f32", "q8_0")],
+)  # fmt: skip
+@sized("ff,columns,picks,tokens", [(256, 512, 3, 2)], [(512, 2048, 8, 1)])
+def test_experts(
+    runner: Runner, rng: np.random.Generator, gate_type: str, down_type: str, ff: int, columns: int, picks: int,
+    tokens: int,
+) -> None:  # fmt: skip
+    cases.check_experts(runner, rng, gate_type, down_type, ff, columns, picks, tokens)
+
+
+@sized("gate_type,down_type", [("mxfp4", "mxfp4"), ("q8_0", "f32"), ("f32", "q4_k")])
+def test_experts_with_biases_and_clamps(
+    runner: Runner, rng: np.random.Generator, gate_type: str, down_type: str
+) -> None:
+    cases.check_experts(runner, rng, gate_type, down_type, 256, 96, 3, 1, is_biased=True)
+    cases.check_experts(runner, rng, gate_type, down_type, 256, 32, 2, 2, is_biased=True)
+    tile_cases.check_group(runner, rng, gate_type, down_type, 256, 96, 18, 3, 2, is_biased=True)
+
+
+@on_both
+def test_experts_of_an_odd_number_of_blocks(runner: Runner, rng: np.random.Generator) -> None:
+    cases.check_experts(runner, rng, "q6_k", "q8_0", 96, 768, 5, 1)
+
+
+@on_both
+def test_an_absent_expert_is_never_silence(runner: Runner, rng: np.random.Generator) -> None:
+    cases.check_absent_expert_is_nan(runner, rng)
+
+
+# ---- rows ----
+
+
+@sized("columns,tokens", [(32, 1), (1568, 3)], [(4096, 1)])
+def test_rms_norm(runner: Runner, rng: np.random.Generator, columns: int, tokens: int) -> None:
+    cases.check_rms_norm(runner, rng, columns, tokens)
+
+
+@sized("columns,groups,stride", [(320, 3, 100)], [(1056, 16, 130)])
+def test_add_bias(runner: Runner, rng: np.random.Generator, columns: int, groups: int, stride: int) -> None:
+    cases.check_add_bias(runner, rng, columns, 3)
+    cases.check_ungroup(runner, rng, groups, stride, 2)
+
+
+@sized("columns", [288], [1024])
+def test_silu_mul(runner: Runner, rng: np.random.Generator, columns: int) -> None:
+    cases.check_silu_mul(runner, rng, columns, 3)
+
+
+@sized("size,blocks", [(40_016, 3)], [(10_000_016, 132)])
+def test_read_memory(runner: Runner, rng: np.random.Generator, size: int, blocks: int) -> None:
+    cases.check_read_memory(runner, rng, size, blocks)
+
+
+# ---- attention, and the delta rule ----
+
+
+@any_cache
+@sized(
+    "dim,heads,kv_heads,positions,rotary,gated",
+    [(64, 3, 3, [0], 64, False), (128, 4, 2, [62, 63, 64], 32, True), (256, 12, 1, [130], 64, True)],
+    [(256, 32, 2, [1500], 64, True)],
+)
+def test_attention(
+    runner: Runner, rng: np.random.Generator, cache: str, dim: int, heads: int, kv_heads: int, positions: list[int],
+    rotary: int, gated: bool,
+) -> None:  # fmt: skip
+    cases.check_attention(runner, rng, cache, dim, heads, kv_heads, positions, rotary, gated)
+
+
+@any_cache
+@sized(
+    "positions,window", [([0], 1), ([62, 63, 64], 1), ([30, 31, 32], 32), ([130, 131], 33), ([130], 500)]
+)  # fmt: skip
+def test_attention_with_sinks_and_a_window(
+    runner: Runner, rng: np.random.Generator, cache: str, positions: list[int], window: int
+) -> None:
+    cases.check_attention(runner, rng, cache, 64, 6, 2, positions, 64, False, window)
+    cases.check_attention(runner, rng, cache, 32, 4, 2, positions, 32, False, window)
+    cases.check_attention(runner, rng, cache, 32, 4, 2, positions, 32, False, window, window + len(positions) - 1)
+
+
+@sized("channels,taps,tokens", [(130, 4, 1), (64, 4, 7), (33, 2, 3)], [(12288, 4, 7)])
+def test_conv(runner: Runner, rng: np.random.Generator, channels: int, taps: int, tokens: int) -> None:
+    cases.check_conv(runner, rng, channels, taps, tokens)
+
+
+@sized(
+    "k_dim,v_dim,key_heads,value_heads,is_grouped,tokens",
+    [(128, 128, 2, 4, False, 1), (64, 32, 3, 6, True, 4)],
+    [(128, 128, 16, 64, False, 1), (128, 128, 2, 4, True, 9)],
+)
+def test_delta(
+    runner: Runner, rng: np.random.Generator, k_dim: int, v_dim: int, key_heads: int, value_heads: int,
+    is_grouped: bool, tokens: int,
+) -> None:  # fmt: skip
+    cases.check_delta(runner, rng, k_dim, v_dim, key_heads, value_heads, is_grouped, tokens)
+
+
+# ---- routing ----
+
+
+@sized("experts,picks,tokens", [(32, 4, 3), (512, 10, 2), (1000, 32, 1), (5, 5, 1)])
+def test_route(runner: Runner, rng: np.random.Generator, experts: int, picks: int, tokens: int) -> None:
+    router_cases.check_route(runner, rng, experts, picks, tokens)
+    for score in ("softmax", "sigmoid", "logits"):
+        for is_biased in (False, True):
+            router_cases.check_route_by(runner, rng, experts, picks, tokens, score, is_biased)
+
+
+@on_both
+def test_resolve(runner: Runner, rng: np.random.Generator) -> None:
+    router_cases.check_resolve(runner, rng, 128, 8)
+
+
+@on_both
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("is_biased", [False, True])
+def test_substitution(runner: Runner, rng: np.random.Generator, rule: str, is_biased: bool) -> None:
+    shapes, parsed = ((128, 8), (512, 10), (40, 4)), CarRule.parse(rule)
+    assert sum(router_cases.check_substitution(runner, rng, *shape, parsed, is_biased) for shape in shapes) > 0
+
+
+@on_both
+def test_nan_logits_show(runner: Runner, rng: np.random.Generator) -> None:
+    router_cases.check_nan_logits_show(runner, rng)

@@ -1,0 +1,112 @@
+"""The kernels' double alone: signatures, and kernels that wait for the host while the test plays it."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import threading
+
+import numpy as np
+import pytest
+
+from fomoe_io.gpu import kernels
+from tests.gpu_shim import cases
+from tests.gpu_shim.cpu_kernels import CpuRunner, build
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> CpuRunner:
+    return CpuRunner(build(tmp_path_factory.mktemp("kernels")))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    return np.random.default_rng(sum(request.node.name.encode()))
+
+
+def test_signatures_are_what_the_compiler_sees(runner: CpuRunner) -> None:
+    for name, kernel in runner.table.items():
+        signature = getattr(runner.library, f"{name}__signature")
+        signature.restype = ctypes.c_char_p
+        assert signature().decode() == kernel.signature, name
+        assert getattr(runner.library, f"{name}__block_threads")() == kernel.threads, name
+
+
+def answer_words(records: list[int], number: int) -> np.ndarray:
+    """struct answer of kernels/experts.h: records, then the run that has brought gate and up, then the whole."""
+    pairs = len(records)
+    words = np.zeros(2 * pairs, np.uint64)
+    words[:pairs] = records
+    words.view(np.uint32)[2 * pairs :] = number
+    return words
+
+
+@pytest.mark.parametrize("word", ["answer", "stop"])
+def test_wait_for_misses(runner: CpuRunner, word: str) -> None:
+    misses, run, stop = (runner.put(np.array([value], np.uint32)) for value in (2, 7, 0))
+    here = runner.put(np.array([0, 600, 0], np.uint64))
+    reply = runner.put(answer_words([500, 0, 700], 6))  # the words of the run before
+    late = runner.put(np.array([500, 0, 0], np.uint64))
+    arguments = (misses, here, reply, run, stop, late, 3)
+    waiter = threading.Thread(target=runner.launch, args=("wait_for_misses", (1, 1, 1), *arguments))
+    waiter.start()
+    waiter.join(0.05)
+    assert waiter.is_alive()
+    if word == "stop":  # what has come by then is computed all the same
+        ctypes.c_uint32.from_address(stop.pointer).value = 1
+    for pair in (0, 2) if word == "answer" else ():
+        ctypes.c_uint32.from_address(reply.pointer + 3 * 8 + 4 * (3 + pair)).value = 7
+    waiter.join(10)
+    assert not waiter.is_alive()
+    assert late.get().tolist() == ([500, 0, 700] if word == "answer" else [0, 0, 0])
+
+
+def test_nobody_waits_when_nothing_is_missing(runner: CpuRunner) -> None:
+    misses, run, stop = (runner.put(np.array([value], np.uint32)) for value in (0, 7, 0))
+    here, reply, late = (runner.put(words) for words in (np.zeros(1, np.uint64), answer_words([500], 6), np.zeros(1)))
+    runner.launch("wait_for_misses", (1, 1, 1), misses, here, reply, run, stop, late, 1)
+    assert late.get()[0] == 0
+
+
+@pytest.mark.parametrize("word", ["answer", "stop"])
+def test_late_experts_are_computed_as_they_come(runner: CpuRunner, rng: np.random.Generator, word: str) -> None:
+    """The first pair's kernel waits for its inputs, not for the rest of it, and passes on where it is."""
+    records, offsets, _ = cases.make_records(runner, rng, 2, "q4_k", "q4_k", 256, 256)
+    x = cases.quantized(runner, cases.normal(rng, 1, 256))
+    run, stop = runner.put(np.array([7], np.uint32)), runner.put(np.zeros(1, np.uint32))
+    reply, late = runner.put(answer_words([0, 0], 6)), runner.put(np.zeros(2, np.uint64))
+    results = []
+    for here in (np.array([records[0].pointer, records[1].pointer], np.uint64), np.array([0, records[1].pointer])):
+        hidden, table = (
+            runner.put(np.zeros((2, kernels.q8_row_bytes(256)), np.uint8)),
+            runner.put(here.astype(np.uint64)),
+        )
+        shape = (0, offsets["up"], x, hidden, None, 256, 256, 2, None)
+        runner.launch("experts_gate_up_q4_k", kernels.gate_up_grid(256, 2), table, *shape)
+        arguments = (table, late, reply, run, stop, *shape)
+        waiter = threading.Thread(
+            target=runner.launch, args=("experts_gate_up_late_q4_k", kernels.gate_up_grid(256, 2), *arguments)
+        )
+        waiter.start()
+        waiter.join(0.05)
+        assert waiter.is_alive() == (not here[0])
+        if not here[0] and word == "answer":
+            ctypes.c_uint64.from_address(reply.pointer).value = records[0].pointer
+            ctypes.c_uint32.from_address(reply.pointer + 2 * 8).value = 7
+        elif not here[0]:
+            ctypes.c_uint32.from_address(stop.pointer).value = 1
+        waiter.join(10)
+        assert not waiter.is_alive()
+        results.append(hidden.get())
+    assert late.get().tolist() == ([records[0].pointer, 0] if word == "answer" else [0, 0])
+    np.testing.assert_array_equal(results[1][1], results[0][1])
+    assert (results[1][0] == results[0][0]).all() == (word == "answer")
+
+
+def test_every_kernel_waits_for_the_one_before_it() -> None:
+    """A chained launch starts early: whatever its kernel did before start_kernel() could meet unfinished work."""
+    text = "".join(kernels.sources().values())
+    group = r"\((?:[^()]|\([^()]*\))*\)"
+    starts = re.findall(rf"\b(?:RESIDENT_)?KERNEL{group}[\s\\]*{group}[\s\\]*{{[\s\\]*(\w+)\(", text)
+    assert len(starts) == text.count("EXPORT_KERNEL(") - text.count("#define EXPORT_KERNEL(")
+    assert set(starts) == {"start_kernel"}
