@@ -19,9 +19,9 @@ from fomoe_io.gpu.arena import F32, Q8, WHOLE, Part
 from fomoe_io.gpu.budget import check_shape, native_device_layers, pool_places, record_layout, size_classes
 from fomoe_io.gpu.device import Gpu
 from fomoe_io.gpu.embedding import EmbeddingReader
+from fomoe_io.gpu.launches import CAR_BYTES
 from fomoe_io.gpu.products import WORKSPACE_BYTES, DenseProducts
 from fomoe_io.gpu.prompts import Handed, PromptRunner
-from fomoe_io.gpu.recorder import CAR_BYTES
 from fomoe_io.gpu.recordings import Addresses, ModelSource
 from fomoe_io.gpu.runs import run_batch
 from fomoe_io.gpu.shared import STAGING_BYTES, SharedWords, part_sizes

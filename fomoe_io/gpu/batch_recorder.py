@@ -18,6 +18,7 @@ from fomoe_io.gpu.arena import (
     Memory,
 )
 from fomoe_io.gpu.kernels import up
+from fomoe_io.gpu.launches import attend, merge, route
 from fomoe_io.gpu.recorder import DeviceRecorder
 from fomoe_io.models.recorder import Activation, Attention, Experts, KvCache, Picks, Router
 
@@ -166,18 +167,10 @@ class BatchRecorder(DeviceRecorder):
         for first in range(0, self.tokens, most):
             tokens, positions = min(most, self.tokens - first), self.positions + 4 * first
             states = None if self.states is None else self.states + 8 * first
-            self._add(
-                f"attention_{cache.type.suffix}_{cache.columns}",
-                kernels.attention_grid(op.heads, cache.heads, splits, tokens),
-                turned.address + first * turned.stride_bytes, cache.keys, cache.values, positions, states, parts,
-                op.heads, cache.heads, splits, cache.columns**-0.5, op.window, cache.ring,
-            )  # fmt: skip
-            gate = query.address + 4 * cache.columns + first * query.stride_bytes if op.gated else None
-            self._add(
-                "attention_merge", (op.heads, tokens, 1), parts, positions, gate,
-                output.address + first * output.stride_bytes, None, op.heads, cache.columns, splits,
-                query.columns // op.heads, op.sinks, op.window,
-            )  # fmt: skip
+            shape = (tokens, splits, cache, op)
+            self.body.append(attend(turned.address + first * turned.stride_bytes, parts, positions, states, *shape))
+            asked, made = query.address + first * query.stride_bytes, output.address + first * output.stride_bytes
+            self.body.append(merge(parts, positions, (asked, query.columns), made, None, *shape))
 
     # ---- experts ----
 
@@ -190,7 +183,7 @@ class BatchRecorder(DeviceRecorder):
     def route(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
         """The picks, and their way to the host."""
         picks = self._picks(layer, logits, router)
-        self._route(picks)
+        self.body.append(route(picks, self.tokens, None))
         self.body.append(PostPicks(picks.ids.address, picks.weights.address))
         return picks
 

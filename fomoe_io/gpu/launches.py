@@ -1,11 +1,22 @@
-"""Launches of products: their grids and arguments."""
+"""Launches of what both recorders know: their grids and arguments."""
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from collections.abc import Sequence
+from typing import Any
 
+from fomoe_io.experts.car import NativeCar
 from fomoe_io.gpu import kernels
-from fomoe_io.gpu.arena import DeviceMatrix, LaunchSpec
+from fomoe_io.gpu.arena import DeviceMatrix, DeviceRows, LaunchSpec
+from fomoe_io.models.recorder import Attention, Experts, KvCache, Picks, Router, Score
+
+CAR_BYTES = ctypes.sizeof(NativeCar)
+"""gpu/kernels/car_rule.h, fomoe_car."""
+
+FORM = "@4Pi4x"
+"""gpu/kernels/experts.h, expert_form."""
 
 
 def mat_vec(matrix: DeviceMatrix, x: int, y: int) -> LaunchSpec:
@@ -27,3 +38,66 @@ def mat_vec_many(products: Sequence[tuple[DeviceMatrix, int, int]]) -> LaunchSpe
     return LaunchSpec(
         f"mat_vec_many_{first.kernel}", (blocks, 1, 1), [*weights, *outputs, *rows, x, first.columns, 1, split]
     )
+
+
+def attend(
+    turned: int, parts: int, positions: int, states: int | None, tokens: int, splits: int, cache: KvCache,
+    op: Attention[int],
+) -> LaunchSpec:  # fmt: skip
+    """What each range of positions adds to so many tokens' attention."""
+    return LaunchSpec(
+        f"attention_{cache.type.suffix}_{cache.columns}",
+        kernels.attention_grid(op.heads, cache.heads, splits, tokens),
+        [
+            turned, cache.keys, cache.values, positions, states, parts, op.heads, cache.heads, splits,
+            cache.columns**-0.5, op.window, cache.ring,
+        ],
+    )  # fmt: skip
+
+
+def merge(
+    parts: int, positions: int, query: tuple[int, int], output: int, q8: str | None, tokens: int, splits: int,
+    cache: KvCache, op: Attention[int],
+) -> LaunchSpec:  # fmt: skip
+    """The ranges together; `query` is an address and the columns of a row."""
+    address, columns = query
+    gate = address + 4 * cache.columns if op.gated else None
+    return LaunchSpec(
+        "attention_merge",
+        (op.heads, tokens, 1),
+        [
+            parts, positions, gate, output, q8, op.heads, cache.columns, splits, columns // op.heads, op.sinks,
+            op.window,
+        ],
+    )  # fmt: skip
+
+
+def is_plain(r: Router[int]) -> bool:
+    """Whether it is softmax alone, for which routing and resolving are one launch."""
+    return r.score == Score.SOFTMAX and r.bias is None and r.logit_bias is None
+
+
+def route(picks: Picks[int, DeviceRows], tokens: int, chosen_by: int | None) -> LaunchSpec:
+    """The picks; `chosen_by` is where a router of another kind leaves what it chose by."""
+    r, grid = picks.router, (tokens, 1, 1)
+    rows = (picks.ids.address, picks.weights.address, r.experts, r.used)
+    if is_plain(r):
+        return LaunchSpec("route", grid, [picks.logits.address, *rows, int(r.normalise), r.scale])
+    biases = (r.logit_bias, r.bias)
+    more = (int(r.score), int(r.normalise), r.scale, chosen_by)
+    return LaunchSpec("route_by", grid, [picks.logits.address, *biases, *rows, *more])
+
+
+def expert_form(picks: Picks[int, DeviceRows], op: Experts[int]) -> bytes | None:
+    """What experts compute beside their products (gpu/kernels/experts.h); None: nothing."""
+    if op == Experts():
+        return None
+    return struct.pack(FORM, picks.ids.address, *(bias or 0 for bias in op.biases), op.is_clamped)
+
+
+def finished(specs: list[Any]) -> list[Any]:
+    """The launches, where "q8" arguments that nobody reads are none."""
+    for spec in specs:
+        if isinstance(spec, LaunchSpec):
+            spec.arguments = [None if isinstance(a, str) else a for a in spec.arguments]
+    return specs

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fomoe_io.experts.car import NativeCar
 from fomoe_io.gpu import kernels
+from fomoe_io.gpu import launches as make
 from fomoe_io.gpu.arena import (
     F32,
     Q8,
@@ -26,7 +24,6 @@ from fomoe_io.gpu.arena import (
 )
 from fomoe_io.gpu.budget import refusal
 from fomoe_io.gpu.kernels import up
-from fomoe_io.gpu.launches import mat_vec, mat_vec_many
 from fomoe_io.gpu.part_recorder import PartRecorder
 from fomoe_io.models.recorder import (
     Activation,
@@ -48,13 +45,6 @@ if TYPE_CHECKING:
 ATTENTION_TOKENS, ATTENTION_BYTES = 8, 256 << 20
 """Tokens of a batch whose attention is computed at once, and room for what each position range has found until it is
 merged: a long context takes fewer tokens at once, down to one."""
-
-
-CAR_BYTES = ctypes.sizeof(NativeCar)
-"""gpu/kernels/car_rule.h, fomoe_car."""
-
-FORM = "@4Pi4x"
-"""gpu/kernels/experts.h, expert_form."""
 
 
 class DeviceRecorder(PartRecorder):
@@ -211,7 +201,7 @@ class DeviceRecorder(PartRecorder):
         for group in alike.values():
             for i in range(0, len(group), kernels.MAT_VEC_MANY):
                 part = group[i : i + kernels.MAT_VEC_MANY]
-                self.body.append(mat_vec(*part[0]) if len(part) == 1 else mat_vec_many(part))
+                self.body.append(make.mat_vec(*part[0]) if len(part) == 1 else make.mat_vec_many(part))
 
     def mat_mul_add(
         self, matrix: DeviceMatrix, x: Activation[DeviceRows], output: DeviceRows, bias: int | None = None
@@ -242,7 +232,7 @@ class DeviceRecorder(PartRecorder):
         """The last product, for the positions that want logits."""
         final, row = self._final, x.forms[matrix.activation_type].address
         assert final is not None
-        self._tail = lambda first, tokens: [*final(first, tokens), mat_vec(matrix, row, self.logits_address)]
+        self._tail = lambda first, tokens: [*final(first, tokens), make.mat_vec(matrix, row, self.logits_address)]
 
     # ---- attention ----
 
@@ -292,17 +282,11 @@ class DeviceRecorder(PartRecorder):
         """output = softmax(turned k^T / sqrt(d)) v, times sigmoid(gate) where the query rows carry one."""
         splits = kernels.attention_splits(self.context_tokens)
         parts = self._attention_parts(op.heads * splits * (cache.columns + 2))[0]
-        self._add(
-            f"attention_{cache.type.suffix}_{cache.columns}",
-            kernels.attention_grid(op.heads, cache.heads, splits, self.tokens),
-            turned.address, cache.keys, cache.values, self.positions, self.states, parts, op.heads, cache.heads,
-            splits, cache.columns**-0.5, op.window, cache.ring,
-        )  # fmt: skip
-        gate = query.address + 4 * cache.columns if op.gated else None
-        self._makers[output.address] = self._add(
-            "attention_merge", (op.heads, self.tokens, 1), parts, self.positions, gate, output.address, "q8", op.heads,
-            cache.columns, splits, query.columns // op.heads, op.sinks, op.window,
-        )  # fmt: skip
+        shape = (self.tokens, splits, cache, op)
+        self.body.append(make.attend(turned.address, parts, self.positions, self.states, *shape))
+        asked = (query.address, query.columns)
+        self._makers[output.address] = make.merge(parts, self.positions, asked, output.address, "q8", *shape)
+        self.body.append(self._makers[output.address])
 
     def _attention_parts(self, floats: int) -> tuple[int, int]:
         """Room for the parts of some tokens, and how many: those of a launch of a batch."""
@@ -355,17 +339,6 @@ class DeviceRecorder(PartRecorder):
         ids, weights = self.rows("experts", router.used), self.rows("weights", router.used)
         return Picks(layer, router, logits, ids, weights)
 
-    def _route(self, picks: Picks[int, DeviceRows]) -> None:
-        r, grid = picks.router, (self.tokens, 1, 1)
-        rows = (picks.ids.address, picks.weights.address, r.experts, r.used)
-        if _is_plain(r):
-            self._add("route", grid, picks.logits.address, *rows, int(r.normalise), r.scale)
-        else:
-            self._add(
-                "route_by", grid, picks.logits.address, r.logit_bias, r.bias, *rows, int(r.score), int(r.normalise),
-                r.scale, self._chosen_by(r),
-            )  # fmt: skip
-
     def _chosen_by(self, r: Router[int]) -> int | None:
         """Where the router's kernel leaves what it chose by, for cache-aware routing; None: that is the logits."""
         wanted = self._substitutes and not r.follows_logits
@@ -376,33 +349,22 @@ class DeviceRecorder(PartRecorder):
         picks = self._picks(layer, logits, router)
         e, used = self._experts[layer], router.used
         rows = (logits.address, picks.ids.address, picks.weights.address)
-        resolved = [
-            e.table, self._records(used), self._late(used), e.post, self._mailbox.run, self.memory.words("misses", 4),
-        ]  # fmt: skip
+        misses = self.memory.words("misses", 4)
+        resolved = [e.table, self._records(used), self._late(used), e.post, self._mailbox.run, misses]
         if self._substitutes:
-            self._route(picks)
             chosen_by = self._chosen_by(router)
+            self.body.append(make.route(picks, self.tokens, chosen_by))
             values, p = (chosen_by, logits.address) if chosen_by is not None else (logits.address, None)
-            rule, sums_to_one = self.memory.words("car", CAR_BYTES), router.normalise or router.score == Score.LOGITS
-            self._add(
-                "substitute_and_resolve",
-                (1, 1, 1),
-                values,
-                p,
-                *rows[1:],
-                *resolved,
-                rule,
-                router.experts,
-                used,
-                int(sums_to_one),
-            )
-        elif _is_plain(router):
+            rule, sums = self.memory.words("car", make.CAR_BYTES), router.normalise or router.score == Score.LOGITS
+            more = (rule, router.experts, used, int(sums))
+            self._add("substitute_and_resolve", (1, 1, 1), values, p, *rows[1:], *resolved, *more)
+        elif make.is_plain(router):
             self._add(
                 "route_and_resolve", (1, 1, 1), *rows, *resolved, router.experts, used, int(router.normalise),
                 router.scale,
             )  # fmt: skip
         else:
-            self._route(picks)
+            self.body.append(make.route(picks, self.tokens, None))
             self._add("resolve_picks", (1, 1, 1), picks.ids.address, picks.weights.address, *resolved, used)
         return picks
 
@@ -413,11 +375,9 @@ class DeviceRecorder(PartRecorder):
         return self.memory.words("late", 8 * used)
 
     def _expert_form(self, picks: Picks[int, DeviceRows], op: Experts[int]) -> int | None:
-        """Address of what experts compute beside their products (gpu/kernels/experts.h); None: nothing."""
-        if op == Experts():
-            return None
-        pointers = [picks.ids.address, *(bias or 0 for bias in op.biases)]
-        return self.memory.constant(f"form of {picks.layer}", struct.pack(FORM, *pointers, op.is_clamped))
+        """Address of what experts compute beside their products; None: nothing."""
+        form = make.expert_form(picks, op)
+        return None if form is None else self.memory.constant(f"form of {picks.layer}", form)
 
     def _hidden(self, e: DeviceExpertLayer, used: int, hidden: int) -> tuple[int, int | None]:
         """Where the experts' activations go, a row a pair: as Q8, and as floats where down reads those."""
@@ -474,26 +434,13 @@ class DeviceRecorder(PartRecorder):
 
     def finished_body(self) -> list[Any]:
         """All but the logits."""
-        return _finished(self._body)
+        return make.finished(self._body)
 
     def tail(self, first: int, tokens: int) -> list[LaunchSpec]:
         """Final norm and logits of so many tokens from the `first` on."""
         assert self._tail is not None
-        return _finished(self._tail(first, tokens))
-
-
-def _is_plain(r: Router[int]) -> bool:
-    """Whether it is softmax alone, for which routing and resolving are one launch."""
-    return r.score == Score.SOFTMAX and r.bias is None and r.logit_bias is None
+        return make.finished(self._tail(first, tokens))
 
 
 def _implements(recorder: DeviceRecorder) -> Recorder[DeviceMatrix, int, DeviceRows]:
     return recorder
-
-
-def _finished(specs: list[Any]) -> list[Any]:
-    """The launches, where "q8" arguments that nobody reads are none."""
-    for spec in specs:
-        if isinstance(spec, LaunchSpec):
-            spec.arguments = [None if isinstance(a, str) else a for a in spec.arguments]
-    return specs

@@ -17,7 +17,6 @@ from typing import Any
 
 from fomoe_io.errors import FormatError
 from fomoe_io.storage.metadata import Metadata
-from fomoe_io.text.channels import with_thinking
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 
@@ -176,7 +175,6 @@ class ChatTemplate:
         values: dict[str, Any] = {"add_generation_prompt": True, **self._names, **(names or {})}
         if enable_thinking is not None:
             values["enable_thinking"] = enable_thinking
-        asked = with_thinking(self._source, messages)
         try:
             if any(message.get("tool_calls") for message in messages):
                 messages = _with_thinking(messages) if _THINKING in self._source else messages
@@ -184,8 +182,8 @@ class ChatTemplate:
                     self._takes_json = self._probe_calls(values)
                 messages = _with_json(messages) if self._takes_json else messages
             if self._takes_parts is None:
-                self._takes_parts = self._probe(asked, values)
-            return self._run({**values, "messages": _with_parts(asked) if self._takes_parts else asked})
+                self._takes_parts = self._probe(messages, values)
+            return self._run({**values, "messages": _with_parts(messages) if self._takes_parts else list(messages)})
         except RuntimeError as error:
             raise _failure(f"refuses the conversation: {error}") from None
 

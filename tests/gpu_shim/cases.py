@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fomoe_io.gpu import kernels
-from fomoe_io.gpu.recorder import FORM
+from fomoe_io.gpu.launches import FORM
 from tests.gpu_shim import reference as ref
 
 # Float32 arithmetic in another order, and exp to 2 ulp: far below 1e-5 of the norm, far above any wrong index.

@@ -228,22 +228,3 @@ def test_no_process_is_left() -> None:
     del template
     gc.collect()
     assert not Path(f"/proc/{process}").exists()
-
-
-CHANNELS = (
-    "{% for m in messages %}{% set message = m %}{% if message.tool_calls is defined %}"
-    "{% if message.content and message.thinking %}{{ raise_exception('both') }}{% endif %}"
-    "[analysis {{ message.content or message.thinking }}]{% else %}[{{ message.content }}]{% endif %}{% endfor %}"
-)
-
-
-def test_thoughts_before_a_call_have_the_name_that_the_template_gives_them() -> None:
-    """As llama.cpp does for gpt-oss; other templates find them where they were."""
-    call = {"role": "assistant", "content": "I look.", "reasoning_content": "hm", "tool_calls": [{"function": {}}]}
-    said = {"role": "assistant", "content": "yes", "reasoning_content": "hm"}
-    messages: list[Any] = [*HI, call, said]
-    assert render(CHANNELS, messages) == "[hi][analysis hm][yes]"
-    assert render("{% for m in messages %}{{ m.content }}{{ m.reasoning_content }};{% endfor %}", messages) == (
-        "hi;I look.hm;yeshm;"
-    )
-    assert call["content"] == "I look."
