@@ -82,7 +82,7 @@ def test_no_option_swallows_the_rest_of_a_word() -> None:
 
 @pytest.mark.parametrize(
     ("words", "value"),
-    [(["-fa", "on"], ["-fa"]), (["-fa"], ["-fa"]), (["--mirostat", "0"], ["--mirostat"]), (["-sm", "none"], ["-sm"])],
+    [(["-fa", "on"], ["-fa"]), (["-fa"], ["-fa"]), (["--mirostat", "0"], ["--mirostat"])],
 )
 def test_harmless_values(words: list[str], value: list[str]) -> None:
     assert [note.split()[0] for note in PARSER.parse_args(["m.gguf", *words]).notes] == value

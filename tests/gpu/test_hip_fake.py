@@ -23,7 +23,7 @@ from fomoe_io.errors import DeviceError
 from fomoe_io.gpu import compiler, device, kernels
 from fomoe_io.gpu.device import Gpu, Step
 from tests.fake_hip.build import KINDS, Fake, installed_fake
-from tests.gpu_shim import cases
+from tests.gpu_shim import cases, router_cases
 from tests.gpu_shim.device_runner import DeviceRunner
 
 PROVIDER = os.environ.get("FOMOE_TEST_PROVIDER", "hip")
@@ -120,7 +120,7 @@ def test_kernels_through_the_device(gpu: Gpu, rng: np.random.Generator) -> None:
     runner = DeviceRunner(gpu)
     cases.check_quantize(runner, rng, 320, 2)
     cases.check_experts(runner, rng, "q4_k", "q6_k", 256, 256, 3, 1)
-    cases.check_resolve(runner, rng, 64, 4)
+    router_cases.check_resolve(runner, rng, 64, 4)
 
 
 def test_a_graph_replays_with_new_input(gpu: Gpu, rng: np.random.Generator) -> None:

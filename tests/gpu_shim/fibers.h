@@ -15,8 +15,8 @@
 #define GLOBAL_MEMORY
 #define DEVICE static inline
 #define DEVICE_MEMBER inline
-#define KERNEL(threads, name) \
-    constexpr int name##__threads = threads; \
+#define KERNEL(threads, name)                                  \
+    constexpr int name##__threads = threads;                   \
     extern "C" __attribute__((visibility("hidden"))) void name
 #define RESIDENT_KERNEL(threads, blocks, name) KERNEL(threads, name)
 #define __shared__ static thread_local
@@ -152,8 +152,7 @@ template <class... A> struct call {
     template <size_t... I> void go(std::index_sequence<I...>) { kernel(*(A *)arguments[I]...); }
     static void enter(void *self) { ((call *)self)->go(std::index_sequence_for<A...>{}); }
 };
-template <class... A>
-void launch(void (*kernel)(A...), void **arguments, int gx, int gy, int gz, int threads) {
+template <class... A> void launch(void (*kernel)(A...), void **arguments, int gx, int gy, int gz, int threads) {
     call<A...> c{kernel, arguments};
     for (int z = 0; z < gz; z++)
         for (int y = 0; y < gy; y++)
@@ -174,13 +173,13 @@ template <class T> T load(const void *p) {
 
 }  // namespace fibers
 
-#define EXPORT_KERNEL(name) \
-    extern "C" __attribute__((visibility("default"))) int name##__block_threads() { return name##__threads; } \
-    extern "C" __attribute__((visibility("default"))) const char *name##__signature() { \
-        return fibers::signature_of(name); \
-    } \
+#define EXPORT_KERNEL(name)                                                                                           \
+    extern "C" __attribute__((visibility("default"))) int name##__block_threads() { return name##__threads; }         \
+    extern "C" __attribute__((visibility("default"))) const char *name##__signature() {                               \
+        return fibers::signature_of(name);                                                                            \
+    }                                                                                                                 \
     extern "C" __attribute__((visibility("default"))) void name##__launch(void **arguments, int gx, int gy, int gz) { \
-        fibers::launch(name, arguments, gx, gy, gz, name##__threads); \
+        fibers::launch(name, arguments, gx, gy, gz, name##__threads);                                                 \
     }
 
 DEVICE int thread_index() { return fibers::now.current->index; }

@@ -18,7 +18,7 @@ template <class CACHE, int PER_LANE>
 DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const typename CACHE::element *v_cache,
                    const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits,
                    float scale, int window, int ring) {
-    const int dim = 32 * PER_LANE, row = dim + 4;  // four floats apart, rows start in different banks
+    const int dim = 32 * PER_LANE, row = dim + 4; // four floats apart, rows start in different banks
     __shared__ quad tile_quads[ATTENTION_SPLIT * row / 4], query_quads[ATTENTION_WARPS][dim / 4];
     __shared__ float weight_of[ATTENTION_WARPS][ATTENTION_SPLIT];
     float *tile = tile_quads[0].v, *query_row = query_quads[warp_index()][0].v;
@@ -26,7 +26,7 @@ DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const
     const int blocks = (group + ATTENTION_WARPS - 1) / ATTENTION_WARPS, kv_head = block_x() / blocks;
     const int g = block_x() % blocks * ATTENTION_WARPS + warp_index();
     const int length = (int)now(positions + token) + 1, begin = split * ATTENTION_SPLIT;
-    const int first = window && window < length ? length - window : 0;  // position that the token sees
+    const int first = window && window < length ? length - window : 0; // position that the token sees
     if (begin >= length || begin + ATTENTION_SPLIT <= first) return;
     const u64 base = state_base(states, token);
     k_cache = in_state(base, k_cache), v_cache = in_state(base, v_cache);
@@ -85,8 +85,8 @@ DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const
 // gate: [tokens][heads] rows gate_stride apart; y: [tokens][heads * dim].  dim <= 256, a multiple of 32.
 // Grid (heads, tokens).
 KERNEL(256, attention_merge)
-(const float *parts, const replayed *positions, const float *gate, float *y, u8 *q8, int heads, int dim,
- int splits, int gate_stride, const float *sinks, int window) {
+(const float *parts, const replayed *positions, const float *gate, float *y, u8 *q8, int heads, int dim, int splits,
+ int gate_stride, const float *sinks, int window) {
     start_kernel();
     const int token = block_y(), i = thread_index(), length = (int)now(positions + token) + 1;
     const int used = (length - 1) / ATTENTION_SPLIT + 1;

@@ -6,7 +6,8 @@
 // x, y: [tokens][channels]; state: [taps - 1][channels] of each token's session, moved on by every token.
 // Grid (channels / 128 up).
 KERNEL(128, conv_step)
-(const float *weight, const float *x, const replayed *states, float *place, float *y, int channels, int taps, int tokens) {
+(const float *weight, const float *x, const replayed *states, float *place, float *y, int channels, int taps,
+ int tokens) {
     start_kernel();
     const int c = block_x() * 128 + thread_index();
     if (c >= channels) return;
@@ -28,15 +29,13 @@ EXPORT_KERNEL(conv_step)
 #define DELTA_WARPS 4
 #define DELTA_ROWS 4
 
-template <int PER_LANE>
-DEVICE void load_rows(const float *state, float (&memory)[DELTA_ROWS][PER_LANE]) {
+template <int PER_LANE> DEVICE void load_rows(const float *state, float (&memory)[DELTA_ROWS][PER_LANE]) {
 #pragma unroll
     for (int r = 0; r < DELTA_ROWS; ++r)
 #pragma unroll
         for (int i = 0; i < PER_LANE; ++i) memory[r][i] = state[32 * (r * PER_LANE + i)];
 }
-template <int PER_LANE>
-DEVICE void store_rows(const float (&memory)[DELTA_ROWS][PER_LANE], float *state) {
+template <int PER_LANE> DEVICE void store_rows(const float (&memory)[DELTA_ROWS][PER_LANE], float *state) {
 #pragma unroll
     for (int r = 0; r < DELTA_ROWS; ++r)
 #pragma unroll
@@ -52,8 +51,8 @@ DEVICE void store_rows(const float (&memory)[DELTA_ROWS][PER_LANE], float *state
 // h / (value_heads / key_heads), else h % key_heads.  Grid (v_dim / 16, value_heads).
 template <int PER_LANE>
 DEVICE void delta(const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a,
-                  const replayed *states, float *place, float *y, int key_heads, int value_heads, int v_dim, int is_grouped, int tokens,
-                  float eps) {
+                  const replayed *states, float *place, float *y, int key_heads, int value_heads, int v_dim,
+                  int is_grouped, int tokens, float eps) {
     const int k_dim = 32 * PER_LANE, head = block_y(), lane = lane_index();
     const int first = (block_x() * DELTA_WARPS + warp_index()) * DELTA_ROWS;
     const int key_head = is_grouped ? head / (value_heads / key_heads) : head % key_heads;
@@ -105,15 +104,15 @@ DEVICE void delta(const float *mixed, const float *alpha, const float *beta, con
     store_rows<PER_LANE>(memory, in_state(base, place));
 }
 
-#define DELTA_KERNEL(dim)                                                                                             \
-    KERNEL(32 * DELTA_WARPS, delta_step_##dim)                                                                        \
-    (const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a,                      \
-     const replayed *states, float *place, float *y, int key_heads, int value_heads, int v_dim, int is_grouped,       \
-     int tokens, float eps) {                                                                                         \
-        start_kernel();                                                                                               \
-        delta<dim / 32>(mixed, alpha, beta, dt, a, states, place, y, key_heads, value_heads, v_dim, is_grouped,       \
-                        tokens, eps);                                                                                 \
-    }                                                                                                                 \
+#define DELTA_KERNEL(dim)                                                                                       \
+    KERNEL(32 * DELTA_WARPS, delta_step_##dim)                                                                  \
+    (const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a,                \
+     const replayed *states, float *place, float *y, int key_heads, int value_heads, int v_dim, int is_grouped, \
+     int tokens, float eps) {                                                                                   \
+        start_kernel();                                                                                         \
+        delta<dim / 32>(mixed, alpha, beta, dt, a, states, place, y, key_heads, value_heads, v_dim, is_grouped, \
+                        tokens, eps);                                                                           \
+    }                                                                                                           \
     EXPORT_KERNEL(delta_step_##dim)
 
 DELTA_KERNEL(64)
@@ -143,7 +142,9 @@ KERNEL(128, gated_norm)
             if (y) *(quad *)(y + row + i) = value;
         }
         // lanes past the head's end (i >= dim) store nothing: their place is past the row's end, too
-        if (q8) store_q8_quad(value, q8 + token * q8_row_bytes(heads * dim), heads * dim, i < dim ? head * dim + i : heads * dim);
+        if (q8)
+            store_q8_quad(value, q8 + token * q8_row_bytes(heads * dim), heads * dim,
+                          i < dim ? head * dim + i : heads * dim);
     }
 }
 EXPORT_KERNEL(gated_norm)

@@ -5,18 +5,14 @@
 
 #define MOST_PICKS 64  // the most experts a token may have
 
-template <class T>
-constexpr int gate_up_pairs = GATE_UP_PAIRS;
-template <>
-constexpr int gate_up_pairs<q6_k> = GATE_UP_PAIRS_Q6_K;
-template <class T>
-constexpr int down_batch = DOWN_BATCH;
-template <>
-constexpr int down_batch<q6_k> = DOWN_BATCH_Q6_K;
+template <class T> constexpr int gate_up_pairs = GATE_UP_PAIRS;
+template <> constexpr int gate_up_pairs<q6_k> = GATE_UP_PAIRS_Q6_K;
+template <class T> constexpr int down_batch = DOWN_BATCH;
+template <> constexpr int down_batch<q6_k> = DOWN_BATCH_Q6_K;
 
-// What an expert computes beside its products, where that is more than silu(gate) * up; in device memory, for few scalar
-// registers.  Biases: a row an expert, null for none; ids: which expert a pair's is.  Clamped: g sigmoid(1.702 g) (u + 1),
-// g = min(gate, 7), u = up between -7 and 7.
+// What an expert computes beside its products, where that is more than silu(gate) * up; in device memory, for few
+// scalar registers.  Biases: a row an expert, null for none; ids: which expert a pair's is.  Clamped: g sigmoid(1.702
+// g) (u + 1), g = min(gate, 7), u = up between -7 and 7.
 struct expert_form {
     const int *ids;
     const float *gate_bias, *up_bias, *down_bias;
@@ -71,8 +67,8 @@ DEVICE void gate_up(const u8 *record, u64 gate_offset, u64 up_offset, const u8 *
     store_q8_group(value, hidden + pair * q8_row_bytes(rows), rows, block_x());
 }
 
-// The host's answer about the pairs whose records are not on the device, in memory that both see: where each will be, and
-// the run's number when gate and up have come there, and when all of it has.
+// The host's answer about the pairs whose records are not on the device, in memory that both see: where each will be,
+// and the run's number when gate and up have come there, and when all of it has.
 struct answer {
     const u64 *record;
     const u32 *has_inputs, *is_whole;
@@ -84,8 +80,8 @@ DEVICE answer answer_at(const void *reply, int pairs) {
 }
 
 // Where the pair's record is, once gate and up are there; 0 when the host has told the device to stop.  late: of this
-// layer, 0 until somebody knows, odd where the record is read in place, in the host's memory.  The first block of a pair
-// asks the host, over the link; the others hear it from that one, and ask now and then themselves, because nobody
+// layer, 0 until somebody knows, odd where the record is read in place, in the host's memory.  The first block of a
+// pair asks the host, over the link; the others hear it from that one, and ask now and then themselves, because nobody
 // promises that it runs beside them.  A whole block calls it.
 DEVICE const u8 *await_record(u64 *late, const void *reply, const replayed *run, const void *stop, int pairs) {
     __shared__ u64 found;
@@ -158,8 +154,8 @@ DEVICE void add_down_rows(const down_picks &p, const u64 (&offset)[DOWN_ROWS], c
     }
 }
 
-// y[token] = sum over ranks of weight * (down hidden [+ bias]), + sigmoid(shared_gate) * shared where a shared expert is
-// given.
+// y[token] = sum over ranks of weight * (down hidden [+ bias]), + sigmoid(shared_gate) * shared where a shared expert
+// is given.
 // The record of a pair is records[pair], or late[pair] where that is 0: what is summed, and in which order, does not
 // depend on which came late.  A record found in neither gives NaN, never silence.
 // A warp takes the picks' rows one after another in the router's order as if they were one long row, so that short rows
@@ -214,38 +210,36 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
     }
 }
 
-#define EXPERT_KERNELS(type)                                                                                          \
-    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_##type)                                     \
-    (const u64 *records, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows,     \
-     int columns, int picks, const expert_form *form) {                                                               \
-        start_kernel();                                                                                               \
-        const u8 *record = (const u8 *)records[block_y()];                                                            \
-        if (!record) return; /* another launch will do it */                                                          \
-        gate_up<type, settled>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks,        \
-                               form);                                                                                 \
-    }                                                                                                                 \
-    EXPORT_KERNEL(experts_gate_up_##type)                                                                             \
-    /* of one token's pairs that the launch above has left alone, each as soon as it has come */                      \
-    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_late_##type)                                \
-    (const u64 *records, u64 *late, const void *reply, const replayed *run, const void *stop, u64 gate_offset,        \
-     u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows, int columns, int picks,                  \
-     const expert_form *form) {                                                                                       \
-        start_kernel();                                                                                               \
-        if (records[block_y()]) return;                                                                               \
-        const u8 *record = await_record(late, reply, run, stop, picks);                                               \
-        if (!record) return;                                                                                          \
-        gate_up<type, arriving>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks,       \
-                                form);                                                                                \
-    }                                                                                                                 \
-    EXPORT_KERNEL(experts_gate_up_late_##type)                                                                        \
-    KERNEL(32 * DOWN_WARPS, experts_down_##type)                                                                      \
-    (const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,                    \
-     const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks,                \
-     const expert_form *form) {                                                                                       \
-        start_kernel();                                                                                               \
-        down<type>(records, late, down_offset, hidden, weights, shared_output, shared_gate, y, rows, columns, picks,  \
-                   form);                                                                                             \
-    }                                                                                                                 \
+#define EXPERT_KERNELS(type)                                                                                           \
+    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_##type)                                      \
+    (const u64 *records, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows,      \
+     int columns, int picks, const expert_form *form) {                                                                \
+        start_kernel();                                                                                                \
+        const u8 *record = (const u8 *)records[block_y()];                                                             \
+        if (!record) return; /* another launch will do it */                                                           \
+        gate_up<type, settled>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks, form);  \
+    }                                                                                                                  \
+    EXPORT_KERNEL(experts_gate_up_##type)                                                                              \
+    /* of one token's pairs that the launch above has left alone, each as soon as it has come */                       \
+    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_late_##type)                                 \
+    (const u64 *records, u64 *late, const void *reply, const replayed *run, const void *stop, u64 gate_offset,         \
+     u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows, int columns, int picks,                   \
+     const expert_form *form) {                                                                                        \
+        start_kernel();                                                                                                \
+        if (records[block_y()]) return;                                                                                \
+        const u8 *record = await_record(late, reply, run, stop, picks);                                                \
+        if (!record) return;                                                                                           \
+        gate_up<type, arriving>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks, form); \
+    }                                                                                                                  \
+    EXPORT_KERNEL(experts_gate_up_late_##type)                                                                         \
+    KERNEL(32 * DOWN_WARPS, experts_down_##type)                                                                       \
+    (const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,                     \
+     const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks,                 \
+     const expert_form *form) {                                                                                        \
+        start_kernel();                                                                                                \
+        down<type>(records, late, down_offset, hidden, weights, shared_output, shared_gate, y, rows, columns, picks,   \
+                   form);                                                                                              \
+    }                                                                                                                  \
     EXPORT_KERNEL(experts_down_##type)
 
 EXPERT_KERNELS(q4_k)

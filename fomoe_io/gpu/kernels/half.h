@@ -16,8 +16,7 @@ DEVICE u32 half_pair(float first, float second) { return to_half(first) | (u32)t
 // Where eight halves wait in shared memory: neighbouring units, 64 or 128 bytes apart, would meet in the same banks.
 DEVICE int staged_place(int i) { return i ^ ((i >> 3) & 7); }
 
-template <class T>
-DEVICE void stage_unit(const u8 *weights, int unit, eight_halves *staged) {
+template <class T> DEVICE void stage_unit(const u8 *weights, int unit, eight_halves *staged) {
     typename T::prepared u;
     T::unpack(T::load(weights, unit), unit, u);
 #pragma unroll
@@ -39,8 +38,7 @@ DEVICE void stage_unit(const u8 *weights, int unit, eight_halves *staged) {
 
 // Whole rows, one after another, as halves: `elements` of them.  A thread unpacks a unit; neighbouring lanes write
 // neighbouring 16 bytes.  Grid (elements / unit_elements / 256 rounded up).
-template <class T>
-DEVICE void expand_half(const u8 *weights, eight_halves *y, u64 elements) {
+template <class T> DEVICE void expand_half(const u8 *weights, eight_halves *y, u64 elements) {
     const int share = T::unit_elements / 8;
     __shared__ eight_halves staged[256 * share];
     const u64 first = (u64)block_x() * 256 * T::unit_elements;
@@ -53,11 +51,11 @@ DEVICE void expand_half(const u8 *weights, eight_halves *y, u64 elements) {
     for (int i = thread_index(); i < units * share; i += 256) y[i] = staged[staged_place(i)];
 }
 
-#define EXPAND_HALF_KERNEL(type)                                                                  \
-    KERNEL(256, expand_half_##type)(const u8 *weights, void *y, u64 elements) {                   \
-        start_kernel();                                                                           \
-        expand_half<type>(weights, (eight_halves *)y, elements);                                  \
-    }                                                                                             \
+#define EXPAND_HALF_KERNEL(type)                                                \
+    KERNEL(256, expand_half_##type)(const u8 *weights, void *y, u64 elements) { \
+        start_kernel();                                                         \
+        expand_half<type>(weights, (eight_halves *)y, elements);                \
+    }                                                                           \
     EXPORT_KERNEL(expand_half_##type)
 EXPAND_HALF_KERNEL(q4_k)
 EXPAND_HALF_KERNEL(q5_k)

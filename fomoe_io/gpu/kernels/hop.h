@@ -5,8 +5,8 @@
 
 #define HOP_THREADS 512
 
-// The residual stream and what the next norm will add to it, each columns floats; then the run's number, which says that
-// they are there.  host, flag: in memory that both devices see.  added: may be null.  Grid (1).
+// The residual stream and what the next norm will add to it, each columns floats; then the run's number, which says
+// that they are there.  host, flag: in memory that both devices see.  added: may be null.  Grid (1).
 KERNEL(HOP_THREADS, hand_over)
 (const float *x, const float *added, void *host, void *flag, const replayed *run, int columns) {
     start_kernel();

@@ -4,8 +4,7 @@
 #include "tuning.h"
 #include "units.h"
 
-template <class T>
-DEVICE u64 activation_row_bytes(int columns) {
+template <class T> DEVICE u64 activation_row_bytes(int columns) {
     return T::is_quantized ? q8_row_bytes(columns) : 4 * (u64)columns;
 }
 
@@ -16,7 +15,7 @@ template <class T, int ROWS, int TOKENS, class L = settled>
 DEVICE void dot_rows(const u8 *const (&rows)[ROWS], const u8 *x, const u32 (&token)[TOKENS], int columns, int first,
                      int step, float (&sums)[ROWS][TOKENS]) {
     const int units = columns / T::unit_elements;
-#pragma unroll ROWS * TOKENS > 2 ? 1 : ROWS * TOKENS > 1 ? L::unrolled_pairs : 4
+#pragma unroll ROWS *TOKENS> 2 ? 1 : ROWS * TOKENS> 1 ? L::unrolled_pairs : 4
     for (int unit = first; unit < units; unit += step) {
         typename T::raw raw[ROWS];
 #pragma unroll
@@ -92,8 +91,7 @@ DEVICE void mat_vec_many(const u8 *const (&weights)[MAT_VEC_MANY], float *const 
 }
 
 // ids: the rows to expand, one a token (null: row 0, 1, ...).  y: [tokens][columns].  Grid (columns / 1024 up, tokens).
-template <class T>
-DEVICE void expand(const u8 *weights, const int *ids, float *y, int columns) {
+template <class T> DEVICE void expand(const u8 *weights, const int *ids, float *y, int columns) {
     const int token = block_y(), share = 1024 / T::unit_elements;
     const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
     const u8 *row = weights + (u64)(ids ? ids[token] : token) * row_bytes;
@@ -106,27 +104,26 @@ DEVICE void expand(const u8 *weights, const int *ids, float *y, int columns) {
     }
 }
 
-#define MAT_VEC_KERNELS(type)                                                                                         \
-    KERNEL(32 * MAT_VEC_WARPS, mat_vec_##type)                                                                        \
-    (const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens, int split) {                        \
-        start_kernel();                                                                                               \
-        mat_vec<type, type::is_quantized ? MAT_VEC_ROWS : 1, 1>(weights, x, y, rows, columns, tokens, split,          \
-                                                                block_x());                                           \
-    }                                                                                                                 \
-    EXPORT_KERNEL(mat_vec_##type)                                                                                     \
-    KERNEL(32 * MAT_VEC_WARPS, mat_vec_many_##type)                                                                   \
-    (const u8 *w0, const u8 *w1, const u8 *w2, const u8 *w3, float *y0, float *y1, float *y2, float *y3, int rows0,   \
-     int rows1, int rows2, int rows3, const u8 *x, int columns, int tokens, int split) {                              \
-        start_kernel();                                                                                               \
-        mat_vec_many<type, type::is_quantized ? MAT_VEC_ROWS : 1>({w0, w1, w2, w3}, {y0, y1, y2, y3},                 \
-                                                                  {rows0, rows1, rows2, rows3}, x, columns, tokens,   \
-                                                                  split);                                             \
-    }                                                                                                                 \
-    EXPORT_KERNEL(mat_vec_many_##type)                                                                                \
-    KERNEL(32, expand_##type)(const u8 *weights, const int *ids, float *y, int columns) {                             \
-        start_kernel();                                                                                               \
-        expand<type>(weights, ids, y, columns);                                                                       \
-    }                                                                                                                 \
+#define MAT_VEC_KERNELS(type)                                                                                       \
+    KERNEL(32 * MAT_VEC_WARPS, mat_vec_##type)                                                                      \
+    (const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens, int split) {                      \
+        start_kernel();                                                                                             \
+        mat_vec<type, type::is_quantized ? MAT_VEC_ROWS : 1, 1>(weights, x, y, rows, columns, tokens, split,        \
+                                                                block_x());                                         \
+    }                                                                                                               \
+    EXPORT_KERNEL(mat_vec_##type)                                                                                   \
+    KERNEL(32 * MAT_VEC_WARPS, mat_vec_many_##type)                                                                 \
+    (const u8 *w0, const u8 *w1, const u8 *w2, const u8 *w3, float *y0, float *y1, float *y2, float *y3, int rows0, \
+     int rows1, int rows2, int rows3, const u8 *x, int columns, int tokens, int split) {                            \
+        start_kernel();                                                                                             \
+        mat_vec_many<type, type::is_quantized ? MAT_VEC_ROWS : 1>(                                                  \
+            {w0, w1, w2, w3}, {y0, y1, y2, y3}, {rows0, rows1, rows2, rows3}, x, columns, tokens, split);           \
+    }                                                                                                               \
+    EXPORT_KERNEL(mat_vec_many_##type)                                                                              \
+    KERNEL(32, expand_##type)(const u8 *weights, const int *ids, float *y, int columns) {                           \
+        start_kernel();                                                                                             \
+        expand<type>(weights, ids, y, columns);                                                                     \
+    }                                                                                                               \
     EXPORT_KERNEL(expand_##type)
 
 MAT_VEC_KERNELS(q4_k)

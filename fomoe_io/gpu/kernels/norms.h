@@ -2,8 +2,7 @@
 #pragma once
 #include "activations.h"
 
-template <int WARPS>
-DEVICE float block_sum(float v) {
+template <int WARPS> DEVICE float block_sum(float v) {
     __shared__ float parts[WARPS];
     v = warp_sum(v);
     if (lane_index() == 0) parts[warp_index()] = v;
@@ -42,7 +41,7 @@ KERNEL(NORM_THREADS, rms_norm)
 #pragma unroll
     for (int r = 0; r < NORM_ROUNDS; ++r) {
         const int i = 4 * (thread_index() + r * NORM_THREADS);
-        if (i - 4 * lane_index() >= columns) break;  // whole warps leave: the others exchange
+        if (i - 4 * lane_index() >= columns) break; // whole warps leave: the others exchange
         quad value = {};
         if (i < columns) {
             const quad w = *(const quad *)(weight + i);
@@ -131,16 +130,16 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
         in_state(state_base(states, token), is_key ? k_cache : v_cache)[place] = CACHE::put(x);
 }
 
-#define PREPARE_KERNEL(type)                                                                                          \
-    KERNEL(256, attention_prepare_##type)                                                                             \
-    (const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm, const float *cos_sin,  \
-     const replayed *positions, const replayed *states, float *q_out, cache_##type::element *k_cache,                 \
-     cache_##type::element *v_cache, int heads, int kv_heads, int dim, int q_stride, int rotary, float eps,           \
-     int ring) {                                                                                                      \
-        start_kernel();                                                                                               \
-        prepare_head<cache_##type>(q, k, v, q_norm, k_norm, cos_sin, positions, states, q_out, k_cache, v_cache, heads, \
-                                   kv_heads, dim, q_stride, rotary, eps, ring);                                       \
-    }                                                                                                                 \
+#define PREPARE_KERNEL(type)                                                                                         \
+    KERNEL(256, attention_prepare_##type)                                                                            \
+    (const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm, const float *cos_sin, \
+     const replayed *positions, const replayed *states, float *q_out, cache_##type::element *k_cache,                \
+     cache_##type::element *v_cache, int heads, int kv_heads, int dim, int q_stride, int rotary, float eps,          \
+     int ring) {                                                                                                     \
+        start_kernel();                                                                                              \
+        prepare_head<cache_##type>(q, k, v, q_norm, k_norm, cos_sin, positions, states, q_out, k_cache, v_cache,     \
+                                   heads, kv_heads, dim, q_stride, rotary, eps, ring);                               \
+    }                                                                                                                \
     EXPORT_KERNEL(attention_prepare_##type)
 
 PREPARE_KERNEL(f32)

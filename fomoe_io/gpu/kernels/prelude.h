@@ -28,7 +28,7 @@ struct u32x4 {
 #endif
 #define DEVICE static __device__ inline __attribute__((always_inline))
 #define DEVICE_MEMBER __device__ inline __attribute__((always_inline))
-#define KERNEL(threads, name) \
+#define KERNEL(threads, name)                                                                      \
     extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(threads, threads))) void name
 #define RESIDENT_KERNEL(threads, blocks, name) KERNEL(threads, name)
 #define EXPORT_KERNEL(name)
@@ -51,10 +51,7 @@ DEVICE float from_half(u16 h) { return (float)__builtin_bit_cast(_Float16, h); }
 DEVICE u16 to_half(float f) { return __builtin_bit_cast(u16, (_Float16)f); }
 DEVICE float as_float(u32 v) { return __builtin_bit_cast(float, v); }
 DEVICE u32 as_bits(float v) { return __builtin_bit_cast(u32, v); }
-template <int MASK>
-DEVICE u32 exchange(u32 v) {
-    return __builtin_amdgcn_ds_swizzle(v, 0x1f | (MASK << 10));
-}
+template <int MASK> DEVICE u32 exchange(u32 v) { return __builtin_amdgcn_ds_swizzle(v, 0x1f | (MASK << 10)); }
 // 16 bytes at a 16-byte boundary of device memory, and narrower ones.  Pointers that come from a table in memory are
 // generic; saying "global" keeps the compiler from flat loads, which also wait for the LDS.
 typedef u32 u32_vector __attribute__((ext_vector_type(4)));
@@ -94,9 +91,9 @@ DEVICE float larger(float a, float b) { return __builtin_fmaxf(a, b); }
 DEVICE int dot4(int a, int b, int c) {
 #if defined(__GFX11__) || defined(__GFX12__)
     return __builtin_amdgcn_sudot4(true, a, true, b, c, false);
-#elif defined(__gfx906__) || defined(__gfx908__) || defined(__gfx90a__) || defined(__gfx940__) ||                    \
-    defined(__gfx941__) || defined(__gfx942__) || defined(__gfx950__) || defined(__gfx1011__) ||                      \
-    defined(__gfx1012__) || defined(__gfx1030__) || defined(__gfx1031__) || defined(__gfx1032__) ||                   \
+#elif defined(__gfx906__) || defined(__gfx908__) || defined(__gfx90a__) || defined(__gfx940__) ||   \
+    defined(__gfx941__) || defined(__gfx942__) || defined(__gfx950__) || defined(__gfx1011__) ||    \
+    defined(__gfx1012__) || defined(__gfx1030__) || defined(__gfx1031__) || defined(__gfx1032__) || \
     defined(__gfx1033__) || defined(__gfx1034__) || defined(__gfx1035__) || defined(__gfx1036__)
     return __builtin_amdgcn_sdot4(a, b, c, false);
 #else
@@ -133,10 +130,7 @@ DEVICE u16 to_half(float f) {
 }
 DEVICE float as_float(u32 v) { return __uint_as_float(v); }
 DEVICE u32 as_bits(float v) { return __float_as_uint(v); }
-template <int MASK>
-DEVICE u32 exchange(u32 v) {
-    return __shfl_xor_sync(0xffffffffu, v, MASK, 32);
-}
+template <int MASK> DEVICE u32 exchange(u32 v) { return __shfl_xor_sync(0xffffffffu, v, MASK, 32); }
 DEVICE u32x4 load16(const void *p) {
     uint4 v = __ldg((const uint4 *)p);
     return {v.x, v.y, v.z, v.w};
@@ -236,10 +230,7 @@ DEVICE u32 now(const replayed *p) { return system_load4(p); }
 
 // Where the memory of a token's session begins: states holds an address a token, or is null, and places are addresses.
 DEVICE u64 state_base(const replayed *states, int token) { return states ? system_load8(states + 2 * (u64)token) : 0; }
-template <class T>
-DEVICE T *in_state(u64 base, T *place) {
-    return (T *)(GLOBAL_MEMORY T *)(base + (u64)place);
-}
+template <class T> DEVICE T *in_state(u64 base, T *place) { return (T *)(GLOBAL_MEMORY T *)(base + (u64)place); }
 
 DEVICE int lane_index() { return thread_index() & 31; }
 DEVICE int warp_index() { return thread_index() >> 5; }
@@ -247,10 +238,7 @@ DEVICE float infinity() { return as_float(0x7f800000u); }
 DEVICE float not_a_number() { return as_float(0x7fc00000u); }
 
 // Butterflies: every lane ends with the same bits, and they do not depend on which lane asks.
-template <int MASK>
-DEVICE float exchange_float(float v) {
-    return as_float(exchange<MASK>(as_bits(v)));
-}
+template <int MASK> DEVICE float exchange_float(float v) { return as_float(exchange<MASK>(as_bits(v))); }
 DEVICE float warp_sum(float v) {
     v += exchange_float<16>(v);
     v += exchange_float<8>(v);

@@ -34,7 +34,8 @@ KERNEL(32, probe_wait)(const void *word, void *here) {
 EXPORT_KERNEL(probe_wait)
 
 // Counts where what a replayed graph's kernel reads is not what the host has written for this replay: wrong[0], [1] of
-// the word that begin_run fetched, by now() and by a plain load; wrong[2], [3] of the one that a copy brought.  Grid (1).
+// the word that begin_run fetched, by now() and by a plain load; wrong[2], [3] of the one that a copy brought.  Grid
+// (1).
 KERNEL(32, probe_header)(const replayed *fetched, const replayed *copied, const void *host_word, u32 *wrong) {
     start_kernel();
     if (thread_index() > 0) return;
@@ -46,7 +47,8 @@ KERNEL(32, probe_header)(const replayed *fetched, const replayed *copied, const 
 }
 EXPORT_KERNEL(probe_header)
 
-// Answers each number that the host asks for, 1, 2, ... rounds; any larger number ends it.  Both in host memory.  Grid (1).
+// Answers each number that the host asks for, 1, 2, ... rounds; any larger number ends it.  Both in host memory.  Grid
+// (1).
 KERNEL(32, probe_echo)(const void *question, void *reply, int rounds) {
     start_kernel();
     if (thread_index() > 0) return;

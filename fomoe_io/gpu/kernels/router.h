@@ -15,17 +15,17 @@
 // a fence.  The host counts the picks of every layer (its policy lives on them) and fetches what is missing.
 DEVICE void post_word(void *place, u32 run, u32 value) { system_store8(place, (u64)run << 32 | value); }
 
-// The values of a layer's table: 0 for an expert that must be read; an address on the device; with the lowest bit for an
-// expert in DRAM, alone or, where kernels may read that in place, with the address of its record there.
+// The values of a layer's table: 0 for an expert that must be read; an address on the device; with the lowest bit for
+// an expert in DRAM, alone or, where kernels may read that in place, with the address of its record there.
 #define IN_NVME 0
 #define IN_DRAM 1
 
-// ids -> records[pair] (0: not on the device), late[pair] (0: not known yet, odd: in DRAM), the post, and *misses for the
-// wait.  A whole block calls it.
+// ids -> records[pair] (0: not on the device), late[pair] (0: not known yet, odd: in DRAM), the post, and *misses for
+// the wait.  A whole block calls it.
 // ids: what will be computed; picks: what the router wanted, and with which weight.  All may lie in shared memory.
 // run: the number of this replay of the program, which tells one post from the last.
-DEVICE void resolve(const int *ids, const int *picks, const float *weights, const u64 *record_of, u64 *records, u64 *late,
-                    u64 *post, const replayed *run, replayed *misses, int pairs) {
+DEVICE void resolve(const int *ids, const int *picks, const float *weights, const u64 *record_of, u64 *records,
+                    u64 *late, u64 *post, const replayed *run, replayed *misses, int pairs) {
     const u32 number = now(run);
     float absent = 0.f;
     for (int pair = thread_index(); pair < pairs; pair += ROUTER_THREADS) {
@@ -45,8 +45,9 @@ DEVICE void resolve(const int *ids, const int *picks, const float *weights, cons
 // chosen[0 ..]: where the `wanted` (1 to ROUTER_GROUPS) largest values are, descending, the lower place first where two
 // are equal; minus infinity and NaN are never chosen.  Returns how many there are.  A whole block calls it.
 //
-// The largest of each of ROUTER_GROUPS parts are compared first: their wanted-th is passed by at least as many values as
-// are wanted, and by few others.  A value's rank is the number of those that go before it, so no order of arrival counts.
+// The largest of each of ROUTER_GROUPS parts are compared first: their wanted-th is passed by at least as many values
+// as are wanted, and by few others.  A value's rank is the number of those that go before it, so no order of arrival
+// counts.
 DEVICE int largest(const float *values, int count, int wanted, int *chosen) {
     __shared__ float best_of[ROUTER_GROUPS], least;
     __shared__ int candidates[ROUTER_EXPERTS], passed;
@@ -121,8 +122,9 @@ DEVICE void pick(const float *logits, float *values, int *ids, float *weights, i
 }
 
 // The swaps, by one thread: missing picks, weakest first, against candidates, best first.  p: as in csrc/experts/car.h.
-DEVICE void swap_picks(const fomoe_car &c, const float *values, const float *p, const int *missing, const int *candidates, int found,
-                       float lowest, int *ids, float *weights, int picks, int normalise) {
+DEVICE void swap_picks(const fomoe_car &c, const float *values, const float *p, const int *missing,
+                       const int *candidates, int found, float lowest, int *ids, float *weights, int picks,
+                       int normalise) {
     float sum = 0.f, mass = 0.f, rest = 0.f, spent = 0.f;
     const float highest = values[ids[0]];
     int swaps = 0;
@@ -140,7 +142,7 @@ DEVICE void swap_picks(const fomoe_car &c, const float *values, const float *p, 
         const bool is_allowed = c.rule == FOMOE_CAR_RATIO    ? ratio >= c.parameter
                                 : c.rule == FOMOE_CAR_PRIOR  ? ahead < c.parameter * (highest - lowest)
                                 : c.rule == FOMOE_CAR_REGRET ? lost <= c.parameter
-                                                       : spent <= c.parameter;
+                                                             : spent <= c.parameter;
         if (!is_allowed) break;
         ids[rank] = candidate;
         weights[rank] = p ? p[candidate] * (sum / mass) : weights[rank] * ratio;
@@ -199,10 +201,10 @@ EXPORT_KERNEL(route)
 #define SCORE_SIGMOID 1
 #define SCORE_LOGITS 2
 
-// Routers of other kinds: p = softmax or sigmoid of logits + logit_bias, or those themselves.  The picks are the largest
-// p + bias; weight = p without the bias, or the softmax of the picks' logits.  Both biases may be null; logits: changed
-// where there is a logit_bias.  values: [tokens][experts] p + bias, and the logits become p; null where nobody asks.
-// Grid (tokens).
+// Routers of other kinds: p = softmax or sigmoid of logits + logit_bias, or those themselves.  The picks are the
+// largest p + bias; weight = p without the bias, or the softmax of the picks' logits.  Both biases may be null; logits:
+// changed where there is a logit_bias.  values: [tokens][experts] p + bias, and the logits become p; null where nobody
+// asks.  Grid (tokens).
 KERNEL(ROUTER_THREADS, route_by)
 (float *logits, const float *logit_bias, const float *bias, int *ids, float *weights, int experts, int picks, int score,
  int normalise, float scale, float *values) {
@@ -257,12 +259,13 @@ KERNEL(ROUTER_THREADS, resolve_picks)
 }
 EXPORT_KERNEL(resolve_picks)
 
-// The first node of a token's graph: the run's header, and the tables that have changed, from the host's memory into the
-// device's.  A kernel brings them and not a copy, because what a copy has written may be stale for a replayed graph.
-// host_header, changed, host_tables: in host memory; header: header_quads times 16 bytes; changed: a word a layer;
-// tables: [layers][experts].  Grid (header_quads / ROUTER_THREADS up, then layers).
+// The first node of a token's graph: the run's header, and the tables that have changed, from the host's memory into
+// the device's.  A kernel brings them and not a copy, because what a copy has written may be stale for a replayed
+// graph. host_header, changed, host_tables: in host memory; header: header_quads times 16 bytes; changed: a word a
+// layer; tables: [layers][experts].  Grid (header_quads / ROUTER_THREADS up, then layers).
 KERNEL(ROUTER_THREADS, begin_run)
-(const u8 *host_header, u8 *header, const u32 *changed, const u64 *host_tables, u64 *tables, int header_quads, int experts) {
+(const u8 *host_header, u8 *header, const u32 *changed, const u64 *host_tables, u64 *tables, int header_quads,
+ int experts) {
     start_kernel();
     const int header_blocks = (header_quads + ROUTER_THREADS - 1) / ROUTER_THREADS, layer = block_x() - header_blocks;
     if (layer < 0) {
@@ -291,8 +294,8 @@ EXPORT_KERNEL(begin_run)
 
 // Both for one token, in one launch.  Grid (1).
 KERNEL(ROUTER_THREADS, route_and_resolve)
-(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, u64 *late, void *post, const replayed *run,
- replayed *misses, int experts, int picks, int normalise, float scale) {
+(const float *logits, int *ids, float *weights, const u64 *record_of, u64 *records, u64 *late, void *post,
+ const replayed *run, replayed *misses, int experts, int picks, int normalise, float scale) {
     start_kernel();
     __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS];
     __shared__ int block_ids[MOST_PICKS];
@@ -305,8 +308,9 @@ KERNEL(ROUTER_THREADS, route_and_resolve)
 }
 EXPORT_KERNEL(route_and_resolve)
 
-// For one token after route, where the engine was asked for cache-aware routing: stand-ins by `rule` where run[1] allows
-// them, then records and post.  chosen_by: the logits, or what else the router chooses by; then p is not null.  Grid (1).
+// For one token after route, where the engine was asked for cache-aware routing: stand-ins by `rule` where run[1]
+// allows them, then records and post.  chosen_by: the logits, or what else the router chooses by; then p is not null. 
+// Grid (1).
 KERNEL(ROUTER_THREADS, substitute_and_resolve)
 (const float *chosen_by, const float *p, int *ids, float *weights, const u64 *record_of, u64 *records, u64 *late,
  void *post, const replayed *run, replayed *misses, const void *rule, int experts, int picks, int normalise) {
@@ -329,7 +333,8 @@ EXPORT_KERNEL(substitute_and_resolve)
 // all of them are whole (not at all when nothing was missing), or the host says stop: then what has not come is 0, and
 // what is computed from it is NaN.  reply, stop: in host memory.  Grid (1).
 KERNEL(256, wait_for_misses)
-(const replayed *misses, const u64 *records, const void *reply, const replayed *run, const void *stop, u64 *late, int pairs) {
+(const replayed *misses, const u64 *records, const void *reply, const replayed *run, const void *stop, u64 *late,
+ int pairs) {
     start_kernel();
     if (!now(misses)) return;
     const answer a = answer_at(reply, pairs);

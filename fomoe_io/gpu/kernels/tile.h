@@ -1,14 +1,15 @@
-// Products of many tokens: a block makes 64 rows for up to 16 tokens, so that every weight is read once for all of them.
-// Weights are unpacked into shared memory a step of columns at a time.  A thread makes four rows for two tokens; each of
-// its sums runs over the columns in their order, so what a token gets does not depend on who else is in the tile.
+// Products of many tokens: a block makes 64 rows for up to 16 tokens, so that every weight is read once for all of
+// them. Weights are unpacked into shared memory a step of columns at a time.  A thread makes four rows for two tokens;
+// each of its sums runs over the columns in their order, so what a token gets does not depend on who else is in the
+// tile.
 #pragma once
 #include "experts.h"
 
 #define TILE_THREADS 128
 #define TILE_ROWS 64
 #define TILE_TOKENS 16
-#define TILE_QUANTS 256  // columns of a step of quantized weights: a block of the K types
-#define TILE_FLOATS 64   // columns of a step of float weights
+#define TILE_QUANTS 256 // columns of a step of quantized weights: a block of the K types
+#define TILE_FLOATS 64 // columns of a step of float weights
 
 // Up to TILE_TOKENS pairs of one expert: order[first .. first + count).  csrc/gpu/device_experts.h has the same.
 struct tile {
@@ -35,8 +36,8 @@ DEVICE int first_token() { return thread_index() >> 4; }
 // go touch every bank once.
 struct quantized_step {
     u32x4 weights[TILE_ROWS][TILE_QUANTS / 16 + 1], values[TILE_TOKENS][TILE_QUANTS / 16 + 1];
-    float scale[TILE_ROWS][2 * TILE_QUANTS / 32 + 1];  // of 32 weights: (scale, minimum), or two scales of 16
-    float pair[TILE_TOKENS][2 * TILE_QUANTS / 32];     // of 32 activations: (d, d * sum)
+    float scale[TILE_ROWS][2 * TILE_QUANTS / 32 + 1]; // of 32 weights: (scale, minimum), or two scales of 16
+    float pair[TILE_TOKENS][2 * TILE_QUANTS / 32]; // of 32 activations: (d, d * sum)
 };
 
 // Four numbers of 6 bits as four signed bytes, 32 less each: the sign of the difference is bit 5, flipped.
@@ -45,8 +46,7 @@ DEVICE u32 less_32(u32 word) {
     return flipped | (flipped & 0x20202020u) * 6;
 }
 
-template <class T>
-DEVICE void load_weights(quantized_step &s, const tile_rows &rows, int column, int columns) {
+template <class T> DEVICE void load_weights(quantized_step &s, const tile_rows &rows, int column, int columns) {
     const int units = TILE_QUANTS / T::unit_elements;
     for (int i = thread_index(); i < TILE_ROWS * units; i += TILE_THREADS) {
         const int row = i / units, unit = i % units, first = column / T::unit_elements;
@@ -93,8 +93,7 @@ DEVICE int dot16(const u32x4 &a, const u32x4 &b, int sum) {
     return dot4((int)a.w, (int)b.w, sum);
 }
 
-template <class T>
-DEVICE void add_step(const quantized_step &s, float (&sums)[4][2]) {
+template <class T> DEVICE void add_step(const quantized_step &s, float (&sums)[4][2]) {
 #pragma unroll 1
     for (int g = 0; g < TILE_QUANTS / 32; ++g) {
         u32x4 x[2][2];
@@ -130,8 +129,7 @@ struct float_step {
     quad weights[TILE_ROWS][TILE_FLOATS / 4 + 1], values[TILE_TOKENS][TILE_FLOATS / 4 + 1];
 };
 
-template <class T>
-DEVICE void load_weights(float_step &s, const tile_rows &rows, int column, int columns) {
+template <class T> DEVICE void load_weights(float_step &s, const tile_rows &rows, int column, int columns) {
     const int units = TILE_FLOATS / T::unit_elements;
     for (int i = thread_index(); i < TILE_ROWS * units; i += TILE_THREADS) {
         const int row = i / units, unit = i % units;
@@ -155,8 +153,7 @@ DEVICE void load_activations(float_step &s, const u8 *x, const int *token_rows, 
     }
 }
 
-template <class T>
-DEVICE void add_step(const float_step &s, float (&sums)[4][2]) {
+template <class T> DEVICE void add_step(const float_step &s, float (&sums)[4][2]) {
     float part[4][2];
 #pragma unroll
     for (int r = 0; r < 4; ++r) part[r][0] = part[r][1] = 0.f;
@@ -178,13 +175,11 @@ DEVICE void add_step(const float_step &s, float (&sums)[4][2]) {
         for (int t = 0; t < 2; ++t) sums[r][t] += part[r][t];
 }
 
-template <bool IS_QUANTIZED>
-struct step_of {
+template <bool IS_QUANTIZED> struct step_of {
     typedef quantized_step type;
     static const int columns = TILE_QUANTS;
 };
-template <>
-struct step_of<false> {
+template <> struct step_of<false> {
     typedef float_step type;
     static const int columns = TILE_FLOATS;
 };
@@ -197,7 +192,7 @@ DEVICE void multiply_tile(typename step_of<T::is_quantized>::type &s, const tile
 #pragma unroll
     for (int r = 0; r < 4; ++r) sums[r][0] = sums[r][1] = 0.f;
     for (int column = 0; column < columns; column += step::columns) {
-        sync_block();  // the last step has been used, and token_rows are there
+        sync_block(); // the last step has been used, and token_rows are there
         load_weights<T>(s, rows, column, columns);
         load_activations(s, x, token_rows, column, columns);
         sync_block();
@@ -205,8 +200,7 @@ DEVICE void multiply_tile(typename step_of<T::is_quantized>::type &s, const tile
     }
 }
 
-template <class T>
-DEVICE tile_rows rows_from(const u8 *weights, int first, int rows, int columns) {
+template <class T> DEVICE tile_rows rows_from(const u8 *weights, int first, int rows, int columns) {
     const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
     const u8 *low = weights + first * row_bytes;
     return {low, low + 32 * row_bytes, rows - first, row_bytes};
@@ -228,12 +222,12 @@ DEVICE void store_sums(const float (&sums)[4][2], float *y, const int *token_row
 
 // The pairs of a tile, -1 past its end.
 DEVICE void load_pairs(const tile &t, const int *order, int *pairs) {
-    if (thread_index() < TILE_TOKENS) pairs[thread_index()] = (u32)thread_index() < t.count ? order[t.first + thread_index()] : -1;
+    if (thread_index() < TILE_TOKENS)
+        pairs[thread_index()] = (u32)thread_index() < t.count ? order[t.first + thread_index()] : -1;
 }
 
 // y[token][row] = weights[row] . x[token].  Grid (rows / 64 up, tokens / 16 up).
-template <class T>
-DEVICE void multiply(const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens) {
+template <class T> DEVICE void multiply(const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens) {
     __shared__ int token_rows[TILE_TOKENS];
     const int first = TILE_ROWS * block_x(), token = TILE_TOKENS * block_y() + thread_index();
     if (thread_index() < TILE_TOKENS) token_rows[thread_index()] = token < tokens ? token : -1;
@@ -252,7 +246,7 @@ DEVICE void group_gate_up(const tile *tiles, const int *order, u64 gate_offset, 
     __shared__ int pairs[TILE_TOKENS], token_rows[TILE_TOKENS];
     __shared__ union {
         typename step_of<T::is_quantized>::type step;
-        float products[TILE_TOKENS][TILE_ROWS];  // gate's, then up's
+        float products[TILE_TOKENS][TILE_ROWS]; // gate's, then up's
     } s;
     const tile t = tiles[block_y()];
     load_pairs(t, order, pairs);
@@ -263,7 +257,7 @@ DEVICE void group_gate_up(const tile *tiles, const int *order, u64 gate_offset, 
     const tile_rows r = {rows_here + gate_offset, rows_here + up_offset, TILE_ROWS, row_bytes};
     float sums[4][2];
     multiply_tile<T>(s.step, r, x, token_rows, columns, sums);
-    sync_block();  // the last step has been used
+    sync_block(); // the last step has been used
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -313,25 +307,26 @@ KERNEL(256, combine_picks)
 }
 EXPORT_KERNEL(combine_picks)
 
-#define TILE_KERNELS(type)                                                                                            \
-    KERNEL(TILE_THREADS, mat_mul_##type)(const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens) { \
-        start_kernel();                                                                                                 \
-        multiply<type>(weights, x, y, rows, columns, tokens);                                                         \
-    }                                                                                                                 \
-    EXPORT_KERNEL(mat_mul_##type)                                                                                     \
-    KERNEL(TILE_THREADS, group_gate_up_##type)                                                                        \
-    (const tile *tiles, const int *order, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,                    \
-     float *hidden_floats, int rows, int columns, int picks, const expert_form *form) {                               \
-        start_kernel();                                                                                               \
-        group_gate_up<type>(tiles, order, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks,     \
-                            form);                                                                                    \
-    }                                                                                                                 \
-    EXPORT_KERNEL(group_gate_up_##type)                                                                               \
-    KERNEL(TILE_THREADS, group_down_##type)                                                                           \
-    (const tile *tiles, const int *order, u64 down_offset, const u8 *hidden, float *out, int rows, int columns) {     \
-        start_kernel();                                                                                               \
-        group_down<type>(tiles, order, down_offset, hidden, out, rows, columns);                                      \
-    }                                                                                                                 \
+#define TILE_KERNELS(type)                                                                                        \
+    KERNEL(TILE_THREADS, mat_mul_##type)(const u8 *weights, const u8 *x, float *y, int rows, int columns,         \
+                                         int tokens) {                                                            \
+        start_kernel();                                                                                           \
+        multiply<type>(weights, x, y, rows, columns, tokens);                                                     \
+    }                                                                                                             \
+    EXPORT_KERNEL(mat_mul_##type)                                                                                 \
+    KERNEL(TILE_THREADS, group_gate_up_##type)                                                                    \
+    (const tile *tiles, const int *order, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,                \
+     float *hidden_floats, int rows, int columns, int picks, const expert_form *form) {                           \
+        start_kernel();                                                                                           \
+        group_gate_up<type>(tiles, order, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks, \
+                            form);                                                                                \
+    }                                                                                                             \
+    EXPORT_KERNEL(group_gate_up_##type)                                                                           \
+    KERNEL(TILE_THREADS, group_down_##type)                                                                       \
+    (const tile *tiles, const int *order, u64 down_offset, const u8 *hidden, float *out, int rows, int columns) { \
+        start_kernel();                                                                                           \
+        group_down<type>(tiles, order, down_offset, hidden, out, rows, columns);                                  \
+    }                                                                                                             \
     EXPORT_KERNEL(group_down_##type)
 
 TILE_KERNELS(q4_k)

@@ -4,19 +4,17 @@
 #include "prelude.h"
 
 // groups of consecutive elements with one scale: weight = scale * (quant - the type's centre) - minimum
-template <int GROUPS, int GROUP_ELEMENTS>
-struct unpacked {
+template <int GROUPS, int GROUP_ELEMENTS> struct unpacked {
     int quants[GROUPS][GROUP_ELEMENTS / 4];  // 4 signed bytes each
     float scale[GROUPS], minimum[GROUPS];
 };
 
-// 16 bytes that begin at an even address, as five aligned words (the last half used).  (Three aligned 8-byte loads cover
-// them too, and were measured slower.)
+// 16 bytes that begin at an even address, as five aligned words (the last half used).  (Three aligned 8-byte loads
+// cover them too, and were measured slower.)
 struct shifted16 {
     u32 word[5];
 };
-template <class L>
-DEVICE shifted16 load_shifted16(const u8 *p) {
+template <class L> DEVICE shifted16 load_shifted16(const u8 *p) {
     const u8 *aligned = p - ((u64)p & 2);
     shifted16 s;
 #pragma unroll
@@ -48,8 +46,7 @@ struct q4_k {
     struct raw {
         u32x4 head, nibbles[2];
     };
-    template <class L = settled>
-    static DEVICE_MEMBER raw load(const u8 *row, int unit) {
+    template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
         const u8 *block = row + (unit >> 2) * block_bytes, *nibbles = block + 16 + 32 * (unit & 3);
         return {L::word16(block), {L::word16(nibbles), L::word16(nibbles + 16)}};
     }
@@ -77,10 +74,11 @@ struct q5_k {
     struct raw {
         u32x4 head, high[2], nibbles[2];
     };
-    template <class L = settled>
-    static DEVICE_MEMBER raw load(const u8 *row, int unit) {
+    template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
         const u8 *block = row + (unit >> 2) * block_bytes, *nibbles = block + 48 + 32 * (unit & 3);
-        return {L::word16(block), {L::word16(block + 16), L::word16(block + 32)}, {L::word16(nibbles), L::word16(nibbles + 16)}};
+        return {L::word16(block),
+                {L::word16(block + 16), L::word16(block + 32)},
+                {L::word16(nibbles), L::word16(nibbles + 16)}};
     }
     static DEVICE_MEMBER int element(int unit, int group) { return unit * 64 + 32 * group; }
     static DEVICE_MEMBER void unpack(const raw &r, int unit, prepared &u) {
@@ -114,8 +112,7 @@ struct q6_k {
         u16 d;
         int bits;  // how far the block begins off a word: 0 or 16
     };
-    template <class L = settled>
-    static DEVICE_MEMBER raw load(const u8 *row, int unit) {
+    template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
         const int i = unit & 7, half = i & 1, wide = i >> 2;
         const u8 *block = row + (unit >> 3) * block_bytes, *scales = block + 192 + 8 * wide + (i & 2) + half;
         raw r;
@@ -157,8 +154,7 @@ struct q8_0 {
         u16 last, d;
         int bits;
     };
-    template <class L = settled>
-    static DEVICE_MEMBER raw load(const u8 *row, int unit) {
+    template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
         const u8 *block = row + unit * block_bytes, *quants = block + 2;
         const u8 *aligned = quants - ((u64)quants & 2);
         raw r;
@@ -191,8 +187,7 @@ struct mxfp4 {
         u8 exponent;
         int bits;
     };
-    template <class L = settled>
-    static DEVICE_MEMBER raw load(const u8 *row, int unit) {
+    template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
         const u8 *block = row + unit * block_bytes, *nibbles = block + 1;
         const u8 *aligned = nibbles - ((u64)nibbles & 3), *last = nibbles + 15;
         raw r;
@@ -233,8 +228,9 @@ struct f32 {
     struct prepared {
         float value[unit_elements];
     };
-    template <class L = settled>
-    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return L::word16_once(row + 16 * unit); }
+    template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
+        return L::word16_once(row + 16 * unit);
+    }
     static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
         u.value[0] = as_float(r.x), u.value[1] = as_float(r.y);
         u.value[2] = as_float(r.z), u.value[3] = as_float(r.w);
@@ -247,8 +243,9 @@ struct f16 {
     struct prepared {
         float value[unit_elements];
     };
-    template <class L = settled>
-    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return L::word16_once(row + 16 * unit); }
+    template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
+        return L::word16_once(row + 16 * unit);
+    }
     static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
         const u32 words[4] = {r.x, r.y, r.z, r.w};
 #pragma unroll
@@ -265,8 +262,9 @@ struct bf16 {
     struct prepared {
         float value[unit_elements];
     };
-    template <class L = settled>
-    static DEVICE_MEMBER raw load(const u8 *row, int unit) { return L::word16_once(row + 16 * unit); }
+    template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
+        return L::word16_once(row + 16 * unit);
+    }
     static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
         const u32 words[4] = {r.x, r.y, r.z, r.w};
 #pragma unroll
@@ -329,8 +327,7 @@ DEVICE float add_unit(const typename T::prepared &u, int unit, const u8 *activat
     return sum;
 }
 
-template <class T>
-DEVICE void expand_unit(const typename T::prepared &u, int unit, float *y) {
+template <class T> DEVICE void expand_unit(const typename T::prepared &u, int unit, float *y) {
     if constexpr (T::is_quantized) {
         for (int g = 0; g < T::groups; ++g)
             for (int i = 0; i < T::group_elements; ++i) {
