@@ -309,7 +309,7 @@ KERNEL(ROUTER_THREADS, route_and_resolve)
 EXPORT_KERNEL(route_and_resolve)
 
 // For one token after route, where the engine was asked for cache-aware routing: stand-ins by `rule` where run[1]
-// allows them, then records and post.  chosen_by: the logits, or what else the router chooses by; then p is not null. 
+// allows them, then records and post.  chosen_by: the logits, or what else the router chooses by; then p is not null.
 // Grid (1).
 KERNEL(ROUTER_THREADS, substitute_and_resolve)
 (const float *chosen_by, const float *p, int *ids, float *weights, const u64 *record_of, u64 *records, u64 *late,
