@@ -21,6 +21,7 @@ from fomoe_io.cli.remote import Remote, download, fetch_headers
 from fomoe_io.errors import BudgetError, FormatError, UsageError
 from fomoe_io.experts.profile import Profile
 from fomoe_io.storage.store import Store
+from fomoe_io.system import memory
 from layout_tool.main import main
 from tests.cli.hub_server import HubServer, hub_server
 from tests.model_files import write_model
@@ -56,6 +57,13 @@ def planned(capsys: Capture, *arguments: str) -> dict:
     found = json.loads(capsys.readouterr().out)
     assert isinstance(found, dict)
     return found
+
+
+@pytest.fixture(autouse=True)
+def _a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pytest holds is no part of what a command needs."""
+    monkeypatch.setattr(memory, "resident_bytes", lambda *_: 52 << 20)
+    monkeypatch.setattr("fomoe_io.ram_budget.held_since", lambda _: 0)
 
 
 # ---- the arithmetic ----

@@ -31,7 +31,7 @@ def test_the_last_row_of_a_terminal(demo_model: Path, tmp_path: Path, columns: i
     shell = f'stty rows 12 cols {columns}; exec {sys.executable} {" ".join(RUN)} "$@"'
     program = f"import os, sys; os.execvp('sh', ['sh', '-c', {shell!r}, 'x', *sys.argv[1:]])"
     words = [str(demo_model), *SLOW, "-p", "It was", "-n", "14", "-s", "1", "--ignore-eos", "--watch"]
-    terminal = Terminal("-c", program, *words, PYTHONPATH=str(ROOT), XDG_STATE_HOME=str(tmp_path), COLUMNS="")
+    terminal = Terminal("-c", program, *words, PYTHONPATH=str(ROOT), XDG_STATE_HOME=str(tmp_path), COLUMNS="", LINES="")
     seen = terminal.wait_for("\x1b[1;11r")  # rows 1 to 11 scroll
     seen = terminal.wait_for("\x1b[r", seconds=60)  # all of them again
     rows = re.findall(r"\x1b7\x1b\[12;1H\x1b\[2K\x1b\[7m(.*?)\x1b\[0m\x1b8", seen)
@@ -82,7 +82,9 @@ def test_top_on_a_narrow_terminal_ends_by_ctrl_c(demo_model: Path) -> None:
 
     config = EngineConfig(context_tokens=256, threads=1)
     with serving(lambda: Engine.open(demo_model, config), ServeConfig(port=0)) as live:
-        terminal = Terminal("-m", "fomoe_io.cli.top", live.url, "--every", "0.2", PYTHONPATH=str(ROOT), COLUMNS="")
+        terminal = Terminal(
+            "-m", "fomoe_io.cli.top", live.url, "--every", "0.2", PYTHONPATH=str(ROOT), COLUMNS="", LINES=""
+        )
         size = struct.pack("HHHH", 8, 20, 0, 0)
         fcntl.ioctl(terminal._descriptor, termios.TIOCSWINSZ, size)
         terminal.wait_for("\x1b[H\x1b[J")

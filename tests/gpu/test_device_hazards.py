@@ -214,7 +214,7 @@ def test_on_ordinary_streams_they_would_not(model: Path, monkeypatch: pytest.Mon
         _hip.set_patience()
 
 
-@pytest.mark.parametrize("name", ["gpu", "hip:", "hip:x", "hip:-1", "cpu:0", "auto:1", "cuda:1,2"])
+@pytest.mark.parametrize("name", ["gpu", "hip:", "hip:x", "hip:-1", "cpu:0", "auto:1", "cuda:1,"])
 def test_what_names_no_device_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="names no device"):
         EngineConfig(device=name)
