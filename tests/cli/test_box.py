@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+@pytest.mark.slow
 def test_floors_and_turns(demo_model: Path, tmp_path: Path) -> None:
     output = tmp_path / "box.json"
     command = [

@@ -161,7 +161,7 @@ def test_an_expert_may_come_in_pieces(model: Path) -> None:
         assert s["host_us_per_miss"] > 0
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("is_packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_experts_of_dram_may_be_read_where_they_lie(model: Path, tmp_path: Path, is_packed: bool) -> None:
     """The same bits, the same counters, and layers whose experts are in memory never wait for the host."""
     path = tmp_path / "store"

@@ -61,7 +61,7 @@ def read(engine: Engine, how: str) -> list[bytes]:
     return [b"".join(steps) for steps in found]
 
 
-@pytest.mark.parametrize("kv_type", ["f32", "f16"])
+@pytest.mark.parametrize("kv_type", [pytest.param("f32", marks=pytest.mark.slow), "f16"])
 def test_in_turn_and_together_as_alone(model: Path, kv_type: str) -> None:
     with Engine.open(model, settings(kv_type=kv_type)) as engine:
         alone = read(engine, "alone")

@@ -25,7 +25,10 @@ def clang() -> str:
     return found
 
 
-@pytest.mark.parametrize("architecture", AMD)
+# one of two that are alike is compiled every time
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(a, marks=pytest.mark.slow) if a in ("gfx942", "gfx1200") else a for a in AMD]
+)
 def test_amd_code_object(architecture: str, tmp_path: Path) -> None:
     output = tmp_path / "kernels.co"
     subprocess.run(compiler.clang_command(clang(), architecture, output), check=True)
