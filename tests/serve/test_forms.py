@@ -10,7 +10,7 @@ import pytest
 
 from fomoe_io import Engine
 from tests.serve.conftest import Live
-from tests.serve.tool_requests import ANIMAL, ASK, TOOLS
+from tests.serve.tool_requests import ANIMAL, ASK, TOOLS, chat
 
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
@@ -21,10 +21,6 @@ pytest.importorskip("llguidance")
 def client(tooled: Live) -> Iterator[Any]:
     with openai.OpenAI(base_url=f"{tooled.url}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def chat(client: Any, **fields: Any) -> Any:
-    return client.chat.completions.create(**{"model": "any", "messages": ASK, "max_tokens": 96, **fields})
 
 
 # ---- schemas and grammars ----

@@ -12,7 +12,7 @@ import pytest
 from fomoe_io import Engine
 from fomoe_io.kept.timeline import Timeline
 from tests.serve.conftest import Live
-from tests.serve.tool_requests import ANIMAL, ASK, NAMED, TOOLS, check_weather
+from tests.serve.tool_requests import ANIMAL, ASK, NAMED, TOOLS, chat, check_weather
 
 openai = pytest.importorskip("openai")
 anthropic = pytest.importorskip("anthropic")
@@ -23,10 +23,6 @@ pytest.importorskip("llguidance")
 def client(tooled: Live) -> Iterator[Any]:
     with openai.OpenAI(base_url=f"{tooled.url}/v1", api_key="none", max_retries=0) as client:
         yield client
-
-
-def chat(client: Any, **fields: Any) -> Any:
-    return client.chat.completions.create(**{"model": "any", "messages": ASK, "max_tokens": 96, **fields})
 
 
 def test_a_named_function_is_called(client: Any) -> None:
