@@ -185,9 +185,24 @@ cdef class DeviceExperts:
         self.logits_from = <void *>logits_from
         self.logits_to = <void *>logits_to
 
-    def allow(self):
-        """Before a run: its kernels wait for the host."""
+    def allow(self, Stream stream not None):
+        """Before anything is written for a run: its kernels wait for the host.
+
+        A graph that was given up in the run before has ended first, for it reads the same header and waits for answers
+        with the number it finds there.  0, or -ECANCELED.
+        """
+        cdef int drained = 0
+        cdef fomoe_device_copies *copies = fomoe_device_experts_copies(self.c)
+        self.begin()
+        if self.is_lost:
+            with nogil:
+                api.hipSetDevice(self.device)
+                drained = fomoe_stream_wait(copies, stream.handle)
+            self.end_of_run(drained)
+            if self.own.is_interrupted:
+                return -ECANCELED
         self.stop[0] = 0
+        return 0
 
     def pass_on(self):
         """From any thread: kernels of the run at work wait no more."""
@@ -319,19 +334,12 @@ cdef class DeviceExperts:
     def run(self, Stream stream, Graph graph, unsigned int number, size_t logits_bytes):
         """One replay: the graph, which begins by fetching header and changed tables, and so much of the logits out.
 
-        0 or a negative errno: of a read, or ECANCELED.  However it ends, the graph has ended too: what it reads may be
-        written again.
+        0 or a negative errno: of a read, or ECANCELED.  After `allow`, in which the graph of a run that was given up
+        comes to its end: then what it reads may be written again.
         """
         cdef int code, drained = 0, served = 0
         cdef fomoe_device_copies *copies = fomoe_device_experts_copies(self.c)
         self.begin()
-        if self.is_lost:
-            with nogil:
-                api.hipSetDevice(self.device)
-                drained = fomoe_stream_wait(copies, stream.handle)
-            self.end_of_run(drained)
-            if self.own.is_interrupted:
-                return -ECANCELED
         call = "hipGraphLaunch"
         with nogil:
             code = api.hipSetDevice(self.device)

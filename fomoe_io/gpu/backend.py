@@ -281,8 +281,8 @@ class GpuBackend:
         return self.tokens.run(number, span.ids, span.position, address, span.outputs, may_substitute=may_substitute)
 
     def allow(self) -> None:
-        """Before a run: its kernels wait for the host, and for other devices."""
-        self._experts.allow()
+        """Before a run: its kernels wait for the host, and for other devices; a run that was given up has ended."""
+        self.check(self._experts.allow(self.gpu.stream))
 
     def pass_on(self) -> None:
         """From any thread: kernels of the run at work wait no more."""

@@ -301,6 +301,32 @@ def test_an_interrupt_ends_a_wait(model: Path, fake: Fake, expected: np.ndarray,
 
 
 @pytest.mark.parametrize("reads", ["a token", "a prompt"])
+@pytest.mark.parametrize("goes_on_with", ["tokens", "a prompt"])
+def test_what_was_given_up_ends_before_the_next_is_written(
+    model: Path, fake: Fake, expected: np.ndarray, reads: str, goes_on_with: str
+) -> None:
+    """A graph that begins late would find the next token's number in its header, and wait for answers to it."""
+    with opened(model) as engine:
+        session = engine.session()
+        session.decode(7)
+        fake.hang("hipGraphLaunch" if reads == "a token" else "hipModuleLaunchKernel")
+        timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            if reads == "a token":
+                session.decode(8)
+            else:
+                session.prefill([8, 9, 10])
+        timer.join()
+        session.reset()
+        threading.Timer(0.2, fake.release).start()
+        if goes_on_with == "a prompt":
+            session.prefill([1, 2, 3])
+            session.reset()
+        np.testing.assert_array_equal(decoded(session), expected)
+
+
+@pytest.mark.parametrize("reads", ["a token", "a prompt"])
 def test_closing_ends_a_wait_of_another_thread(model: Path, fake: Fake, reads: str) -> None:
     """Long before the device's time is up, and between no two batches."""
     engine = opened(model)
