@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from array import array
@@ -162,6 +163,8 @@ class Job:
 
     Attributes
     ----------
+    unwanted_since : float
+        By the clock of time.monotonic(); infinity while somebody waits for the answer.
     has_stalled : bool
     on_stalled : callable
         Called on the loop when that happens.
@@ -170,7 +173,7 @@ class Job:
     def __init__(self, work: Work | SlotWork, most_pending: int | None = None) -> None:
         self.work = work
         self.created = time.monotonic()
-        self.is_cancelled = False
+        self.unwanted_since = math.inf
         self.on_stalled: Callable[[], None] = lambda: None
         self._most_pending = most_pending
         self._loop = asyncio.get_running_loop()
@@ -180,8 +183,13 @@ class Job:
         self.has_stalled = False
 
     def cancel(self) -> None:
-        """The answer is no longer wanted: the engine ends it after the piece or token in flight."""
-        self.is_cancelled = True
+        """The answer is no longer wanted: the engine ends it soon."""
+        self.unwanted_since = min(self.unwanted_since, time.monotonic())
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it was."""
+        return self.unwanted_since < math.inf
 
     def emit(self, event: Event) -> None:
         """From any thread: an event for the client."""
