@@ -278,6 +278,10 @@ class Backend(Protocol):
         """Whose arithmetic it is: results of the same kernels are the same."""
 
     @property
+    def joins_tokens(self) -> bool:
+        """Whether single tokens of several sessions in one batch have the bits of each alone."""
+
+    @property
     def threads(self) -> int:
         """Threads of the host that compute."""
 

@@ -172,7 +172,7 @@ class Engine:
         self.gate.check()
         return Session(self.backend, self.gate, self.shape, self.context_tokens, self.usage)
 
-    def timeline(self, note: Callable[[str], None] = lambda text: None) -> Timeline:
+    def timeline(self, note: Callable[[str], None] = lambda text: None, *, beside: Timeline | None = None) -> Timeline:
         """A session that goes on from what earlier ones have read, as far as `EngineConfig.cache_bytes` and
         `cache_disk_bytes` keep it.
 
@@ -180,8 +180,12 @@ class Engine:
         ----------
         note : callable, optional
             Takes what is wrong with kept files, a line each: they cost reading a prompt again at worst.
+        beside : Timeline, optional
+            Another of this engine, with which what is kept is shared.
         """
         session = self.session()
+        if beside is not None:
+            return Timeline(session, beside.kept, self.tokenizer)
         fingerprint = form_fingerprint(
             self.store.fingerprint, self.kernels, self.config.activations, self.config.kv_type, self.config.car,
             session.row_bytes, session.recurrent_bytes,

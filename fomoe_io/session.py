@@ -108,6 +108,8 @@ class Session:
         """KV of tokens, from `first` on: uint8 [count, row_bytes]; also of a session that stopped after them."""
         self._check_open()
         self._check_range(first, count, self.position)
+        if self._gate.is_mine:  # for another session, which takes them at the moment
+            return self._state.save_rows(first, count)
         with self._gate:
             return self._state.save_rows(first, count)
 
@@ -335,13 +337,17 @@ class Session:
             self._state.close()
 
 
-def read_together(parts: Sequence[tuple[Session, Sequence[int] | np.ndarray]]) -> np.ndarray:
+def read_together(
+    parts: Sequence[tuple[Session, Sequence[int] | np.ndarray]], *, prompt_tokens: Sequence[int] | None = None
+) -> np.ndarray:
     """Read tokens of several sessions of one engine in batches that they share: an expert is read once for all of them.
 
     Parameters
     ----------
     parts : sequence of (Session, sequence of int)
         Each session once.
+    prompt_tokens : sequence of int, optional
+        Of each, as :meth:`Session.prefill` has it.
 
     Returns
     -------
@@ -353,35 +359,83 @@ def read_together(parts: Sequence[tuple[Session, Sequence[int] | np.ndarray]]) -
     UsageError
         There is none, one session comes twice, is of another engine, closed or broken, or has no room for its tokens.
     """
+    one = _checked_together(parts)
+    with one._gate:
+        started = time.monotonic()
+        count, logits = _run_together(one, parts, prompt_tokens)
+        one._usage.prompt_tokens += count
+        one._usage.prompt_seconds += time.monotonic() - started
+    return logits
+
+
+def decode_together(parts: Sequence[tuple[Session, int]]) -> np.ndarray:
+    """Read a token of each of several sessions, as :meth:`Session.decode` does.
+
+    In one batch, so that no expert is read twice for them, but where that would change bits: a GPU has other kernels
+    for single tokens, and cache-aware routing acts on these alone.
+
+    Parameters
+    ----------
+    parts : sequence of (Session, int)
+        Each session once.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 [parts, vocabulary]: the same bits as from a `decode` of each.
+
+    Raises
+    ------
+    UsageError
+        As of :func:`read_together`.
+    """
+    spans = [(session, [token]) for session, token in parts]
+    one = _checked_together(spans)
+    if not one._backend.joins_tokens:
+        return np.stack([session.decode(token).copy() for session, token in parts])
+    with one._gate:
+        started = time.monotonic()
+        count, logits = _run_together(one, spans)
+        one._usage.generated_tokens += count
+        one._usage.decode_seconds += time.monotonic() - started
+    return logits
+
+
+Parts = Sequence[tuple[Session, Sequence[int] | np.ndarray]]
+
+
+def _checked_together(parts: Parts) -> Session:
+    """One of them."""
     sessions = [session for session, _ in parts]
     if not parts or len({id(s) for s in sessions}) < len(parts) or len({id(s._backend) for s in sessions}) > 1:
         raise UsageError("sessions read together are of one engine, and each comes once")
-    one = sessions[0]
     for session in sessions:
         session._check_open()
-    with one._gate:
-        started = time.monotonic()
-        ids = [session.checked(tokens) for session, tokens in parts]
-        logits = np.empty((len(parts), one._shape.vocabulary), np.float32)
-        done = 0
-        for batch in _shared_batches(ids, one._backend.budgets.batch_tokens):
-            one._gate.check_run()
-            spans = []
-            for i, first, last in batch:
-                is_end = last == len(ids[i])
-                spans.append(sessions[i]._span(ids[i][first:last], int(is_end), len(ids[i])))
-            ends = sum(span.outputs for span in spans)
-            inside = [sessions[i] for i, _, _ in batch]
-            for session in inside:
-                session._broken = True
-            one._backend.run(Batch(spans), logits[done : done + ends])
-            done += ends
-            for session, span in zip(inside, spans, strict=True):
-                session._broken = False
-                session.position += len(span.ids)
-        one._usage.prompt_tokens += sum(map(len, ids))
-        one._usage.prompt_seconds += time.monotonic() - started
-    return logits
+    return sessions[0]
+
+
+def _run_together(one: Session, parts: Parts, prompt_tokens: Sequence[int] | None = None) -> tuple[int, np.ndarray]:
+    """(tokens read, logits after the last of each)"""
+    ids = [session.checked(tokens) for session, tokens in parts]
+    of_prompt = prompt_tokens or [len(tokens) for tokens in ids]
+    logits = np.empty((len(parts), one._shape.vocabulary), np.float32)
+    done = 0
+    for batch in _shared_batches(ids, one._backend.budgets.batch_tokens):
+        one._gate.check_run()
+        inside = [parts[i][0] for i, _, _ in batch]
+        spans = [
+            session._span(ids[i][first:last], int(last == len(ids[i])), of_prompt[i])
+            for session, (i, first, last) in zip(inside, batch, strict=True)
+        ]
+        ends = sum(span.outputs for span in spans)
+        for session in inside:
+            session._broken = True
+        one._backend.run(Batch(spans), logits[done : done + ends])
+        done += ends
+        for session, span in zip(inside, spans, strict=True):
+            session._broken = False
+            session.position += len(span.ids)
+    return sum(map(len, ids)), logits
 
 
 def _shared_batches(ids: Sequence[np.ndarray], most: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -164,7 +164,6 @@ RUN = [*ENGINE, *DRAFT, *SAMPLING, *CONVERSATION]
 
 SERVE: list[Foreign] = [
     _noted("-cb --cont-batching -nocb --no-cont-batching", "one request is answered at a time"),
-    _noted("-np --parallel", "one request is answered at a time, the others wait (--queue)", ONE),
     _noted("--metrics", "/metrics is there unless --no-metrics is given"),
     _noted("--webui", "the page is there unless --no-webui is given"),
     _noted("--cache-prompt", "prompts are always continued where that is possible"),

@@ -92,6 +92,8 @@ def _add_requests(p: Parser) -> None:
     group = p.add_argument_group("requests")
     group.add_argument("--queue", type=whole, default=d.queue_requests, metavar="N",
         help="requests that may wait; others are told to come again (default: %(default)s)")  # fmt: skip
+    group.add_argument("-np", "--parallel", type=whole, default=d.parallel, metavar="N",
+        help="requests that are answered at once, with memory for a context each (default: %(default)s)")  # fmt: skip
     group.add_argument("--max-body", type=checked(parse_bytes), metavar="SIZE",
         help="largest body (default: what a full context may need)")  # fmt: skip
     group.add_argument("-n", "--predict", "--n-predict", type=whole, default=-1, metavar="N",
@@ -132,6 +134,7 @@ def _settings(options: argparse.Namespace, sampling: SamplingConfig, chosen: dic
         allowed_hosts=tuple(options.allow_host),
         allowed_origins=tuple(origin.rstrip("/") for origin in options.cors),
         queue_requests=options.queue,
+        parallel=options.parallel,
         body_bytes=options.max_body,
         sampling=sampling,
         chosen_sampling={name: value for name, value in chosen.items() if name not in _PENALTIES},
@@ -172,7 +175,9 @@ def run(argv: Sequence[str] | None = None) -> int:
             f"--slot-save-path {config.slot_folder} is no directory", hint=f"mkdir -p {config.slot_folder}"
         )
     engine_options = replace(
-        engine_config(options, path), profile=None if options.no_profile else options.profile or "learned"
+        engine_config(options, path),
+        profile=None if options.no_profile else options.profile or "learned",
+        sessions=config.parallel,
     )
     try:
         from fomoe_io.serve.security import is_loopback

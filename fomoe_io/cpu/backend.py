@@ -127,6 +127,11 @@ class CpuBackend:
         return self._kernels.name
 
     @property
+    def joins_tokens(self) -> bool:
+        """Unless each may be substituted."""
+        return self._config.car is None
+
+    @property
     def computed_by(self) -> str:
         """What computes, for the banner."""
         return f"{self.threads} threads, {self.kernels} kernels"

@@ -141,6 +141,8 @@ class GpuBackend:
         """For the banner and the statistics."""
         return f"{self.gpu.info.provider}:{self.gpu.info.ordinal} {self.gpu.info.name}"
 
+    joins_tokens = False  # prompts have other kernels
+
     @property
     def computed_by(self) -> str:
         """What computes, for the banner."""

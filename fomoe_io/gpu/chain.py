@@ -173,6 +173,8 @@ class ChainBackend:
         ordinals = ",".join(str(stage.gpu.info.ordinal) for stage in self.stages)
         return f"{one.provider}:{ordinals} {one.name}"
 
+    joins_tokens = False  # prompts have other kernels
+
     @property
     def computed_by(self) -> str:
         """What computes, for the banner."""

@@ -7,7 +7,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import xxhash
@@ -66,6 +66,24 @@ class Place(NamedTuple):
     taken: int
 
 
+class Lender(Protocol):
+    """A session that has read something: what it has need not be in memory a second time, and others can have it.
+
+    Attributes
+    ----------
+    live : list of Piece
+        Blocks whose KV it has.
+    """
+
+    live: list[Piece]
+
+    def own(self) -> list[Piece]:
+        """Blocks and checkpoints whose KV it has, each after those that it depends on."""
+
+    def lend(self, piece: Piece) -> np.ndarray | None:
+        """KV of a piece, where it has it."""
+
+
 RowsOf = Callable[[int, int], np.ndarray]
 """KV of tokens (first, count) that a session has."""
 
@@ -87,15 +105,15 @@ class KeptSessions:
         Of pieces in memory.
     answers : Answers
         What was sampled.
-    live : list of Piece
-        Whose KV a session has: it need not be in memory a second time.
+    lenders : list of Lender
+        Sessions that share it.
     """
 
     def __init__(self, form: Form, memory_bytes: int, folder: Folder | None = None) -> None:
         self.form, self.folder = form, folder
         self._most_bytes = max(0, memory_bytes - form.work_bytes)
         self.held_bytes = 0
-        self.live: list[Piece] = []
+        self.lenders: list[Lender] = []
         self._held: set[Piece] = set()
         self.root = Piece(None, b"")
         self._clock = 0
@@ -226,6 +244,10 @@ class KeptSessions:
     def _rows_of(self, piece: Piece) -> np.ndarray:
         if piece.rows is not None:
             return piece.rows
+        for lender in self.lenders:
+            rows = lender.lend(piece)
+            if rows is not None:
+                return rows
         return self._load(piece, lambda reader: np.concatenate(list(reader.rows(BLOCK_TOKENS))))
 
     def recurrent(self, place: Place) -> np.ndarray:
@@ -353,7 +375,7 @@ class KeptSessions:
             return False
         kept, now = set(keep), time.time()
         while self.held_bytes + size > self._most_bytes:
-            twice = [p for p in self.live if p.rows is not None and p not in kept]
+            twice = [p for lender in self.lenders for p in lender.live if p.rows is not None and p not in kept]
             if twice:
                 self._drop_rows(twice[0])
                 continue

@@ -14,7 +14,7 @@ from fomoe_io.kept.answers import TextEnd, text_end, text_ends
 from fomoe_io.kept.piece_file import Head, PieceReader, write_piece
 from fomoe_io.kept.pieces import BLOCK_TOKENS, Piece, common, walk
 from fomoe_io.kept.store import APART_ON_DRIVE_TOKENS, KeptSessions, Place, Unusable, as_tokens
-from fomoe_io.session import Session
+from fomoe_io.session import Session, decode_together, read_together
 from fomoe_io.text.tokenizer import Tokenizer
 
 BEFORE_END_TOKENS = 4
@@ -38,6 +38,10 @@ class Timeline:
     ----------
     tokens : array of int
         What the session has read.
+    prompt_tokens : int or None
+        Of the prompt at hand: those that were to be read.
+    live : list of Piece
+        The blocks whose KV the session has.
     session, kept, tokenizer
         As given.
     """
@@ -52,8 +56,10 @@ class Timeline:
         self._answer_first = 0
         self._is_replayed = False
         self._stops: list[int] = []
-        self._prompt_tokens: int | None = None
+        self.prompt_tokens: int | None = None
         self._passing: Piece | None = None
+        self.live: list[Piece] = []
+        kept.lenders.append(self)
 
     @property
     def is_sound(self) -> bool:
@@ -89,7 +95,7 @@ class Timeline:
         self._stand(tokens, len(tokens) - 1 if reuse else 0)
         self._text_end, self._answer_first = None, len(tokens)
         self._is_replayed = tokens != given
-        self._prompt_tokens = len(tokens) - len(self.tokens)
+        self.prompt_tokens = len(tokens) - len(self.tokens)
         self._plan(tokens, None if turn is None else turn + len(tokens) - len(given))
         return tokens
 
@@ -140,24 +146,26 @@ class Timeline:
             self.kept.forget(place.last or place.blocks[-1])
             self.session.reset()
             self.tokens = array("i")
-            self.kept.live = []
+            self.live = []
             return False
         self.tokens = tokens[: place.position]
         self._note_live()
         return True
 
     def _note_live(self) -> None:
-        self.kept.live = walk(self.kept.root, self.tokens)[1:]
+        self.live = walk(self.kept.root, self.tokens)[1:]
 
     def _leave(self, known: int, keep: Sequence[Piece] = ()) -> None:
         """The session is about to lose what it has beyond the `known` tokens: keep it elsewhere."""
         if len(self.tokens) - max(known, self._last_place()) >= APART_TOKENS:
             self.checkpoint()
-        own, last = self._own(), self._last_place()
-        self.kept.live = []
+        own, last, shared = self.own(), self._last_place(), self._shared()
+        self.live = []
         keep = [*keep, *(p for p in own if not p.is_checkpoint or p.end == last)]
         for piece in own:
             if piece.end <= known or piece.rows is not None or piece.file is not None or not piece.is_attached:
+                continue
+            if piece in shared:
                 continue
             is_of_use = self.kept.can_cut or piece.end <= last
             if not is_of_use or not self.kept.hold(piece, self.session.rows, len(self.tokens), keep):
@@ -165,16 +173,30 @@ class Timeline:
                 if not piece.is_checkpoint:  # all others depend on it
                     break
 
-    def _own(self) -> list[Piece]:
+    def own(self) -> list[Piece]:
         """The pieces whose KV the session has, each after those that it depends on."""
         end = min(len(self.tokens), self.session.position)
         path = walk(self.kept.root, self.tokens[:end])
         pieces = [piece for block in path for piece in [block, *block.checkpoints.values()]][1:]
         return [p for p in pieces if p.end <= end and self.tokens[p.first : p.end].tobytes() == p.tokens]
 
+    def _shared(self) -> set[Piece]:
+        """Pieces that other sessions have, too."""
+        return {piece for lender in self.kept.lenders if lender is not self for piece in lender.own()}
+
+    def lend(self, piece: Piece) -> np.ndarray | None:
+        """KV of a piece, where the session has it."""
+        return self.session.rows(piece.first, piece.count) if piece in self.own() else None
+
+    def share(self) -> None:
+        """Let other sessions begin with what this one has read."""
+        if len(self.kept.lenders) > 1 and self.kept.is_enough and self.is_sound:
+            self.kept.extend(self.tokens)
+            self._note_live()
+
     def _last_place(self, *, on_drive: bool = False) -> int:
         """Where the last checkpoint of what the session has read stands."""
-        return max((p.end for p in self._own() if p.is_checkpoint and (p.file or not on_drive)), default=0)
+        return max((p.end for p in self.own() if p.is_checkpoint and (p.file or not on_drive)), default=0)
 
     # ---- reading ----
 
@@ -203,21 +225,29 @@ class Timeline:
         """
         first, done, logits = len(self.tokens), 0, np.empty(0, np.float32)
         while done < len(tokens):
-            stops = [stop - first for stop in self._stops if done < stop - first <= len(tokens)]
-            end = min(stops, default=len(tokens))
+            part = tokens[done : done + self.until_stop(len(tokens) - done)]
             told = None if progress is None else _shifted(progress, done, len(tokens))
-            logits = self._read(tokens[done:end], told)
-            done = end
-            if first + done in self._stops:
-                if not self.kept.can_cut:
-                    self.checkpoint()
-                self.flush()
+            logits = self._read(part, told)
+            done = len(self.tokens) - first
+            self.stop()
         return logits
+
+    def until_stop(self, most: int) -> int:
+        """How many of the next tokens to read at once, so that a checkpoint can be made in its place."""
+        here = len(self.tokens)
+        return min([stop - here for stop in self._stops if here < stop <= here + most], default=most)
+
+    def stop(self) -> None:
+        """Keep this place, if it is one of those that were planned."""
+        if len(self.tokens) in self._stops:
+            if not self.kept.can_cut:
+                self.checkpoint()
+            self.flush()
 
     def _read(self, tokens: Sequence[int], progress: Callable[[int, int], None] | None) -> np.ndarray:
         before = self.session.position
         try:
-            return self.session.prefill(tokens, progress, prompt_tokens=self._prompt_tokens)
+            return self.session.prefill(tokens, progress, prompt_tokens=self.prompt_tokens)
         finally:  # also what an interrupt has left
             self.tokens.extend(tokens[: self.session.position - before])
 
@@ -226,6 +256,10 @@ class Timeline:
         logits = self.session.decode(token)
         self.tokens.append(token)
         return logits
+
+    def standing(self, prompt: Sequence[int]) -> int:
+        """How many of a prompt's tokens the session has, where it stands."""
+        return self._here(self._replayed(as_tokens(prompt)), len(prompt) - 1)
 
     # ---- keeping ----
 
@@ -284,7 +318,7 @@ class Timeline:
         kept.use(path)
         self._note_live()
         last = 0
-        for piece in sorted(self._own(), key=lambda p: (p.end, p.is_checkpoint)):
+        for piece in sorted(self.own(), key=lambda p: (p.end, p.is_checkpoint)):
             if piece is self._passing:
                 continue
             is_apart = not piece.is_checkpoint or piece.end - last >= APART_ON_DRIVE_TOKENS
@@ -351,19 +385,51 @@ class Timeline:
         self._leave(0)
         self.session.reset()
         self.tokens, self._text_end = array("i"), None
-        self.kept.live = []
+        self.live = []
 
     def erase(self) -> None:
         """Forget what the session has read, and do not keep it elsewhere."""
-        for piece in self._own()[::-1]:
-            if piece.rows is None and piece.file is None:
+        shared = self._shared()
+        for piece in self.own()[::-1]:
+            if piece.rows is None and piece.file is None and piece not in shared:
                 self.kept.forget(piece)
         self.session.reset()
-        self.tokens, self._text_end, self.kept.live = array("i"), None, []
+        self.tokens, self._text_end, self.live = array("i"), None, []
 
     def close(self) -> None:
         """Give the session's memory back."""
+        if self in self.kept.lenders:
+            self.kept.lenders.remove(self)
         self.session.close()
+
+
+def read_all(parts: Sequence[tuple[Timeline, Sequence[int]]]) -> list[np.ndarray]:
+    """Read pieces of several prompts in batches that they share; logits after each."""
+    logits = [np.empty(0, np.float32)] * len(parts)
+    left = dict(enumerate(parts))
+    while left:
+        cut = [(i, t, tokens[: t.until_stop(len(tokens))]) for i, (t, tokens) in left.items()]
+        before = [timeline.session.position for _, timeline, _ in cut]
+        lengths = [timeline.prompt_tokens or len(tokens) for _, timeline, tokens in cut]
+        try:
+            found = read_together([(t.session, tokens) for _, t, tokens in cut], prompt_tokens=lengths)
+        finally:  # also what an interrupt has left
+            for (_, timeline, tokens), position in zip(cut, before, strict=True):
+                timeline.tokens.extend(tokens[: timeline.session.position - position])
+        for (i, timeline, tokens), row in zip(cut, found, strict=True):
+            timeline.stop()
+            logits[i] = row
+            left[i] = (timeline, left[i][1][len(tokens) :])
+        left = {i: part for i, part in left.items() if len(part[1])}
+    return logits
+
+
+def decode_all(parts: Sequence[tuple[Timeline, int]]) -> np.ndarray:
+    """Read a token of each of several answers at once; float32 [parts, vocabulary]: logits after them."""
+    logits = decode_together([(timeline.session, token) for timeline, token in parts])
+    for timeline, token in parts:
+        timeline.tokens.append(token)
+    return logits
 
 
 def _shifted(progress: Callable[[int, int], None], first: int, total: int) -> Callable[[int, int], None]:

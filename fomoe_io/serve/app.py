@@ -92,7 +92,7 @@ class Service:
     ) -> None:
         self.config = config
         self.created = int(time.time())
-        self.queue = JobQueue(config.queue_requests)
+        self.queue = JobQueue(config.queue_requests, config.parallel)
         self.prompts: Prompts | None = None
         self._announce = on_loaded
         self._is_closing = False
@@ -103,6 +103,7 @@ class Service:
             on_end,
             before_close=before_close,
             piece_tokens=config.piece_tokens,
+            most_at_work=config.parallel,
         )
         # Rendering and encoding a long prompt would hold up the streams of others
         self._preparing = ThreadPoolExecutor(2, "prepare")
@@ -205,7 +206,7 @@ class Service:
         if not self.config.has_slots:
             raise not_supported("/slots: it was started with --no-slots")
         context_tokens = self._ready().context_tokens
-        return json_response(llama.slots(self.worker.slot, context_tokens, len(self.queue)))
+        return json_response(llama.slots([seat.slot for seat in self.worker.seats], context_tokens, len(self.queue)))
 
     async def _slot(self, request: Request) -> Response:
         if not self.config.has_slots:
@@ -213,7 +214,7 @@ class Service:
         prompts = self._ready()
         body = await self._body(request, prompts.context_tokens)
         action = request.query_params.get("action", "")
-        work = slots.slot_work(request.path_params["slot"], action, body, self.config.slot_folder)
+        work = slots.slot_work(request.path_params["slot"], action, body, self.config)
         return json_response(await slots.told(work, self.queue))
 
     async def _metrics(self, request: Request) -> Response:

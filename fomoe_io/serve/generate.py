@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,12 @@ class PieceSize:
             self.tokens = tokens // 2
 
 
+Step = int | Sequence[int]
+"""A piece of a prompt, or one token of an answer."""
+
+Steps = Generator[Step, np.ndarray, None]
+
+
 class Unwanted(Exception):
     """The client has left, or the server is going down."""
 
@@ -108,13 +114,13 @@ class Answering:
         prompt = len(self._prompt) - self._cached
         return Timings(self._cached, prompt, self._prompt_seconds, self._count, seconds)
 
-    def answer(self, timeline: Timeline, piece: PieceSize) -> None:
-        """Read the prompt and generate."""
-        logits = self._read(timeline, piece)
+    def steps(self, timeline: Timeline, piece: PieceSize) -> Steps:
+        """What is to be read, the prompt and each token as it is chosen; the logits after it are sent."""
+        logits = yield from self._read(timeline, piece)
         self._first_token = time.monotonic()
-        self._generate(timeline, logits)
+        yield from self._generate(timeline, logits)
 
-    def _read(self, timeline: Timeline, piece: PieceSize) -> np.ndarray:
+    def _read(self, timeline: Timeline, piece: PieceSize) -> Generator[Step, np.ndarray, np.ndarray]:
         started = time.monotonic()
         tokens = self._begun(timeline)
         self._prompt = tokens
@@ -125,11 +131,7 @@ class Answering:
             self._check()
             self._emit(Progress(self._number, len(tokens), self._cached, done, self._prompt_seconds))
             part = tokens[done : done + piece.tokens]
-            if piece.is_long:
-                timeline.stand_by()
-            before = time.monotonic()
-            logits = timeline.read(part)
-            piece.measured(len(part), time.monotonic() - before)
+            logits = yield part
             done += len(part)
             self._prompt_seconds = time.monotonic() - started
         self._emit(Progress(self._number, len(tokens), self._cached, done, self._prompt_seconds))
@@ -143,7 +145,7 @@ class Answering:
             return timeline.begin(other.tokens, turn=other.turn)
         return timeline.begin(run.tokens, turn=run.turn, reuse=self._work.reuse)
 
-    def _generate(self, timeline: Timeline, logits: np.ndarray) -> None:
+    def _generate(self, timeline: Timeline, logits: np.ndarray) -> Steps:
         work, tokenizer = self._work, self._tokenizer
         chooser = Chooser(self._run.choosing, self._prompt)
         decoder, stop = StreamDecoder(tokenizer), StopText(work.stops)
@@ -164,7 +166,7 @@ class Answering:
                 break
             if stop.found or self._count == work.most or len(timeline.tokens) >= timeline.context_tokens:
                 break
-            logits = timeline.decode(token)
+            logits = yield token
         if not stop.found:
             texts.append(decoder.finish())
             rest = stop.add(texts[-1])

@@ -67,6 +67,7 @@ class SlotWork:
 
     action: Literal["save", "restore", "erase"]
     path: Path
+    slot: int = 0
 
 
 class Timings(NamedTuple):
@@ -231,7 +232,8 @@ class JobQueue:
     Parameters
     ----------
     most_waiting : int
-        Beside the one at work.
+        Beside those at work.
+    most_at_work : int
 
     Attributes
     ----------
@@ -241,8 +243,8 @@ class JobQueue:
         Jobs whose client left while they waited.
     """
 
-    def __init__(self, most_waiting: int) -> None:
-        self._most_waiting = most_waiting
+    def __init__(self, most_waiting: int, most_at_work: int = 1) -> None:
+        self._most_waiting, self._most_at_work = most_waiting, most_at_work
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -255,7 +257,7 @@ class JobQueue:
 
     @property
     def at_work(self) -> int:
-        """Jobs that the engine has: 0 or 1."""
+        """Jobs that the engine has."""
         return self._at_work
 
     def put(self, job: Job) -> None:
@@ -269,26 +271,27 @@ class JobQueue:
         with self._changed:
             if self._is_closed:
                 raise unavailable("the server is shutting down")
-            if len(self._jobs) + self._at_work > self._most_waiting:
+            if len(self._jobs) + self._at_work >= self._most_waiting + self._most_at_work:
                 self.refused += 1
-                retry_seconds = self._typical_seconds * (len(self._jobs) + self._at_work)
+                retry_seconds = self._typical_seconds * (len(self._jobs) + self._at_work) / self._most_at_work
                 raise busy(len(self._jobs), max(1, min(3600, round(retry_seconds))))
             self._jobs.append(job)
             self._changed.notify()
 
-    def take(self) -> Job | None:
-        """Wait for the next job; None when closed."""
+    def take(self, *, waits: bool = True) -> Job | None:
+        """The next job; None when closed, or when there is none and nobody waits for one."""
         with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._is_closed)
-            if self._is_closed:
+            if waits:
+                self._changed.wait_for(lambda: self._jobs or self._is_closed)
+            if self._is_closed or not self._jobs:
                 return None
-            self._at_work = 1
+            self._at_work += 1
             return self._jobs.popleft()
 
     def done(self, seconds: float) -> None:
         """The job that was taken is over."""
         with self._changed:
-            self._at_work = 0
+            self._at_work -= 1
             self._typical_seconds += 0.25 * (seconds - self._typical_seconds)
 
     def cancel(self, job: Job) -> None:

@@ -13,9 +13,9 @@ from fomoe_io.serve.openai import chat_messages, progress_document
 from fomoe_io.serve.prompts import Prompt, Prompts
 from fomoe_io.serve.reasoning import reasoning
 from fomoe_io.serve.schema import Sampled, read
+from fomoe_io.serve.seats import Slot
 from fomoe_io.serve.settings import ServeConfig
 from fomoe_io.serve.tools import chat_tools, constrained, sampled_form
-from fomoe_io.serve.worker import Slot
 from fomoe_io.text.sampler import SamplingConfig
 
 PromptParts = str | list[int | str]
@@ -249,7 +249,7 @@ def props(prompts: Prompts, config: ServeConfig) -> dict[str, Any]:
             },
             "n_ctx": prompts.context_tokens,
         },
-        "total_slots": 1,
+        "total_slots": config.parallel,
         "model_alias": prompts.name,
         "model_path": prompts.file_name,
         "chat_template": prompts.template_source,
@@ -281,11 +281,11 @@ def models(prompts: Prompts, created: int) -> dict[str, Any]:
     return {"object": "list", "data": [card]}
 
 
-def slots(slot: Slot, context_tokens: int, waiting: int) -> list[dict[str, Any]]:
-    """/slots: the one that there is."""
+def slots(found: Sequence[Slot], context_tokens: int, waiting: int) -> list[dict[str, Any]]:
+    """/slots: what each is doing."""
     return [
         {
-            "id": 0,
+            "id": number,
             "id_task": slot.job_number,
             "n_ctx": context_tokens,
             "is_processing": slot.is_processing,
@@ -296,4 +296,5 @@ def slots(slot: Slot, context_tokens: int, waiting: int) -> list[dict[str, Any]]
             "n_waiting": waiting,
             "timings": None if slot.timings is None else slot.timings.document(),
         }
+        for number, slot in enumerate(found)
     ]

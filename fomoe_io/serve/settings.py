@@ -41,6 +41,8 @@ class ServeConfig:
         Sites whose pages may call beside this machine's own; "*" lets all.
     queue_requests : int
         Requests that may wait.
+    parallel : int
+        Requests that are answered at once, each from a session of its own: `EngineConfig.sessions` has as many.
     body_bytes : int or None
         Largest body; None takes what a full context may need.
     sampling : SamplingConfig
@@ -78,6 +80,7 @@ class ServeConfig:
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     queue_requests: int = 32
+    parallel: int = 1
     body_bytes: int | None = None
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     chosen_sampling: Mapping[str, Any] | None = None
@@ -101,6 +104,7 @@ class ServeConfig:
         limits = {
             "port": (0, 65535),
             "queue_requests": (0, 4096),
+            "parallel": (1, 64),
             "body_bytes": (1024, 1 << 30),
             "presence_penalty": (-100, 100),
             "frequency_penalty": (-100, 100),

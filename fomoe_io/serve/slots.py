@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,6 +12,7 @@ from fomoe_io.kept.timeline import Timeline
 from fomoe_io.serve.errors import ApiError, bad_request, not_supported
 from fomoe_io.serve.jobs import Job, JobQueue, Over, SlotWork, Told
 from fomoe_io.serve.schema import read
+from fomoe_io.serve.settings import ServeConfig
 
 MOST_NAME_BYTES = 200
 
@@ -23,7 +23,7 @@ class SlotRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     filename: str = ""
 
 
-def slot_work(slot: str, action: str, body: bytes, folder: Path | None) -> SlotWork:
+def slot_work(slot: str, action: str, body: bytes, config: ServeConfig) -> SlotWork:
     """What is asked for.
 
     Raises
@@ -31,16 +31,18 @@ def slot_work(slot: str, action: str, body: bytes, folder: Path | None) -> SlotW
     ApiError
         No such slot or action, a name that is none, or no folder for files.
     """
+    folder = config.slot_folder
     if folder is None:
         raise not_supported("saving and restoring slots: start it with --slot-save-path DIR")
-    if slot != "0":
-        raise bad_request(f"there is no slot {slot[:20]}: 0 is the one")
+    if slot not in map(str, range(config.parallel)):
+        there = "0 is the one" if config.parallel == 1 else f"there are 0 to {config.parallel - 1}"
+        raise bad_request(f"there is no slot {slot[:20]}: {there}")
     if action not in ("save", "restore", "erase"):
         raise bad_request(f"action {action[:20]!r} is not save, restore or erase")
     name = "" if action == "erase" else read(body or b"{}", SlotRequest).filename
     if action != "erase" and not _is_name(name):
         raise bad_request("filename names no file of --slot-save-path", param="filename")
-    return SlotWork(action, folder / name)  # type: ignore[arg-type]
+    return SlotWork(action, folder / name, int(slot))  # type: ignore[arg-type]
 
 
 def _is_name(name: str) -> bool:
@@ -61,7 +63,7 @@ def act(timeline: Timeline, work: SlotWork) -> dict[str, Any]:
         if work.action == "erase":
             count = len(timeline.tokens)
             timeline.erase()
-            return {"id_slot": 0, "n_erased": count}
+            return {"id_slot": work.slot, "n_erased": count}
         count, size = timeline.save(work.path) if work.action == "save" else timeline.load(work.path)
     except FomoeError as error:
         raise bad_request(error.message) from None
@@ -74,7 +76,7 @@ def act(timeline: Timeline, work: SlotWork) -> dict[str, Any]:
         figures = {"n_saved": count, "n_written": size, "timings": {"save_ms": milliseconds}}
     else:
         figures = {"n_restored": count, "n_read": size, "timings": {"restore_ms": milliseconds}}
-    return {"id_slot": 0, "filename": name, **figures}
+    return {"id_slot": work.slot, "filename": name, **figures}
 
 
 async def told(work: SlotWork, queue: JobQueue) -> dict[str, Any]:

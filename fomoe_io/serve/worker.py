@@ -1,4 +1,4 @@
-"""The engine's thread: it opens the model, does one job after the other, and puts the model away."""
+"""The engine's thread: it opens the model, does the jobs that come, and puts the model away."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Literal
 
 from fomoe_io.engine import Engine
@@ -18,40 +16,15 @@ from fomoe_io.errors import FomoeError, printable
 from fomoe_io.kept.timeline import Timeline
 from fomoe_io.serve.errors import ApiError, internal_error, unavailable
 from fomoe_io.serve.expert_map import ExpertMap
-from fomoe_io.serve.generate import Answering, PieceSize, Unwanted
-from fomoe_io.serve.jobs import (
-    Ended,
-    Event,
-    Job,
-    JobQueue,
-    Over,
-    Piece,
-    Progress,
-    SlotWork,
-    Started,
-    Timings,
-    Told,
-    Work,
-)
+from fomoe_io.serve.generate import Answering, PieceSize, Steps, Unwanted
+from fomoe_io.serve.jobs import Event, Job, JobQueue, Over, SlotWork, Started, Told, Work
+from fomoe_io.serve.seats import Seat, Slot, read_group, rounds, seat_for
 from fomoe_io.serve.slots import act
 
 SNAPSHOT_SECONDS = 0.2
 
 GRACE_SECONDS = 1.0
 """For what is in flight when an answer is no longer wanted: what ends by itself leaves a state to go on from."""
-
-
-@dataclass(slots=True)
-class Slot:
-    """What the engine is doing, for /slots: written by its thread, read by any."""
-
-    job_number: int = 0
-    is_processing: bool = False
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    processed_tokens: int = 0
-    generated_tokens: int = 0
-    timings: Timings | None = None
 
 
 class EngineWorker(threading.Thread):
@@ -69,11 +42,14 @@ class EngineWorker(threading.Thread):
     before_close : callable, optional
         Called with the engine before it is closed.
     piece_tokens : int or None
+    most_at_work : int
+        Jobs; each has a session of its own.
 
     Attributes
     ----------
     engine : Engine or None
         Once loaded; others than this thread may only look at what never changes (tokenizer, metadata, shape).
+    seats : list of Seat
     statistics : dict
         The engine's, as of a moment ago.
     experts : ExpertMap or None
@@ -93,6 +69,7 @@ class EngineWorker(threading.Thread):
         *,
         before_close: Callable[[Engine], None] | None = None,
         piece_tokens: int | None = None,
+        most_at_work: int = 1,
     ) -> None:
         super().__init__(name="engine", daemon=True)
         self._open_engine = open_engine
@@ -100,7 +77,7 @@ class EngineWorker(threading.Thread):
         self._on_loaded = on_loaded
         self._on_end = on_end
         self._before_close = before_close
-        self._piece_tokens = piece_tokens
+        self._piece_tokens, self._most_at_work = piece_tokens, most_at_work
         self._stopping_since = math.inf
         self._snapshot_time = 0.0
         self.state: Literal["loading", "ready", "stopped"] = "loading"
@@ -109,7 +86,9 @@ class EngineWorker(threading.Thread):
         self.statistics: dict[str, Any] = {}
         self.experts: ExpertMap | None = None
         self.watched_until = 0.0  # by the clock of time.monotonic(): whether `experts` is worth its copies
-        self.slot = Slot()
+        self.seats: list[Seat] = []
+        self._inside: list[Seat] = []
+        self._jobs = 0
         self.outcomes: Counter[str] = Counter()
         self.cached_tokens = self.kept_bytes = 0
         self.most_tokens = 0
@@ -119,19 +98,28 @@ class EngineWorker(threading.Thread):
         self._stopping_since = min(self._stopping_since, time.monotonic())
         self._queue.close()
 
+    @property
+    def slot(self) -> Slot:
+        """Of the seats: one that is at work, else the last that was."""
+        slots = [seat.slot for seat in self.seats] or [Slot()]
+        return max(slots, key=lambda slot: (slot.is_processing, slot.job_number))
+
     def run(self) -> None:
         """The thread."""
         try:
             with self._open_engine() as engine:
-                timeline = engine.timeline(_note_kept)
+                first = engine.timeline(_note_kept)
+                others = [engine.timeline(beside=first) for _ in range(1, self._most_at_work)]
+                self.seats = [Seat(timeline) for timeline in (first, *others)]
                 try:
                     self._loaded(engine)
-                    self._work(engine, timeline)
+                    self._work(engine)
                     if self._before_close is not None:
                         self._before_close(engine)
                     self.statistics = engine.statistics()
                 finally:
-                    timeline.close()
+                    for seat in self.seats:
+                        seat.timeline.close()
         except Exception as error:
             self.error = error
         self.state = "stopped"
@@ -147,15 +135,86 @@ class EngineWorker(threading.Thread):
         self._on_loaded(engine)
         self.state = "ready"
 
-    def _work(self, engine: Engine, timeline: Timeline) -> None:
-        while (job := self._queue.take()) is not None:
-            started = time.monotonic()
-            error = self._outcome(job, lambda job=job: self._do(engine, timeline, job))  # type: ignore[misc]
-            self._keep(timeline)
-            self.slot.is_processing = False
-            self._take_snapshot(at_once=True)
-            self._queue.done(time.monotonic() - started)
-            job.emit(Over(error))
+    # ---- jobs and their seats ----
+
+    def _work(self, engine: Engine) -> None:
+        engine.gate.on_look = self._look
+        try:
+            while self._fill(engine):
+                for group in rounds([seat for seat in self.seats if seat.job]):
+                    self._read(engine, group)
+        finally:
+            engine.gate.on_look = None
+
+    def _fill(self, engine: Engine) -> bool:
+        """Give free seats to those that wait; whether anybody is at work.  Without anybody it waits."""
+        while True:
+            free = [seat for seat in self.seats if seat.job is None]
+            is_idle = len(free) == len(self.seats)
+            job = self._queue.take(waits=is_idle) if free else None
+            if job is None:
+                return not is_idle
+            self._seat(engine, job, free)
+
+    def _seat(self, engine: Engine, job: Job, free: list[Seat]) -> None:
+        work = job.work
+        seat = self.seats[work.slot] if isinstance(work, SlotWork) else seat_for(job, free)
+        started = time.monotonic()
+        if isinstance(work, SlotWork):
+            self._over(job, self._attempt(lambda: job.emit(Told(self._act(seat, work)))), seat, started)
+            return
+        seat.job, seat.started, self._jobs = job, started, self._jobs + 1
+        answers = self._answers(engine, seat, job, work, self._jobs)
+        self._go_on([seat], lambda: seat.begin(answers))
+
+    def _act(self, seat: Seat, work: SlotWork) -> dict[str, Any]:
+        if seat.job is not None:
+            raise ApiError(503, "unavailable_error", f"slot {work.slot} is at work")
+        return act(seat.timeline, work)
+
+    def _answers(self, engine: Engine, seat: Seat, job: Job, work: Work, number: int) -> Steps:
+        """All that is to be read for a job."""
+
+        def check() -> None:
+            if self._unwanted_seconds(job) >= 0:
+                raise Unwanted
+
+        def emit(event: Event) -> None:
+            self._note(seat, event, number)
+            job.emit(event)
+
+        for run in range(len(work.runs)):
+            check()
+            if run:
+                seat.timeline.end()
+            yield from Answering(engine.tokenizer, work, run, emit, check).steps(seat.timeline, self._piece)
+
+    def _read(self, engine: Engine, group: list[Seat]) -> None:
+        """What the seats of a group are to read next, and what comes of it."""
+        group = [seat for seat in group if seat.job is not None]
+        self._inside = group
+        found: list[Any] = []
+        self._go_on(group, lambda: found.extend(read_group(group, self._piece)))
+        self._inside = []
+        for seat, logits in zip(group, found, strict=False):
+            self._go_on([seat], lambda seat=seat, logits=logits: seat.go_on(logits))  # type: ignore[misc]
+
+    def _go_on(self, seats: list[Seat], do: Callable[[], None]) -> None:
+        """Do something for the jobs of seats, and let those go that are over, or that went wrong."""
+        failed, error = self._attempt(do)
+        for seat in seats:
+            if failed or seat.step is None:
+                job, started = seat.job, seat.started
+                assert job is not None
+                seat.leave()
+                self._over(job, (failed, error), seat, started)
+
+    def _over(self, job: Job, outcome: tuple[str, ApiError | None], seat: Seat, started: float) -> None:
+        self.outcomes[outcome[0] or "finished"] += 1
+        self._keep(seat.timeline)
+        self._take_snapshot(at_once=True)
+        self._queue.done(time.monotonic() - started)
+        job.emit(Over(outcome[1]))
 
     def _keep(self, timeline: Timeline) -> None:
         """What was read stays known, also when the process is killed as soon as the client has its answer."""
@@ -165,78 +224,44 @@ class EngineWorker(threading.Thread):
             print(printable(f"fomoe-serve: {error.message}"), file=sys.stderr)
         self.kept_bytes = timeline.kept.held_bytes
 
-    def _outcome(self, job: Job, do: Callable[[], None]) -> ApiError | None:
-        """Do a job; what the client has to be told when it went wrong."""
+    def _attempt(self, do: Callable[[], None]) -> tuple[str, ApiError | None]:
+        """Do something for a job; how it ended when it went wrong, and what the client has to be told."""
         try:
             do()
         except Unwanted:
-            self.outcomes["cancelled"] += 1
-            return unavailable("the server is shutting down") if self._stopping_since < math.inf else None
+            return "cancelled", unavailable("the server is shutting down") if self._is_stopping else None
         except ApiError as error:
-            self.outcomes["failed"] += 1
-            return error
+            return "failed", error
         except FomoeError as error:
-            self.outcomes["failed"] += 1
             print(printable(f"fomoe-serve: {error.message}"), file=sys.stderr)
-            return ApiError(500, "server_error", error.message)
+            return "failed", ApiError(500, "server_error", error.message)
         except Exception:  # the server outlives a fault of its own
-            self.outcomes["failed"] += 1
             traceback.print_exc()
-            return internal_error()
-        self.outcomes["finished"] += 1
-        return None
+            return "failed", internal_error()
+        return "", None
 
-    def _do(self, engine: Engine, timeline: Timeline, job: Job) -> None:
-        if isinstance(job.work, SlotWork):
-            job.emit(Told(act(timeline, job.work)))
-        else:
-            with self._looking(engine, job):
-                self._answer_all(engine, timeline, job, job.work)
+    # ---- who is still there ----
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._stopping_since < math.inf
 
     def _unwanted_seconds(self, job: Job) -> float:
         """How long nobody has waited for an answer; negative while somebody does."""
         return time.monotonic() - min(job.unwanted_since, self._stopping_since)
 
-    @contextmanager
-    def _looking(self, engine: Engine, job: Job) -> Iterator[None]:
-        """Whether the answer is still wanted is asked within a batch, too."""
+    def _look(self) -> None:
+        """Within a run, now and then: whether anybody still waits for what it is for."""
+        jobs = [seat.job for seat in self._inside if seat.job is not None]
+        if jobs and all(self._unwanted_seconds(job) >= GRACE_SECONDS for job in jobs):
+            raise Unwanted
 
-        def look() -> None:
-            if self._unwanted_seconds(job) >= GRACE_SECONDS:
-                raise Unwanted
-
-        engine.gate.on_look = look
-        try:
-            yield
-        finally:
-            engine.gate.on_look = None
-
-    def _answer_all(self, engine: Engine, timeline: Timeline, job: Job, work: Work) -> None:
-        def check() -> None:
-            if self._unwanted_seconds(job) >= 0:
-                raise Unwanted
-
-        def emit(event: Event) -> None:
-            self._note(event)
-            job.emit(event)
-
-        for number in range(len(work.runs)):
-            check()
-            if number:
-                timeline.end()
-            Answering(engine.tokenizer, work, number, emit, check).answer(timeline, self._piece)
-
-    def _note(self, event: Event) -> None:
+    def _note(self, seat: Seat, event: Event, number: int) -> None:
         """Keep the slot and the statistics up to date."""
-        slot = self.slot
+        seat.note(event, number)
         if isinstance(event, Started):
             self.cached_tokens += event.cached_tokens
-            self.slot = Slot(slot.job_number + 1, True, event.prompt_tokens, event.cached_tokens, event.cached_tokens)
-        elif isinstance(event, Progress):
-            slot.processed_tokens = event.processed
-        elif isinstance(event, Piece | Ended):
-            slot.generated_tokens, slot.timings = event.timings.predicted, event.timings
-        self.most_tokens = max(self.most_tokens, slot.prompt_tokens + slot.generated_tokens)
+        self.most_tokens = max(self.most_tokens, seat.slot.prompt_tokens + seat.slot.generated_tokens)
         self._take_snapshot()
 
     def _take_snapshot(self, *, at_once: bool = False) -> None:

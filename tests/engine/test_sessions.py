@@ -11,7 +11,7 @@ import pytest
 from fomoe_io import Engine, EngineConfig, Session, Tiers
 from fomoe_io.backend import Span, State, together
 from fomoe_io.errors import UsageError
-from fomoe_io.session import read_together
+from fomoe_io.session import decode_together, read_together
 
 RANDOM = np.random.default_rng(8)
 PARTS = [RANDOM.integers(0, 8000, count) for count in (5, 1, 70, 12, 33)]
@@ -59,6 +59,31 @@ def test_an_expert_is_read_once_for_all(demo_model: Path) -> None:
                     session.prefill(part)
             read[how] = engine.statistics()["tiers"]["nvme"]["bytes"]
     assert read["together"] < 0.6 * read["alone"]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_tokens_together_as_alone(demo_model: Path, alone: list[tuple[bytes, bytes]], batch: int) -> None:
+    with opened(demo_model, tiers=Tiers(0, 0.25), batch_tokens=batch) as engine:
+        sessions = [engine.session() for _ in PARTS]
+        for session, part in zip(sessions, PARTS, strict=True):
+            session.prefill(part)
+        logits = decode_together([(session, 7) for session in sessions])
+        assert [row.tobytes() for row in logits] == [second for _, second in alone]
+        assert [session.position for session in sessions] == [len(part) + 1 for part in PARTS]
+        assert engine.usage.generated_tokens == len(PARTS)
+
+
+def test_tokens_that_may_be_substituted_are_read_one_by_one(demo_model: Path) -> None:
+    found = []
+    for how in ("alone", "together"):
+        with opened(demo_model, tiers=Tiers(0, 0.25), car="regret:0.5") as engine:
+            sessions = [engine.session() for _ in PARTS]
+            for session, part in zip(sessions, PARTS, strict=True):
+                session.prefill(part)
+            parts = [(session, 7) for session in sessions]
+            rows = decode_together(parts) if how == "together" else [s.decode(token).copy() for s, token in parts]
+            found.append((b"".join(row.tobytes() for row in rows), engine.statistics()["substitutions"]))
+    assert found[0] == found[1] and found[0][1] > 0
 
 
 def test_what_does_not_go_together(demo_model: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from fomoe_io import Engine, Tiers
 from fomoe_io.errors import BudgetError
 from fomoe_io.gpu import device
-from fomoe_io.session import read_together
+from fomoe_io.session import decode_together, read_together
 from tests.fake_hip.build import Fake, installed_fake
 from tests.gpu.test_device_engine import TOKENS, evaluate, nmse, settings, tiny
 from tests.tiny_model import Type, write_tiny
@@ -51,9 +51,11 @@ def read(engine: Engine, how: str) -> list[bytes]:
         sessions = [engine.session() for _ in PARTS]
         for i, logits in enumerate(read_together(list(zip(sessions, PARTS, strict=True)))):
             found[i].append(logits.tobytes())
-        for token in (7, 9, 11):
+        for token in (7, 9):
             for i, session in enumerate(sessions):
                 found[i].append(session.decode(token).tobytes())
+        for i, logits in enumerate(decode_together([(session, 11) for session in sessions])):
+            found[i].append(logits.tobytes())
         with pytest.raises(BudgetError, match="memory for 3 sessions"):
             engine.session()
         for session in sessions:

@@ -146,13 +146,13 @@ def test_the_profile_is_that_of_fomoe_run(demo_model: Path, tmp_path: Path) -> N
 def test_llama_servers_flags(demo_model: Path, tmp_path: Path) -> None:
     flags = (
         "--model", str(demo_model), "--host", "127.0.0.1", "--alias", "tiny,small", "-c", "256", "-t", "2", "-b", "64",
-        "-ub", "32", "--temp", "0", "--top-k", "1", "--seed", "42", "-n", "7", "-ngl", "99", "-np", "4", "-fa", "on",
+        "-ub", "32", "--temp", "0", "--top-k", "1", "--seed", "42", "-n", "7", "-ngl", "99", "-np", "2", "-fa", "on",
         "--jinja", "--no-mmap", "-cb", "--metrics", "--reasoning-format", "deepseek",
         "--chat-template", "chatml", "-ctk", "f16", "-ctv", "f16", "--api-key", "k1,k2", "--timeout", "60",
     )  # fmt: skip
     with command(*flags, cache=tmp_path, FOMOE_API_KEY="k3") as process:
         url = url_of(process)
-        for flag in ("-ngl", "-np", "-fa", "--jinja", "--no-mmap", "-cb", "--metrics"):
+        for flag in ("-ngl", "-fa", "--jinja", "--no-mmap", "-cb", "--metrics"):
             process.wait_for(f"note: {flag} has no effect: ")
         with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
             assert client.get("/v1/models").json()["data"][0]["aliases"] == ["tiny", "small"]
@@ -160,6 +160,7 @@ def test_llama_servers_flags(demo_model: Path, tmp_path: Path) -> None:
                 props = client.get("/props", headers={"X-Api-Key": key}).json()["default_generation_settings"]
                 assert props["n_ctx"] == 256 and props["params"]["seed"] == 42 and props["params"]["n_predict"] == 7
             assert client.get("/props").status_code == 401
+            assert client.get("/props", headers={"X-Api-Key": "k1"}).json()["total_slots"] == 2
             more = {"prompt": "a", "n_predict": 50, "ignore_eos": True}
             found = client.post("/completion", json=more, headers={"X-Api-Key": "k1"}).json()
             assert found["tokens_predicted"] == 7  # -n is a bound
