@@ -30,6 +30,9 @@ THINK = Thoughts("<think>", "</think>")
 ANALYSIS = Thoughts("<|channel|>analysis<|message|>", "<|end|><|start|>assistant", "<|channel|>final<|message|>")
 
 
+_Rule = Callable[[Sequence[Function], bool], tuple[str, str]]
+
+
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
     """A way to write calls.
@@ -60,7 +63,7 @@ class ToolFormat:
     begin: str
     end: str
     head: re.Pattern[str]
-    rule: Callable[[Sequence[Function], bool], tuple[str, str]]
+    rule: _Rule
     tail: re.Pattern[str]
     parameter: re.Pattern[str] | None = None
     value_end: str = ""
@@ -70,98 +73,85 @@ class ToolFormat:
 # ---- rules ----
 
 
-def _json_calls(functions: Sequence[Function], is_parallel: bool) -> tuple[str, str]:
-    heads = ['{"name": "' + function.name + '", "arguments": ' for function in functions]
-    return f'"\\n" ({_with_arguments(heads, "}")}) "\\n</tool_call>"', _json_arguments(functions)
-
-
-def _with_arguments(heads: Sequence[str], end: str = "") -> str:
-    after = quoted(end) if end else ""
-    return " | ".join(f"{quoted(head)} arguments_{number} {after}" for number, head in enumerate(heads))
-
-
-def _json_arguments(functions: Sequence[Function]) -> str:
-    return "".join(
-        f"arguments_{number}: {json_rule(_object(f.schema), is_lenient=not f.is_strict)}\n"
-        for number, f in enumerate(functions)
-    )
-
-
-def _object(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {"type": "object", **schema}
-
-
-def _harmony_calls(functions: Sequence[Function], is_parallel: bool) -> tuple[str, str]:
-    heads = [f"functions.{function.name} <|constrain|>json<|message|>" for function in functions]
-    return _with_arguments(heads), _json_arguments(functions)
-
-
 def special(name: str) -> str:
     """A token of DeepSeek's."""
     return "<\uff5c" + name.replace(" ", "\u2581") + "\uff5c>"
 
 
-def _deepseek_calls(before: str, after: str, end: str) -> Callable[[Sequence[Function], bool], tuple[str, str]]:
-    def rule(functions: Sequence[Function], is_parallel: bool) -> tuple[str, str]:
-        heads = [special("tool call begin") + before + function.name + after for function in functions]
-        call = f"call: {_with_arguments(heads, end + special('tool call end'))}\n"
-        more = '("\\n"? call)*' if is_parallel else ""
-        return f"call {more} {quoted(special('tool calls end'))}", call + _json_arguments(functions)
+class _Json(NamedTuple):
+    """How a format writes a call whose arguments are JSON; {} stands for the function's name, # for a number."""
 
-    return rule
+    head: str
+    end: str = ""
+
+    def rules(self, name: str, function: Function) -> list[str]:
+        """Of a call of a function, under a name, and what it refers to."""
+        schema = {"type": "object", **function.schema}
+        parts = [quoted(part) for part in self.head.replace("{}", function.name).split("#")]
+        after = quoted(self.end) if self.end else ""
+        return [
+            f"{name}: {' /[0-9]+/ '.join(parts)} {name}_arguments {after}",
+            f"{name}_arguments: {json_rule(schema, is_lenient=not function.is_strict)}",
+        ]
 
 
 class _Tags(NamedTuple):
-    """How a format of tags writes things, for its rules; {} stands for a name."""
+    """How a format of tags writes things; {} stands for a name.  A loose one may leave out ends of lines."""
 
     function: str
     parameter: str
     value_end: str
     function_end: str
-    section: str = "call"
+    is_loose: bool = False
+
+    def _literal(self, text: str) -> str:
+        if not self.is_loose:
+            return quoted(text)
+        return ' "\\n"? '.join(quoted(part) if part else "" for part in text.split("\n"))
+
+    def rules(self, name: str, function: Function) -> list[str]:
+        """Of a call of a function, under a name, and what it refers to.
+
+        Parameters come in the schema's order, those that are not required as the model likes.
+        """
+        properties, required = function.schema.get("properties") or {}, function.schema.get("required") or ()
+        parts, rules = [], []
+        for number, (key, schema) in enumerate(properties.items()):
+            rule = f"{name}_{number}"
+            parts.append(rule if key in required else f"{rule}?")
+            rules.append(f"{rule}: {self._literal(self.parameter.format(key))} {self._value(schema, function)}")
+        if not properties and function.schema.get("additionalProperties") is not False:
+            before, _, after = self.parameter.partition("{}")
+            parts.append(f"{name}_any*")
+            rules.append(f"{name}_any: {self._literal(before)} /[A-Za-z0-9_-]+/ {self._literal(after)} value")
+        head, end = self._literal(self.function.format(function.name)), self._literal(self.function_end)
+        return [f"{name}: {head} {' '.join(parts)} {end}", *rules]
+
+    def _value(self, schema: Any, function: Function) -> str:
+        end = quoted(self.value_end)
+        if not is_text(schema):
+            definitions = {key: function.schema[key] for key in ("$defs", "definitions") if key in function.schema}
+            inner = {**(schema if isinstance(schema, Mapping) else {}), **definitions}
+            return f"{json_rule(inner, is_lenient=not function.is_strict)} {end}"
+        if "enum" not in schema:
+            return "value"
+        return f"({' | '.join(quoted(str(text)) for text in schema['enum'])}) {end}"
 
 
-def _tag_calls(tags: _Tags) -> Callable[[Sequence[Function], bool], tuple[str, str]]:
+def _calls(form: _Json | _Tags, section: str = "call") -> _Rule:
+    """The rule of a format: `section` stands after its beginning, with {calls} where one section may have several."""
+
     def rule(functions: Sequence[Function], is_parallel: bool) -> tuple[str, str]:
-        found = [f"value[lazy]: /(.|\\n)*/ {quoted(tags.value_end)}", f"call: {_alternatives(len(functions))}"]
-        for number, function in enumerate(functions):
-            name = f"call_{number}"
-            parts, rules = _parameters(name, function, tags)
-            found += [f"{name}: {quoted(tags.function.format(function.name))} {parts} {quoted(tags.function_end)}"]
-            found += rules
-        section = tags.section if is_parallel else tags.section.replace("call+", "call")
-        return section, "\n".join(found) + "\n"
+        names = [f"call_{number}" for number in range(len(functions))]
+        found = [f"call: {' | '.join(names)}"]
+        for name, function in zip(names, functions, strict=True):
+            found += form.rules(name, function)
+        if isinstance(form, _Tags):
+            found.append(f"value[lazy]: /(.|\\n)*/ {quoted(form.value_end)}")
+        calls = 'call ("\\n"? call)*' if is_parallel else "call"
+        return section.replace("{calls}", calls), "\n".join(found) + "\n"
 
     return rule
-
-
-def _alternatives(count: int) -> str:
-    return " | ".join(f"call_{number}" for number in range(count))
-
-
-def _parameters(name: str, function: Function, tags: _Tags) -> tuple[str, list[str]]:
-    """Parameters in the schema's order, those that are not required as the model likes."""
-    properties, required = function.schema.get("properties") or {}, function.schema.get("required") or ()
-    parts, rules = [], []
-    for number, (key, schema) in enumerate(properties.items()):
-        rule = f"{name}_{number}"
-        parts.append(rule if key in required else f"{rule}?")
-        rules.append(f"{rule}: {quoted(tags.parameter.format(key))} {_value(schema, function, tags)}")
-    if not properties and function.schema.get("additionalProperties") is not False:
-        before, _, after = tags.parameter.partition("{}")
-        parts.append(f"{name}_any*")
-        rules.append(f"{name}_any: {quoted(before)} /[A-Za-z0-9_-]+/ {quoted(after)} value")
-    return " ".join(parts), rules
-
-
-def _value(schema: Any, function: Function, tags: _Tags) -> str:
-    if not is_text(schema):
-        definitions = {key: function.schema[key] for key in ("$defs", "definitions") if key in function.schema}
-        inner = {**(schema if isinstance(schema, Mapping) else {}), **definitions}
-        return f"{json_rule(inner, is_lenient=not function.is_strict)} {quoted(tags.value_end)}"
-    if "enum" not in schema:
-        return "value"
-    return f"({' | '.join(quoted(str(text)) for text in schema['enum'])}) {quoted(tags.value_end)}"
 
 
 def is_text(schema: Any) -> bool:
@@ -181,7 +171,7 @@ HARMONY = ToolFormat(
     begin="<|channel|>commentary to=",
     end="<|call|>",
     head=re.compile(r"to=(?:functions\.)?([\w.-]+)"),
-    rule=_harmony_calls,
+    rule=_calls(_Json("functions.{} <|constrain|>json<|message|>")),
     tail=re.compile(r"<\|call\|>"),
 )
 """Of gpt-oss, whose answers have channels: read by a parser of its own."""
@@ -196,7 +186,10 @@ def _deepseek(name: str, before: str, after: str, end: str, *marks: str) -> Tool
         end=special("tool calls end"),
         head=re.compile(rf"[^{{]*?{call}([^<\s]+){re.escape(after)}\s*(?=\{{)"),
         tail=re.compile(re.escape(end + special("tool call end"))),
-        rule=_deepseek_calls(before, after, end),
+        rule=_calls(
+            _Json(special("tool call begin") + before + "{}" + after, end + special("tool call end")),
+            f"{{calls}} {quoted(special('tool calls end'))}",
+        ),
     )
 
 
@@ -211,9 +204,9 @@ FORMATS = (
         parameter=re.compile(r'\s*<parameter name="?([^">\n]+)"?>'),
         value_end="</parameter>",
         tail=re.compile(r"\s*</invoke>"),
-        rule=_tag_calls(
-            _Tags('<invoke name="{}">\n', '<parameter name="{}">', "</parameter>\n", "</invoke>\n",
-                  r'"\n" call+ "</minimax:tool_call>"')
+        rule=_calls(
+            _Tags('<invoke name="{}">\n', '<parameter name="{}">', "</parameter>\n", "</invoke>\n"),
+            r'"\n" {calls} "</minimax:tool_call>"',
         ),
     ),
     ToolFormat(
@@ -225,8 +218,8 @@ FORMATS = (
         parameter=re.compile(r"\s*<arg_key>([^<]+)</arg_key>\s*<arg_value>"),
         value_end="</arg_value>",
         tail=re.compile(r"(?=\s*</tool_call>)"),
-        rule=_tag_calls(
-            _Tags("{}\n", "<arg_key>{}</arg_key>\n<arg_value>", "</arg_value>\n", "</tool_call>")
+        rule=_calls(  # GLM-4.7 leaves the ends of lines out
+            _Tags("{}", "\n<arg_key>{}</arg_key>\n<arg_value>", "</arg_value>", "\n</tool_call>", is_loose=True)
         ),
     ),
     ToolFormat(
@@ -239,9 +232,24 @@ FORMATS = (
         value_end="</parameter>",
         tail=re.compile(r"\s*</function>"),
         is_padded=True,
-        rule=_tag_calls(
-            _Tags("<function={}>\n", "<parameter={}>\n", "\n</parameter>\n", "</function>\n",
-                  r'"\n" call "</tool_call>"')
+        rule=_calls(
+            _Tags("<function={}>\n", "<parameter={}>\n", "\n</parameter>\n", "</function>\n"),
+            r'"\n" call "</tool_call>"',
+        ),
+    ),
+    ToolFormat(
+        name="kimi-k2",
+        marks=("<|tool_calls_section_begin|>", "<|tool_call_argument_begin|>"),
+        begin="<|tool_calls_section_begin|>",
+        end="<|tool_calls_section_end|>",
+        head=re.compile(
+            r"[^{]*?<\|tool_call_begin\|>\s*(?:functions\.)?([^\s<]+?)(?::\d+)?\s*"
+            r"<\|tool_call_argument_begin\|>\s*(?=\{)"
+        ),
+        tail=re.compile(r"\s*<\|tool_call_end\|>"),
+        rule=_calls(
+            _Json("<|tool_call_begin|>functions.{}:#<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+            '{calls} "<|tool_calls_section_end|>"',
         ),
     ),
     _deepseek("deepseek-v3", "function" + special("tool sep"), "\n```json\n", "\n```", "```json"),
@@ -253,7 +261,7 @@ FORMATS = (
         end="</tool_call>",
         head=re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'),
         tail=re.compile(r"\s*\}?"),
-        rule=_json_calls,
+        rule=_calls(_Json('{"name": "{}", "arguments": ', "}"), r'"\n" call "\n</tool_call>"'),
     ),
 )  # fmt: skip
 """The first whose marks a template has is its format."""

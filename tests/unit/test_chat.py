@@ -228,3 +228,10 @@ def test_no_process_is_left() -> None:
     del template
     gc.collect()
     assert not Path(f"/proc/{process}").exists()
+
+
+def test_a_template_may_keep_a_list() -> None:
+    """Of one question: the next begins anew."""
+    source = "{% set seen = [] %}{% for m in messages %}{% set _ = seen.append(m.role) %}{% endfor %}{{ seen | join }}"
+    template = ChatTemplate(source)
+    assert [template.render(TALK) for _ in range(2)] == ["userassistanttool"] * 2

@@ -21,6 +21,7 @@ EMPTY = {"type": "object", "properties": {}, "additionalProperties": False}
 FUNCTIONS = [Function("read_file", SCHEMA), Function("now", EMPTY)]
 SCHEMAS = {function.name: function.schema for function in FUNCTIONS}
 BY_NAME = {known.name: known for known in FORMATS}
+BY_NAME["glm-4.7"] = BY_NAME["glm-4.5"]
 
 TRICKY = 'a "b"\n</tool \\ {é}\n'
 WANTED = {"path": TRICKY, "lines": 3, "deep": {"a": True}, "mode": "w"}
@@ -41,6 +42,19 @@ WRITTEN = {
     '<arg_key>deep</arg_key>\n<arg_value>{"a": true}</arg_value>\n'
     "<arg_key>mode</arg_key>\n<arg_value>w</arg_value>\n</tool_call>",
 }
+WRITTEN["glm-4.7"] = WRITTEN["glm-4.5"].replace("\n<arg", "<arg").replace(">\n</tool_call", "></tool_call")
+
+
+def k2(*calls: tuple[str, str]) -> str:
+    """Calls of Kimi-K2, with their numbers."""
+    parts = [
+        f"<|tool_call_begin|>functions.{name}:{number}<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
+        for number, (name, arguments) in enumerate(calls)
+    ]
+    return f"<|tool_calls_section_begin|>{''.join(parts)}<|tool_calls_section_end|>"
+
+
+WRITTEN["kimi-k2"] = k2(("read_file", json.dumps(WANTED, ensure_ascii=False)))
 CALLS_BEGIN, CALLS_END = special("tool calls begin"), special("tool calls end")
 CALL_BEGIN, CALL_END, SEPARATOR = special("tool call begin"), special("tool call end"), special("tool sep")
 
@@ -62,6 +76,8 @@ BARE = {
     "qwen3-coder": "<tool_call>\n<function=now>\n</function>\n</tool_call>",
     "minimax-m2": '<minimax:tool_call>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>',
     "glm-4.5": "<tool_call>now\n</tool_call>",
+    "glm-4.7": "<tool_call>now</tool_call>",
+    "kimi-k2": k2(("now", "{}")),
     **{name: write("now", "{}") for name, write in DEEPSEEK.items()},
 }
 
@@ -99,6 +115,7 @@ def test_calls_are_found_however_the_stream_is_cut(name: str, size: int) -> None
 
 SECTIONS = {
     "minimax-m2": BARE["minimax-m2"].replace("</invoke>\n", '</invoke>\n<invoke name="now">\n</invoke>\n'),
+    "kimi-k2": k2(("now", "{}"), ("now", "{}")),
     **{name: BARE[name].replace(CALLS_END, "\n" + BARE[name].removeprefix(CALLS_BEGIN)) for name in DEEPSEEK},
 }
 
@@ -213,6 +230,7 @@ def test_channels(text: str, want: list[tuple[str, str]], size: int) -> None:
         ("{% if tools %}<|channel|>commentary to=functions", "harmony"),
         (f"{{% if tools %}}{CALLS_BEGIN}f{SEPARATOR}", "deepseek-v3.1"),
         (f"{{% if tools %}}{CALLS_BEGIN}f{SEPARATOR}```json", "deepseek-v3"),
+        ("{% if tools %}<|tool_calls_section_begin|><|tool_call_argument_begin|>", "kimi-k2"),
         ("{% if tools %}[TOOL_CALLS]", None),
         ("{{ messages }}<tool_call>", None),
     ],
