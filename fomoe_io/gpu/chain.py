@@ -17,8 +17,9 @@ import numpy as np
 
 from fomoe_io.backend import Batch, Budgets, Counters, Joined, PooledState, Span, StatePool
 from fomoe_io.errors import DeviceError, UsageError
+from fomoe_io.experts.lookahead import Lookahead
 from fomoe_io.gpu.arena import Part, hop_bytes
-from fomoe_io.gpu.backend import GpuBackend, GpuState
+from fomoe_io.gpu.backend import GpuBackend, GpuState, recall_of
 from fomoe_io.gpu.device import Gpu
 from fomoe_io.gpu.prompts import Handed
 from fomoe_io.gpu.runs import run_batch
@@ -121,7 +122,7 @@ class ChainBackend:
                 hint="-ts with a number a device, none of them 0",
             )
         self._opened, self.stages, self._number = opened, list[GpuBackend](), 0
-        self._states = StatePool(config.sessions)
+        self._states, self._lookahead = StatePool(config.sessions), Lookahead(config.lookahead_mode)
         self._threads = ThreadPoolExecutor(len(gpus) - 1, "fomoe-device")
         try:
             self._open(gpus)
@@ -219,12 +220,13 @@ class ChainBackend:
         self._number = self._number % 0xFFFFFFFF + 1
         for stage in self.stages:
             stage.allow()
+        looks_ahead = self._lookahead.begin()
         work = [
-            self._threads.submit(self._stage_token, i, span, may_substitute, self._number)
+            self._threads.submit(self._stage_token, i, span, may_substitute, looks_ahead)
             for i in range(1, len(self.stages))
         ]
         try:
-            first = self._stage_token(0, span, may_substitute, self._number)
+            first = self._stage_token(0, span, may_substitute, looks_ahead)
             while not first[0] and wait(work, LOOK_SECONDS).not_done:
                 self._opened.gate.look()
         except BaseException:
@@ -235,6 +237,7 @@ class ChainBackend:
         results = [first, *(future.result() for future in work)]
         for stage, (error, _) in zip(self.stages, results, strict=True):
             stage.check(error)
+        self._lookahead.end()
         logits[:] = results[self._owner[-1]][1]
         if picks is not None:
             for stage in self.stages:
@@ -242,10 +245,10 @@ class ChainBackend:
                 for layer in stage.records:
                     picks[layer, 0] = posted[layer]
 
-    def _stage_token(self, i: int, span: Span, may_substitute: bool, number: int) -> tuple[int, np.ndarray]:
+    def _stage_token(self, i: int, span: Span, may_substitute: bool, looks_ahead: bool) -> tuple[int, np.ndarray]:
         error = 1
         try:
-            error, found = self.stages[i].token(number, self._of_stage(span, i), may_substitute)
+            error, found = self.stages[i].token(self._number, self._of_stage(span, i), may_substitute, looks_ahead)
             return error, found
         finally:
             if error:  # nobody waits for rows that do not come
@@ -295,6 +298,9 @@ class ChainBackend:
     def add_statistics(self, result: dict[str, Any], change: Counters) -> None:
         """Those of all devices, and how the model is split."""
         self.stages[0].add_statistics(result, change)
+        if self.stages[0].sharing.guesses:
+            guessed = self._by_layer([stage.guessed for stage in self.stages])
+            result["prefetch"] |= {"is_on": self._lookahead.is_on, "recall": recall_of(guessed)}
         counts = [sum(i == k for i in self._owner) for k in range(len(self.stages))]
         result["split"] = {"mode": self._opened.config.split_mode, "layers": counts}
         for stage in self.stages[1:]:
@@ -303,8 +309,9 @@ class ChainBackend:
                     result["reader"][name] += value
 
     def reset_statistics(self) -> None:
-        """Counts of calls begin anew."""
-        self.stages[0].reset_statistics()
+        """Counts of calls and of guesses begin anew."""
+        for stage in self.stages:
+            stage.reset_statistics()
 
     def close(self) -> None:
         """Give everything back."""
