@@ -116,6 +116,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
     void fomoe_device_experts_signal_by_stream(fomoe_device_experts *, int)
     int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens)
     void fomoe_device_experts_set_piece_bytes(fomoe_device_experts *, uint32_t)
+    void fomoe_device_experts_back_fill(fomoe_device_experts *, int most)
     int fomoe_device_experts_look_ahead(fomoe_device_experts *, int ranks, int staged)
     const fomoe_recall *fomoe_device_experts_recall(const fomoe_device_experts *)
     void fomoe_device_experts_settle(fomoe_device_experts *)
@@ -234,6 +235,10 @@ cdef class DeviceExperts:
     def set_piece_bytes(self, uint32_t nbytes):
         """Reads of experts are cut into pieces of about so many bytes, each sent up as it lands."""
         fomoe_device_experts_set_piece_bytes(self.c, nbytes)
+
+    def back_fill(self, int most):
+        """So many picks of a layer are read after others stood in for them."""
+        fomoe_device_experts_back_fill(self.c, most)
 
     def look_ahead(self, int ranks, int staged):
         """The device may guess so many picks of a layer, which are read into so many of a class's host spares."""

@@ -129,8 +129,6 @@ class GpuBackend:
         config = self._opened.config
         if config.activations != "quantized":
             raise UsageError("float activations are computed on the CPU alone", hint="--device cpu")
-        if config.car is not None and config.car.backfill > 0:
-            raise UsageError("back-fill is made on the CPU alone", hint="--device cpu")
 
     @property
     def device_name(self) -> str:
@@ -192,6 +190,8 @@ class GpuBackend:
         )  # fmt: skip
         if sharing.guesses:
             self._experts.look_ahead(sharing.guesses, sharing.guesses)
+        if opened.config.car is not None:
+            self._experts.back_fill(opened.config.car.backfill)
         if tuning.piece_bytes is not None:
             self._experts.set_piece_bytes(tuning.piece_bytes)
         embedding = EmbeddingReader(opened, r.embedding, r.token.embedding_file, r.token.embedding_offset)

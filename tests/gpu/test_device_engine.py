@@ -418,12 +418,6 @@ def test_what_the_kernels_cannot_do_is_said_at_load(tmp_path: Path, changes: dic
     assert caught.value.hint == "--device cpu"
 
 
-def test_what_only_the_processor_does_is_refused(model: Path) -> None:
-    with pytest.raises(UsageError, match="back-fill is made on the CPU alone") as caught:
-        Engine.open(model, settings(car=CarRule.parse("ratio:0.5,backfill=1")))
-    assert caught.value.hint == "--device cpu"
-
-
 def test_auto_without_a_device_computes_on_the_processor(
     model: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:

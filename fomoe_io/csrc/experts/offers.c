@@ -20,6 +20,12 @@ int fomoe_offers_under_way(const fomoe_offers *o) {
     return count;
 }
 
+int fomoe_offers_has(const fomoe_offers *o, int layer) {
+    for (int i = 0; i < FOMOE_MOST_OFFERS; i++)
+        if (o->offer[i].layer == layer) return 1;
+    return 0;
+}
+
 int fomoe_offers_room(const fomoe_offers *o) { return unused(o) >= 0; }
 
 static uint64_t tag_of(int offer, int read) { return FOMOE_OFFER_TAG | ((uint64_t)offer * FOMOE_OFFER_READS + read); }

@@ -47,6 +47,8 @@ typedef struct {
 
 /* The router has picked; reads of those it did not want are dropped where they have not begun. */
 fomoe_offers_verdict fomoe_offers_judge(fomoe_offers *, int layer, const int32_t *picks, int count);
+/* Whether any of the layer has begun and is not settled. */
+int fomoe_offers_has(const fomoe_offers *, int layer);
 /* How many reads of a layer are under way; they go before others that nobody waits for from now on. */
 int fomoe_offers_hurry(fomoe_offers *, int layer);
 /* Experts of the layer whose reads have completed are resident from now on, or forgotten if their read failed. */

@@ -51,6 +51,7 @@ fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe
     e->residency = residency, e->reader = reader, e->copies = *copies;
     e->piece_bytes = PIECE_BYTES;
     e->open_layer = e->guessed_layer = -1;
+    fomoe_offers_start(&e->offers, residency, reader);
     e->layer = fomoe_own(&e->owned, layers, sizeof *e->layer);
     e->class = fomoe_own(&e->owned, classes, sizeof *e->class);
     if (e->owned.is_incomplete) goto fail;
@@ -160,6 +161,8 @@ void fomoe_device_rewrite_table(fomoe_device_experts *e, int layer) {
 }
 
 void fomoe_device_experts_changed_tables(fomoe_device_experts *e, uint32_t *changed) {
+    fomoe_device_begin(e);
+    fomoe_device_settle_offers(e);
     for (int l = 0; l < e->layers; l++) {
         if (e->is_unsettled[l]) fomoe_device_rewrite_table(e, l);
         e->brought[l] = e->version[l];
@@ -236,6 +239,7 @@ static void serve(fomoe_device_experts *e, int layer) {
     fomoe_device_place(e, layer, e->plan.count);
     fomoe_device_fetch(e, layer);
     if (!e->error) fomoe_guesses_look(e, next_layer(e, layer), 1);
+    if (!e->error) fomoe_device_back_fill(e, layer);
     e->counters.layers++;
     if (e->trace && !e->error) trace(e, layer);
     if (e->misses) {
@@ -302,6 +306,7 @@ int fomoe_device_experts_serve(fomoe_device_experts *e, uint32_t run, void *comp
 int fomoe_device_experts_warm(fomoe_device_experts *e, int layer, const int32_t *experts, const double *scores,
                               int count) {
     fomoe_device_begin(e);
+    fomoe_device_settle_offers(e);
     fomoe_device_open_layer(e, layer);
     e->is_warming = 1;
     fomoe_plan_begin(&e->plan);

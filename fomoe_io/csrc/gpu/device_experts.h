@@ -102,9 +102,12 @@ int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int to
  * when memory runs out. */
 int fomoe_device_experts_look_ahead(fomoe_device_experts *, int ranks, int staged);
 const fomoe_recall *fomoe_device_experts_recall(const fomoe_device_experts *); /* [layers]; NULL without lookahead */
+/* So many picks of a layer are read after others stood in for them (cache-aware routing); 0 (at first): none. */
+void fomoe_device_experts_back_fill(fomoe_device_experts *, int most);
 /* Wait for all copies to the host. */
 void fomoe_device_experts_settle(fomoe_device_experts *);
-/* Whether each layer's table has changed since it last arrived, for the run that comes: changed[layers]. */
+/* Whether each layer's table has changed since it last arrived, for the run that comes: changed[layers].  What was read
+ * after others had stood in for it is in them. */
 void fomoe_device_experts_changed_tables(fomoe_device_experts *, uint32_t *changed);
 /* That run has succeeded. */
 void fomoe_device_experts_tables_arrived(fomoe_device_experts *);

@@ -4,6 +4,7 @@
  *     device_batch.c     the batches of a prompt
  *     device_answers.c   what a waiting kernel is told
  *     device_fetch.c     experts brought: placed, read, sent up
+ *     device_back_fill.c picks read that others stood in for
  *     device_guesses.c   experts read before anybody has asked for them
  *     device_buffers.c   slots, spares, and the moves between the tiers */
 #ifndef FOMOE_DEVICE_EXPERTS_STATE_H
@@ -13,12 +14,13 @@
 
 #include "device_experts.h"
 #include "experts/expert_plan.h"
+#include "experts/offers.h"
 #include "experts/owned.h"
 
 enum { FOMOE_MOST_PIECES = 32 }; /* reads of an expert */
 
-/* Tags of reads ahead; the others are those of experts that somebody waits for. */
-#define FOMOE_GUESS_TAG ((uint64_t)1 << 40)
+/* Tags of reads ahead.  Those of offers are FOMOE_OFFER_TAG; the others are of experts that somebody waits for. */
+#define FOMOE_GUESS_TAG ((uint64_t)1 << 41)
 
 typedef struct {
     fomoe_buffer **items; /* a ring */
@@ -131,6 +133,9 @@ struct fomoe_device_experts {
     fomoe_range *guess_ranges; /* by the tag of a read */
     fomoe_recall *recall;
 
+    int back_fill; /* most picks of a layer that are read after others stood in for them */
+    fomoe_offers offers;
+
     /* a token's layer: what its router picked, what is computed in their place, and the pair's place in the plan */
     int32_t *picked, *posted, *place;
     int misses;
@@ -237,5 +242,15 @@ void fomoe_guesses_hand_over(fomoe_device_experts *);
 void fomoe_guesses_completed(fomoe_device_experts *, const fomoe_completion *);
 /* Between layers: collect what has come, and let the reader go on. */
 void fomoe_guesses_reap(fomoe_device_experts *);
+
+/* ---- device_back_fill.c ---- */
+
+/* The layer at work has all it waits for: begin to read those of its picks that others stand in for. */
+void fomoe_device_back_fill(fomoe_device_experts *, int layer);
+/* A run begins, and its tables have not been sent: what was read so is resident from now on. */
+void fomoe_device_settle_offers(fomoe_device_experts *);
+/* Collect what nobody waits for, when nothing else is under way; wait: until something comes, or it is an error.
+ * Whether something has. */
+int fomoe_device_reap_aside(fomoe_device_experts *, int wait);
 
 #endif

@@ -253,11 +253,15 @@ void fomoe_device_reap(fomoe_device_experts *e, int layer) {
         e->in_flight = 0;
     }
     for (int c = 0; c < count; c++) {
+        int waiter, i = expert_of(done[c].tag);
+        if (done[c].tag & FOMOE_OFFER_TAG) {
+            fomoe_offers_completed(&e->offers, &done[c], &waiter);
+            continue;
+        }
         if (done[c].tag & FOMOE_GUESS_TAG) {
             fomoe_guesses_completed(e, &done[c]);
             continue;
         }
-        int i = expert_of(done[c].tag);
         if (done[c].error) fomoe_device_fail(e, layer, e->wanted[i].at.expert, done[c].error);
         fomoe_device_land(e, layer, i, &e->ranges[done[c].tag], 0);
     }

@@ -1,7 +1,5 @@
 #include "device_experts_state.h"
 
-enum { REAP_BATCH = 64 };
-
 /* ---- tags ---- */
 
 static uint64_t tag_of(const fomoe_device_experts *e, const fomoe_guess *g, int piece) {
@@ -177,12 +175,8 @@ void fomoe_guesses_completed(fomoe_device_experts *e, const fomoe_completion *do
 }
 
 void fomoe_guesses_reap(fomoe_device_experts *e) {
-    fomoe_completion done[REAP_BATCH];
     assert(e->open_layer < 0);
-    if (!e->staged) return;
-    int count = e->reader->reap(e->reader->self, done, REAP_BATCH, 0);
-    for (int c = 0; c < count; c++)
-        if (done[c].tag & FOMOE_GUESS_TAG) fomoe_guesses_completed(e, &done[c]);
+    if (e->staged || (e->back_fill && fomoe_offers_under_way(&e->offers))) fomoe_device_reap_aside(e, 0);
 }
 
 void fomoe_guesses_forget(fomoe_device_experts *e) {
