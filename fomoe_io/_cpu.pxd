@@ -105,6 +105,7 @@ cdef extern from "csrc/cpu/experts.h" nogil:
         uint64_t prefetches
         uint64_t prefetch_bytes
         uint64_t useful
+        uint64_t wasted_bytes
         uint64_t late
     ctypedef struct fomoe_experts_shape:
         int32_t layers

@@ -100,6 +100,7 @@ cdef class Experts:
             "evictions": r.evictions, "promotions": r.promotions, "demotions": r.demotions,
             "substitutions": r.substitutions, "prefetches": e.prefetches, "prefetch_bytes": e.prefetch_bytes,
             "prefetch_useful": e.useful, "prefetch_late": e.late,
+            "prefetch_wasted_bytes": e.wasted_bytes,
             "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes, "stall_ns": e.stall_ns, "groups": e.groups,
         }
 

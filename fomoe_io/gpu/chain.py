@@ -19,8 +19,9 @@ import numpy as np
 from fomoe_io import _cpu
 from fomoe_io.backend import Batch, Budgets, Counters, Joined, PooledState, Span, StatePool
 from fomoe_io.errors import DeviceError, UsageError
+from fomoe_io.experts.lookahead import Lookahead
 from fomoe_io.gpu.arena import Part, hop_bytes
-from fomoe_io.gpu.backend import GpuBackend, GpuState
+from fomoe_io.gpu.backend import GpuBackend, GpuState, recall_of
 from fomoe_io.gpu.device import Gpu
 from fomoe_io.gpu.pipeline import BATCHES_A_DEVICE, Piece, cut
 from fomoe_io.gpu.runs import run_batch
@@ -127,6 +128,7 @@ class ChainBackend:
         # layers in turn: a device would need the rows of several batches at once
         self._batches = BATCHES_A_DEVICE * len(gpus) if config.split_mode == "layer" else 1
         self._states, self._failures = StatePool(config.sessions), list[BaseException]()
+        self._lookahead = Lookahead(config.lookahead_mode)
         self._threads = ThreadPoolExecutor(len(gpus) - 1, "fomoe-device")
         try:
             self._open(gpus)
@@ -230,13 +232,15 @@ class ChainBackend:
         self._number = self._number % 0xFFFFFFFF + 1
         for stage in self.stages:
             stage.allow()
+        looks_ahead = self._lookahead.begin()
 
         def stage_token(i: int) -> np.ndarray:
-            error, found = self.stages[i].token(self._number, self._of_stage(span, i), may_substitute)
+            error, found = self.stages[i].token(self._number, self._of_stage(span, i), may_substitute, looks_ahead)
             self.stages[i].check(error)
             return found
 
         logits[:] = self._at_once(stage_token)[self._owner[-1]]
+        self._lookahead.end()
         if picks is not None:
             for stage in self.stages:
                 posted = stage.tokens.posted_picks()
@@ -303,7 +307,9 @@ class ChainBackend:
             self._give_up(others)
         self._take_traces()
         if self._failures:
-            raise self._failures[0]
+            cause = self._failures[0]
+            self._failures.clear()
+            raise cause
         return [first, *(other.result() for other in others)]
 
     def _give_up(self, work: list[Future[T]]) -> None:
@@ -338,6 +344,9 @@ class ChainBackend:
     def add_statistics(self, result: dict[str, Any], change: Counters) -> None:
         """Those of all devices, and how the model is split."""
         self.stages[0].add_statistics(result, change)
+        if self.stages[0].sharing.guesses:
+            guessed = self._by_layer([stage.guessed for stage in self.stages])
+            result["prefetch"] |= {"is_on": self._lookahead.is_on, "recall": recall_of(guessed)}
         counts = [sum(i == k for i in self._owner) for k in range(len(self.stages))]
         result["split"] = {"mode": self._opened.config.split_mode, "layers": counts}
         for stage in self.stages[1:]:
@@ -346,8 +355,9 @@ class ChainBackend:
                     result["reader"][name] += value
 
     def reset_statistics(self) -> None:
-        """Counts of calls begin anew."""
-        self.stages[0].reset_statistics()
+        """Counts of calls and of guesses begin anew."""
+        for stage in self.stages:
+            stage.reset_statistics()
 
     def close(self) -> None:
         """Give everything back."""
