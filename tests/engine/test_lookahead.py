@@ -34,11 +34,16 @@ def plain(demo_model: Path) -> tuple[bytes, dict[str, Any]]:
     return answer(demo_model)
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+OTHERS: list[dict[str, Any]] = [
+    {"threads": 3}, {"reader": "pread"}, {"ring_depth": 1}, {"policy": "lru"}, {"tiers": Tiers(0, 0.2)}
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"threads": 3}, {"reader": "pread"}, {"ring_depth": 1}, {"policy": "lru"}, {"tiers": Tiers(0, 0.2)}],
-)
+    ("ranks", "settings"),
+    [(1, {}), (4, {}), *((1 if i % 2 else 4, s) for i, s in enumerate(OTHERS)),
+     *(pytest.param(4 if i % 2 else 1, s, marks=pytest.mark.slow) for i, s in enumerate(OTHERS))],
+)  # fmt: skip
 def test_the_text_stays_the_same(
     demo_model: Path, plain: tuple[bytes, dict[str, Any]], ranks: int, settings: dict[str, Any]
 ) -> None:
