@@ -118,6 +118,7 @@ cdef extern from "csrc/cpu/experts.h" nogil:
                                      fomoe_reader *)
     void fomoe_experts_free(fomoe_experts *)
     int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *)
+    int fomoe_experts_stage(fomoe_experts *, uint8_t *pool, int each)
     void fomoe_experts_set_lookahead(fomoe_experts *, int ranks)
     void fomoe_experts_set_car(fomoe_experts *, const fomoe_car *)
     const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *)

@@ -84,6 +84,11 @@ cdef class Experts:
             error = fomoe_experts_warm(self.c, layer, &experts[0], &scores[0], count, watch)
         return error
 
+    def stage(self, uintptr_t pool, int each):
+        """Buffers for experts that are read ahead, so many for each size of slots."""
+        if fomoe_experts_stage(self.c, <uint8_t *>pool, each):
+            raise MemoryError
+
     def set_lookahead(self, int ranks):
         fomoe_experts_set_lookahead(self.c, ranks)
 
