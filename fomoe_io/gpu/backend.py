@@ -304,12 +304,20 @@ class GpuBackend:
             raise AssertionError("no other device has rows")
 
     def prompt(
-        self, joined: Joined, logits: np.ndarray, uses_products: bool, picks: np.ndarray | None, handed: Handed
+        self,
+        joined: Joined,
+        logits: np.ndarray,
+        uses_products: bool,
+        picks: np.ndarray | None,
+        handed: Handed,
+        piece: tuple[int, int] = (0, 1),
     ) -> Iterator[int]:
         """This device's layers of a batch, as :meth:`PromptRunner.run`."""
         assert self._prompts is not None
         states = joined.of_tokens([self._enter(span.state) for span in joined.spans])
-        return self._prompts.run(joined, states, logits, uses_products=uses_products, picks=picks, handed=handed)
+        return self._prompts.run(
+            joined, states, logits, uses_products=uses_products, picks=picks, handed=handed, piece=piece
+        )
 
     def reader_counters(self) -> dict[str, int]:
         """Of the reader of this device's experts."""
