@@ -92,6 +92,11 @@ cdef class Experts:
     def set_lookahead(self, int ranks):
         fomoe_experts_set_lookahead(self.c, ranks)
 
+    def recall(self):
+        """int64 [layers, 2]: picks of layers that were guessed, and how many of them had been guessed."""
+        cdef const fomoe_recall *r = fomoe_experts_recall(self.c)
+        return np.array([(r[i].picks, r[i].guessed) for i in range(self.shape.layers)], np.int64)
+
     def set_car(self, uintptr_t car):
         """The address of a fomoe_car, which is copied."""
         fomoe_experts_set_car(self.c, <const fomoe_car *>car)

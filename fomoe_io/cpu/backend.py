@@ -27,7 +27,7 @@ from fomoe_io.cpu import dot_library
 from fomoe_io.cpu.recorder import CpuRecorder, Embedding, StateLayout
 from fomoe_io.cpu.weights import Weights
 from fomoe_io.errors import FormatError, UsageError
-from fomoe_io.experts.lookahead import Lookahead
+from fomoe_io.experts.lookahead import Lookahead, recall_of
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import SlotLayout, native_layers, share_slots, slot_layout, slot_pairs, tier_slots
 from fomoe_io.models.recorder import KvType
@@ -199,6 +199,7 @@ class CpuBackend:
             car = config.car.native()
             self._experts.set_car(ctypes.addressof(car))
         self._recorder = self._record(b.batch_tokens, self._experts)
+        self.reset_statistics()
 
     def _experts_shape(self, batch_tokens: int) -> dict[str, int]:
         s = self._shape
@@ -331,10 +332,14 @@ class CpuBackend:
         return Counters(**self._experts.counters())
 
     def add_statistics(self, result: dict[str, Any], change: Counters) -> None:
-        """Nothing."""
+        """How well layers were guessed."""
+        if self.budgets.lookahead_bytes:
+            guessed = self._experts.recall() - self._recall
+            result["prefetch"] |= {"is_on": self._lookahead.is_on, "recall": recall_of(guessed)}
 
     def reset_statistics(self) -> None:
-        """Nothing."""
+        """Counts of guesses begin anew."""
+        self._recall = self._experts.recall()
 
     def close(self) -> None:
         """Give everything back."""

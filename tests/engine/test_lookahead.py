@@ -67,6 +67,8 @@ def test_the_text_stays_the_same(
     prefetch, nvme = check(s, s if other else plain[1]), s["tiers"]["nvme"]
     assert nvme["reads"] == nvme["hits"] - prefetch["useful"] + prefetch["issued"]
     assert prefetch["useful"] > 0 and s["budgets"]["lookahead_bytes"] > 0
+    assert prefetch["is_on"] and prefetch["recall"][0] is None
+    assert all(0 < share < 1 for share in prefetch["recall"][1:])
 
 
 @pytest.mark.parametrize("mode", ["hold", "spoil", "fail", "refuse"])

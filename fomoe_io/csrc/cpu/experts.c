@@ -42,6 +42,7 @@ static int allocate(fomoe_experts *e) {
     e->ready = fomoe_own(o, most, sizeof *e->ready);
     e->group = fomoe_own(o, most, sizeof *e->group);
     e->guesses = fomoe_own(o, most, sizeof *e->guesses);
+    e->recall = fomoe_own(o, s->layers, sizeof *e->recall);
     e->guess_weights = fomoe_own(o, most, sizeof *e->guess_weights);
     e->placements = fomoe_own(o, most, sizeof *e->placements);
     e->moves = fomoe_own(o, 2 * most, sizeof *e->moves);
@@ -73,7 +74,7 @@ fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *shape, const fomoe_e
     e->shape = *shape;
     e->residency = residency;
     e->reader = reader;
-    e->first_layer = e->open_layer = -1;
+    e->first_layer = e->open_layer = e->guessed_layer = -1;
     fomoe_offers_start(&e->offers, residency, reader);
     e->layer = fomoe_own(&e->owned, shape->layers, sizeof *e->layer);
     if (!e->layer) goto fail;
@@ -375,6 +376,7 @@ void fomoe_step_lookahead(const fomoe_step *step, fomoe_run *run, int thread) {
     how.used = e->lookahead;
     if (step->as.lookahead.logit_bias) fomoe_add(how.experts, step->as.lookahead.logit_bias, logits);
     fomoe_route_by(&how, logits, run->scratch[0], e->guesses, e->guess_weights);
+    e->guessed_layer = step->as.lookahead.layer, e->guess_count = e->lookahead;
     for (int k = 0; k < e->lookahead; k++) fomoe_ahead_begin(e, step->as.lookahead.layer, e->guesses[k]);
 }
 
@@ -393,6 +395,7 @@ void fomoe_step_experts_begin(const fomoe_step *step, fomoe_run *run, int thread
     count_picks(e, layer, &step->as.experts.ids, run->tokens);
     substitute(e, step, run);
     collect(e, layer, &step->as.experts.ids, run->tokens);
+    fomoe_ahead_count(e, layer, (const int32_t *)fomoe_row(&step->as.experts.ids, 0));
     fomoe_ahead_expire(e, layer);
     list_members(e, &step->as.experts.ids, run->tokens);
     memset(e->done, 0, e->plan.count);

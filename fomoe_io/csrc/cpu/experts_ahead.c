@@ -34,6 +34,14 @@ int fomoe_experts_stage(fomoe_experts *e, uint8_t *pool, int each) {
     return 0;
 }
 
+const fomoe_recall *fomoe_experts_recall(const fomoe_experts *e) { return e->recall; }
+
+void fomoe_ahead_count(fomoe_experts *e, int layer, const int32_t *picks) {
+    if (e->guessed_layer == layer)
+        fomoe_recall_count(&e->recall[layer], picks, e->shape.used, e->guesses, e->guess_count);
+    e->guessed_layer = -1;
+}
+
 static void give_back(fomoe_experts *e, fomoe_staged *s) {
     e->counters.wasted_bytes += s->bytes;
     s->layer = -1;

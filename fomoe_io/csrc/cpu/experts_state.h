@@ -63,6 +63,8 @@ struct fomoe_experts {
     int32_t *ready; /* read, not yet computed */
     int32_t *group; /* to be computed together */
     int group_count;
+    int guess_count, guessed_layer; /* how many guesses there are, and of which layer; -1: none */
+    fomoe_recall *recall;           /* [layers] */
     int32_t *guesses; /* of lookahead, and what its routing gives them */
     float *guess_weights;
     fomoe_placement *placements;
@@ -80,6 +82,8 @@ struct fomoe_experts {
 
 /* Begin to read an expert that the layer may want, if it is nowhere and there is a buffer. */
 void fomoe_ahead_begin(fomoe_experts *, int layer, int32_t expert);
+/* Count how many picks of the layer were guessed, where it was guessed. */
+void fomoe_ahead_count(fomoe_experts *, int layer, const int32_t *picks);
 /* The layer is planned: what it does not miss will be taken by nobody. */
 void fomoe_ahead_expire(fomoe_experts *, int layer);
 /* Whether expert i of the batch, which is to be read into this slot, takes reads that have begun. */
