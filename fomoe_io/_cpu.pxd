@@ -66,6 +66,8 @@ cdef extern from "csrc/experts/trace.h" nogil:
     ctypedef struct fomoe_trace:
         pass
     fomoe_trace *fomoe_trace_new(int file, int batch, int used, int most)
+    fomoe_trace *fomoe_trace_held(int records, int batch, int used)
+    void fomoe_trace_take(fomoe_trace *, fomoe_trace *const *held, int count)
     void fomoe_trace_free(fomoe_trace *)
     void fomoe_trace_seeds(fomoe_trace *, int layer, int count, const int32_t *experts, const double *scores)
     int fomoe_trace_flush(fomoe_trace *)
@@ -103,6 +105,7 @@ cdef extern from "csrc/cpu/experts.h" nogil:
         uint64_t prefetches
         uint64_t prefetch_bytes
         uint64_t useful
+        uint64_t wasted_bytes
         uint64_t late
     ctypedef struct fomoe_experts_shape:
         int32_t layers
@@ -117,7 +120,12 @@ cdef extern from "csrc/cpu/experts.h" nogil:
                                      fomoe_reader *)
     void fomoe_experts_free(fomoe_experts *)
     int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *)
+    int fomoe_experts_stage(fomoe_experts *, uint8_t *pool, int each)
     void fomoe_experts_set_lookahead(fomoe_experts *, int ranks)
+    ctypedef struct fomoe_recall:
+        uint64_t picks
+        uint64_t guessed
+    const fomoe_recall *fomoe_experts_recall(const fomoe_experts *)
     void fomoe_experts_set_car(fomoe_experts *, const fomoe_car *)
     const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *)
     const int64_t *fomoe_experts_picks(const fomoe_experts *)

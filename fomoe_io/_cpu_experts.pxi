@@ -84,8 +84,18 @@ cdef class Experts:
             error = fomoe_experts_warm(self.c, layer, &experts[0], &scores[0], count, watch)
         return error
 
+    def stage(self, uintptr_t pool, int each):
+        """Buffers for experts that are read ahead, so many for each size of slots."""
+        if fomoe_experts_stage(self.c, <uint8_t *>pool, each):
+            raise MemoryError
+
     def set_lookahead(self, int ranks):
         fomoe_experts_set_lookahead(self.c, ranks)
+
+    def recall(self):
+        """int64 [layers, 2]: picks of layers that were guessed, and how many of them had been guessed."""
+        cdef const fomoe_recall *r = fomoe_experts_recall(self.c)
+        return np.array([(r[i].picks, r[i].guessed) for i in range(self.shape.layers)], np.int64)
 
     def set_car(self, uintptr_t car):
         """The address of a fomoe_car, which is copied."""
@@ -100,6 +110,7 @@ cdef class Experts:
             "evictions": r.evictions, "promotions": r.promotions, "demotions": r.demotions,
             "substitutions": r.substitutions, "prefetches": e.prefetches, "prefetch_bytes": e.prefetch_bytes,
             "prefetch_useful": e.useful, "prefetch_late": e.late,
+            "prefetch_wasted_bytes": e.wasted_bytes,
             "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes, "stall_ns": e.stall_ns, "groups": e.groups,
         }
 
@@ -129,12 +140,30 @@ cdef class Experts:
 
 
 cdef class Trace:
-    """Appends the records of runs to an open file, which its owner keeps open."""
+    """Appends the records of runs to an open file, which its owner keeps open.
 
-    def __cinit__(self, int file, int batch, int used, int most):
-        self.c = fomoe_trace_new(file, batch, used, most)
+    Or, made by held(), keeps them until another one takes them."""
+
+    def __cinit__(self, int file, int batch, int used, int most, int records=0):
+        self.c = fomoe_trace_held(records, batch, used) if records else fomoe_trace_new(file, batch, used, most)
         if self.c == NULL:
             raise MemoryError
+
+    @staticmethod
+    def held(int records, int batch, int used):
+        """Of so many records of batches of up to so many tokens, between two calls of take()."""
+        return Trace(-1, batch, used, 0, records)
+
+    def take(self, list held):
+        """The records of all that are held: of every batch the layers in ascending order, whoever computed them."""
+        cdef fomoe_trace *all_of[64]
+        cdef int i, count = len(held)
+        if count > 64:
+            raise ValueError("64 at most")
+        for i in range(count):
+            all_of[i] = (<Trace>held[i]).c
+        with nogil:
+            fomoe_trace_take(self.c, all_of, count)
 
     def __dealloc__(self):
         fomoe_trace_free(self.c)

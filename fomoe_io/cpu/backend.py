@@ -11,11 +11,23 @@ from typing import Any
 import numpy as np
 
 from fomoe_io import _cpu
-from fomoe_io.backend import Batch, Budgets, Counters, Joined, PooledState, Span, StatePool, kept_text, together
+from fomoe_io.backend import (
+    Batch,
+    Budgets,
+    Counters,
+    Joined,
+    PooledState,
+    Span,
+    StatePool,
+    kept_text,
+    lookahead_text,
+    together,
+)
 from fomoe_io.cpu import dot_library
 from fomoe_io.cpu.recorder import CpuRecorder, Embedding, StateLayout
 from fomoe_io.cpu.weights import Weights
 from fomoe_io.errors import FormatError, UsageError
+from fomoe_io.experts.lookahead import Lookahead, recall_of
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import SlotLayout, native_layers, share_slots, slot_layout, slot_pairs, tier_slots
 from fomoe_io.models.recorder import KvType
@@ -143,7 +155,7 @@ class CpuBackend:
             f"memory at most {format_bytes(b.ram_bytes)}{again}, in it weights {format_bytes(b.resident_bytes)}, "
             f"experts {format_bytes(b.pool_bytes)} ({_slots_text(self._slots().values())} of {self._shape.experts} a "
             f"layer), state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}"
-            f"{kept_text(b)}"
+            f"{lookahead_text(b)}{kept_text(b)}"
         ]
 
     # ---- opening ----
@@ -171,7 +183,9 @@ class CpuBackend:
         s, config, b, reader = self._shape, self._config, self.budgets, self._opened.reader
         self._weights.load(reader, config.progress)
         self._pool = aligned_memory(b.pool_bytes)
-        native, _ = native_layers(s.layers, self._opened.model.experts, layouts, self._slots(), self._pool.address)
+        native, staging = native_layers(
+            s.layers, self._opened.model.experts, layouts, self._slots(), self._pool.address
+        )
         reader.register_buffers(self._pool.address, b.pool_bytes)
         self._experts = _cpu.Experts(
             self._kernels,
@@ -183,11 +197,14 @@ class CpuBackend:
             reader.address,
             (reader, self._pool),
         )
-        self._experts.set_lookahead(min(config.lookahead, s.used))
+        self._lookahead = Lookahead(config.lookahead_mode)
+        if b.lookahead_bytes:
+            self._experts.stage(self._pool.address + staging, config.guesses_of(s.used))
         if config.car is not None:
             car = config.car.native()
             self._experts.set_car(ctypes.addressof(car))
         self._recorder = self._record(b.batch_tokens, self._experts)
+        self.reset_statistics()
 
     def _experts_shape(self, batch_tokens: int) -> dict[str, int]:
         s = self._shape
@@ -212,7 +229,7 @@ class CpuBackend:
             # attention scores of a whole context, or the widest row (twice: normalised q and k)
             scratch_floats=max(2 * s.widest_row, opened.context_tokens),
             experts=experts,
-            lookahead=self._config.lookahead > 0,
+            lookahead=self._config.lookahead_mode != "off",
             kv_type=KvType[self._config.kv_type.upper()],
             widest_batch=self._config.batch_tokens,
         )
@@ -234,7 +251,8 @@ class CpuBackend:
         smallest = base + per_token + least * row_bytes
         limit = ram.limit(smallest)
         kept = ram.kept_bytes(limit - smallest, limit, parts, self._opened.context_tokens)
-        base, smallest = base + kept, smallest + kept
+        ahead = config.guesses_of(s.used) * sum(set(slot_bytes.values()))
+        base, smallest = base + kept + ahead, smallest + kept + ahead
         most = ram.slots or s.experts
         batch = config.batch_tokens
         # An eighth of what is left at most for activations: a smaller batch costs prompt speed, fewer slots cost reads.
@@ -253,7 +271,8 @@ class CpuBackend:
             resident_bytes=self._weights.bytes,
             state_bytes=state,
             workspace_bytes=batch * per_token,
-            pool_bytes=pool,
+            pool_bytes=pool + ahead,
+            lookahead_bytes=ahead,
             batch_tokens=batch,
             slots=slot_pairs(tier_slots(s.layers, slots, vram)),
             kept_bytes=kept + (config.cache_bytes or 0),
@@ -286,6 +305,9 @@ class CpuBackend:
             place += len(joined.output_rows)
 
     def _run(self, joined: Joined, batch: Batch, logits: np.ndarray) -> None:
+        is_token = len(joined.ids) == 1
+        if is_token:
+            self._experts.set_lookahead(self._config.guesses_of(self._shape.used) if self._lookahead.begin() else 0)
         error = self._recorder.program.run(
             joined.ids,
             joined.positions,
@@ -299,6 +321,8 @@ class CpuBackend:
         if error not in (0, -errno.ECANCELED) and self._opened.has_every_expert():
             raise self._opened.embedding_error(-error)
         self._check(error)
+        if is_token:
+            self._lookahead.end()
 
     def picks(self) -> np.ndarray:
         """How often the router has picked each expert."""
@@ -313,10 +337,14 @@ class CpuBackend:
         return Counters(**self._experts.counters())
 
     def add_statistics(self, result: dict[str, Any], change: Counters) -> None:
-        """Nothing."""
+        """How well layers were guessed."""
+        if self.budgets.lookahead_bytes:
+            guessed = self._experts.recall() - self._recall
+            result["prefetch"] |= {"is_on": self._lookahead.is_on, "recall": recall_of(guessed)}
 
     def reset_statistics(self) -> None:
-        """Nothing."""
+        """Counts of guesses begin anew."""
+        self._recall = self._experts.recall()
 
     def close(self) -> None:
         """Give everything back."""

@@ -1,4 +1,4 @@
-/* Reads of experts that nobody waits for yet: back-fill of picks that others stood in for, and lookahead.  Keeps track
+/* Reads of experts that nobody waits for yet: back-fill of picks that others stood in for.  Keeps track
  * of what is under way; slots come from the residency (offer, arrived, drop), bytes through the engine's reader, whose
  * completions the engine passes on.  One thread calls it; nothing is allocated after creation. */
 #ifndef FOMOE_OFFERS_H
@@ -18,7 +18,6 @@ typedef struct {
     int32_t layer, expert; /* layer -1: unused */
     int32_t reads, left;   /* in all, and not completed */
     int32_t error;
-    int32_t waiter; /* the number under which the step at work waits for it, or -1 */
 } fomoe_offer;
 
 typedef struct {
@@ -33,14 +32,10 @@ int fomoe_offers_room(const fomoe_offers *);
 int fomoe_offers_under_way(const fomoe_offers *);
 /* Begin the reads of an expert that the residency has given a slot; tags and priority are filled in. */
 void fomoe_offers_begin(fomoe_offers *, int layer, int32_t expert, fomoe_read *reads, int count);
-/* A completion whose tag has FOMOE_OFFER_TAG.  With the last one of an expert that somebody waits for, *waiter is set,
- * the expert is settled and its error returned; else *waiter is -1. */
-int fomoe_offers_completed(fomoe_offers *, const fomoe_completion *, int *waiter);
-/* Wait for an expert whose read is under way, ahead of what nobody waits for. */
-void fomoe_offers_join(fomoe_offers *, int layer, int32_t expert, int waiter);
-/* The router has picked: count whom of the layer's experts it wanted (useful), and for whom it came too soon (late);
- * reads of the others are dropped where they have not begun. */
-void fomoe_offers_judge(fomoe_offers *, int layer, const int32_t *picks, int count, int *useful, int *late);
+/* A completion whose tag has FOMOE_OFFER_TAG. */
+void fomoe_offers_completed(fomoe_offers *, const fomoe_completion *);
+/* Whether any of the layer has begun and is not settled. */
+int fomoe_offers_has(const fomoe_offers *, int layer);
 /* How many reads of a layer are under way; they go before others that nobody waits for from now on. */
 int fomoe_offers_hurry(fomoe_offers *, int layer);
 /* Experts of the layer whose reads have completed are resident from now on, or forgotten if their read failed. */
