@@ -211,7 +211,8 @@ class EngineWorker(threading.Thread):
 
     def _over(self, job: Job, outcome: tuple[str, ApiError | None], seat: Seat, started: float) -> None:
         self.outcomes[outcome[0] or "finished"] += 1
-        self._keep(seat.timeline)
+        if seat.job is None:  # else it was asked for in vain: its session goes on
+            self._keep(seat.timeline)
         self._take_snapshot(at_once=True)
         self._queue.done(time.monotonic() - started)
         job.emit(Over(outcome[1]))

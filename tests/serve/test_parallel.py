@@ -125,6 +125,18 @@ def test_one_that_leaves_does_not_end_the_others(
     assert live.post("/completion", body(PROMPTS[1])).status_code == 200
 
 
+def test_a_slot_that_is_at_work_is_left_alone(serve: Any, open_limited: Callable[..., Engine], tmp_path: Path) -> None:
+    live = serve(engine=open_limited, parallel=2, slot_folder=tmp_path)
+    assert live.post("/slots/2?action=erase").json()["error"]["message"] == "there is no slot 2: there are 0 to 1"
+    with request(live, body(PROMPTS[1], n_predict=-1, stream=True)):
+        wait_for(lambda: any(found["n_decoded"] >= 2 for found in live.get("/slots").json()))
+        busy = next(i for i, found in enumerate(live.get("/slots").json()) if found["is_processing"])
+        response = live.post(f"/slots/{busy}?action=erase")
+        assert response.status_code == 503 and "is at work" in response.text
+        assert live.post(f"/slots/{1 - busy}?action=erase").json() == {"id_slot": 1 - busy, "n_erased": 0}
+        assert live.get("/slots").json()[busy]["is_processing"]
+
+
 def test_who_is_read_with_whom() -> None:
     def seat(step: Any) -> Seat:
         found = object.__new__(Seat)
