@@ -112,10 +112,10 @@ class Watched:
         return crowd
 
 
-def crowd(model: Path, folder: Path, requests: int, clients: int, rounds: int) -> None:
+def crowd(model: Path, folder: Path, requests: int, clients: int, rounds: int, *more: str) -> None:
     """Sessions are kept in memory and on the drive meanwhile: neither may change an answer, or leak."""
     kept = ("--cache-ram", "64M", "--cache-disk", "20M")
-    flags = ("--temp", "0", "-c", "512", "--queue", str(requests), "--no-profile", *kept)
+    flags = ("--temp", "0", "-c", "512", "--queue", str(requests), "--no-profile", *kept, *more)
     with command(str(model), *flags, cache=folder) as process:
         server = Watched(process, requests, clients)
         fresh = [server.http.post("/completion", json={**work_of(n), "cache_prompt": False}) for n in range(requests)]
@@ -138,6 +138,11 @@ def crowd(model: Path, folder: Path, requests: int, clients: int, rounds: int) -
 @pytest.mark.timeout(300)
 def test_a_small_crowd(demo_model: Path, tmp_path: Path) -> None:
     crowd(demo_model, tmp_path, 24, 8, 1)
+
+
+@pytest.mark.timeout(300)
+def test_a_small_crowd_at_once(demo_model: Path, tmp_path: Path) -> None:
+    crowd(demo_model, tmp_path, 12, 8, 1, "-np", "3")
 
 
 @pytest.mark.slow
