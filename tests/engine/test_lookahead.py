@@ -53,11 +53,16 @@ def check(s: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
     return prefetch
 
 
-@pytest.mark.parametrize("ranks", [1, "on"])
+OTHERS: list[dict[str, Any]] = [
+    {"threads": 3}, {"reader": "pread"}, {"ring_depth": 1}, {"policy": "lru"}, {"tiers": Tiers(0, 0.2)}
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"threads": 3}, {"reader": "pread"}, {"ring_depth": 1}, {"policy": "lru"}, {"tiers": Tiers(0, 0.2)}],
-)
+    ("ranks", "settings"),
+    [(1, {}), ("on", {}), *((1 if i % 2 else "on", s) for i, s in enumerate(OTHERS)),
+     *(pytest.param("on" if i % 2 else 1, s, marks=pytest.mark.slow) for i, s in enumerate(OTHERS))],
+)  # fmt: skip
 def test_the_text_stays_the_same(
     demo_model: Path, plain: tuple[bytes, dict[str, Any]], ranks: Any, settings: dict[str, Any]
 ) -> None:
