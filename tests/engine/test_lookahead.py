@@ -37,6 +37,11 @@ def plain(demo_model: Path) -> tuple[bytes, dict[str, Any]]:
     return answer(demo_model)
 
 
+OTHERS: list[dict[str, Any]] = [
+    {"threads": 3}, {"reader": "pread"}, {"ring_depth": 1}, {"policy": "lru"}, {"tiers": Tiers(0, 0.2)}
+]  # fmt: skip
+
+
 def decisions(s: dict[str, Any]) -> list[Any]:
     """All that is counted of the experts but the reads."""
     names = ("expert_requests", "substitutions", "evictions", "promotions", "demotions")
@@ -51,11 +56,6 @@ def check(s: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
     assert nvme["reads"] >= nvme["hits"] - prefetch["useful"] + prefetch["issued"]
     assert prefetch["wasted_bytes"] <= prefetch["bytes"] <= nvme["bytes"]
     return prefetch
-
-
-OTHERS: list[dict[str, Any]] = [
-    {"threads": 3}, {"reader": "pread"}, {"ring_depth": 1}, {"policy": "lru"}, {"tiers": Tiers(0, 0.2)}
-]  # fmt: skip
 
 
 @pytest.mark.parametrize(
