@@ -44,7 +44,7 @@ SOURCES = {
     "_io_load": ["read/io_load.c", "read/mmap_reader.c", "read/paced_reader.c"],
     "_hip": ["gpu/patience.c"],  # no HIP or CUDA header: the driver is found when the program runs
     "_blaslt": [],
-    "_gpu": ["gpu/*.c", "experts/residency.c", "experts/expert_plan.c", "experts/trace.c"],
+    "_gpu": ["gpu/*.c", "experts/residency.c", "experts/expert_plan.c", "experts/offers.c", "experts/trace.c"],
     "_cpu": ["math/*.c", "cpu/*.c", "experts/*.c"],
 }
 

@@ -1,6 +1,6 @@
 """What the session cache is worth: seconds to the first token of a long prompt that is known, and a stream's speed.
 
-    python bench/session_cache.py models/fomoe-demo-32x8.Q4_K_M.gguf [--prefix-tokens 6000] [--rounds 5]
+    python bench/session_cache.py models/fomoe-demo-32x8.Q4_K_M.gguf [--prefix-tokens 6000] [--rounds 5] [--stream-only]
 
 Three ways to know a prompt (the session has it; another took its place, and memory has it; the server was killed and
 the drive has it) against reading it.  Then one stream of fomoe-serve and one answer of fomoe-run in turns, so that both
@@ -144,11 +144,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--prefix-tokens", type=int, default=6000)
+    parser.add_argument("--stream-only", action="store_true", help="leave the first tokens out")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        first_tokens(options, Path(folder))
+        if not options.stream_only:
+            first_tokens(options, Path(folder))
         stream_speed(options, Path(folder))
 
 

@@ -66,6 +66,8 @@ cdef extern from "csrc/experts/trace.h" nogil:
     ctypedef struct fomoe_trace:
         pass
     fomoe_trace *fomoe_trace_new(int file, int batch, int used, int most)
+    fomoe_trace *fomoe_trace_held(int records, int batch, int used)
+    void fomoe_trace_take(fomoe_trace *, fomoe_trace *const *held, int count)
     void fomoe_trace_free(fomoe_trace *)
     void fomoe_trace_seeds(fomoe_trace *, int layer, int count, const int32_t *experts, const double *scores)
     int fomoe_trace_flush(fomoe_trace *)
@@ -103,6 +105,7 @@ cdef extern from "csrc/cpu/experts.h" nogil:
         uint64_t prefetches
         uint64_t prefetch_bytes
         uint64_t useful
+        uint64_t wasted_bytes
         uint64_t late
     ctypedef struct fomoe_experts_shape:
         int32_t layers

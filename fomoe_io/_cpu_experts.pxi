@@ -100,6 +100,7 @@ cdef class Experts:
             "evictions": r.evictions, "promotions": r.promotions, "demotions": r.demotions,
             "substitutions": r.substitutions, "prefetches": e.prefetches, "prefetch_bytes": e.prefetch_bytes,
             "prefetch_useful": e.useful, "prefetch_late": e.late,
+            "prefetch_wasted_bytes": e.wasted_bytes,
             "nvme_reads": e.nvme_reads, "nvme_bytes": e.nvme_bytes, "stall_ns": e.stall_ns, "groups": e.groups,
         }
 
@@ -129,12 +130,30 @@ cdef class Experts:
 
 
 cdef class Trace:
-    """Appends the records of runs to an open file, which its owner keeps open."""
+    """Appends the records of runs to an open file, which its owner keeps open.
 
-    def __cinit__(self, int file, int batch, int used, int most):
-        self.c = fomoe_trace_new(file, batch, used, most)
+    Or, made by held(), keeps them until another one takes them."""
+
+    def __cinit__(self, int file, int batch, int used, int most, int records=0):
+        self.c = fomoe_trace_held(records, batch, used) if records else fomoe_trace_new(file, batch, used, most)
         if self.c == NULL:
             raise MemoryError
+
+    @staticmethod
+    def held(int records, int batch, int used):
+        """Of so many records of batches of up to so many tokens, between two calls of take()."""
+        return Trace(-1, batch, used, 0, records)
+
+    def take(self, list held):
+        """The records of all that are held: of every batch the layers in ascending order, whoever computed them."""
+        cdef fomoe_trace *all_of[64]
+        cdef int i, count = len(held)
+        if count > 64:
+            raise ValueError("64 at most")
+        for i in range(count):
+            all_of[i] = (<Trace>held[i]).c
+        with nogil:
+            fomoe_trace_take(self.c, all_of, count)
 
     def __dealloc__(self):
         fomoe_trace_free(self.c)

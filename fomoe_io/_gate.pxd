@@ -13,7 +13,7 @@ cdef extern from "csrc/read/watch.h" nogil:
 cdef class Gate:
     cdef fomoe_watch watch
     cdef object raised
-    cdef public object on_progress
+    cdef public object on_progress, on_look
     cdef int busy
     cdef long owner
     cdef int process

@@ -3,6 +3,7 @@ from collections.abc import Callable
 class Gate:
     is_shut: bool
     on_progress: Callable[[float], None] | None
+    on_look: Callable[[], None] | None
     @property
     def is_foreign(self) -> bool: ...
     @property

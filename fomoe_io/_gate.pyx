@@ -30,7 +30,8 @@ cdef class Gate:
 
     ``with gate:`` takes the turn or raises UsageError at once.  A run inside is watched: shut() from another thread
     ends it, and so does a signal handler that raises (Ctrl-C), when the main thread runs it; raise_end() says which.
-    `on_progress` is called meanwhile, every 50 ms at most, with how much of the run is done (0..1).
+    `on_progress` is called meanwhile, every 50 ms at most, with how much of the run is done (0..1); so is `on_look`,
+    without anything, in whichever thread the run is.  What one of them raises ends the run, which raises it.
     """
 
     def __cinit__(self):
@@ -69,7 +70,7 @@ cdef class Gate:
         self.raised = None
         self.watch.done = self.watch.steps = 0
         self.watch.poll = NULL
-        if is_main:
+        if is_main or self.on_look is not None:
             self.watch.poll = ask_python
         return 0
 
@@ -83,6 +84,8 @@ cdef class Gate:
     cdef int ask(self) noexcept:
         try:
             PyErr_CheckSignals()
+            if self.on_look is not None:
+                self.on_look()
             if self.on_progress is not None and self.watch.steps:
                 self.on_progress(self.watch.done / <double>self.watch.steps)
         except BaseException as error:
@@ -92,7 +95,7 @@ cdef class Gate:
 
     @property
     def was_interrupted(self):
-        """Whether a signal handler has raised during the run."""
+        """Whether a signal handler, or who looks at the run, has raised during it."""
         return self.raised is not None
 
     def look(self):
@@ -101,7 +104,7 @@ cdef class Gate:
             self.raise_end()
 
     def raise_end(self):
-        """Of a run that returned -ECANCELED: what a signal handler raised, or that the engine was closed meanwhile."""
+        """Of a run that returned -ECANCELED: what was raised to end it, or that the engine was closed meanwhile."""
         raised, self.raised = self.raised, None
         if raised is not None:
             raise raised

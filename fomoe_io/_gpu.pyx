@@ -83,6 +83,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         uint8_t *pool[2]
         uint64_t *table
         const uint64_t *post
+        const uint64_t *guess
         uint8_t *answer
         uint8_t *answer_on_device
     ctypedef struct fomoe_size_class:
@@ -92,6 +93,9 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
     ctypedef struct fomoe_device_expert_counters:
         uint64_t nvme_reads, nvme_bytes, nvme_stall_ns, layers, served_layers
         uint64_t misses, host_ns, copy_stall_ns, before_reads_ns, after_reads_ns, post_stall_ns
+        uint64_t prefetches, prefetch_useful, prefetch_late, prefetch_bytes, prefetch_wasted_bytes
+    ctypedef struct fomoe_recall:
+        uint64_t picks, guessed
     ctypedef struct fomoe_device_experts:
         pass
     fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe_device_layer *,
@@ -112,6 +116,9 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
     void fomoe_device_experts_signal_by_stream(fomoe_device_experts *, int)
     int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens)
     void fomoe_device_experts_set_piece_bytes(fomoe_device_experts *, uint32_t)
+    void fomoe_device_experts_back_fill(fomoe_device_experts *, int most)
+    int fomoe_device_experts_look_ahead(fomoe_device_experts *, int ranks, int staged)
+    const fomoe_recall *fomoe_device_experts_recall(const fomoe_device_experts *)
     void fomoe_device_experts_settle(fomoe_device_experts *)
     void fomoe_device_experts_changed_tables(fomoe_device_experts *, uint32_t *)
     void fomoe_device_experts_tables_arrived(fomoe_device_experts *)
@@ -229,6 +236,22 @@ cdef class DeviceExperts:
         """Reads of experts are cut into pieces of about so many bytes, each sent up as it lands."""
         fomoe_device_experts_set_piece_bytes(self.c, nbytes)
 
+    def back_fill(self, int most):
+        """So many picks of a layer are read after others stood in for them."""
+        fomoe_device_experts_back_fill(self.c, most)
+
+    def look_ahead(self, int ranks, int staged):
+        """The device may guess so many picks of a layer, which are read into so many of a class's host spares."""
+        if fomoe_device_experts_look_ahead(self.c, ranks, staged):
+            raise MemoryError
+
+    def recall(self):
+        """int64 [layers, 2]: picks of layers whose guesses were seen in time, and how many of them had been guessed."""
+        cdef const fomoe_recall *r = fomoe_device_experts_recall(self.c)
+        if r == NULL:
+            return np.zeros((self.count, 2), np.int64)
+        return np.array([(r[i].picks, r[i].guessed) for i in range(self.count)], np.int64)
+
     def __dealloc__(self):
         fomoe_device_experts_free(self.c)
         fomoe_residency_free(self.residency)
@@ -288,7 +311,9 @@ cdef class DeviceExperts:
             "served_layers": e.served_layers, "misses": e.misses, "host_ns": e.host_ns,
             "before_reads_ns": e.before_reads_ns, "after_reads_ns": e.after_reads_ns,
             "post_stall_ns": e.post_stall_ns, "up_bytes": copies.bytes[FOMOE_LANE_UP],
-            "down_bytes": copies.bytes[FOMOE_LANE_DOWN],
+            "down_bytes": copies.bytes[FOMOE_LANE_DOWN], "prefetches": e.prefetches,
+            "prefetch_useful": e.prefetch_useful, "prefetch_late": e.prefetch_late,
+            "prefetch_bytes": e.prefetch_bytes, "prefetch_wasted_bytes": e.prefetch_wasted_bytes,
         }
 
     def picks(self):
@@ -390,6 +415,7 @@ cdef int fill_layer(fomoe_device_layer *layer, dict source) except -1:
         layer.pool[tier] = <uint8_t *><uintptr_t>source["pool"][tier]
     layer.table = <uint64_t *><uintptr_t>source["table"]
     layer.post = <const uint64_t *><uintptr_t>source["post"]
+    layer.guess = <const uint64_t *><uintptr_t>source["guess"]
     layer.answer = <uint8_t *><uintptr_t>source["answer"]
     layer.answer_on_device = <uint8_t *><uintptr_t>source["answer_on_device"]
     return 0

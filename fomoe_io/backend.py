@@ -34,6 +34,8 @@ class Budgets:
         Experts in VRAM, and in host memory.
     kept_bytes : int
         Sessions that are kept beside the open ones.
+    lookahead_bytes : int
+        Of `pool_bytes`, buffers for experts that are read before they are asked for.
     batch_tokens : int
         Of a full batch.
     slots : tuple of (int, int)
@@ -50,6 +52,7 @@ class Budgets:
     vram_bytes: int = 0
     vram_pool_bytes: int = 0
     kept_bytes: int = 0
+    lookahead_bytes: int = 0
 
     @property
     def slot_table(self) -> np.ndarray:
@@ -60,6 +63,11 @@ class Budgets:
 def kept_text(budgets: Budgets) -> str:
     """Of a banner's line."""
     return f", kept sessions {format_bytes(budgets.kept_bytes)}" if budgets.kept_bytes else ""
+
+
+def lookahead_text(budgets: Budgets) -> str:
+    """Of a banner's line."""
+    return f", lookahead {format_bytes(budgets.lookahead_bytes)}" if budgets.lookahead_bytes else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +81,8 @@ class Counters:
     evictions, promotions, demotions, substitutions, offers : of the residency's and cache-aware routing's decisions
     nvme_reads, nvme_bytes, stall_ns : reads of experts, and how long the arithmetic waited for them
     groups : runs of expert products on a CPU
-    prefetches, prefetch_useful, prefetch_late, prefetch_bytes : reads ahead
+    prefetches, prefetch_useful, prefetch_late, prefetch_bytes, prefetch_wasted_bytes : reads ahead: experts, those of
+        them that were then asked for, and before they had come; bytes, and those that nobody asked for
     layers, served_layers : layers run on a device, and those among them in which the host had something to bring
     misses : experts that the host had to bring to a device
     up_bytes, down_bytes, copy_stall_ns : over the link, and how long the device waited for copies
@@ -98,6 +107,7 @@ class Counters:
     prefetch_useful: int = 0
     prefetch_late: int = 0
     prefetch_bytes: int = 0
+    prefetch_wasted_bytes: int = 0
     layers: int = 0
     served_layers: int = 0
     up_bytes: int = 0

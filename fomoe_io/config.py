@@ -129,6 +129,12 @@ def _weights(value: Any) -> tuple[float, ...]:
         raise TypeError from None
 
 
+def _lookahead(value: Any) -> int | str:
+    if value in ("on", "auto"):
+        return str(value)
+    return 0 if value == "off" else _integer(value)
+
+
 def _is_true(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError
@@ -179,7 +185,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "sessions": (_integer, "an integer"),
     "batch_tokens": (_integer, "an integer"),
     "ring_depth": (_integer, "an integer"),
-    "lookahead": (_integer, "an integer"),
+    "lookahead": (_lookahead, '"auto", "on", "off" or an integer'),
     "logit_rows": (_integer, "an integer"),
     "direct": (_is_true, "True or False"),
     "tiers": (_tiers, 'Tiers, or a text such as "vram=20%,dram=15%"'),
@@ -248,8 +254,9 @@ class EngineConfig:
         Of files that keep it beyond the process; 0: none.
     cache_folder : Path or None
         Where they are; None: in the user's cache directory.
-    lookahead : int
-        How many of the experts are read ahead that the next layer's router would pick from this layer's output; 0 none.
+    lookahead : {"auto", "on", "off"} or int
+        Single tokens read experts ahead that the next layer's router would pick before this layer's experts are added:
+        so many of them, or with "on" as many as it picks; "auto" measures while it runs whether that pays.  "off" is 0.
     car : CarRule or None
         Cache-aware routing of single tokens; None is exact.
     profile : Path, "learned" or None
@@ -286,7 +293,7 @@ class EngineConfig:
     cache_bytes: int | None = 0
     cache_disk_bytes: int = 0
     cache_folder: Path | None = None
-    lookahead: int = 0
+    lookahead: int | Literal["auto", "on", "off"] = 0
     car: CarRule | None = None
     profile: Path | Literal["learned"] | None = None
     trace: Path | None = None
@@ -315,8 +322,17 @@ class EngineConfig:
         """Bound of the memory of one of the devices."""
         return self.vram_bytes[device] if isinstance(self.vram_bytes, tuple) else self.vram_bytes
 
+    def guesses_of(self, used: int) -> int:
+        """How many experts of the next layer may be read ahead, of a model that picks so many."""
+        return min(used, MOST_LOOKAHEAD if isinstance(self.lookahead, str) else self.lookahead)
+
+    @property
+    def lookahead_mode(self) -> Literal["auto", "on", "off"]:
+        """Whether that is done."""
+        return "auto" if self.lookahead == "auto" else "on" if self.lookahead else "off"
+
     def _check_values(self) -> None:
-        if not 0 <= self.lookahead <= MOST_LOOKAHEAD:
+        if isinstance(self.lookahead, int) and not 0 <= self.lookahead <= MOST_LOOKAHEAD:
             raise UsageError(f"lookahead is {self.lookahead}, expected 0 to {MOST_LOOKAHEAD}")
         if self.logit_rows < 0:
             raise UsageError(f"logit_rows is {self.logit_rows}, expected 0 or more")

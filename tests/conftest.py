@@ -12,6 +12,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MOST_WORKERS = 8
 
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    # the commands that tests start, dozens of them, need not compile the package each for itself
+    os.environ.setdefault("PYTHONPYCACHEPREFIX", str(ROOT / "build" / "tests" / "bytecode"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A worker keeps to its share of the processors: threads of two engines that spin for each other take turns."""
+    worker = getattr(config, "workerinput", None)
+    processors = sorted(os.sched_getaffinity(0))
+    if worker and len(processors) >= worker["workercount"]:
+        first = int(worker["workerid"].removeprefix("gw")) % worker["workercount"]  # one that died is replaced
+        os.sched_setaffinity(0, processors[first :: worker["workercount"]])
+
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Whole folders are tested by a process for each processor; what is named, and what needs a device, by one."""

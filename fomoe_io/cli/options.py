@@ -153,8 +153,9 @@ def add_engine_options(parser: Parser, *, batch: int = 512) -> None:
         help="experts of each layer in memory (default: all that --ram has room for)")  # fmt: skip
     group.add_argument("--policy", choices=("decayed", "lru", "lfu", "lfru"), default=d.policy,
         help="who leaves memory first")  # fmt: skip
-    group.add_argument("--lookahead", type=whole, default=d.lookahead, metavar="N",
-        help="read up to N experts of the next layer ahead, by its router's guess")  # fmt: skip
+    group.add_argument("--lookahead", type=_lookahead, default=d.lookahead, metavar="on|off|auto|N",
+        help="read experts of the next layer ahead, by its router's guess: as many as it picks or up to N, or (auto) "
+        "where that is measured to pay (default: off)")  # fmt: skip
     group.add_argument("--car", type=checked(CarRule.parse), metavar="RULE",
         help="let resident experts stand in for missing ones, which is not exact: "
         "off (default), on, ratio:TAU, prior:LAMBDA, regret:RHO or budget:RHO")  # fmt: skip
@@ -223,6 +224,10 @@ def engine_config(options: argparse.Namespace, path: Path | None = None) -> Engi
             split_mode="layer" if options.split_mode == "none" else options.split_mode,
             tensor_split=options.tensor_split,
         )
+
+
+def _lookahead(text: str) -> int | str:
+    return text if text in ("on", "off", "auto") else whole(text)
 
 
 def _split_mode(text: str) -> str:

@@ -16,6 +16,7 @@ from fomoe_io.cpu import dot_library
 from fomoe_io.cpu.recorder import CpuRecorder, Embedding, StateLayout
 from fomoe_io.cpu.weights import Weights
 from fomoe_io.errors import FormatError, UsageError
+from fomoe_io.experts.lookahead import Lookahead
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import SlotLayout, native_layers, share_slots, slot_layout, slot_pairs, tier_slots
 from fomoe_io.models.recorder import KvType
@@ -178,7 +179,7 @@ class CpuBackend:
             reader.address,
             (reader, self._pool),
         )
-        self._experts.set_lookahead(min(config.lookahead, s.used))
+        self._lookahead = Lookahead(config.lookahead_mode)
         if config.car is not None:
             car = config.car.native()
             self._experts.set_car(ctypes.addressof(car))
@@ -207,7 +208,7 @@ class CpuBackend:
             # attention scores of a whole context, or the widest row (twice: normalised q and k)
             scratch_floats=max(2 * s.widest_row, opened.context_tokens),
             experts=experts,
-            lookahead=self._config.lookahead > 0,
+            lookahead=self._config.lookahead_mode != "off",
             kv_type=KvType[self._config.kv_type.upper()],
             widest_batch=self._config.batch_tokens,
         )
@@ -281,6 +282,9 @@ class CpuBackend:
             place += len(joined.output_rows)
 
     def _run(self, joined: Joined, batch: Batch, logits: np.ndarray) -> None:
+        is_token = len(joined.ids) == 1
+        if is_token:
+            self._experts.set_lookahead(self._config.guesses_of(self._shape.used) if self._lookahead.begin() else 0)
         error = self._recorder.program.run(
             joined.ids,
             joined.positions,
@@ -294,6 +298,8 @@ class CpuBackend:
         if error not in (0, -errno.ECANCELED) and self._opened.has_every_expert():
             raise self._opened.embedding_error(-error)
         self._check(error)
+        if is_token:
+            self._lookahead.end()
 
     def picks(self) -> np.ndarray:
         """How often the router has picked each expert."""

@@ -86,7 +86,11 @@ class EmbeddingTable:
 
 @dataclass(slots=True)
 class LaunchSpec:
-    """A launch that has not been bound to a device yet; the last three are those of :class:`device.Step`."""
+    """A launch that has not been bound to a device yet.
+
+    `beside`, `forks` and `joins` are those of :class:`device.Step`; `guesses`: of lookahead, whose launches change no
+    others' results.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
@@ -94,6 +98,7 @@ class LaunchSpec:
     beside: bool = False
     forks: bool = False
     joins: bool = False
+    guesses: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,7 @@ class DeviceExpertLayer:
     ----------
     gate_kernel, down_kernel : formats of gate and up, and of down
     device_offset : where gate, up and down stand in a record
-    table, post, answer : addresses as the device sees them (gpu/kernels/router.h)
+    table, post, answer, guess : addresses as the device sees them (gpu/kernels/router.h)
     """
 
     gate_kernel: str
@@ -113,6 +118,7 @@ class DeviceExpertLayer:
     table: int
     post: int
     answer: int
+    guess: int
 
 
 @dataclass(frozen=True, slots=True)

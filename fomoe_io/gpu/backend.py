@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fomoe_io import _gpu, _hip
-from fomoe_io.backend import Batch, Counters, Joined, PooledState, Span, StatePool, kept_text
+from fomoe_io.backend import Batch, Counters, Joined, PooledState, Span, StatePool, kept_text, lookahead_text
 from fomoe_io.errors import DeviceError, UsageError
+from fomoe_io.experts.lookahead import Lookahead
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import slot_layout
 from fomoe_io.gpu import device, kernels
@@ -109,12 +110,12 @@ class GpuBackend:
         source = ModelSource(
             opened.shape, opened.model.architecture.build, opened.model.resident, opened.files, records, inputs,
             opened.context_tokens, opened.config.car is not None, opened.config.sessions,
-            KvType[opened.config.kv_type.upper()], part,
+            KvType[opened.config.kv_type.upper()], part, opened.config.guesses_of(opened.shape.used),
         )  # fmt: skip
         budget = ram or RamBudget(opened.store.model_name, opened.shape, opened.config, opened.peak_bytes_before)
         self.sharing = Sharing(gpu, opened, source, self.layouts, budget)
         self.budgets = self.sharing.budgets
-        self._states = StatePool(opened.config.sessions)
+        self._states, self._lookahead = StatePool(opened.config.sessions), Lookahead(opened.config.lookahead_mode)
         try:
             self._allocate()
             self._fill()
@@ -128,13 +129,6 @@ class GpuBackend:
         config = self._opened.config
         if config.activations != "quantized":
             raise UsageError("float activations are computed on the CPU alone", hint="--device cpu")
-        unsupported = {
-            "lookahead": config.lookahead > 0,
-            "back-fill": config.car is not None and config.car.backfill > 0,
-        }
-        for name, is_wanted in unsupported.items():
-            if is_wanted:
-                raise UsageError(f"{name} is made on the CPU alone", hint="--device cpu")
 
     @property
     def device_name(self) -> str:
@@ -160,7 +154,7 @@ class GpuBackend:
             f"{format_bytes(b.vram_pool_bytes)} ({least[VRAM]} of {s.experts} a layer), "
             f"state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}",
             f"memory at most {format_bytes(b.ram_bytes)}{again}, in it experts {format_bytes(b.pool_bytes)} "
-            f"({least[DRAM]} a layer){kept_text(b)}",
+            f"({least[DRAM]} a layer){lookahead_text(b)}{kept_text(b)}",
         ]
 
     # ---- opening ----
@@ -194,6 +188,10 @@ class GpuBackend:
             changed=words.host + words.offset("changed"), stop=words.host, logits_from=r.token.logits_address,
             logits_to=words.host + words.offset("logits"),
         )  # fmt: skip
+        if sharing.guesses:
+            self._experts.look_ahead(sharing.guesses, sharing.guesses)
+        if opened.config.car is not None:
+            self._experts.back_fill(opened.config.car.backfill)
         if tuning.piece_bytes is not None:
             self._experts.set_piece_bytes(tuning.piece_bytes)
         embedding = EmbeddingReader(opened, r.embedding, r.token.embedding_file, r.token.embedding_offset)
@@ -269,16 +267,19 @@ class GpuBackend:
         """One token."""
         self._number = self._number % 0xFFFFFFFF + 1  # 0 is what posts and answers hold before the first run
         self.allow()
-        error, found = self.token(self._number, span, may_substitute)
+        error, found = self.token(self._number, span, may_substitute, self._lookahead.begin())
         self.check(error)
+        self._lookahead.end()
         logits[:] = found
         if picks is not None:
             picks[:, 0] = self.tokens.posted_picks()
 
-    def token(self, number: int, span: Span, may_substitute: bool) -> tuple[int, np.ndarray]:
+    def token(self, number: int, span: Span, may_substitute: bool, looks_ahead: bool) -> tuple[int, np.ndarray]:
         """(error, logits), as :meth:`TokenRunner.run` has them."""
-        address = self._enter(span.state)
-        return self.tokens.run(number, span.ids, span.position, address, span.outputs, may_substitute=may_substitute)
+        return self.tokens.run(
+            number, span.ids, span.position, self._enter(span.state), span.outputs, may_substitute=may_substitute,
+            looks_ahead=looks_ahead,
+        )  # fmt: skip
 
     def allow(self) -> None:
         """Before a run: its kernels wait for the host, and for other devices; a run that was given up has ended."""
@@ -303,12 +304,20 @@ class GpuBackend:
             raise AssertionError("no other device has rows")
 
     def prompt(
-        self, joined: Joined, logits: np.ndarray, uses_products: bool, picks: np.ndarray | None, handed: Handed
+        self,
+        joined: Joined,
+        logits: np.ndarray,
+        uses_products: bool,
+        picks: np.ndarray | None,
+        handed: Handed,
+        piece: tuple[int, int] = (0, 1),
     ) -> Iterator[int]:
         """This device's layers of a batch, as :meth:`PromptRunner.run`."""
         assert self._prompts is not None
         states = joined.of_tokens([self._enter(span.state) for span in joined.spans])
-        return self._prompts.run(joined, states, logits, uses_products=uses_products, picks=picks, handed=handed)
+        return self._prompts.run(
+            joined, states, logits, uses_products=uses_products, picks=picks, handed=handed, piece=piece
+        )
 
     def reader_counters(self) -> dict[str, int]:
         """Of the reader of this device's experts."""
@@ -345,7 +354,7 @@ class GpuBackend:
     def add_statistics(self, result: dict[str, Any], change: Counters) -> None:
         """Bytes over the link, launches, synchronisations."""
         calls = device.counts()
-        result["tiers"]["dram"]["bytes"] = max(0, change.up_bytes - change.nvme_bytes)
+        result["tiers"]["dram"]["bytes"] = max(0, change.up_bytes - (change.nvme_bytes - change.prefetch_wasted_bytes))
         result["link"] = {"up_bytes": change.up_bytes, "down_bytes": change.down_bytes}
         result["layers_served"] = {"all": change.layers, "with_misses": change.served_layers}
         stalls = {
@@ -355,12 +364,19 @@ class GpuBackend:
             "device": change.post_stall_ns,
         }
         result["stall_seconds"] |= {name: ns / 1e9 for name, ns in stalls.items()}
+        if self.sharing.guesses:
+            result["prefetch"] |= {"is_on": self._lookahead.is_on, "recall": recall_of(self.guessed)}
         result["host_us_per_miss"] = change.host_ns / 1e3 / change.misses if change.misses else 0.0
         result["device_calls"] = {key: calls[key] - self._calls[key] for key in calls}
 
+    @property
+    def guessed(self) -> np.ndarray:
+        """int64 [layers, 2]: picks of layers that were guessed in time, and those that were guessed rightly."""
+        return self._experts.recall() - self._recall
+
     def reset_statistics(self) -> None:
-        """Counts of calls begin anew."""
-        self._calls = device.counts()
+        """Counts of calls and of guesses begin anew."""
+        self._calls, self._recall = device.counts(), self._experts.recall()
 
     # ---- closing ----
 
@@ -396,6 +412,11 @@ class GpuBackend:
                     if not stream.is_done():
                         return False
         return True
+
+
+def recall_of(guessed: np.ndarray) -> list[float | None]:
+    """A share for each layer; None where nothing was guessed."""
+    return [round(right / picks, 4) if picks else None for picks, right in guessed.tolist()]
 
 
 _ON_DEVICE = (

@@ -116,13 +116,14 @@ def check_shape(s: Shape) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Mail:
-    """Offsets of each layer's post and answer (gpu/kernels/router.h) in memory that host and device share.
+    """Offsets of each layer's post, answer and guesses (gpu/kernels/router.h) in memory that host and device share.
 
     The first cache line holds the word that stops a wait.
     """
 
     pairs: int
     layers: int
+    guesses: int = 0
 
     @property
     def post_bytes(self) -> int:
@@ -134,13 +135,22 @@ class Mail:
         """Of one layer's answer."""
         return up(kernels.ANSWER_BYTES * self.pairs, CACHE_LINE_BYTES) * CACHE_LINE_BYTES
 
+    @property
+    def guess_bytes(self) -> int:
+        """Of what is guessed of a layer."""
+        return up(8 * self.guesses, CACHE_LINE_BYTES) * CACHE_LINE_BYTES
+
     def post(self, layer: int) -> int:
         """Offset of a layer's post."""
-        return CACHE_LINE_BYTES + layer * (self.post_bytes + self.answer_bytes)
+        return CACHE_LINE_BYTES + layer * (self.post_bytes + self.answer_bytes + self.guess_bytes)
 
     def answer(self, layer: int) -> int:
         """Offset of a layer's answer."""
         return self.post(layer) + self.post_bytes
+
+    def guess(self, layer: int) -> int:
+        """Offset of what is guessed of a layer."""
+        return self.answer(layer) + self.answer_bytes
 
     @property
     def bytes(self) -> int:
@@ -237,6 +247,7 @@ def native_device_layers(
                 "pool": (pools[0][index], pools[1][index]),
                 "table": tables + 8 * most * index,
                 "post": mail[0] + posts.post(index),
+                "guess": mail[0] + posts.guess(index) if posts.guesses else 0,
                 "answer": mail[0] + posts.answer(index),
                 "answer_on_device": mail[1] + posts.answer(index),
             }

@@ -1,26 +1,29 @@
 """A model on several GPUs: each computes some of the layers, in turn, with its own link, memory and experts.
 
 The devices' graphs run at the same time and wait for one another where a layer of one follows a layer of another
-(kernels/hop.h); each device's experts are served by a thread of their own.  The bits are those of one device.
+(kernels/hop.h); each device's experts are served by a thread of their own.  A prompt's batches follow one another
+through the devices (pipeline.py).  The bits are those of one device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import fields, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from fomoe_io import _cpu
 from fomoe_io.backend import Batch, Budgets, Counters, Joined, PooledState, Span, StatePool
 from fomoe_io.errors import DeviceError, UsageError
+from fomoe_io.experts.lookahead import Lookahead
 from fomoe_io.gpu.arena import Part, hop_bytes
-from fomoe_io.gpu.backend import GpuBackend, GpuState
+from fomoe_io.gpu.backend import GpuBackend, GpuState, recall_of
 from fomoe_io.gpu.device import Gpu
-from fomoe_io.gpu.prompts import Handed
+from fomoe_io.gpu.pipeline import BATCHES_A_DEVICE, Piece, cut
 from fomoe_io.gpu.runs import run_batch
 from fomoe_io.open_model import OpenModel
 from fomoe_io.ram_budget import RamBudget, RamPart
@@ -30,6 +33,7 @@ from fomoe_io.units import format_bytes
 if TYPE_CHECKING:
     from fomoe_io._cpu import Trace
 
+T = TypeVar("T")
 LOOK_SECONDS = 0.05
 """Between two looks whether a device whose run was given up has ended."""
 
@@ -111,8 +115,6 @@ class ChainBackend:
 
     def __init__(self, opened: OpenModel, gpus: Sequence[Gpu]) -> None:
         config, shape = opened.config, opened.shape
-        if config.trace is not None:
-            raise UsageError("a trace is written of one device alone", hint=f"--device {gpus[0].info.option}")
         weights = config.tensor_split or tuple(1.0 for _ in gpus)
         self._owner = owners(shape.layers, weights, config.split_mode)
         if len(weights) != len(gpus) or len(set(self._owner)) < len(gpus):
@@ -121,7 +123,12 @@ class ChainBackend:
                 hint="-ts with a number a device, none of them 0",
             )
         self._opened, self.stages, self._number = opened, list[GpuBackend](), 0
-        self._states = StatePool(config.sessions)
+        self._trace: Trace | None = None
+        self._traces: list[Trace] = []
+        # layers in turn: a device would need the rows of several batches at once
+        self._batches = BATCHES_A_DEVICE * len(gpus) if config.split_mode == "layer" else 1
+        self._states, self._failures = StatePool(config.sessions), list[BaseException]()
+        self._lookahead = Lookahead(config.lookahead_mode)
         self._threads = ThreadPoolExecutor(len(gpus) - 1, "fomoe-device")
         try:
             self._open(gpus)
@@ -163,8 +170,9 @@ class ChainBackend:
         }
         slots = tuple(all_of[i].slots[layer] for layer, i in enumerate(self._owner))
         added["kept_bytes"] -= (len(all_of) - 1) * (self._opened.config.cache_bytes or 0)  # each has counted it
-        batch = min(b.batch_tokens for b in all_of)
-        return replace(all_of[0], **added, ram_bytes=self._ram_bytes, batch_tokens=batch, slots=slots)
+        self._batch_tokens = min(b.batch_tokens for b in all_of)
+        batch_tokens = self._batch_tokens * (self._batches if self._batch_tokens > 1 else 1)
+        return replace(all_of[0], **added, ram_bytes=self._ram_bytes, batch_tokens=batch_tokens, slots=slots)
 
     @property
     def device_name(self) -> str:
@@ -190,7 +198,12 @@ class ChainBackend:
         return [*lines, f"memory {format_bytes(b.ram_bytes)}{again}: experts {format_bytes(b.pool_bytes)}"]
 
     def record(self, trace: Trace) -> None:
-        """Refused when the backend was opened."""
+        """Write what runs from now on do into a trace: each device keeps what it does until a run is over."""
+        self._trace = trace
+        for stage in self.stages:
+            held = _cpu.Trace.held(len(stage.records) * self._batches, self._batch_tokens, self._opened.shape.used)
+            stage.record(held)
+            self._traces.append(held)
 
     def warm(self, layer: int, experts: np.ndarray, scores: np.ndarray) -> None:
         """Bring experts into a layer's free slots."""
@@ -215,65 +228,101 @@ class ChainBackend:
         return replace(span, state=span.state.parts[i])
 
     def run_token(self, span: Span, may_substitute: bool, logits: np.ndarray, picks: np.ndarray | None) -> None:
-        """One token: the devices' graphs at the same time, the caller's thread for the first."""
+        """One token: the devices' graphs at the same time."""
         self._number = self._number % 0xFFFFFFFF + 1
         for stage in self.stages:
             stage.allow()
-        work = [
-            self._threads.submit(self._stage_token, i, span, may_substitute, self._number)
-            for i in range(1, len(self.stages))
-        ]
-        try:
-            first = self._stage_token(0, span, may_substitute, self._number)
-            while not first[0] and wait(work, LOOK_SECONDS).not_done:
-                self._opened.gate.look()
-        except BaseException:
-            self._give_up(work)
-            raise
-        if first[0]:
-            self._give_up(work)
-        results = [first, *(future.result() for future in work)]
-        for stage, (error, _) in zip(self.stages, results, strict=True):
-            stage.check(error)
-        logits[:] = results[self._owner[-1]][1]
+        looks_ahead = self._lookahead.begin()
+
+        def stage_token(i: int) -> np.ndarray:
+            error, found = self.stages[i].token(self._number, self._of_stage(span, i), may_substitute, looks_ahead)
+            self.stages[i].check(error)
+            return found
+
+        logits[:] = self._at_once(stage_token)[self._owner[-1]]
+        self._lookahead.end()
         if picks is not None:
             for stage in self.stages:
                 posted = stage.tokens.posted_picks()
                 for layer in stage.records:
                     picks[layer, 0] = posted[layer]
 
-    def _stage_token(self, i: int, span: Span, may_substitute: bool, number: int) -> tuple[int, np.ndarray]:
-        error = 1
-        try:
-            error, found = self.stages[i].token(number, self._of_stage(span, i), may_substitute)
-            return error, found
-        finally:
-            if error:  # nobody waits for rows that do not come
-                for stage in self.stages:
-                    stage.pass_on()
+    def run_prompt(self, spans: list[Span], logits: np.ndarray, uses_products: bool, picks: np.ndarray | None) -> None:
+        """Batches; where each device has layers of its own one after another, at the same time."""
+        pieces = cut(spans, self._batch_tokens, logits, picks, len(self.stages))
+        if len(pieces) == 1 or self._batches == 1:
+            for piece in pieces:
+                self._in_turn(piece, uses_products)
+        else:
+            self._at_once(lambda i: self._stage_pieces(i, pieces, uses_products))
 
-    def _give_up(self, work: list[Future[tuple[int, np.ndarray]]]) -> None:
-        """The first device's run has failed: those of the others end, too."""
+    def _stage_prompt(self, i: int, piece: Piece, uses_products: bool) -> Iterator[int]:
+        joined = Joined([self._of_stage(span, i) for span in piece.spans])
+        return self.stages[i].prompt(joined, piece.logits, uses_products, piece.picks, piece.handed, piece.place)
+
+    def _in_turn(self, piece: Piece, uses_products: bool) -> None:
+        """Each device's layers when the rows before them are there, in the caller's thread."""
+        try:
+            waiting = {i: self._stage_prompt(i, piece, uses_products) for i in range(len(self.stages))}
+            while waiting:
+                for i in list(waiting):
+                    if next(waiting[i], None) is None:
+                        del waiting[i]
+        finally:
+            self._take_traces()
+
+    def _stage_pieces(self, i: int, pieces: list[Piece], uses_products: bool) -> None:
+        """A device's layers of all batches, each when the device before has done with it."""
+        for piece in pieces:
+            while not (i == 0 or piece.is_done[i - 1].wait(LOOK_SECONDS)):
+                if self._failures:
+                    return
+            if self._failures:
+                return
+            for _ in self._stage_prompt(i, piece, uses_products):
+                raise AssertionError("the rows of the device before have come")
+            piece.is_done[i].set()
+
+    def _at_once(self, work: Callable[[int], T]) -> list[T]:
+        """What `work` makes of each device, the caller's thread for the first; the first failure ends the others."""
+        self._failures.clear()
+
+        def guarded(i: int) -> T:
+            try:
+                return work(i)
+            except BaseException as error:
+                self._failures.append(error)
+                for stage in self.stages:  # nobody waits for rows that do not come
+                    stage.pass_on()
+                raise
+
+        others = [self._threads.submit(guarded, i) for i in range(1, len(self.stages))]
+        try:
+            first = guarded(0)
+            while wait(others, LOOK_SECONDS).not_done and not self._failures:
+                self._opened.gate.look()
+        except BaseException as error:
+            self._failures.append(error)
+        if self._failures:
+            self._give_up(others)
+        self._take_traces()
+        if self._failures:
+            cause = self._failures[0]
+            self._failures.clear()
+            raise cause
+        return [first, *(other.result() for other in others)]
+
+    def _give_up(self, work: list[Future[T]]) -> None:
+        """A device's run has failed: those of the others end, too."""
         while wait(work, LOOK_SECONDS).not_done:
             for stage in self.stages[1:]:
                 stage.end_run()
         for stage in self.stages[1:]:
             stage.go_on()
-        for future in work:
-            with suppress(DeviceError, UsageError):
-                future.result()
 
-    def run_prompt(self, spans: list[Span], logits: np.ndarray, uses_products: bool, picks: np.ndarray | None) -> None:
-        """A batch, each device's layers when the rows before them are there."""
-        handed: Handed = {}
-        waiting = {}
-        for i, stage in enumerate(self.stages):
-            mine = [self._of_stage(span, i) for span in spans]
-            waiting[i] = stage.prompt(Joined(mine), logits, uses_products, picks, handed)
-        while waiting:
-            for i in list(waiting):
-                if next(waiting[i], None) is None:
-                    del waiting[i]
+    def _take_traces(self) -> None:
+        if self._trace is not None:
+            self._trace.take(self._traces)
 
     def picks(self) -> np.ndarray:
         """How often the router has picked each expert."""
@@ -295,6 +344,9 @@ class ChainBackend:
     def add_statistics(self, result: dict[str, Any], change: Counters) -> None:
         """Those of all devices, and how the model is split."""
         self.stages[0].add_statistics(result, change)
+        if self.stages[0].sharing.guesses:
+            guessed = self._by_layer([stage.guessed for stage in self.stages])
+            result["prefetch"] |= {"is_on": self._lookahead.is_on, "recall": recall_of(guessed)}
         counts = [sum(i == k for i in self._owner) for k in range(len(self.stages))]
         result["split"] = {"mode": self._opened.config.split_mode, "layers": counts}
         for stage in self.stages[1:]:
@@ -303,8 +355,9 @@ class ChainBackend:
                     result["reader"][name] += value
 
     def reset_statistics(self) -> None:
-        """Counts of calls begin anew."""
-        self.stages[0].reset_statistics()
+        """Counts of calls and of guesses begin anew."""
+        for stage in self.stages:
+            stage.reset_statistics()
 
     def close(self) -> None:
         """Give everything back."""

@@ -123,6 +123,7 @@ class PromptRunner:
         self._programs: dict[tuple[int, bool], _Program] = {}
         self._posted = gpu.event()
         self._is_running = False
+        self._moving: list[np.ndarray] = []  # rows of another device that a copy at work may still reach
 
     def _words(self, offset: int, count: int, dtype: Any) -> np.ndarray:
         return self._host[offset:].view()[: count * np.dtype(dtype).itemsize].view(dtype)
@@ -159,6 +160,7 @@ class PromptRunner:
         uses_products: bool,
         picks: np.ndarray | None = None,
         handed: Handed | None = None,
+        piece: tuple[int, int] = (0, 1),
     ) -> Iterator[int]:
         """Read one batch; yields where rows of another device must come first, until they are in `handed`.
 
@@ -175,6 +177,8 @@ class PromptRunner:
             int32 [layers, tokens, used], out: what the router picked.
         handed : dict of int to list of numpy.ndarray, optional
             Float rows that one device has left for another, by the number of the change.
+        piece : tuple of int
+            Which batch this is of how many that are read in one call; for progress.
 
         Yields
         ------
@@ -189,7 +193,7 @@ class PromptRunner:
         self._fill_inputs(program.recorder, joined, states)
         self._experts.begin_batch(tokens, stream)
         for i, step in enumerate(program.steps):
-            self._gate.tell(i, len(program.steps))
+            self._gate.tell(piece[0] * len(program.steps) + i, piece[1] * len(program.steps))
             if isinstance(step, PostPicks):
                 address, nbytes = self._host.ctypes.data, 4 * tokens * self._shape.used
                 stream.copy_out(address + self._inputs.picks, step.ids, nbytes)
@@ -223,15 +227,16 @@ class PromptRunner:
     def _hop(self, step: Hop, tokens: int, handed: Handed) -> None:
         stream, size = self._gpu.stream, 4 * tokens * step.columns
         if step.comes:
-            for address, rows in zip(step.rows, handed.pop(step.number), strict=True):
+            self._moving = handed.pop(step.number)
+            for address, rows in zip(step.rows, self._moving, strict=True):
                 stream.copy_in(address, rows.ctypes.data, size)
-                stream.synchronize(self._gate)
-            return
-        found = [np.empty((tokens, step.columns), np.float32) for _ in step.rows]
-        for address, rows in zip(step.rows, found, strict=True):
-            stream.copy_out(rows.ctypes.data, address, size)
-        stream.synchronize(self._gate)
-        handed[step.number] = found
+        else:
+            self._moving = [np.empty((tokens, step.columns), np.float32) for _ in step.rows]
+            for address, rows in zip(step.rows, self._moving, strict=True):
+                stream.copy_out(rows.ctypes.data, address, size)
+        stream.synchronize(self._gate)  # a wait that ends early leaves them where they are until the device is done
+        if not step.comes:
+            handed[step.number] = self._moving
 
     def _serve(self, step: ServeExperts, tokens: int, picks: np.ndarray | None) -> None:
         """Bring a layer's experts wave by wave; what is there is computed with while the next are read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fomoe_io.gpu import kernels
@@ -61,6 +62,8 @@ class DeviceRecorder(LatentRecorder):
         Picks go through cache-aware routing.
     part : Part
         What this device computes of the model.
+    guesses : int
+        How many of the next layer's picks are guessed; 0: none.
 
     Attributes
     ----------
@@ -85,9 +88,10 @@ class DeviceRecorder(LatentRecorder):
         hidden: int,
         substitutes: bool = False,
         part: Part = WHOLE,
+        guesses: int = 0,
     ) -> None:
         super().__init__(DeviceState(memory.state_base), mailbox, part)  # every program's places are the same
-        self._substitutes = substitutes
+        self._substitutes, self._guesses = substitutes, guesses
         self.memory, self.hidden, self.vocabulary = memory, hidden, vocabulary
         self.context_tokens = memory.context_tokens
         self._experts, self._expert_inputs = experts, expert_inputs
@@ -404,13 +408,28 @@ class DeviceRecorder(LatentRecorder):
     def lookahead(
         self, layer: int, x: DeviceRows, weight: int, epsilon: float, matrix: DeviceMatrix, router: Router[int]
     ) -> None:
-        """Nothing: the CPU alone guesses."""
+        """Norm and router of a layer that follows one of this device, on what that one's experts will be added to."""
+        if not self._guesses or not self._is_here or not self._part.has(layer):
+            return
+        first, guessed = len(self.body), replace(router, used=self._guesses)
+        row = self.rows("guess_normed", x.columns, self.form_of(matrix))
+        floats, q8 = (row.address if row.type == form else None for form in (F32, Q8))
+        self._add("rms_norm", (self.tokens, 1, 1), x.address, None, weight, floats, q8, x.columns, epsilon)
+        logits = self.rows("guess_logits", router.experts)
+        self.body.append(make.mat_vec(matrix, row.address, logits.address))
+        ids, weights = (self.rows(f"guess_{name}", self._guesses) for name in ("experts", "weights"))
+        self.body.append(make.route(Picks(layer, guessed, logits, ids, weights), self.tokens, None))
+        post = self._experts[layer].guess
+        self._add("post_guesses", (1, 1, 1), ids.address, post, self._mailbox.run, self._guesses)
+        for spec in self.body[first:]:
+            spec.guesses = True
 
     # ---- the result ----
 
-    def launches(self, outputs: int) -> list[LaunchSpec]:
-        """All launches of a run that wants so many logits (0 or 1)."""
-        return [*self.finished_body(), *(self.tail(0, 1) if outputs and self.makes_logits else [])]
+    def launches(self, outputs: int, guesses: bool = False) -> list[LaunchSpec]:
+        """All launches of a run that wants so many logits (0 or 1), with or without lookahead."""
+        body = [spec for spec in self.finished_body() if guesses or not spec.guesses]
+        return [*body, *(self.tail(0, 1) if outputs and self.makes_logits else [])]
 
     def finished_body(self) -> list[Any]:
         """All but the logits."""

@@ -46,6 +46,7 @@ class ModelSource:
     sessions : states that there are
     kv_type : what keys and values are kept as
     part : what this device computes
+    guesses : how many of a layer's picks a token may guess
     """
 
     shape: Shape
@@ -59,6 +60,7 @@ class ModelSource:
     sessions: int = 1
     kv_type: KvType = KvType.F32
     part: Part = WHOLE
+    guesses: int = 0
 
 
 class Recordings:
@@ -99,7 +101,7 @@ class Recordings:
         self._place_inputs(batch_tokens)
         self.tables_address = self.memory.words("tables", 8 * s.layers * s.experts)
         self.products_address = self.memory.words("products", product_bytes) if product_bytes else 0
-        self.mail = Mail(s.used, s.layers)
+        self.mail = Mail(s.used, s.layers, source.guesses)
         self._mailbox = Mailbox(self.header_address, addresses.mail)
         self.layers = {
             i: DeviceExpertLayer(
@@ -108,10 +110,12 @@ class Recordings:
                 self.tables_address + 8 * s.experts * i,
                 addresses.mail + self.mail.post(i),
                 addresses.mail + self.mail.answer(i),
+                addresses.mail + self.mail.guess(i),
             )
             for i, record in source.records.items()
         }
-        self.token = self._recorded(DeviceRecorder(self.memory, substitutes=source.substitutes, **self._settings()))
+        token = DeviceRecorder(self.memory, substitutes=source.substitutes, guesses=source.guesses, **self._settings())
+        self.token = self._recorded(token)
         for uses_products in (False, True) if product_bytes else (False,):
             if batch_tokens > 1:
                 self.batch(batch_tokens, uses_products)

@@ -54,6 +54,8 @@ class Sharing:
     batch_tokens : int
     scratch_bytes : int
         For tiles of the vendor's library of matrix products; 0 without it.
+    guesses : int
+        Picks of a layer that may be read ahead.
     spares : (int, int)
         Buffers in VRAM and in DRAM for experts between two places.
     sketch : Recordings
@@ -77,9 +79,10 @@ class Sharing:
         self._gpu, self._opened, self._source, self._layouts = gpu, opened, source, layouts
         self._shape, self._config = opened.shape, config
         self._records = {i: record for i, record in source.records.items() if source.part.has(i)}
-        self.batch_tokens = min(config.batch_tokens, opened.context_tokens)
+        self.batch_tokens, self.guesses = min(config.batch_tokens, opened.context_tokens), source.guesses
         self.scratch_bytes = self._product_scratch_bytes()
-        self.spares = (self._shape.used + EXTRA_SPARES, 2 * self._shape.used)
+        # as many experts may wait to be picked as are guessed of a layer
+        self.spares = (self._shape.used + EXTRA_SPARES, 2 * self._shape.used + source.guesses)
         self.sketch = self.recordings(Addresses())
         self._ram = ram
         self.budgets = self._share()
@@ -103,7 +106,10 @@ class Sharing:
         return min(SCRATCH_BYTES, round_up(largest + 2 * TILE_ROWS * self._shape.columns, LEAST_BLOCK_BYTES))
 
     def _spare_bytes(self, tier: int) -> int:
-        return self.spares[tier] * sum(sizes[tier] for sizes in size_classes(self._records))
+        return self.spares[tier] * self._class_bytes(tier)
+
+    def _class_bytes(self, tier: int) -> int:
+        return sum(sizes[tier] for sizes in size_classes(self._records))
 
     def _most_slots(self, share: float, least: int) -> int:
         return max(least, round(share * (self._ram.slots or self._shape.experts)))
@@ -138,7 +144,7 @@ class Sharing:
             ram_bytes=ram_limit, vram_bytes=limit, resident_bytes=fixed[0], state_bytes=fixed[2],
             workspace_bytes=fixed[1] + host_bytes, vram_pool_bytes=pools[VRAM], pool_bytes=pools[DRAM],
             batch_tokens=self.batch_tokens, slots=slot_pairs(table),
-            kept_bytes=kept,
+            kept_bytes=kept, lookahead_bytes=self._source.guesses * self._class_bytes(DRAM),
         )  # fmt: skip
 
     def _too_small(self, limit: int) -> BudgetError:

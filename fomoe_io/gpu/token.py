@@ -46,22 +46,23 @@ class TokenRunner:
     ) -> None:
         self._gpu, self._experts, self._recorded, self._shared = gpu, experts, recorded, shared
         self._embedding, self._shape, self._config = embedding, shape, config
-        self.graphs: dict[int, Graph] = {}
+        self.graphs: dict[tuple[int, bool], Graph] = {}
 
     @property
     def branches(self) -> int:
         """Of the graphs."""
         return self._config.tuning.branches or (2 if self._gpu.info.provider == "cuda" else 1)
 
-    def graph(self, outputs: int) -> Graph:
-        """The graph of a token that wants so many logits (0 or 1); captured once."""
-        if outputs not in self.graphs:
+    def graph(self, outputs: int, looks_ahead: bool = False) -> Graph:
+        """The graph of a token that wants so many logits (0 or 1), and may guess; captured once."""
+        if (outputs, looks_ahead) not in self.graphs:
             steps = [Step(self._begin_run())]
-            for s in self._recorded.token.launches(outputs):
+            for s in self._recorded.token.launches(outputs, looks_ahead):
                 launch = self._gpu.prepare(s.kernel, s.grid, *s.arguments)
                 steps.append(Step(launch, s.beside and self.branches == 2, s.forks, s.joins))
-            self.graphs[outputs] = self._gpu.capture_steps(steps, is_chained=self._config.tuning.chained_launches)
-        return self.graphs[outputs]
+            graph = self._gpu.capture_steps(steps, is_chained=self._config.tuning.chained_launches)
+            self.graphs[outputs, looks_ahead] = graph
+        return self.graphs[outputs, looks_ahead]
 
     def _begin_run(self) -> Launch:
         """What fetches a token's header and the tables that have changed, before all else."""
@@ -84,8 +85,9 @@ class TokenRunner:
         self._embedding.read(ids, self._shared.part("header", h.embedding, row_bytes).reshape(1, -1))
 
     def run(
-        self, number: int, ids: np.ndarray, position: int, state: int, outputs: int, *, may_substitute: bool
-    ) -> tuple[int, np.ndarray]:
+        self, number: int, ids: np.ndarray, position: int, state: int, outputs: int, *, may_substitute: bool,
+        looks_ahead: bool,
+    ) -> tuple[int, np.ndarray]:  # fmt: skip
         """Replay a token's graph.
 
         Parameters
@@ -102,6 +104,8 @@ class TokenRunner:
             1: with logits; 0: without.
         may_substitute : bool
             Cache-aware routing may act.
+        looks_ahead : bool
+            Picks are guessed a layer ahead.
 
         Returns
         -------
@@ -110,7 +114,7 @@ class TokenRunner:
         logits : numpy.ndarray
             float32 [outputs, vocabulary], valid until the next run.
         """
-        s, graph = self._shape, self.graph(outputs)
+        s, graph = self._shape, self.graph(outputs, looks_ahead)
         self._fill_header(number, ids, position, state, may_substitute)
         logits_bytes = 4 * s.vocabulary * outputs
         error = self._experts.run(self._gpu.stream, graph, number, logits_bytes)

@@ -343,6 +343,10 @@ class KeptSessions:
 
     # ---- making room ----
 
+    def has_room(self, size: int) -> bool:
+        """Whether there is, without letting go of anything."""
+        return self.held_bytes + size <= self._most_bytes
+
     def make_room(self, size: int, length: int, keep: Iterable[Piece] = ()) -> bool:
         """Let go of what was used longest ago, for a prompt of `length` tokens."""
         if size > self._most_bytes:

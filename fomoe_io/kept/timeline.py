@@ -53,6 +53,7 @@ class Timeline:
         self._is_replayed = False
         self._stops: list[int] = []
         self._prompt_tokens: int | None = None
+        self._passing: Piece | None = None
 
     @property
     def is_sound(self) -> bool:
@@ -237,13 +238,35 @@ class Timeline:
         if end is None and self._is_replayed and len(self.tokens) <= self._answer_first:
             end = text_end(self.tokens, self._text_of)  # its text alone would be other tokens
         piece = self.kept.checkpoint(self.tokens, recurrent, end)
+        if piece is self._passing:
+            self._passing = None
         self._note_live()
         return piece
 
+    def stand_by(self) -> None:
+        """Keep this place until the next such: a run that is given up before its end costs what it has read alone.
+
+        Where memory has room to spare; a model that can be cut needs none.
+        """
+        if self.kept.can_cut or not self.is_sound or not self.tokens or self._last_place() == len(self.tokens):
+            return
+        self._pass()
+        if self.kept.has_room(self.session.recurrent_bytes):
+            self._passing = self.checkpoint()
+
+    def _pass(self) -> None:
+        """Let go of the place that was kept for the moment."""
+        piece, self._passing = self._passing, None
+        if piece is not None and piece.is_attached:
+            self.kept.release(piece)
+
     def end(self) -> None:
         """An answer is over, or was given up: what it has read stays known."""
+        if self.session.is_broken and self.kept.can_cut and self.session.position == len(self.tokens):
+            self.session.truncate(len(self.tokens))  # what it was given up in has left nothing that counts
         if not self.is_sound:
             return
+        self._pass()
         self._text_end = text_end(self.tokens, self._text_of)
         if len(self.tokens) > self._answer_first:
             self.kept.answers.add(self._text_end, self.tokens, self._answer_first)
@@ -262,6 +285,8 @@ class Timeline:
         self._note_live()
         last = 0
         for piece in sorted(self._own(), key=lambda p: (p.end, p.is_checkpoint)):
+            if piece is self._passing:
+                continue
             is_apart = not piece.is_checkpoint or piece.end - last >= APART_ON_DRIVE_TOKENS
             if is_apart and not kept.write(piece, self.session.rows, path) and not piece.is_checkpoint:
                 return

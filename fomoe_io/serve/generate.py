@@ -15,7 +15,10 @@ from fomoe_io.text.generation import StopText
 from fomoe_io.text.tokenizer import StreamDecoder, Tokenizer
 
 PIECE_SECONDS = 1.0
-"""A client that leaves frees the engine within two seconds: half of it for a piece, half for all the rest."""
+"""So long others wait for a piece at least, where smaller ones would cost little."""
+
+LONG_SECONDS = 0.5
+"""A piece that takes so long may be ended within, and is worth a place to go on from before it."""
 
 LEAST_PIECE_TOKENS = 16
 
@@ -38,6 +41,7 @@ class PieceSize:
 
     def __init__(self, most: int, *, is_fixed: bool = False) -> None:
         self.tokens = most
+        self.is_long = True  # as far as is known
         self._most = most
         self._is_fixed = is_fixed
         self._best_rate = 0.0
@@ -45,6 +49,7 @@ class PieceSize:
 
     def measured(self, tokens: int, seconds: float) -> None:
         """Learn from a piece."""
+        self.is_long = seconds >= LONG_SECONDS
         if self._is_fixed or tokens < self.tokens:
             return
         rate = tokens / max(seconds, 1e-9)
@@ -120,6 +125,8 @@ class Answering:
             self._check()
             self._emit(Progress(self._number, len(tokens), self._cached, done, self._prompt_seconds))
             part = tokens[done : done + piece.tokens]
+            if piece.is_long:
+                timeline.stand_by()
             before = time.monotonic()
             logits = timeline.read(part)
             piece.measured(len(part), time.monotonic() - before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from array import array
@@ -151,39 +152,56 @@ Event = Started | Progress | Piece | Ended | Told | Over
 class Job:
     """Work with the way back to the client.  Made on the event loop; `emit` is called by the engine's thread.
 
+    A loop that will look by itself, as it does when it was told to pause, is not woken for what can wait so long: a
+    wake-up takes the processor from the engine.
+
     Parameters
     ----------
     work : Work or SlotWork
     most_pending : int or None
         Events that may wait to be sent: a client that lets more come together has stalled.
+
+    Attributes
+    ----------
+    unwanted_since : float
+        By the clock of time.monotonic(); infinity while somebody waits for the answer.
+    has_stalled : bool
+    on_stalled : callable
+        Called on the loop when that happens.
     """
 
     def __init__(self, work: Work | SlotWork, most_pending: int | None = None) -> None:
         self.work = work
         self.created = time.monotonic()
-        self.is_cancelled = False
-        self.has_stalled = asyncio.Event()
+        self.unwanted_since = math.inf
+        self.on_stalled: Callable[[], None] = lambda: None
         self._most_pending = most_pending
         self._loop = asyncio.get_running_loop()
         self._events: deque[Event] = deque()
         self._arrived = asyncio.Event()
-        self._is_waking = self._is_full = False
+        self._is_awaited = True  # by a loop that sleeps until it is woken
+        self.has_stalled = False
 
     def cancel(self) -> None:
-        """The answer is no longer wanted: the engine ends it after the piece or token in flight."""
-        self.is_cancelled = True
+        """The answer is no longer wanted: the engine ends it soon."""
+        self.unwanted_since = min(self.unwanted_since, time.monotonic())
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether it was."""
+        return self.unwanted_since < math.inf
 
     def emit(self, event: Event) -> None:
         """From any thread: an event for the client."""
-        if self._is_full and not isinstance(event, Over):
+        if self.has_stalled and not isinstance(event, Over):
             return
         self._events.append(event)
-        if self._most_pending is not None and len(self._events) > self._most_pending and not self._is_full:
-            self._is_full = True
+        if self._most_pending is not None and len(self._events) > self._most_pending and not self.has_stalled:
+            self.has_stalled = True
             self.cancel()
-            self._call(self.has_stalled.set)
-        if not self._is_waking:  # once for all that come until they are taken: a wake-up costs the engine time
-            self._is_waking = True
+            self._call(self.on_stalled)
+        if self._is_awaited or isinstance(event, Ended | Over):  # once for all that come until they are taken
+            self._is_awaited = False
             self._call(self._arrived.set)
 
     def _call(self, act: Callable[[], None]) -> None:
@@ -192,10 +210,19 @@ class Job:
 
     async def events(self) -> list[Event]:
         """Wait for events; all that have come, at times none."""
-        await self._arrived.wait()
+        if not self._events:
+            self._is_awaited = True
+            if not self._events:  # what came before that was seen woke nobody
+                await self._arrived.wait()
+            self._is_awaited = False
         self._arrived.clear()
-        self._is_waking = False  # before they are taken: what comes now wakes again
         return [self._events.popleft() for _ in range(len(self._events))]
+
+    async def pause(self, seconds: float) -> None:
+        """Let events come together, until an answer ends."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._arrived.wait()
 
 
 class JobQueue:

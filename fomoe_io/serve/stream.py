@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import MutableMapping
 from typing import Any
@@ -81,13 +80,15 @@ class JobResponse:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Attend."""
         watcher = asyncio.create_task(self._watch(receive))
+        connection = scope.get("state", {}).get(CONNECTION)
+        if connection is not None:
+            self._job.on_stalled = connection.cut
         try:
             if self._dialect.is_stream:
                 await self._stream(send)
             else:
                 await self._whole(send)
         except Stalled:
-            connection = scope.get("state", {}).get(CONNECTION)
             if connection is not None:
                 connection.cut()
         finally:
@@ -112,6 +113,7 @@ class JobResponse:
                     if not self._job.is_cancelled:
                         await send_json(send, 200, self._dialect.document())
                     return
+            await self._job.pause(PACE_SECONDS)
 
     async def _stream(self, send: Send) -> None:
         headers = {
@@ -119,22 +121,17 @@ class JobResponse:
             b"cache-control": b"no-store",
             b"x-accel-buffering": b"no",
         }
-        stalled = asyncio.create_task(self._job.has_stalled.wait())
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": list(headers.items())})
-            is_over, spoke = False, time.monotonic()
-            while not is_over:
-                frames, is_over = await self._next_frames()
-                if not frames and time.monotonic() - spoke >= self._config.keep_alive_seconds:
-                    frames = KEEP_ALIVE  # tokens come and say nothing yet
-                if frames or is_over:
-                    message = {"type": "http.response.body", "body": frames, "more_body": not is_over}
-                    await self._deliver(send, message, stalled)
-                    spoke = time.monotonic()
-                if not is_over:
-                    await asyncio.sleep(PACE_SECONDS)
-        finally:
-            stalled.cancel()
+        await send({"type": "http.response.start", "status": 200, "headers": list(headers.items())})
+        is_over, spoke = False, time.monotonic()
+        while not is_over:
+            frames, is_over = await self._next_frames()
+            if not frames and time.monotonic() - spoke >= self._config.keep_alive_seconds:
+                frames = KEEP_ALIVE  # tokens come and say nothing yet
+            if frames or is_over:
+                await self._deliver(send, {"type": "http.response.body", "body": frames, "more_body": not is_over})
+                spoke = time.monotonic()
+            if not is_over:
+                await self._job.pause(PACE_SECONDS)
 
     async def _next_frames(self) -> tuple[bytes, bool]:
         """What there is to say, and whether it is the last."""
@@ -156,13 +153,12 @@ class JobResponse:
             return self._dialect.failed(error)
         return b"" if self._job.is_cancelled else self._dialect.finished()
 
-    async def _deliver(self, send: Send, message: Any, stalled: asyncio.Task[Any]) -> None:
+    async def _deliver(self, send: Send, message: Any) -> None:
         """Send, unless the client keeps too much waiting or takes too long."""
-        sending = asyncio.ensure_future(send(message))
-        await asyncio.wait({sending, stalled}, timeout=self._config.stall_seconds, return_when=asyncio.FIRST_COMPLETED)
-        if sending.done() and not stalled.done():
-            return await sending
-        sending.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await sending
-        raise Stalled
+        try:
+            async with asyncio.timeout(self._config.stall_seconds):
+                await send(message)
+        except TimeoutError:
+            raise Stalled from None
+        if self._job.has_stalled:
+            raise Stalled

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +36,9 @@ from fomoe_io.serve.jobs import (
 from fomoe_io.serve.slots import act
 
 SNAPSHOT_SECONDS = 0.2
+
+GRACE_SECONDS = 1.0
+"""For what is in flight when an answer is no longer wanted: what ends by itself leaves a state to go on from."""
 
 
 @dataclass(slots=True)
@@ -96,7 +101,7 @@ class EngineWorker(threading.Thread):
         self._on_end = on_end
         self._before_close = before_close
         self._piece_tokens = piece_tokens
-        self._is_stopping = False
+        self._stopping_since = math.inf
         self._snapshot_time = 0.0
         self.state: Literal["loading", "ready", "stopped"] = "loading"
         self.engine: Engine | None = None
@@ -110,8 +115,8 @@ class EngineWorker(threading.Thread):
         self.most_tokens = 0
 
     def stop(self) -> None:
-        """From any thread: end after the token or piece in flight."""
-        self._is_stopping = True
+        """From any thread: end after the token or batch in flight, or within it when that takes long."""
+        self._stopping_since = min(self._stopping_since, time.monotonic())
         self._queue.close()
 
     def run(self) -> None:
@@ -166,7 +171,7 @@ class EngineWorker(threading.Thread):
             do()
         except Unwanted:
             self.outcomes["cancelled"] += 1
-            return unavailable("the server is shutting down") if self._is_stopping else None
+            return unavailable("the server is shutting down") if self._stopping_since < math.inf else None
         except ApiError as error:
             self.outcomes["failed"] += 1
             return error
@@ -185,11 +190,30 @@ class EngineWorker(threading.Thread):
         if isinstance(job.work, SlotWork):
             job.emit(Told(act(timeline, job.work)))
         else:
-            self._answer_all(engine, timeline, job, job.work)
+            with self._looking(engine, job):
+                self._answer_all(engine, timeline, job, job.work)
+
+    def _unwanted_seconds(self, job: Job) -> float:
+        """How long nobody has waited for an answer; negative while somebody does."""
+        return time.monotonic() - min(job.unwanted_since, self._stopping_since)
+
+    @contextmanager
+    def _looking(self, engine: Engine, job: Job) -> Iterator[None]:
+        """Whether the answer is still wanted is asked within a batch, too."""
+
+        def look() -> None:
+            if self._unwanted_seconds(job) >= GRACE_SECONDS:
+                raise Unwanted
+
+        engine.gate.on_look = look
+        try:
+            yield
+        finally:
+            engine.gate.on_look = None
 
     def _answer_all(self, engine: Engine, timeline: Timeline, job: Job, work: Work) -> None:
         def check() -> None:
-            if job.is_cancelled or self._is_stopping:
+            if self._unwanted_seconds(job) >= 0:
                 raise Unwanted
 
         def emit(event: Event) -> None:

@@ -450,3 +450,53 @@ def test_a_session_in_a_damaged_file(recurrent: None, timeline: Timeline, alone:
     with pytest.raises(FomoeError, match="bytes"):
         timeline.load(tmp_path / "slot")
     assert APART_TOKENS < BLOCK_TOKENS and array("i").itemsize == 4
+
+
+def give_up(timeline: Timeline, tokens: list[int]) -> None:
+    """A run that ends before its time."""
+
+    def look() -> None:
+        raise InterruptedError
+
+    gate = timeline.session._gate
+    gate.on_look = look
+    try:
+        with pytest.raises(InterruptedError):
+            for _ in range(100):  # it looks every 50 ms
+                timeline.read(tokens)
+    finally:
+        gate.on_look = None
+
+
+def test_a_run_that_is_given_up_costs_what_it_read(engine: Engine, timeline: Timeline) -> None:
+    prompt = MAIN[:400]
+    timeline.begin(prompt)
+    timeline.read(prompt[:100])
+    timeline.stand_by()
+    held = timeline.kept.held_bytes
+    timeline.read(prompt[100:150])
+    timeline.stand_by()
+    assert timeline.kept.held_bytes == held  # the earlier place has gone
+    timeline.end()
+    timeline.begin(prompt)
+    timeline.read(prompt[150:200])
+    timeline.stand_by()
+    give_up(timeline, prompt[200:264])
+    read = len(timeline.tokens)
+    timeline.end()
+    assert timeline.is_sound == timeline.kept.can_cut and 200 <= read < 400
+    again = MAIN[:200] + HELPER
+    assert timeline.unread(again) == len(HELPER)
+    timeline.begin(again)
+    np.testing.assert_array_equal(timeline.read(HELPER), engine.timeline().read(again))
+
+
+def test_a_place_for_the_moment_makes_nothing_leave(timeline: Timeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline.begin(MAIN[:150])
+    timeline.read(MAIN[:100])
+    timeline.checkpoint()
+    kept, place = timeline.kept, timeline.kept.find(array("i", MAIN), 100)
+    monkeypatch.setattr(kept, "_most_bytes", kept.held_bytes)
+    timeline.read(MAIN[100:150])
+    timeline.stand_by()
+    assert place is not None and kept.find(array("i", MAIN), 200) == place

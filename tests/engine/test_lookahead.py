@@ -50,12 +50,13 @@ def test_the_text_stays_the_same(
     # who was waited for was read: on demand, or ahead and too late
     assert nvme["reads"] == nvme["hits"] - prefetch["late"] + prefetch["issued"]
     assert (prefetch["bytes"] > 0) == (prefetch["issued"] > 0) and prefetch["bytes"] <= nvme["bytes"]
+    assert (prefetch["wasted_bytes"] > 0) == (prefetch["useful"] < prefetch["issued"])
     if not settings:
         assert prefetch["useful"] > 0
 
 
 def test_off_by_default_and_with_cache_aware_routing(demo_model: Path, plain: tuple[bytes, dict[str, Any]]) -> None:
-    assert plain[1]["prefetch"] == {"issued": 0, "useful": 0, "late": 0, "bytes": 0}
+    assert plain[1]["prefetch"] == {"issued": 0, "useful": 0, "late": 0, "bytes": 0, "wasted_bytes": 0}
     rule = CarRule("ratio", 0.4)
     logits, s = answer(demo_model, lookahead=4, car=rule)
     assert s["prefetch"]["issued"] == 0 and s["substitutions"] > 0

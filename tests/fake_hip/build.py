@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fomoe_io import _hip
 from tests.gpu_shim.cpu_kernels import build as build_kernels
 
 KINDS = ("buffers", "registrations", "streams", "events", "modules", "graphs", "blas")
@@ -54,6 +55,10 @@ class Fake:
         return {name: self.library.fake_hip_live(i) for i, name in enumerate(KINDS)}
 
 
+PATIENCE_SECONDS = 60
+"""A processor that plays the device beside a dozen busy processes is slow, and yet it does not hang."""
+
+
 @contextmanager
 def installed_fake(folder: Path, *, delay_us: int) -> Iterator[Fake]:
     """The double built in a folder, and the environment that makes it the ROCm of this process."""
@@ -68,7 +73,9 @@ def installed_fake(folder: Path, *, delay_us: int) -> Iterator[Fake]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
             patch.setenv(name, value)
+        _hip.set_patience(PATIENCE_SECONDS)
         yield Fake(folder, _BUILT[0])
+        _hip.set_patience()
 
 
 def build(folder: Path) -> Path:

@@ -9,19 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fomoe_io import Engine, Tiers
 from fomoe_io.errors import BudgetError, DeviceError, ReadError, UsageError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import device
-from fomoe_io.gpu.chain import owners
+from fomoe_io.gpu.chain import ChainBackend, owners
+from fomoe_io.gpu.pipeline import Piece
 from fomoe_io.session import read_together
+from fomoe_io.trace.simulator import replay
+from fomoe_io.trace.trace import Trace
 from tests.fake_hip.build import Fake, installed_fake
 from tests.gpu.test_device_engine import TOKENS, settings, tiny
 from tests.tiny_model import Type, write_tiny
 
 PROMPT = TOKENS[:5]
+SMALL: dict[str, Any] = {"batch_tokens": 2}
 SPLITS: dict[str, dict[str, Any]] = {
     "layer": {"device": "hip:0,0", "split_mode": "layer"},
     "pingpong": {"device": "hip:0,0", "split_mode": "pingpong"},
@@ -160,9 +165,75 @@ def test_memory_of_each(model: Path) -> None:
         Engine.open(model, settings(**{**SPLITS["layer"], "tensor_split": "1000,1"}))
 
 
-def test_what_is_of_one_device_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a trace is written of one device alone"):
-        Engine.open(model, settings(trace=tmp_path / "t", **SPLITS["layer"]))
+@pytest.mark.parametrize("split", ["layer", "pingpong"])
+def test_a_trace_is_one_device_s(model: Path, tmp_path: Path, split: str) -> None:
+    """Layers in order, whoever computed them; and replayed, it counts what the engine has counted."""
+    traces = {}
+    for name, how in (("one", {}), ("two", SPLITS[split])):
+        path = tmp_path / name
+        with Engine.open(model, settings(tiers=Tiers(0.25, 0.25), trace=path, **SMALL, **how)) as engine:
+            session = engine.session()
+            session.prefill(TOKENS)
+            session.decode(7)
+            counted = engine.statistics()
+        traces[name] = path.read_bytes()
+    assert traces["one"] == traces["two"]
+    trace = Trace.load(path)
+    played = replay(trace, np.array(trace.header.slots), decay=trace.header.decay).counters
+    assert played["requests"] == counted["expert_requests"] > 0
+    assert [played[f"{tier}_hits"] for tier in ("vram", "dram")] == [
+        counted["tiers"][tier]["hits"] for tier in ("vram", "dram")
+    ]
+
+
+def test_batches_follow_one_another(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first device is at the second batch before the second device has done with the first."""
+    with Engine.open(model, settings(**SMALL)) as engine:
+        expected = engine.session().prefill(TOKENS).tobytes()
+    begun, waited = threading.Event(), []
+    plain = ChainBackend._stage_prompt
+
+    def watched(backend: ChainBackend, i: int, piece: Piece, uses_products: bool) -> Iterator[int]:
+        if (i, piece.place[0]) == (0, 1):
+            begun.set()
+        if (i, piece.place[0]) == (1, 0):
+            waited.append(begun.wait(10))
+        return plain(backend, i, piece, uses_products)
+
+    monkeypatch.setattr(ChainBackend, "_stage_prompt", watched)
+    with Engine.open(model, settings(**SMALL, **SPLITS["layer"])) as engine:
+        assert engine.session().prefill(TOKENS).tobytes() == expected
+    assert waited == [True]
+
+
+@pytest.mark.parametrize("ends", ["the second device fails", "an interrupt"])
+def test_batches_that_follow_one_another_end_together(
+    model: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    plain = ChainBackend._stage_prompt
+
+    def watched(backend: ChainBackend, i: int, piece: Piece, uses_products: bool) -> Iterator[int]:
+        if (i, piece.place[0]) == (1, 1):
+            if ends == "an interrupt":
+                fake.hang("hipModuleLaunchKernel")
+                threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+            else:
+                raise DeviceError("gone")
+        return plain(backend, i, piece, uses_products)
+
+    with Engine.open(model, settings(**SMALL, **SPLITS["layer"])) as engine:
+        session = engine.session()
+        expected = session.prefill(TOKENS).tobytes()
+        session.reset()
+        began = time.monotonic()
+        with monkeypatch.context() as patch:
+            patch.setattr(ChainBackend, "_stage_prompt", watched)
+            with pytest.raises(KeyboardInterrupt if ends == "an interrupt" else DeviceError):
+                session.prefill(TOKENS)
+        assert session.is_broken and time.monotonic() - began < 8
+        fake.release()
+        session.reset()
+        assert session.prefill(TOKENS).tobytes() == expected
 
 
 @pytest.mark.parametrize("reads", ["tokens", "a prompt"])

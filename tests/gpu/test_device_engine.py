@@ -423,19 +423,6 @@ def test_what_the_kernels_cannot_do_is_said_at_load(tmp_path: Path, changes: dic
     assert caught.value.hint == "--device cpu"
 
 
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"lookahead": 2}, "lookahead"),
-        ({"car": CarRule.parse("ratio:0.5,backfill=1")}, "back-fill"),
-    ],
-)
-def test_what_only_the_processor_does_is_refused(model: Path, changes: dict[str, Any], text: str) -> None:
-    with pytest.raises(UsageError, match=f"{text} is made on the CPU alone") as caught:
-        Engine.open(model, settings(**changes))
-    assert caught.value.hint == "--device cpu"
-
-
 def test_auto_without_a_device_computes_on_the_processor(
     model: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:

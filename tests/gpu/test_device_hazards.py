@@ -23,7 +23,7 @@ from fomoe_io.gpu.device import Gpu, Step
 from fomoe_io.gpu.recorder import ATTENTION_BYTES
 from fomoe_io.gpu.recordings import Addresses
 from fomoe_io.session import Session
-from tests.fake_hip.build import Fake, installed_fake
+from tests.fake_hip.build import PATIENCE_SECONDS, Fake, installed_fake
 from tests.tiny_model import Tiny, Type, write_tiny
 
 MODEL = Tiny(
@@ -46,7 +46,7 @@ def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     abandoned: list[object] = []
     monkeypatch.setattr(_hip, "abandon", lambda *things: abandoned.extend(things))
     yield
-    _hip.set_patience()
+    _hip.set_patience(PATIENCE_SECONDS)
     fake.fail("", 0)
     fake.lose(0)
     fake.hang("", -1)
@@ -211,7 +211,7 @@ def test_on_ordinary_streams_they_would_not(model: Path, monkeypatch: pytest.Mon
         with pytest.raises(DeviceError, match="has not answered"):
             for token in TOKENS:
                 session.decode(token)
-        _hip.set_patience()
+        _hip.set_patience(PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize("name", ["gpu", "hip:", "hip:x", "hip:-1", "cpu:0", "auto:1", "cuda:1,"])

@@ -275,6 +275,11 @@ def test_resolve(runner: Runner, rng: np.random.Generator) -> None:
 
 
 @on_both
+def test_guesses_are_posted(runner: Runner) -> None:
+    router_cases.check_guesses(runner)
+
+
+@on_both
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("is_biased", [False, True])
 def test_substitution(runner: Runner, rng: np.random.Generator, rule: str, is_biased: bool) -> None:

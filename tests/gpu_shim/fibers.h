@@ -1,15 +1,17 @@
-// The prelude's CPU branch: a block runs on one thread, every GPU thread of it a fiber that yields where a GPU would
-// wait for others (lane exchanges, barriers).  A rendezvous completes when every fiber that has not returned is there.
-// x86-64 only.  Loads check the alignment a GPU would insist on.
+// The prelude's CPU branch: a block runs on one thread, every GPU thread of it a fiber that passes the processor on where
+// a GPU would wait for others (lane exchanges, barriers).  A rendezvous completes when every fiber that has not returned
+// is there.  x86-64 only.  Loads check the alignment a GPU would insist on.
 #pragma once
 #include <immintrin.h>
 #include <sched.h>
+#include <sys/mman.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <utility>
 
 #define GLOBAL_MEMORY
@@ -30,29 +32,32 @@ namespace fibers {
 
 inline char *reach(const void *p) { return fibers_reach ? fibers_reach(p) : (char *)p; }
 
-const int MOST_THREADS = 1024;
-const size_t STACK_BYTES = 64 << 10;
+const int MOST_THREADS = 1024, LANES = 32;
+const uintptr_t STACK_BYTES = 32 << 10, STACKS = MOST_THREADS * STACK_BYTES, PLACE = 2 * STACKS;
 
 struct fiber {
     void *stack_pointer;
-    char *stack;
-    int index;
+    const unsigned long *waits_for; // runs on when this is no longer `seen`
+    unsigned long seen;
     bool is_done;
 };
 
+// At the beginning of PLACE bytes that are aligned so; the stacks are the second half.  So what a fiber's index is, and
+// where its block, says the stack pointer: thread-local variables of a library cost a call each.
 struct block {
     fiber fibers[MOST_THREADS];
-    fiber *current;
     void *scheduler;
-    int x, y, z;
-    unsigned long warp_generation[MOST_THREADS / 32], generation;
-    int warp_arrived[MOST_THREADS / 32], warp_live[MOST_THREADS / 32], arrived, live;
+    int x, y, z, threads;
+    unsigned long warp_generation[MOST_THREADS / LANES], generation;
+    int warp_arrived[MOST_THREADS / LANES], warp_live[MOST_THREADS / LANES], arrived, live;
     uint32_t exchanged[2][MOST_THREADS];
     void (*body)(void *);
     void *argument;
+    block *next;
 };
 
-static thread_local block now;
+static block *now() { return (block *)((uintptr_t)__builtin_frame_address(0) & ~(PLACE - 1)); }
+static int index() { return (int)(((uintptr_t)__builtin_frame_address(0) & (STACKS - 1)) / STACK_BYTES); }
 
 extern "C" void fibers_switch(void **save, void *load) __attribute__((visibility("hidden")));
 asm(".text\n"
@@ -63,75 +68,106 @@ asm(".text\n"
     " mov %rsp,(%rdi)\n mov %rsi,%rsp\n"
     " pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret\n");
 
-static __attribute__((noinline)) void yield() { fibers_switch(&now.current->stack_pointer, now.scheduler); }
+static bool can_run(const fiber &f) { return !f.is_done && *f.waits_for != f.seen; }
 
-static void warp_met(int warp) {
-    if (now.warp_arrived[warp] < now.warp_live[warp]) return;
-    now.warp_arrived[warp] = 0;
-    now.warp_generation[warp]++;
+// Who goes on when fiber i cannot: another of its warp, or one of the warps behind it; nobody: the scheduler, at the end.
+static void *next_of(block *b, int i) {
+    const int first = i & -LANES;
+    for (int k = i + 1; k < i + LANES; k++) {
+        const int other = first | (k & (LANES - 1));
+        if (other < b->threads && can_run(b->fibers[other])) return b->fibers[other].stack_pointer;
+    }
+    for (int k = first + LANES, tried = 0; tried < b->threads; k++, tried++) {
+        if (k >= b->threads) k = 0;
+        if (can_run(b->fibers[k])) return b->fibers[k].stack_pointer;
+    }
+    if (!b->live) return b->scheduler;
+    fprintf(stderr, "threads of a block wait for each other at different places\n");
+    abort();
 }
-static void block_met() {
-    if (now.arrived < now.live) return;
-    now.arrived = 0;
-    now.generation++;
+
+static void warp_met(block *b, int warp) {
+    if (b->warp_arrived[warp] < b->warp_live[warp]) return;
+    b->warp_arrived[warp] = 0;
+    b->warp_generation[warp]++;
 }
-static __attribute__((noinline)) void sync_warp() {
-    const int warp = now.current->index >> 5;
-    const unsigned long generation = now.warp_generation[warp];
-    now.warp_arrived[warp]++;
-    warp_met(warp);
-    while (now.warp_generation[warp] == generation) yield();
+static void block_met(block *b) {
+    if (b->arrived < b->live) return;
+    b->arrived = 0;
+    b->generation++;
+}
+static void wait_for(block *b, int i, const unsigned long *generation, unsigned long seen) {
+    if (*generation != seen) return;
+    b->fibers[i].waits_for = generation, b->fibers[i].seen = seen;
+    fibers_switch(&b->fibers[i].stack_pointer, next_of(b, i));
 }
 static __attribute__((noinline)) void sync_all() {
-    const unsigned long generation = now.generation;
-    now.arrived++;
-    block_met();
-    while (now.generation == generation) yield();
+    block *b = now();
+    const unsigned long generation = b->generation;
+    b->arrived++;
+    block_met(b);
+    wait_for(b, index(), &b->generation, generation);
 }
 // Two boards in turn: a lane can be one exchange ahead of its neighbours, not two.
 static __attribute__((noinline)) uint32_t exchange(uint32_t v, int mask) {
-    const int lane = now.current->index, board = now.warp_generation[lane >> 5] & 1;
-    now.exchanged[board][lane] = v;
-    sync_warp();
-    return now.exchanged[board][lane ^ mask];
+    block *b = now();
+    const int lane = index(), warp = lane / LANES;
+    const unsigned long generation = b->warp_generation[warp];
+    uint32_t *board = b->exchanged[generation & 1];
+    board[lane] = v;
+    b->warp_arrived[warp]++;
+    warp_met(b, warp);
+    wait_for(b, lane, &b->warp_generation[warp], generation);
+    return board[lane ^ mask];
 }
 
 static void enter() {
-    now.body(now.argument);
-    fiber *f = now.current;
-    const int warp = f->index >> 5;
-    f->is_done = true;
-    now.live--;
-    if (--now.warp_live[warp]) warp_met(warp);
-    if (now.live) block_met();
-    yield();
+    block *b = now();
+    const int i = index(), warp = i / LANES;
+    b->body(b->argument);
+    b->fibers[i].is_done = true;
+    b->live--;
+    if (--b->warp_live[warp]) warp_met(b, warp);
+    if (b->live) block_met(b);
+    fibers_switch(&b->fibers[i].stack_pointer, next_of(b, i));
 }
 
-static void run_block(int x, int y, int z, int threads, void (*body)(void *), void *argument) {
-    now.x = x, now.y = y, now.z = z, now.body = body, now.argument = argument;
-    now.arrived = 0, now.live = threads;
-    memset(now.warp_arrived, 0, sizeof now.warp_arrived);
-    memset(now.warp_live, 0, sizeof now.warp_live);
-    for (int i = 0; i < threads; i++) {
-        fiber &f = now.fibers[i];
-        if (!f.stack) f.stack = (char *)aligned_alloc(64, STACK_BYTES);
-        f.index = i, f.is_done = false;
-        now.warp_live[i >> 5]++;
-        void **sp = (void **)(f.stack + STACK_BYTES);
-        *--sp = 0;  // where `enter` would return to
+static void run_block(block *b, int x, int y, int z) {
+    static const unsigned long begun = 1;
+    b->x = x, b->y = y, b->z = z;
+    b->arrived = 0, b->live = b->threads;
+    memset(b->warp_arrived, 0, sizeof b->warp_arrived);
+    memset(b->warp_live, 0, sizeof b->warp_live);
+    for (int i = 0; i < b->threads; i++) {
+        b->warp_live[i / LANES]++;
+        // not all at one place of a page: a cache would hold few of them
+        void **sp = (void **)((char *)b + STACKS + (i + 1) * STACK_BYTES - i % LANES * 64);
+        *--sp = 0; // where `enter` would return to
         *--sp = (void *)enter;
         for (int k = 0; k < 6; k++) *--sp = 0;
-        f.stack_pointer = sp;
+        b->fibers[i] = {sp, &begun, 0, false};
     }
-    for (int left = threads; left;) {
-        left = 0;
-        for (int i = 0; i < threads; i++) {
-            if (now.fibers[i].is_done) continue;
-            now.current = &now.fibers[i];
-            fibers_switch(&now.scheduler, now.fibers[i].stack_pointer);
-            left += !now.fibers[i].is_done;
-        }
+    fibers_switch(&b->scheduler, b->fibers[0].stack_pointer);
+}
+
+// Blocks' places are kept for later ones, of whichever thread.
+static std::mutex lock;
+static block *unused;
+
+static block *take_place_for_a_block() {
+    std::lock_guard<std::mutex> held(lock);
+    if (block *b = unused) {
+        unused = b->next;
+        return b;
     }
+    void *room = mmap(nullptr, 2 * PLACE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED) abort();
+    return (block *)(((uintptr_t)room + PLACE - 1) & ~(PLACE - 1));
+}
+static void give_back(block *b) {
+    std::lock_guard<std::mutex> held(lock);
+    b->next = unused;
+    unused = b;
 }
 
 // What the double of the device needs to know of a kernel: threads of a block, sizes of arguments, how to run it.
@@ -154,9 +190,12 @@ template <class... A> struct call {
 };
 template <class... A> void launch(void (*kernel)(A...), void **arguments, int gx, int gy, int gz, int threads) {
     call<A...> c{kernel, arguments};
+    block *b = take_place_for_a_block();
+    b->threads = threads, b->body = call<A...>::enter, b->argument = &c;
     for (int z = 0; z < gz; z++)
         for (int y = 0; y < gy; y++)
-            for (int x = 0; x < gx; x++) run_block(x, y, z, threads, call<A...>::enter, &c);
+            for (int x = 0; x < gx; x++) run_block(b, x, y, z);
+    give_back(b);
 }
 
 inline void check_alignment(const void *p, uintptr_t bytes) {
@@ -171,7 +210,7 @@ template <class T> T load(const void *p) {
     return v;
 }
 
-}  // namespace fibers
+} // namespace fibers
 
 #define EXPORT_KERNEL(name)                                                                                           \
     extern "C" __attribute__((visibility("default"))) int name##__block_threads() { return name##__threads; }         \
@@ -182,10 +221,10 @@ template <class T> T load(const void *p) {
         fibers::launch(name, arguments, gx, gy, gz, name##__threads);                                                 \
     }
 
-DEVICE int thread_index() { return fibers::now.current->index; }
-DEVICE int block_x() { return fibers::now.x; }
-DEVICE int block_y() { return fibers::now.y; }
-DEVICE int block_z() { return fibers::now.z; }
+DEVICE int thread_index() { return fibers::index(); }
+DEVICE int block_x() { return fibers::now()->x; }
+DEVICE int block_y() { return fibers::now()->y; }
+DEVICE int block_z() { return fibers::now()->z; }
 DEVICE void sync_block() { fibers::sync_all(); }
 DEVICE void fence_system() { __sync_synchronize(); }
 DEVICE int take_place(int *counter) { return (*counter)++; }

@@ -100,6 +100,13 @@ def check_resolve(runner: Runner, rng: np.random.Generator, experts: int, picks:
     assert count.get()[0] == misses
 
 
+def check_guesses(runner: Runner) -> None:
+    """Each with the run's number; what stands behind them stays."""
+    ids, post = runner.put(np.arange(40, 56, dtype=np.int32)), runner.put(np.full(17, 5, np.uint64))
+    runner.launch("post_guesses", (1, 1, 1), ids, post, runner.put(np.array([41, 0], np.uint32)), 16)
+    assert post.get().tolist() == [*((41 << 32) + np.arange(40, 56)).tolist(), 5]
+
+
 def check_substitution(
     runner: Runner, rng: np.random.Generator, experts: int, picks: int, rule: CarRule, is_biased: bool = False
 ) -> int:

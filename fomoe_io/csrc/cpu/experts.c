@@ -320,12 +320,13 @@ static void review(fomoe_experts *e) {
  * point of the text whatever the drive's speed, because what stands in for what must not depend on it; a batch needs
  * all slots.  Lookahead for a single token changes no result: what is not there yet is waited for like any other. */
 static void settle(fomoe_experts *e, const fomoe_step *step, const fomoe_run *run) {
-    int layer = step->as.experts.layer, useful, late;
+    int layer = step->as.experts.layer;
     if (run->tokens == 1 && e->car.rule == FOMOE_CAR_OFF) {
-        fomoe_offers_judge(&e->offers, layer, (const int32_t *)fomoe_row(&step->as.experts.ids, 0), e->shape.used,
-                           &useful, &late);
-        e->counters.useful += useful;
-        e->counters.late += late;
+        const int32_t *picks = (const int32_t *)fomoe_row(&step->as.experts.ids, 0);
+        fomoe_offers_verdict v = fomoe_offers_judge(&e->offers, layer, picks, e->shape.used);
+        e->counters.useful += v.useful;
+        e->counters.late += v.late;
+        e->counters.wasted_bytes += v.wasted_bytes;
     } else {
         while (fomoe_offers_hurry(&e->offers, layer) && !e->error) {
             await(e, layer, run->watch);

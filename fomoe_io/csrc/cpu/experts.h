@@ -31,6 +31,7 @@ typedef struct {
     uint64_t prefetches;  /* experts read ahead by lookahead, counted in nvme_reads as well */
     uint64_t prefetch_bytes;
     uint64_t useful, late; /* of them, those that were then picked; and whose read had not ended by then */
+    uint64_t wasted_bytes; /* of the others */
 } fomoe_expert_counters;
 
 typedef struct fomoe_experts fomoe_experts;

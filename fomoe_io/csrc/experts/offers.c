@@ -20,6 +20,12 @@ int fomoe_offers_under_way(const fomoe_offers *o) {
     return count;
 }
 
+int fomoe_offers_has(const fomoe_offers *o, int layer) {
+    for (int i = 0; i < FOMOE_MOST_OFFERS; i++)
+        if (o->offer[i].layer == layer) return 1;
+    return 0;
+}
+
 int fomoe_offers_room(const fomoe_offers *o) { return unused(o) >= 0; }
 
 static uint64_t tag_of(int offer, int read) { return FOMOE_OFFER_TAG | ((uint64_t)offer * FOMOE_OFFER_READS + read); }
@@ -27,11 +33,12 @@ static uint64_t tag_of(int offer, int read) { return FOMOE_OFFER_TAG | ((uint64_
 void fomoe_offers_begin(fomoe_offers *o, int layer, int32_t expert, fomoe_read *reads, int count) {
     int i = unused(o);
     assert(i >= 0 && count > 0 && count <= FOMOE_OFFER_READS);
+    o->offer[i] = (fomoe_offer){.layer = layer, .expert = expert, .reads = count, .left = count, .waiter = -1};
     for (int r = 0; r < count; r++) {
         reads[r].tag = tag_of(i, r);
         reads[r].priority = 1;
+        o->offer[i].bytes += reads[r].bytes;
     }
-    o->offer[i] = (fomoe_offer){.layer = layer, .expert = expert, .reads = count, .left = count, .waiter = -1};
     int error = o->reader->submit(o->reader->self, reads, count);
     if (error) { /* none was accepted: whoever wants the expert reads it himself, and reports what is wrong */
         o->offer[i].left = 0;
@@ -71,18 +78,20 @@ void fomoe_offers_join(fomoe_offers *o, int layer, int32_t expert, int waiter) {
     }
 }
 
-void fomoe_offers_judge(fomoe_offers *o, int layer, const int32_t *picks, int count, int *useful, int *late) {
-    *useful = *late = 0;
+fomoe_offers_verdict fomoe_offers_judge(fomoe_offers *o, int layer, const int32_t *picks, int count) {
+    fomoe_offers_verdict v = {0};
     for (int i = 0; i < FOMOE_MOST_OFFERS; i++) {
         const fomoe_offer *offer = &o->offer[i];
         if (offer->layer != layer) continue;
         int wanted = 0;
         for (int k = 0; k < count; k++) wanted |= picks[k] == offer->expert;
-        *useful += wanted;
-        *late += wanted && offer->left;
+        v.useful += wanted;
+        v.late += wanted && offer->left;
+        v.wasted_bytes += wanted ? 0 : offer->bytes;
         for (int r = 0; !wanted && offer->left && r < offer->reads; r++)
             o->reader->cancel(o->reader->self, tag_of(i, r));
     }
+    return v;
 }
 
 int fomoe_offers_hurry(fomoe_offers *o, int layer) {

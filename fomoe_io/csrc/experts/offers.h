@@ -18,6 +18,7 @@ typedef struct {
     int32_t layer, expert; /* layer -1: unused */
     int32_t reads, left;   /* in all, and not completed */
     int32_t error;
+    uint64_t bytes; /* of its reads */
     int32_t waiter; /* the number under which the step at work waits for it, or -1 */
 } fomoe_offer;
 
@@ -38,9 +39,16 @@ void fomoe_offers_begin(fomoe_offers *, int layer, int32_t expert, fomoe_read *r
 int fomoe_offers_completed(fomoe_offers *, const fomoe_completion *, int *waiter);
 /* Wait for an expert whose read is under way, ahead of what nobody waits for. */
 void fomoe_offers_join(fomoe_offers *, int layer, int32_t expert, int waiter);
-/* The router has picked: count whom of the layer's experts it wanted (useful), and for whom it came too soon (late);
- * reads of the others are dropped where they have not begun. */
-void fomoe_offers_judge(fomoe_offers *, int layer, const int32_t *picks, int count, int *useful, int *late);
+/* What became of reads ahead of a layer, by its router's picks: experts it wanted, those of them whose reads had not
+ * ended, and bytes of the reads that it did not want. */
+typedef struct {
+    uint64_t useful, late, wasted_bytes;
+} fomoe_offers_verdict;
+
+/* The router has picked; reads of those it did not want are dropped where they have not begun. */
+fomoe_offers_verdict fomoe_offers_judge(fomoe_offers *, int layer, const int32_t *picks, int count);
+/* Whether any of the layer has begun and is not settled. */
+int fomoe_offers_has(const fomoe_offers *, int layer);
 /* How many reads of a layer are under way; they go before others that nobody waits for from now on. */
 int fomoe_offers_hurry(fomoe_offers *, int layer);
 /* Experts of the layer whose reads have completed are resident from now on, or forgotten if their read failed. */

@@ -22,7 +22,11 @@ typedef struct fomoe_trace fomoe_trace;
 /* Records go to the end of an open file, which stays the caller's.  batch: tokens at most; used: experts a token;
  * most: experts of a layer.  NULL when memory runs out. */
 fomoe_trace *fomoe_trace_new(int file, int batch, int used, int most);
+/* One that keeps its records, up to so many a batch of so many tokens, until another takes them. */
+fomoe_trace *fomoe_trace_held(int records, int batch, int used);
 void fomoe_trace_free(fomoe_trace *);
+/* Take what each of the held ones has: of every batch the layers in ascending order, whoever computed them. */
+void fomoe_trace_take(fomoe_trace *, fomoe_trace *const *held, int count);
 /* The router's picks of one token of the batch; several threads may call it, each for tokens of its own. */
 void fomoe_trace_picks(fomoe_trace *, int token, const int32_t *experts, const float *weights);
 /* The record of a layer: the picks that were given, and for every token and rank the expert that was computed

@@ -33,7 +33,7 @@ void fomoe_device_answer(fomoe_device_experts *e, int layer) {
     for (int i = 0; i < e->placed && e->is_answering && !e->error && !e->copies.error; i++) {
         const fomoe_wanted *w = &e->wanted[i];
         int is_sent = w->progress == FOMOE_SENT;
-        int has_inputs = w->progress == FOMOE_READING && w->record && !w->inputs_left;
+        int has_inputs = w->progress == FOMOE_READING && w->record && !w->inputs_left && !w->is_spoilt;
         if (w->at.source == FOMOE_TIER_VRAM || w->is_in_place) continue;
         if (w->said == HAS_INPUTS && (is_sent || has_inputs)) say(e, layer, i, HAS_INPUTS);
         if (w->said == IS_WHOLE && is_sent) say(e, layer, i, IS_WHOLE);

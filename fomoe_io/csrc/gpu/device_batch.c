@@ -9,6 +9,7 @@ enum { LEAST_WAVE = 8 };
 
 void fomoe_device_batch_begin(fomoe_device_experts *e, int tokens, void *compute) {
     fomoe_device_begin(e);
+    fomoe_device_settle_offers(e);
     e->is_batch = 1;
     e->copies.lane[FOMOE_LANE_COMPUTE].stream = compute;
     fomoe_residency_tick(e->residency, tokens);

@@ -52,6 +52,14 @@ fomoe_buffer **fomoe_device_slot(fomoe_device_experts *e, int layer, int tier, i
     return place;
 }
 
+void fomoe_device_exchange(fomoe_device_experts *e, int layer, int slot, fomoe_buffer *b) {
+    fomoe_buffer **place = fomoe_device_slot(e, layer, FOMOE_TIER_DRAM, slot), *own = *place;
+    assert(b->use == FOMOE_BUFFER_LANDING);
+    b->use = FOMOE_BUFFER_SLOT;
+    *place = b;
+    push(spares_of(e, layer, FOMOE_TIER_DRAM), own);
+}
+
 /* How many buffers there are: of slots; of spares. */
 static int64_t count_buffers(const fomoe_device_experts *e, int64_t *spares) {
     int64_t slots = 0;

@@ -8,6 +8,7 @@
 
 enum {
     SPINS_BETWEEN_QUERIES = 4096,
+    SPINS_BETWEEN_REAPS = 256,
     PIECE_BYTES = 2
         << 20, /* an expert of 7 MB comes in four pieces: the last one's way up is a fourth of the whole's */
     IN_DRAM = 1            /* kernels/router.h */
@@ -49,7 +50,8 @@ fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe
     e->layers = layers, e->used = used, e->classes = classes;
     e->residency = residency, e->reader = reader, e->copies = *copies;
     e->piece_bytes = PIECE_BYTES;
-    e->open_layer = -1;
+    e->open_layer = e->guessed_layer = -1;
+    fomoe_offers_start(&e->offers, residency, reader);
     e->layer = fomoe_own(&e->owned, layers, sizeof *e->layer);
     e->class = fomoe_own(&e->owned, classes, sizeof *e->class);
     if (e->owned.is_incomplete) goto fail;
@@ -104,6 +106,7 @@ void fomoe_device_begin(fomoe_device_experts *e) {
     fomoe_device_end_rest(e);
     fomoe_device_close_layer(e); /* a batch's caller may have left in the middle of one */
     e->is_batch = e->is_warming = e->is_answering = e->signal_count = 0;
+    fomoe_guesses_forget(e);
     e->error = e->copies.error ? 1 : 0;
 }
 
@@ -158,6 +161,8 @@ void fomoe_device_rewrite_table(fomoe_device_experts *e, int layer) {
 }
 
 void fomoe_device_experts_changed_tables(fomoe_device_experts *e, uint32_t *changed) {
+    fomoe_device_begin(e);
+    fomoe_device_settle_offers(e);
     for (int l = 0; l < e->layers; l++) {
         if (e->is_unsettled[l]) fomoe_device_rewrite_table(e, l);
         e->brought[l] = e->version[l];
@@ -213,6 +218,12 @@ static void count_time(fomoe_device_experts *e, uint64_t read_stall_ns) {
     if (e->has_read) c->after_reads_ns += now - e->landed_ns;
 }
 
+static int next_layer(const fomoe_device_experts *e, int layer) {
+    do layer++;
+    while (layer < e->layers && !e->layer[layer].experts);
+    return layer;
+}
+
 static void serve(fomoe_device_experts *e, int layer) {
     if (!is_in_range(e, layer)) {
         fomoe_device_fail(e, layer, e->posted[0], -ERANGE);
@@ -222,9 +233,13 @@ static void serve(fomoe_device_experts *e, int layer) {
     fomoe_device_open_layer(e, layer);
     e->is_answering = e->misses > 0;
     plan(e, layer);
+    fomoe_guesses_count(e, layer);
+    fomoe_guesses_expire(e, layer);
     fomoe_device_place(e, layer, e->plan.hits);
     fomoe_device_place(e, layer, e->plan.count);
     fomoe_device_fetch(e, layer);
+    if (!e->error) fomoe_guesses_look(e, next_layer(e, layer), 1);
+    if (!e->error) fomoe_device_back_fill(e, layer);
     e->counters.layers++;
     if (e->trace && !e->error) trace(e, layer);
     if (e->misses) {
@@ -241,6 +256,8 @@ static uint32_t wait_for_word(fomoe_device_experts *e, int layer, const uint64_t
     fomoe_wait wait = {0};
     uint64_t value;
     for (uint32_t spins = 1; (value = __atomic_load_n(word, __ATOMIC_ACQUIRE)) >> 32 != run; spins++) {
+        fomoe_guesses_look(e, layer, 1);
+        if (spins % SPINS_BETWEEN_REAPS == 0) fomoe_guesses_reap(e);
         if (spins % SPINS_BETWEEN_QUERIES) continue;
         int code = e->copies.calls.stream_query(compute);
         /* done, and yet it has said nothing */
@@ -257,6 +274,7 @@ static uint32_t wait_for_word(fomoe_device_experts *e, int layer, const uint64_t
 static void wait_for_post(fomoe_device_experts *e, int layer, uint32_t run, void *compute) {
     const uint64_t *post = e->layer[layer].post;
     e->misses = (int)wait_for_word(e, layer, post, run, compute);
+    fomoe_guesses_look(e, layer, 0);
     for (int k = 0; k < e->used && !e->error; k++) {
         uint32_t word = wait_for_word(e, layer, post + 1 + k, run, compute);
         e->picked[k] = word & 0xFFFF;
@@ -288,6 +306,7 @@ int fomoe_device_experts_serve(fomoe_device_experts *e, uint32_t run, void *comp
 int fomoe_device_experts_warm(fomoe_device_experts *e, int layer, const int32_t *experts, const double *scores,
                               int count) {
     fomoe_device_begin(e);
+    fomoe_device_settle_offers(e);
     fomoe_device_open_layer(e, layer);
     e->is_warming = 1;
     fomoe_plan_begin(&e->plan);

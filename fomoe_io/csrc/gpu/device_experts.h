@@ -25,6 +25,8 @@ typedef struct {
     uint64_t *table; /* [experts]: the host's copy of record_of */
     /* host memory that the device writes: misses, experts, weights of the picks; the run in the upper halves */
     const uint64_t *post;
+    /* lookahead: what the device guesses of the picks, experts with the run in the upper halves; NULL: nothing */
+    const uint64_t *guess;
     uint8_t *answer; /* host memory that the device reads: kernels/experts.h, struct answer */
     uint8_t *answer_on_device; /* the same, as the device sees it */
 } fomoe_device_layer;
@@ -44,7 +46,15 @@ typedef struct {
      * layers with reads, from the post to the first read, and from the end of the last one to the answer */
     uint64_t misses, host_ns, copy_stall_ns, before_reads_ns, after_reads_ns;
     uint64_t post_stall_ns; /* waiting for the device's picks */
+    /* experts read ahead, in nvme_reads and nvme_bytes as well; those that were missed then, and whose reads had not
+     * ended by then; bytes of the others */
+    uint64_t prefetches, prefetch_useful, prefetch_late, prefetch_bytes, prefetch_wasted_bytes;
 } fomoe_device_expert_counters;
+
+/* Picks of a layer whose guesses were seen in time, and those among them that had been guessed. */
+typedef struct {
+    uint64_t picks, guessed;
+} fomoe_recall;
 
 typedef struct fomoe_device_experts fomoe_device_experts;
 
@@ -87,9 +97,17 @@ void fomoe_device_experts_signal_by_stream(fomoe_device_experts *, int by_stream
 void fomoe_device_experts_read_in_place(fomoe_device_experts *, int in_place, int64_t distance);
 /* Runs from now on write their records to a trace, batches of up to so many tokens.  -1 when memory runs out. */
 int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens);
+/* Once, before the first run: the device may guess so many picks of a layer ahead, and up to `staged` host spares of a
+ * class (there are so many more) are used for reading them.  Changes no placement and no count but the reads'.  -1
+ * when memory runs out. */
+int fomoe_device_experts_look_ahead(fomoe_device_experts *, int ranks, int staged);
+const fomoe_recall *fomoe_device_experts_recall(const fomoe_device_experts *); /* [layers]; NULL without lookahead */
+/* So many picks of a layer are read after others stood in for them (cache-aware routing); 0 (at first): none. */
+void fomoe_device_experts_back_fill(fomoe_device_experts *, int most);
 /* Wait for all copies to the host. */
 void fomoe_device_experts_settle(fomoe_device_experts *);
-/* Whether each layer's table has changed since it last arrived, for the run that comes: changed[layers]. */
+/* Whether each layer's table has changed since it last arrived, for the run that comes: changed[layers].  What was read
+ * after others had stood in for it is in them. */
 void fomoe_device_experts_changed_tables(fomoe_device_experts *, uint32_t *changed);
 /* That run has succeeded. */
 void fomoe_device_experts_tables_arrived(fomoe_device_experts *);

@@ -4,6 +4,8 @@
  *     device_batch.c     the batches of a prompt
  *     device_answers.c   what a waiting kernel is told
  *     device_fetch.c     experts brought: placed, read, sent up
+ *     device_back_fill.c picks read that others stood in for
+ *     device_guesses.c   experts read before anybody has asked for them
  *     device_buffers.c   slots, spares, and the moves between the tiers */
 #ifndef FOMOE_DEVICE_EXPERTS_STATE_H
 #define FOMOE_DEVICE_EXPERTS_STATE_H
@@ -12,9 +14,13 @@
 
 #include "device_experts.h"
 #include "experts/expert_plan.h"
+#include "experts/offers.h"
 #include "experts/owned.h"
 
 enum { FOMOE_MOST_PIECES = 32 }; /* reads of an expert */
+
+/* Tags of reads ahead.  Those of offers are FOMOE_OFFER_TAG; the others are of experts that somebody waits for. */
+#define FOMOE_GUESS_TAG ((uint64_t)1 << 41)
 
 typedef struct {
     fomoe_buffer **items; /* a ring */
@@ -42,6 +48,7 @@ typedef struct {
     int32_t reads_left, inputs_left; /* those with bytes of gate or up */
     int32_t is_in_place;             /* kernels read it in DRAM, and wait for nothing */
     int32_t said;                    /* to the waiting kernel: 1 has_inputs, 2 is_whole */
+    int32_t is_spoilt;               /* a read ahead has failed, of which this was to be made: it is read anew */
     fomoe_buffer *landing; /* where its reads go */
     fomoe_buffer *record;  /* where it is computed from; NULL: not known yet */
 } fomoe_wanted;
@@ -62,6 +69,18 @@ typedef struct {
 typedef struct {
     uint32_t begin, bytes;
 } fomoe_range;
+
+/* An expert that is read before its layer's router has picked it, into a spare of the host.  The residency knows
+ * nothing of it: who is picked is a miss, which takes these reads for its own. */
+typedef struct {
+    int32_t layer, expert; /* layer -1: unused */
+    int32_t taker;         /* whose reads they are now, of the layer at work; -1: nobody's */
+    int32_t pieces, left;  /* reads in all, and those that are not back */
+    uint32_t back, failed, handed; /* a bit a read: has come back, with an error, and the taker has it */
+    int32_t has_failed, is_expired; /* is_expired: nobody will take it */
+    uint64_t bytes;        /* that have come */
+    fomoe_buffer *landing;
+} fomoe_guess;
 
 struct fomoe_device_experts {
     int layers, used, classes, max_experts;
@@ -106,6 +125,17 @@ struct fomoe_device_experts {
     uint64_t opened_ns, landed_ns; /* when the layer began, and when its last read had landed */
     int has_read, has_moved; /* has_moved: some were not in VRAM */
 
+    /* lookahead: experts that the device guesses of a layer (0: off), spares that may hold such, and do; the last layer
+     * of the run whose guesses have been seen, and those */
+    int ranks, most_staged, staged, guess_count, guessed_layer;
+    int32_t *guessed;
+    fomoe_guess *guesses;
+    fomoe_range *guess_ranges; /* by the tag of a read */
+    fomoe_recall *recall;
+
+    int back_fill; /* most picks of a layer that are read after others stood in for them */
+    fomoe_offers offers;
+
     /* a token's layer: what its router picked, what is computed in their place, and the pair's place in the plan */
     int32_t *picked, *posted, *place;
     int misses;
@@ -149,6 +179,8 @@ fomoe_buffer *fomoe_device_borrow(fomoe_device_experts *, int layer);
 void fomoe_device_end_rest(fomoe_device_experts *);
 /* Whether the kernels of the token at work read this expert where it lies. */
 int fomoe_device_is_in_place(const fomoe_device_experts *, int layer, int expert);
+/* A slot of DRAM gets the buffer that its expert has been read into, and its own becomes a spare. */
+void fomoe_device_exchange(fomoe_device_experts *, int layer, int slot, fomoe_buffer *);
 /* Change who is whose as the moves say, and list the copies that follow from it. */
 void fomoe_device_carry_out(fomoe_device_experts *, int layer, const fomoe_move *, int count);
 /* Start the copies that are listed, in order. */
@@ -177,11 +209,48 @@ void fomoe_device_read_on(fomoe_device_experts *, int layer);
 void fomoe_device_lift(fomoe_device_experts *, int layer);
 /* Wait for a read to come back, and deal with all that have. */
 void fomoe_device_reap(fomoe_device_experts *, int layer);
+/* The reads of an expert into a buffer, tagged from `tag` on, cut so that its first bytes are on their way up while the
+ * last are still read; ranges: what each of them brings.  Returns how many; *bytes grows by what they read. */
+int fomoe_device_list_reads(fomoe_device_experts *, int layer, int expert, uint8_t *target, uint64_t tag,
+                            fomoe_read *reads, fomoe_range *ranges, uint64_t *bytes);
+/* Whether a read brings what the first products of an expert need. */
+int fomoe_device_holds_inputs(const fomoe_device_experts *, int layer, int expert, const fomoe_range *);
+/* A read of the wanted expert i is back; has_failed: as if it had not been made, when the others are back. */
+void fomoe_device_land(fomoe_device_experts *, int layer, int i, const fomoe_range *, int has_failed);
 /* Read everything that is placed, and send it up. */
 void fomoe_device_fetch(fomoe_device_experts *, int layer);
 /* Unpin the first experts of the plan that are not, up to `end`. */
 void fomoe_device_release(fomoe_device_experts *, int layer, int end);
 /* The layer is done with, or given up: nothing of it is in flight afterwards, what failed is forgotten. */
 void fomoe_device_close_layer(fomoe_device_experts *);
+
+/* ---- device_guesses.c: all return at once where there is no lookahead ---- */
+
+/* A run begins: guesses of the last one are nobody's. */
+void fomoe_guesses_forget(fomoe_device_experts *);
+/* See whether the device has guessed this layer, and begin to read what is nowhere, if that may be. */
+void fomoe_guesses_look(fomoe_device_experts *, int layer, int may_read);
+/* Count how many of the layer's picks were guessed. */
+void fomoe_guesses_count(fomoe_device_experts *, int layer);
+/* The layer is planned: what it does not miss will be taken by nobody. */
+void fomoe_guesses_expire(fomoe_device_experts *, int layer);
+/* Whether the wanted expert i, which is to be read, takes reads that have begun.  What has come of them is his with the
+ * next handing over: no copy that is listed and not started may still need his record. */
+int fomoe_guesses_take(fomoe_device_experts *, int layer, int i);
+void fomoe_guesses_hand_over(fomoe_device_experts *);
+/* A completion whose tag has FOMOE_GUESS_TAG. */
+void fomoe_guesses_completed(fomoe_device_experts *, const fomoe_completion *);
+/* Between layers: collect what has come, and let the reader go on. */
+void fomoe_guesses_reap(fomoe_device_experts *);
+
+/* ---- device_back_fill.c ---- */
+
+/* The layer at work has all it waits for: begin to read those of its picks that others stand in for. */
+void fomoe_device_back_fill(fomoe_device_experts *, int layer);
+/* A run begins, and its tables have not been sent: what was read so is resident from now on. */
+void fomoe_device_settle_offers(fomoe_device_experts *);
+/* Collect what nobody waits for, when nothing else is under way; wait: until something comes, or it is an error.
+ * Whether something has. */
+int fomoe_device_reap_aside(fomoe_device_experts *, int wait);
 
 #endif

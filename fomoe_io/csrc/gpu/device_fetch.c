@@ -98,40 +98,35 @@ static int overlap(const fomoe_device_layer *l, int expert, int part, const fomo
     return r->begin < begin + l->part_bytes[part] && begin < (uint64_t)r->begin + r->bytes;
 }
 
-/* Whether a read brings what the first products of an expert need. */
-static int holds_inputs(const fomoe_device_layer *l, int expert, const fomoe_range *r) {
+int fomoe_device_holds_inputs(const fomoe_device_experts *e, int layer, int expert, const fomoe_range *r) {
+    const fomoe_device_layer *l = &e->layer[layer];
     return overlap(l, expert, FOMOE_GATE, r) || overlap(l, expert, FOMOE_UP, r);
 }
 
-/* An expert's reads, cut so that the first bytes are on their way up while the last are still read. */
-static void list_reads(fomoe_device_experts *e, int layer, int i, uint8_t *target, fomoe_read *reads) {
+int fomoe_device_list_reads(fomoe_device_experts *e, int layer, int expert, uint8_t *target, uint64_t tag,
+                            fomoe_read *reads, fomoe_range *ranges, uint64_t *bytes) {
     const fomoe_device_layer *l = &e->layer[layer];
     fomoe_read whole[FOMOE_PARTS];
-    uint64_t bytes = 0;
-    int extents = fomoe_expert_reads(l->extents, l->extent_count, e->plan.ids[i], i, target, whole, &bytes), count = 0;
-    uint32_t piece = piece_bytes_of(e, bytes), unit = e->piece_bytes < STEP_BYTES ? 4096 : STEP_BYTES;
+    uint64_t all = 0;
+    int extents = fomoe_expert_reads(l->extents, l->extent_count, expert, 0, target, whole, &all), count = 0;
+    uint32_t piece = piece_bytes_of(e, all), unit = e->piece_bytes < STEP_BYTES ? 4096 : STEP_BYTES;
     for (int x = 0; x < extents; x++) {
         uint32_t pieces = (whole[x].bytes + piece / 2) / piece, left = whole[x].bytes;
         uint32_t step = pieces > 1 ? (left / pieces + unit - 1) / unit * unit : left;
         for (uint32_t done = 0; left; done += step) {
             fomoe_read *r = &reads[count];
             *r = whole[x];
-            r->tag = tag_of(i, count++);
+            r->tag = tag + count;
             r->offset += done;
             r->target += done;
             r->bytes = left < step ? left : step;
             left -= r->bytes;
+            ranges[count++] = (fomoe_range){(uint32_t)(r->target - target), r->bytes};
         }
     }
     assert(count <= FOMOE_MOST_PIECES);
-    e->wanted[i].reads_left = count;
-    for (int r = 0; r < count; r++) {
-        fomoe_range *range = &e->ranges[tag_of(i, r)];
-        *range = (fomoe_range){(uint32_t)(reads[r].target - target), reads[r].bytes};
-        e->wanted[i].inputs_left += holds_inputs(l, e->plan.ids[i], range);
-    }
-    e->counters.nvme_reads++;
-    e->counters.nvme_bytes += bytes;
+    *bytes += all;
+    return count;
 }
 
 /* Where the reads of an expert go: its own slot in DRAM, or a spare on the way to VRAM.  NULL: there is no room yet. */
@@ -146,23 +141,42 @@ static fomoe_buffer *take_landing(fomoe_device_experts *e, int layer, const fomo
 /* All reads of expert i have come back, or none has begun. */
 static void finish_read(fomoe_device_experts *e, int layer, int i) {
     fomoe_wanted *w = &e->wanted[i];
-    if (e->error)
-        w->progress = FOMOE_LOST;
-    else
-        w->progress = w->record ? FOMOE_SENT : FOMOE_LANDED;
-    if (w->at.tier == FOMOE_TIER_VRAM) fomoe_device_give_spare(e, layer, FOMOE_TIER_DRAM, w->landing);
     e->landed_ns = fomoe_now_ns();
+    if (w->at.tier == FOMOE_TIER_VRAM) fomoe_device_give_spare(e, layer, FOMOE_TIER_DRAM, w->landing);
+    if (e->error) {
+        w->progress = FOMOE_LOST;
+    } else if (w->is_spoilt) {
+        w->progress = FOMOE_UNREAD;
+        w->is_spoilt = w->inputs_left = 0;
+        if (i < e->unread) e->unread = i;
+    } else {
+        w->progress = w->record ? FOMOE_SENT : FOMOE_LANDED;
+    }
+}
+
+/* The reads of expert i, of which somebody waits for each. */
+static void list_reads(fomoe_device_experts *e, int layer, int i, fomoe_read *reads) {
+    fomoe_wanted *w = &e->wanted[i];
+    fomoe_range *ranges = &e->ranges[tag_of(i, 0)];
+    w->reads_left = fomoe_device_list_reads(e, layer, w->at.expert, w->landing->address, tag_of(i, 0), reads, ranges,
+                                            &e->counters.nvme_bytes);
+    for (int r = 0; r < w->reads_left; r++)
+        w->inputs_left += fomoe_device_holds_inputs(e, layer, w->at.expert, &ranges[r]);
+    e->counters.nvme_reads++;
 }
 
 static int start_read(fomoe_device_experts *e, int layer, int i, int or_none) {
     fomoe_wanted *w = &e->wanted[i];
     fomoe_read reads[FOMOE_MOST_PIECES];
-    w->landing = take_landing(e, layer, &w->at, or_none);
+    int is_taken = fomoe_guesses_take(e, layer, i);
+    if (!is_taken) w->landing = take_landing(e, layer, &w->at, or_none);
     if (!w->landing) return 0;
     /* in a batch what lies in DRAM gets room on the device when it is whole: there is little of that */
-    if (w->at.tier == FOMOE_TIER_DRAM && !e->is_warming && !e->is_batch) w->record = fomoe_device_borrow(e, layer);
+    if (w->at.tier == FOMOE_TIER_DRAM && !w->record && !e->is_warming && !e->is_batch)
+        w->record = fomoe_device_borrow(e, layer);
+    if (is_taken) return 1;
     w->progress = FOMOE_READING;
-    list_reads(e, layer, i, w->landing->address, reads);
+    list_reads(e, layer, i, reads);
     if (!e->has_read) e->counters.before_reads_ns += fomoe_now_ns() - e->opened_ns;
     e->has_read = 1;
     int error = e->reader->submit(e->reader->self, reads, w->reads_left);
@@ -187,6 +201,7 @@ void fomoe_device_read_on(fomoe_device_experts *e, int layer) {
     read_on(e, layer, 1);
     fomoe_device_start_transfers(e); /* behind the first reads: their calls take longer than the drive should idle */
     read_on(e, layer, 0);
+    fomoe_guesses_hand_over(e);
 }
 
 void fomoe_device_lift(fomoe_device_experts *e, int layer) {
@@ -217,6 +232,18 @@ static int wait_for_reads(fomoe_device_experts *e, fomoe_completion *done) {
     return count;
 }
 
+void fomoe_device_land(fomoe_device_experts *e, int layer, int i, const fomoe_range *range, int has_failed) {
+    fomoe_wanted *w = &e->wanted[i];
+    assert(i < e->placed && w->progress == FOMOE_READING && w->reads_left > 0 && !e->transfer_count);
+    e->in_flight--;
+    w->inputs_left -= fomoe_device_holds_inputs(e, layer, w->at.expert, range);
+    w->is_spoilt |= has_failed;
+    if (!e->error && !has_failed && w->record)
+        fomoe_device_send(e, layer, w->at.expert, w->landing, w->record, range->begin,
+                          (uint64_t)range->begin + range->bytes);
+    if (--w->reads_left == 0) finish_read(e, layer, i);
+}
+
 void fomoe_device_reap(fomoe_device_experts *e, int layer) {
     fomoe_completion done[REAP_BATCH];
     int count = wait_for_reads(e, done);
@@ -226,17 +253,17 @@ void fomoe_device_reap(fomoe_device_experts *e, int layer) {
         e->in_flight = 0;
     }
     for (int c = 0; c < count; c++) {
-        int i = expert_of(done[c].tag);
-        fomoe_wanted *w = &e->wanted[i];
-        const fomoe_range *range = &e->ranges[done[c].tag];
-        assert(i < e->placed && w->progress == FOMOE_READING && w->reads_left > 0);
-        e->in_flight--;
-        w->inputs_left -= holds_inputs(&e->layer[layer], w->at.expert, range);
-        if (done[c].error) fomoe_device_fail(e, layer, w->at.expert, done[c].error);
-        if (!e->error && w->record)
-            fomoe_device_send(e, layer, w->at.expert, w->landing, w->record, range->begin,
-                              (uint64_t)range->begin + range->bytes);
-        if (--w->reads_left == 0) finish_read(e, layer, i);
+        int waiter, i = expert_of(done[c].tag);
+        if (done[c].tag & FOMOE_OFFER_TAG) {
+            fomoe_offers_completed(&e->offers, &done[c], &waiter);
+            continue;
+        }
+        if (done[c].tag & FOMOE_GUESS_TAG) {
+            fomoe_guesses_completed(e, &done[c]);
+            continue;
+        }
+        if (done[c].error) fomoe_device_fail(e, layer, e->wanted[i].at.expert, done[c].error);
+        fomoe_device_land(e, layer, i, &e->ranges[done[c].tag], 0);
     }
 }
 

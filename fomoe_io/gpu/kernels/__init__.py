@@ -72,6 +72,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "route_in_groups": Kernel(512, "pppppiiiifpii"),
         "begin_run": Kernel(512, "pppppii"),
         "resolve_picks": Kernel(512, "ppppppppi"),
+        "post_guesses": Kernel(32, "pppi"),
         "route_and_resolve": Kernel(512, "pppppppppiiif"),
         "substitute_and_resolve": Kernel(512, "pppppppppppiii"),
         "wait_for_misses": Kernel(256, "ppppppi"),

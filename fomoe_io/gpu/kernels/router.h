@@ -271,6 +271,14 @@ KERNEL(ROUTER_THREADS, resolve_picks)
 }
 EXPORT_KERNEL(resolve_picks)
 
+// What the next layer's router would pick of what this layer's experts are about to add to: word to the host, which may
+// read ahead what is nowhere.  post: a 64-bit word for each guess, with the run's number in its upper half.  Grid (1).
+KERNEL(32, post_guesses)(const int *ids, void *post, const replayed *run, int guesses) {
+    start_kernel();
+    for (int i = thread_index(); i < guesses; i += 32) post_word((u64 *)post + i, now(run), (u32)ids[i]);
+}
+EXPORT_KERNEL(post_guesses)
+
 // The first node of a token's graph: the run's header, and the tables that have changed, from the host's memory into
 // the device's.  A kernel brings them and not a copy, because what a copy has written may be stale for a replayed
 // graph. host_header, changed, host_tables: in host memory; header: header_quads times 16 bytes; changed: a word a

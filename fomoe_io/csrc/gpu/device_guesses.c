@@ -1,0 +1,187 @@
+#include "device_experts_state.h"
+
+/* ---- tags ---- */
+
+static uint64_t tag_of(const fomoe_device_experts *e, const fomoe_guess *g, int piece) {
+    return FOMOE_GUESS_TAG | ((uint64_t)(g - e->guesses) * FOMOE_MOST_PIECES + piece);
+}
+
+static fomoe_range *ranges_of(const fomoe_device_experts *e, const fomoe_guess *g) {
+    return e->guess_ranges + (g - e->guesses) * FOMOE_MOST_PIECES;
+}
+
+/* ---- life ---- */
+
+int fomoe_device_experts_look_ahead(fomoe_device_experts *e, int ranks, int staged) {
+    fomoe_owned *o = &e->owned;
+    e->ranks = ranks, e->most_staged = staged, e->guess_count = staged + e->used;
+    e->guessed = fomoe_own(o, ranks, sizeof *e->guessed);
+    e->guesses = fomoe_own(o, e->guess_count, sizeof *e->guesses);
+    e->guess_ranges = fomoe_own(o, (size_t)e->guess_count * FOMOE_MOST_PIECES, sizeof *e->guess_ranges);
+    e->recall = fomoe_own(o, e->layers, sizeof *e->recall);
+    for (int g = 0; g < e->guess_count && !o->is_incomplete; g++) e->guesses[g].layer = -1;
+    return o->is_incomplete ? -1 : 0;
+}
+
+const fomoe_recall *fomoe_device_experts_recall(const fomoe_device_experts *e) { return e->recall; }
+
+/* Its buffer is a spare like others again. */
+static void give_back(fomoe_device_experts *e, fomoe_guess *g) {
+    assert(!g->left && g->taker < 0);
+    fomoe_device_give_spare(e, g->layer, FOMOE_TIER_DRAM, g->landing);
+    e->counters.prefetch_wasted_bytes += g->bytes;
+    e->staged--;
+    g->layer = -1;
+}
+
+/* Nobody will want it: what has not begun is not read. */
+static void expire(fomoe_device_experts *e, fomoe_guess *g) {
+    g->is_expired = 1;
+    for (int piece = 0; g->left && piece < g->pieces; piece++)
+        if (!(g->back >> piece & 1)) e->reader->cancel(e->reader->self, tag_of(e, g, piece));
+    if (!g->left) give_back(e, g);
+}
+
+void fomoe_guesses_expire(fomoe_device_experts *e, int layer) {
+    for (fomoe_guess *g = e->guesses; g < e->guesses + e->guess_count; g++) {
+        if (g->layer < 0 || g->is_expired || g->taker >= 0) continue;
+        int is_wanted = g->layer == layer && !g->has_failed && e->plan.index[g->expert] >= e->plan.hits;
+        if (!is_wanted) expire(e, g);
+    }
+}
+
+/* ---- reading ahead ---- */
+
+static fomoe_guess *unused(fomoe_device_experts *e) {
+    for (fomoe_guess *g = e->guesses; g < e->guesses + e->guess_count; g++)
+        if (g->layer < 0) return g;
+    return NULL;
+}
+
+/* Into a spare that nobody needs now, behind all that somebody waits for; an error is whoever wants the expert's. */
+static void read_ahead(fomoe_device_experts *e, int layer, int expert) {
+    fomoe_read reads[FOMOE_MOST_PIECES];
+    fomoe_guess *g = e->staged < e->most_staged ? unused(e) : NULL;
+    fomoe_buffer *landing = g ? fomoe_device_take_host_spare(e, layer, 1) : NULL;
+    uint64_t bytes = 0;
+    if (!landing) return;
+    *g = (fomoe_guess){.layer = layer, .expert = expert, .taker = -1, .landing = landing};
+    g->pieces =
+        fomoe_device_list_reads(e, layer, expert, landing->address, tag_of(e, g, 0), reads, ranges_of(e, g), &bytes);
+    for (int r = 0; r < g->pieces; r++) reads[r].priority = 1;
+    e->staged++;
+    if (e->reader->submit(e->reader->self, reads, g->pieces)) {
+        give_back(e, g);
+        return;
+    }
+    g->left = g->pieces;
+    e->counters.nvme_reads++;
+    e->counters.prefetches++;
+}
+
+/* Whether the device has said what it guesses of this layer in the run at work. */
+static int has_guessed(fomoe_device_experts *e, int layer) {
+    const uint64_t *words = e->layer[layer].guess;
+    for (int k = 0; k < e->ranks; k++) {
+        uint64_t word = __atomic_load_n(&words[k], __ATOMIC_ACQUIRE);
+        if (word >> 32 != e->run) return 0;
+        e->guessed[k] = (int32_t)(uint32_t)word;
+    }
+    return 1;
+}
+
+void fomoe_guesses_look(fomoe_device_experts *e, int layer, int may_read) {
+    int32_t slot;
+    if (layer >= e->layers || e->guessed_layer == layer || !e->layer[layer].guess || !has_guessed(e, layer)) return;
+    e->guessed_layer = layer;
+    for (int k = 0; k < e->ranks && may_read; k++) {
+        int expert = e->guessed[k];
+        if (expert < 0 || expert >= e->layer[layer].experts) continue; /* a device that makes no sense is told later */
+        if (fomoe_residency_find(e->residency, layer, expert, &slot) == FOMOE_TIER_NVME) read_ahead(e, layer, expert);
+    }
+}
+
+void fomoe_guesses_count(fomoe_device_experts *e, int layer) {
+    if (!e->ranks || e->guessed_layer != layer) return;
+    e->recall[layer].picks += e->used;
+    for (int k = 0; k < e->used; k++)
+        for (int j = 0; j < e->ranks; j++) e->recall[layer].guessed += e->picked[k] == e->guessed[j];
+}
+
+/* ---- taking ---- */
+
+/* Its reads are those of wanted expert i from now on. */
+static void take(fomoe_device_experts *e, fomoe_guess *g, int i) {
+    fomoe_wanted *w = &e->wanted[i];
+    w->landing = g->landing;
+    w->progress = FOMOE_READING;
+    w->reads_left = g->pieces;
+    for (int piece = 0; piece < g->pieces; piece++) {
+        w->inputs_left += fomoe_device_holds_inputs(e, g->layer, g->expert, &ranges_of(e, g)[piece]);
+        if (!(g->back >> piece & 1)) e->reader->promote(e->reader->self, tag_of(e, g, piece));
+    }
+    if (w->at.tier == FOMOE_TIER_DRAM) fomoe_device_exchange(e, g->layer, w->at.slot, g->landing);
+    e->in_flight += g->pieces;
+    e->staged--;
+    e->counters.prefetch_useful++;
+    e->counters.prefetch_late += g->left > 0;
+    g->taker = i;
+}
+
+int fomoe_guesses_take(fomoe_device_experts *e, int layer, int i) {
+    for (fomoe_guess *g = e->guesses; g < e->guesses + e->guess_count; g++) {
+        if (g->layer != layer || g->expert != e->wanted[i].at.expert || g->is_expired || g->has_failed) continue;
+        assert(g->taker < 0);
+        take(e, g, i);
+        return 1;
+    }
+    return 0;
+}
+
+/* What has come for the taker is his. */
+static void hand_over(fomoe_device_experts *e, fomoe_guess *g) {
+    for (int piece = 0; piece < g->pieces; piece++) {
+        uint32_t bit = (uint32_t)1 << piece;
+        if (!(g->back & ~g->handed & bit)) continue;
+        g->handed |= bit;
+        fomoe_device_land(e, g->layer, g->taker, &ranges_of(e, g)[piece], (g->failed & bit) != 0);
+    }
+    if (!g->left) g->layer = -1;
+}
+
+void fomoe_guesses_hand_over(fomoe_device_experts *e) {
+    for (fomoe_guess *g = e->guesses; g < e->guesses + e->guess_count; g++)
+        if (g->layer >= 0 && g->taker >= 0) hand_over(e, g);
+}
+
+/* ---- completions ---- */
+
+void fomoe_guesses_completed(fomoe_device_experts *e, const fomoe_completion *done) {
+    uint64_t number = done->tag & ~FOMOE_GUESS_TAG;
+    fomoe_guess *g = &e->guesses[number / FOMOE_MOST_PIECES];
+    int piece = (int)(number % FOMOE_MOST_PIECES);
+    uint32_t bit = (uint32_t)1 << piece, bytes = done->error ? 0 : ranges_of(e, g)[piece].bytes;
+    assert(g->layer >= 0 && g->left > 0 && !(g->back & bit));
+    g->left--;
+    g->back |= bit;
+    if (done->error) g->failed |= bit, g->has_failed = 1;
+    g->bytes += bytes;
+    e->counters.nvme_bytes += bytes;
+    e->counters.prefetch_bytes += bytes;
+    if (g->taker >= 0)
+        hand_over(e, g);
+    else if (g->is_expired && !g->left)
+        give_back(e, g);
+}
+
+void fomoe_guesses_reap(fomoe_device_experts *e) {
+    assert(e->open_layer < 0);
+    if (e->staged || (e->back_fill && fomoe_offers_under_way(&e->offers))) fomoe_device_reap_aside(e, 0);
+}
+
+void fomoe_guesses_forget(fomoe_device_experts *e) {
+    e->guessed_layer = -1;
+    for (fomoe_guess *g = e->guesses; g < e->guesses + e->guess_count; g++)
+        if (g->layer >= 0 && g->taker >= 0) g->layer = -1; /* the reader has lost its reads, and with them its buffer */
+    fomoe_guesses_expire(e, -1);
+}

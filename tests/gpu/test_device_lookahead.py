@@ -1,0 +1,293 @@
+"""Experts that a device guesses a layer ahead are read before they are missed, and change nothing but the time."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fomoe_io import Engine, EngineConfig
+from fomoe_io.config import Tiers, Tuning
+from fomoe_io.errors import DeviceError, ReadError, UsageError
+from fomoe_io.experts import lookahead
+from fomoe_io.gpu import device
+from fomoe_io.gpu.backend import GpuBackend
+from fomoe_io.storage import reader as storage_reader
+from fomoe_io.trace.simulator import replay
+from fomoe_io.trace.trace import Trace
+from tests.fake_hip.build import Fake, installed_fake
+from tests.tiny_model import Tiny, write_tiny
+
+TOKENS = np.random.default_rng(5).integers(0, 300, 10)
+MODEL = Tiny(architecture="qwen3moe", layers=3, columns=64, heads=2, kv_heads=1, head_columns=32, experts=16, used=3)
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
+    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=10) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
+    misuses = fake.misuses()
+    yield
+    fake.fail("", 0)
+    fake.lose(0)
+    assert fake.misuses() == misuses
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("models") / "model.gguf", MODEL, seed=3)
+
+
+def settings(**more: Any) -> EngineConfig:
+    default = {"context_tokens": 64, "device": "hip", "batch_tokens": 1, "tiers": Tiers(0.25, 0.125)}
+    return EngineConfig(**(default | {"tuning": Tuning(piece_bytes=4096), "lookahead": "on"} | more))
+
+
+def decoded(engine: Engine) -> bytes:
+    session = engine.session()
+    return np.stack([session.decode(int(token)).copy() for token in TOKENS]).tobytes()
+
+
+def answer(model: Path, **more: Any) -> tuple[bytes, dict[str, Any]]:
+    with Engine.open(model, settings(**more)) as engine:
+        return decoded(engine), engine.statistics()
+
+
+def decisions(s: dict[str, Any]) -> list[Any]:
+    """All that is counted of the experts but the reads."""
+    names = ("expert_requests", "substitutions", "evictions", "promotions", "demotions")
+    hits = [tier["hits"] for tier in s["tiers"].values()]
+    return [*(s[name] for name in names), *hits, s["tiers"]["dram"].get("bytes")]
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path, fake: Fake) -> tuple[bytes, dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(device.PROVIDERS, "hip", ("hip",))
+        return answer(model, lookahead="off")
+
+
+class Drive:
+    """Between the experts and their reader: what is read ahead may fail, be refused, or take until it is asked for."""
+
+    def __init__(self, native: int, mode: str) -> None:
+        self.real, self.mode = storage_reader._Table.from_address(native), mode
+        self.held: dict[int, storage_reader._Read] = {}
+        self.answers: list[tuple[int, int]] = []
+        self.demands, self.ahead, self.early = 0, 0, 0
+        kinds = dict(storage_reader._Table._fields_)
+        self.table = storage_reader._Table(
+            self.real.self, kinds["submit"](self.submit), kinds["reap"](self.reap), kinds["promote"](self.promote),
+            kinds["cancel"](self.cancel), self.real.wait,
+        )  # fmt: skip
+
+    def submit(self, _: int, reads: int, count: int) -> int:
+        each = (storage_reader._Read * count).from_address(reads)
+        if not each[0].priority:
+            self.demands += count
+            return self.real.submit(self.real.self, reads, count)
+        self.early += self.demands > 0
+        if self.mode == "refuse":
+            return -errno.EIO
+        self.ahead += count
+        if self.mode == "fail":
+            self.answers += [(read.tag, -errno.EIO) for read in each]
+        elif self.mode in ("hold", "spoil"):
+            self.held |= {read.tag: storage_reader._Read.from_buffer_copy(read) for read in each}
+        else:
+            return self.real.submit(self.real.self, reads, count)
+        return 0
+
+    def reap(self, _: int, done: int, most: int, wait: int) -> int:
+        each = (storage_reader._Completion * most).from_address(done)
+        found, self.answers = self.answers[:most], self.answers[most:]
+        for i, (tag, error) in enumerate(found):
+            each[i].tag, each[i].error = tag, error
+        count = len(found) or self.real.reap(self.real.self, done, most, wait)
+        for i in range(count):
+            self.demands -= each[i].tag < 1 << 40
+        return count
+
+    def promote(self, _: int, tag: int) -> None:
+        read = self.held.pop(tag, None)
+        if read is None:
+            self.real.promote(self.real.self, tag)
+        elif self.mode == "spoil" and len(self.held) % 2:
+            self.answers.append((tag, -errno.EIO))
+        else:
+            self.real.submit(self.real.self, ctypes.addressof(read), 1)
+
+    def cancel(self, _: int, tag: int) -> None:
+        if self.held.pop(tag, None) is None:
+            self.real.cancel(self.real.self, tag)
+        else:
+            self.answers.append((tag, -errno.ECANCELED))
+
+
+@pytest.fixture
+def drives(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Drive]]:
+    """Those of the engines opened from now on; the mode is the last one's in the list, which begins with a name."""
+    made: list[Any] = []
+
+    def address(self: storage_reader.Reader) -> int:
+        made.append(Drive(self._native.address, modes[-1]))
+        return ctypes.addressof(made[-1].table)
+
+    modes = ["pass"]
+    monkeypatch.setattr(storage_reader.Reader, "address", property(address))
+    monkeypatch.setattr(Drive, "modes", modes, raising=False)
+    yield made
+
+
+@pytest.mark.parametrize("mode", ["pass", "hold", "spoil", "fail", "refuse"])
+def test_bits_and_decisions_stay(
+    model: Path, plain: tuple[bytes, dict[str, Any]], drives: list[Drive], mode: str
+) -> None:
+    """Whatever becomes of what is read ahead; it is read when nobody waits for anything else, and counted."""
+    Drive.modes.append(mode)  # type: ignore[attr-defined]
+    logits, s = answer(model)
+    last = -1 if mode == "spoil" else None  # what is sent up twice has not come from DRAM
+    assert logits == plain[0] and decisions(s)[:last] == decisions(plain[1])[:last]
+    (drive,), prefetch, nvme = drives, s["prefetch"], s["tiers"]["nvme"]
+    assert drive.early == 0 and s["budgets"]["lookahead_bytes"] > 0
+    again = nvme["reads"] - (nvme["hits"] + prefetch["issued"] - prefetch["useful"])
+    assert (again > 0) == (mode == "spoil") and again <= prefetch["useful"]
+    assert nvme["bytes"] >= prefetch["bytes"] >= prefetch["wasted_bytes"]
+    assert prefetch["recall"][0] is None and all(0.2 < share <= 1 for share in prefetch["recall"][1:])
+    found = {name: prefetch[name] > 0 for name in ("issued", "useful", "late", "bytes", "wasted_bytes")}
+    if mode == "pass":
+        assert found["issued"] and found["useful"] and prefetch["wasted_bytes"] < prefetch["bytes"]
+    elif mode in ("hold", "spoil"):  # each came when it was missed
+        assert prefetch["late"] == prefetch["useful"] > 0
+        assert prefetch["wasted_bytes"] == 0  # nothing that nobody asked for has begun
+    else:
+        assert not found["useful"] and found["issued"] == (mode == "fail")
+    assert not any(plain[1]["prefetch"].values()) and plain[1]["budgets"]["lookahead_bytes"] == 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tiers": Tiers(0.19, 0.0)}, {"policy": "lru", "tiers": Tiers(0.19, 0.5), "reader": "pread"},
+        {"tuning": Tuning(reads_in_place=True), "lookahead": 1}, {"car": "ratio:0.5"},
+    ],
+    ids=["fewest", "lru", "in-place", "car"],
+)  # fmt: skip
+def test_other_settings(model: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    """The same with and without it, and what a trace of the run says is what the simulator makes of it."""
+    expected, off = answer(model, **(more | {"lookahead": "off"}))
+    logits, on = answer(model, **more, trace=tmp_path / "t")
+    assert logits == expected and decisions(on)[:-1] == decisions(off)[:-1]
+    assert on["prefetch"]["issued"] > 0 and (on["substitutions"] > 0) == ("car" in more)
+    trace = Trace.load(tmp_path / "t")
+    policy = more.get("policy", "decayed")
+    c = replay(trace, np.array(trace.header.slots), policy=policy, decay=trace.header.decay, as_chosen=True).counters
+    hits = [tier["hits"] for tier in on["tiers"].values()]
+    assert [c["vram_hits"], c["dram_hits"], c["nvme_hits"]] == hits and c["substitutions"] == on["substitutions"]
+
+
+def test_off_launches_what_it_launched_before(model: Path) -> None:
+    found = []
+    for mode in ("off", "on"):
+        with Engine.open(model, settings(lookahead=mode)) as engine:
+            assert isinstance(engine.backend, GpuBackend)
+            token = engine.backend.recorded.token
+            found.append([[(s.kernel, s.grid) for s in token.launches(1, guesses)] for guesses in (False, True)])
+    (off, same), (without, with_it) = found
+    assert off == same == without
+    more = [kernel for kernel, _ in with_it]
+    for kernel, _ in off:
+        more.remove(kernel)
+    assert sorted(more) == sorted(
+        2 * ["mat_vec_f32", "post_guesses", "rms_norm", "route"]
+    )  # of all layers but the first
+
+
+def test_auto_measures_while_it_runs(
+    model: Path, plain: tuple[bytes, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in {"WARM_TOKENS": 1, "STRETCH_TOKENS": 2, "STRETCHES": 4, "SKIPPED_TOKENS": 0}.items():
+        monkeypatch.setattr(lookahead, name, count)
+    logits, s = answer(model, lookahead="auto")
+    assert logits == plain[0] and decisions(s) == decisions(plain[1])
+    assert s["prefetch"]["issued"] > 0 and s["prefetch"]["is_on"] in (False, True)
+
+
+def test_several_devices(model: Path, plain: tuple[bytes, dict[str, Any]]) -> None:
+    """A device guesses what follows on itself."""
+    for mode, guessed in (("layer", [False, True, False]), ("pingpong", [False, False, False])):
+        logits, s = answer(model, device="hip:0,0", split_mode=mode)
+        assert logits == plain[0] and decisions(s)[:-1] == decisions(plain[1])[:-1]
+        assert [share is not None for share in s["prefetch"]["recall"]] == guessed
+        assert (s["prefetch"]["issued"] > 0) == any(guessed)
+
+
+@pytest.mark.parametrize("tiers", [Tiers(0.25, 0.25), Tiers(0.5, 0.0)], ids=["dram", "vram"])
+def test_back_fill_is_that_of_the_processor(model: Path, tiers: Tiers) -> None:
+    """Picks that others stood in for come in at the same points of the text; with lookahead beside it, too."""
+    found = {}
+    for name, more in {
+        "cpu": {"device": "cpu"}, "gpu": {}, "without": {"car": "ratio:0.3"}, "ahead": {"lookahead": "on"},
+    }.items():  # fmt: skip
+        logits, s = answer(model, **({"tiers": tiers, "car": "ratio:0.3,backfill=2", "lookahead": "off"} | more))
+        found[name] = logits, decisions(s)[:-1], s["tiers"]["nvme"]["reads"], s["prefetch"]["useful"]
+    assert found["cpu"][1:3] == found["gpu"][1:3] != found["without"][1:3]
+    assert found["gpu"][1][1] > 0 and found["gpu"][2] > found["gpu"][1][-1] > 0  # substitutions; reads, misses
+    assert found["ahead"][:2] == found["gpu"][:2]
+
+
+@pytest.mark.parametrize("car", [None, "ratio:0.9,backfill=2"])
+def test_failures_leave_nothing_behind(
+    model: Path, tmp_path: Path, fake: Fake, drives: list[Drive], car: str | None
+) -> None:
+    """A read that somebody waits for fails; the device fails; it closes: with reads ahead on their way."""
+    before, copy, whole = fake.live(), tmp_path / "copy.gguf", model.read_bytes()
+    copy.write_bytes(whole)
+    Drive.modes.append("hold")  # type: ignore[attr-defined]
+    engine = Engine.open(copy, settings(tiers=Tiers(0.25, 0.25), car=car))
+    expected = decoded(engine)
+    (drive,) = drives
+    for error in (ReadError, ReadError, DeviceError):
+        session = engine.session()
+        if error is DeviceError:
+            fake.fail("hipMemcpyHtoDAsync", 719, 20)
+        else:
+            with copy.open("r+b") as stream:
+                stream.truncate(len(whole) // 8)
+        with pytest.raises(error):
+            for token in range(60):
+                session.decode(token)
+        fake.fail("", 0)
+        copy.write_bytes(whole)
+        session.close()
+        if error is ReadError:
+            assert decoded(engine) == expected or car  # what stands in depends on what is in memory
+    drive.held.clear()
+    engine.close()
+    del engine, session
+    assert fake.live() == before
+
+
+def test_an_interrupt_ends_a_run_with_reads_ahead(model: Path, plain: tuple[bytes, dict[str, Any]]) -> None:
+    """Closed from another thread, at any time, on a slow drive."""
+    for delay_seconds in (0.02, 0.05):
+        engine = Engine.open(model, settings(pace="2M,5ms"))
+        session = engine.session()
+        timer = threading.Timer(delay_seconds, engine.close)
+        timer.start()
+        with pytest.raises(UsageError):
+            for token in range(60):
+                session.decode(token)
+        timer.join()
+    assert answer(model)[0] == plain[0]
