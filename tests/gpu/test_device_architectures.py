@@ -13,6 +13,8 @@ from fomoe_io import Engine
 from fomoe_io.config import Tiers, Tuning
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import device
+from fomoe_io.trace.simulator import replay
+from fomoe_io.trace.trace import Trace
 from tests.fake_hip.build import installed_fake
 from tests.gpu.test_device_engine import TOKENS, evaluate, nmse, settings, tiny
 from tests.tiny_model import Type, write_tiny
@@ -151,10 +153,14 @@ def test_stand_ins_are_those_of_the_processor(tmp_path: Path, changes: dict[str,
     path, found = write_tiny(tmp_path / "model.gguf", shape, seed=2), []
     for kind in ("cpu", "hip"):
         rule = CarRule.parse("regret:0.2,handicap=0")
-        with Engine.open(path, settings(device=kind, tiers=Tiers(0.25, 0.0), batch_tokens=1, car=rule)) as engine:
+        config = settings(device=kind, tiers=Tiers(0.25, 0.0), batch_tokens=1, car=rule, trace=tmp_path / kind)
+        with Engine.open(path, config) as engine:
             session = engine.session()
             logits = np.stack([session.decode(int(token)).copy() for token in TOKENS])
             found.append((logits, engine.statistics()["substitutions"]))
+        trace = Trace.load(tmp_path / kind)
+        played = replay(trace, np.array(trace.header.slots), decay=trace.header.decay, as_chosen=True)
+        assert played.counters["substitutions"] == found[-1][1]
     assert found[0][1] == found[1][1] > 5
     assert nmse(found[1][0], found[0][0]) < 1e-9
 
