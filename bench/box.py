@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,11 @@ def settings(options: argparse.Namespace, **more: Any) -> EngineConfig:
     )
 
 
-def limited(options: argparse.Namespace, tokens: np.ndarray, car: CarRule | None) -> tuple[dict[str, Any], float]:
+def limited(
+    options: argparse.Namespace, tokens: np.ndarray, car: CarRule | None, lookahead: Any
+) -> tuple[dict[str, Any], float]:
     """A run whose experts are mostly on the drive, and the drive's rate beside it."""
-    config = settings(options, tiers=Tiers.parse(options.tiers), car=car)
+    config = settings(options, tiers=Tiers.parse(options.tiers), car=car, lookahead=lookahead)
     with Engine.open(options.model, config) as engine:
         times, s = decode(engine, tokens, options.warmup)
         drive = drive_rate(engine, config.pace)
@@ -137,6 +140,7 @@ def limited(options: argparse.Namespace, tokens: np.ndarray, car: CarRule | None
         "shares": {name: tier["hits"] / s["expert_requests"] for name, tier in s["tiers"].items()},
         "substituted": s["substitutions"] / s["expert_requests"],
         "stall_ms_a_token": {name: 1e3 * seconds / count for name, seconds in s["stall_seconds"].items()},
+        "prefetch": s["prefetch"],
         "host_us_a_miss": s.get("host_us_per_miss"), "device": s["device"], "reader": s["reader"],
     }  # fmt: skip
     return result, drive
@@ -167,10 +171,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     link = link_rates(options.device, record) if "link" in s else None
     if link:
         result["link_gb_s"] = {"up": link[0] / 1e9, "up_beside_down": link[1] / 1e9}
-    for name in ("exact", options.car):
-        run, drive = limited(options, tokens, None if name == "exact" else CarRule.parse(name))
+    for name, lookahead in product(("exact", options.car), ("off", *options.lookahead)):
+        run, drive = limited(options, tokens, None if name == "exact" else CarRule.parse(name), lookahead)
         add_floors(run, drive, link, card_ms)
-        result["runs"]["exact" if name == "exact" else f"car {name}"] = run
+        ahead = "" if lookahead == "off" else f", lookahead {lookahead}"
+        result["runs"][("exact" if name == "exact" else f"car {name}") + ahead] = run
     return result
 
 
@@ -240,6 +245,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tiers", default="vram=10%,dram=7%")
     parser.add_argument("--car", default="on", help="the rule of the second run (default: %(default)s)")
+    parser.add_argument("--lookahead", nargs="+", choices=("on", "auto"), default=[],
+        help="runs with it beside those without")  # fmt: skip
     parser.add_argument("--pace", default="14.5G,80us", help="of the drive, or none (default: %(default)s)")
     parser.add_argument("--reader", default="pread", help="pread overlaps on tmpfs, io_uring does not")
     parser.add_argument(

@@ -120,7 +120,12 @@ cdef extern from "csrc/cpu/experts.h" nogil:
                                      fomoe_reader *)
     void fomoe_experts_free(fomoe_experts *)
     int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *)
+    int fomoe_experts_stage(fomoe_experts *, uint8_t *pool, int each)
     void fomoe_experts_set_lookahead(fomoe_experts *, int ranks)
+    ctypedef struct fomoe_recall:
+        uint64_t picks
+        uint64_t guessed
+    const fomoe_recall *fomoe_experts_recall(const fomoe_experts *)
     void fomoe_experts_set_car(fomoe_experts *, const fomoe_car *)
     const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *)
     const int64_t *fomoe_experts_picks(const fomoe_experts *)

@@ -84,8 +84,18 @@ cdef class Experts:
             error = fomoe_experts_warm(self.c, layer, &experts[0], &scores[0], count, watch)
         return error
 
+    def stage(self, uintptr_t pool, int each):
+        """Buffers for experts that are read ahead, so many for each size of slots."""
+        if fomoe_experts_stage(self.c, <uint8_t *>pool, each):
+            raise MemoryError
+
     def set_lookahead(self, int ranks):
         fomoe_experts_set_lookahead(self.c, ranks)
+
+    def recall(self):
+        """int64 [layers, 2]: picks of layers that were guessed, and how many of them had been guessed."""
+        cdef const fomoe_recall *r = fomoe_experts_recall(self.c)
+        return np.array([(r[i].picks, r[i].guessed) for i in range(self.shape.layers)], np.int64)
 
     def set_car(self, uintptr_t car):
         """The address of a fomoe_car, which is copied."""

@@ -11,12 +11,23 @@ from typing import Any
 import numpy as np
 
 from fomoe_io import _cpu
-from fomoe_io.backend import Batch, Budgets, Counters, Joined, PooledState, Span, StatePool, kept_text, together
+from fomoe_io.backend import (
+    Batch,
+    Budgets,
+    Counters,
+    Joined,
+    PooledState,
+    Span,
+    StatePool,
+    kept_text,
+    lookahead_text,
+    together,
+)
 from fomoe_io.cpu import dot_library
 from fomoe_io.cpu.recorder import CpuRecorder, Embedding, StateLayout
 from fomoe_io.cpu.weights import Weights
 from fomoe_io.errors import FormatError, UsageError
-from fomoe_io.experts.lookahead import Lookahead
+from fomoe_io.experts.lookahead import Lookahead, recall_of
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import SlotLayout, native_layers, share_slots, slot_layout, slot_pairs, tier_slots
 from fomoe_io.models.recorder import KvType
@@ -139,7 +150,7 @@ class CpuBackend:
             f"memory at most {format_bytes(b.ram_bytes)}{again}, in it weights {format_bytes(b.resident_bytes)}, "
             f"experts {format_bytes(b.pool_bytes)} ({_slots_text(self._slots().values())} of {self._shape.experts} a "
             f"layer), state {format_bytes(b.state_bytes)}, batch {b.batch_tokens}"
-            f"{kept_text(b)}"
+            f"{lookahead_text(b)}{kept_text(b)}"
         ]
 
     # ---- opening ----
@@ -167,7 +178,9 @@ class CpuBackend:
         s, config, b, reader = self._shape, self._config, self.budgets, self._opened.reader
         self._weights.load(reader, config.progress)
         self._pool = aligned_memory(b.pool_bytes)
-        native, _ = native_layers(s.layers, self._opened.model.experts, layouts, self._slots(), self._pool.address)
+        native, staging = native_layers(
+            s.layers, self._opened.model.experts, layouts, self._slots(), self._pool.address
+        )
         reader.register_buffers(self._pool.address, b.pool_bytes)
         self._experts = _cpu.Experts(
             self._kernels,
@@ -180,10 +193,13 @@ class CpuBackend:
             (reader, self._pool),
         )
         self._lookahead = Lookahead(config.lookahead_mode)
+        if b.lookahead_bytes:
+            self._experts.stage(self._pool.address + staging, config.guesses_of(s.used))
         if config.car is not None:
             car = config.car.native()
             self._experts.set_car(ctypes.addressof(car))
         self._recorder = self._record(b.batch_tokens, self._experts)
+        self.reset_statistics()
 
     def _experts_shape(self, batch_tokens: int) -> dict[str, int]:
         s = self._shape
@@ -230,7 +246,8 @@ class CpuBackend:
         smallest = base + per_token + least * row_bytes
         limit = ram.limit(smallest)
         kept = ram.kept_bytes(limit - smallest, limit, parts, self._opened.context_tokens)
-        base, smallest = base + kept, smallest + kept
+        ahead = config.guesses_of(s.used) * sum(set(slot_bytes.values()))
+        base, smallest = base + kept + ahead, smallest + kept + ahead
         most = ram.slots or s.experts
         batch = config.batch_tokens
         # An eighth of what is left at most for activations: a smaller batch costs prompt speed, fewer slots cost reads.
@@ -249,7 +266,8 @@ class CpuBackend:
             resident_bytes=self._weights.bytes,
             state_bytes=state,
             workspace_bytes=batch * per_token,
-            pool_bytes=pool,
+            pool_bytes=pool + ahead,
+            lookahead_bytes=ahead,
             batch_tokens=batch,
             slots=slot_pairs(tier_slots(s.layers, slots, vram)),
             kept_bytes=kept + (config.cache_bytes or 0),
@@ -314,10 +332,14 @@ class CpuBackend:
         return Counters(**self._experts.counters())
 
     def add_statistics(self, result: dict[str, Any], change: Counters) -> None:
-        """Nothing."""
+        """How well layers were guessed."""
+        if self.budgets.lookahead_bytes:
+            guessed = self._experts.recall() - self._recall
+            result["prefetch"] |= {"is_on": self._lookahead.is_on, "recall": recall_of(guessed)}
 
     def reset_statistics(self) -> None:
-        """Nothing."""
+        """Counts of guesses begin anew."""
+        self._recall = self._experts.recall()
 
     def close(self) -> None:
         """Give everything back."""

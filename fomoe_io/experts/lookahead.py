@@ -7,6 +7,8 @@ from collections.abc import Callable
 from statistics import median
 from typing import Literal
 
+import numpy as np
+
 WARM_TOKENS = 32
 """Before the first trial: memory fills, and graphs are captured."""
 
@@ -75,3 +77,8 @@ class Lookahead:
         self._chosen, self.trials = on < (1 - LEAST_GAIN) * off, self.trials + 1
         self._times = {False: [], True: []}
         self._place = -SETTLED_TOKENS
+
+
+def recall_of(guessed: np.ndarray) -> list[float | None]:
+    """A share for each layer, of int [layers, 2]: picks, and those that were guessed; None where nothing was."""
+    return [round(right / picks, 4) if picks else None for picks, right in guessed.tolist()]

@@ -12,7 +12,7 @@ import numpy as np
 from fomoe_io import _gpu, _hip
 from fomoe_io.backend import Batch, Counters, Joined, PooledState, Span, StatePool, kept_text, lookahead_text
 from fomoe_io.errors import DeviceError, UsageError
-from fomoe_io.experts.lookahead import Lookahead
+from fomoe_io.experts.lookahead import Lookahead, recall_of
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import slot_layout
 from fomoe_io.gpu import device, kernels
@@ -412,11 +412,6 @@ class GpuBackend:
                     if not stream.is_done():
                         return False
         return True
-
-
-def recall_of(guessed: np.ndarray) -> list[float | None]:
-    """A share for each layer; None where nothing was guessed."""
-    return [round(right / picks, 4) if picks else None for picks, right in guessed.tolist()]
 
 
 _ON_DEVICE = (

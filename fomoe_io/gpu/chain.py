@@ -19,9 +19,9 @@ import numpy as np
 from fomoe_io import _cpu
 from fomoe_io.backend import Batch, Budgets, Counters, Joined, PooledState, Span, StatePool
 from fomoe_io.errors import DeviceError, UsageError
-from fomoe_io.experts.lookahead import Lookahead
+from fomoe_io.experts.lookahead import Lookahead, recall_of
 from fomoe_io.gpu.arena import Part, hop_bytes
-from fomoe_io.gpu.backend import GpuBackend, GpuState, recall_of
+from fomoe_io.gpu.backend import GpuBackend, GpuState
 from fomoe_io.gpu.device import Gpu
 from fomoe_io.gpu.pipeline import BATCHES_A_DEVICE, Piece, cut
 from fomoe_io.gpu.runs import run_batch

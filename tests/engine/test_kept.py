@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -454,12 +455,8 @@ def test_a_session_in_a_damaged_file(recurrent: None, timeline: Timeline, alone:
 
 def give_up(timeline: Timeline, tokens: list[int]) -> None:
     """A run that ends before its time."""
-
-    def look() -> None:
-        raise InterruptedError
-
     gate = timeline.session._gate
-    gate.on_look = look
+    gate.on_look = Mock(side_effect=InterruptedError)
     try:
         with pytest.raises(InterruptedError):
             for _ in range(100):  # it looks every 50 ms

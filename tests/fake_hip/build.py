@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fomoe_io import _hip
+from tests.gpu_shim.cpu_kernels import KEPT, kept
 from tests.gpu_shim.cpu_kernels import build as build_kernels
 
 KINDS = ("buffers", "registrations", "streams", "events", "modules", "graphs", "blas")
@@ -82,12 +83,16 @@ def build(folder: Path) -> Path:
     """A ROCM_PATH with all of them in its lib/; skips where there is no C compiler."""
     if not shutil.which("gcc"):
         pytest.skip("gcc is not installed")
-    (folder / "lib").mkdir()
-    library = folder / "lib" / "libamdhip64.so"
-    source = Path(__file__).parent / "fake_hip.c"
     command = ["gcc", "-O1", "-shared", "-fPIC", "-fvisibility=hidden"]
-    subprocess.run([*command, str(source), "-o", str(library), "-lpthread", "-ldl"], check=True)
-    shutil.copy(library, folder / "lib" / "libhiprtc.so")
-    blas = ["-mf16c", str(source.with_name("fake_hipblaslt.c")), "-o", str(folder / "lib" / "libhipblaslt.so")]
-    subprocess.run([*command, *blas, str(library), "-Wl,-rpath,$ORIGIN"], check=True)
-    return folder
+    sources = [Path(__file__).with_name(name) for name in ("fake_hip.c", "fake_hipblaslt.c")]
+    hip = [*command, str(sources[0]), "-lpthread", "-ldl"]
+    blas = [*command, "-mf16c", str(sources[1])]  # names the other by its whole path: it is built where it stays
+    with kept("rocm", repr([hip, blas, KEPT]), sources) as (place, _):
+        library, last = (place / "lib" / name for name in ("libamdhip64.so", "libhipblaslt.so"))
+        if not last.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([*hip, "-o", str(library)], check=True)
+            shutil.copy(library, library.with_name("libhiprtc.so"))
+            subprocess.run([*blas, str(library), "-o", str(folder / "blas.so")], check=True)
+            shutil.move(folder / "blas.so", last)
+    return place

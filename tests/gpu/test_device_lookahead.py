@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +16,10 @@ from fomoe_io.errors import DeviceError, ReadError, UsageError
 from fomoe_io.experts import lookahead
 from fomoe_io.gpu import device
 from fomoe_io.gpu.backend import GpuBackend
-from fomoe_io.storage import reader as storage_reader
 from fomoe_io.trace.simulator import replay
 from fomoe_io.trace.trace import Trace
 from tests.fake_hip.build import Fake, installed_fake
+from tests.fakes.ahead import drives
 from tests.tiny_model import Tiny, write_tiny
 
 TOKENS = np.random.default_rng(5).integers(0, 300, 10)
@@ -78,88 +76,14 @@ def plain(model: Path, fake: Fake) -> tuple[bytes, dict[str, Any]]:
         return answer(model, lookahead="off")
 
 
-class Drive:
-    """Between the experts and their reader: what is read ahead may fail, be refused, or take until it is asked for."""
-
-    def __init__(self, native: int, mode: str) -> None:
-        self.real, self.mode = storage_reader._Table.from_address(native), mode
-        self.held: dict[int, storage_reader._Read] = {}
-        self.answers: list[tuple[int, int]] = []
-        self.demands, self.ahead, self.early = 0, 0, 0
-        kinds = dict(storage_reader._Table._fields_)
-        self.table = storage_reader._Table(
-            self.real.self, kinds["submit"](self.submit), kinds["reap"](self.reap), kinds["promote"](self.promote),
-            kinds["cancel"](self.cancel), self.real.wait,
-        )  # fmt: skip
-
-    def submit(self, _: int, reads: int, count: int) -> int:
-        each = (storage_reader._Read * count).from_address(reads)
-        if not each[0].priority:
-            self.demands += count
-            return self.real.submit(self.real.self, reads, count)
-        self.early += self.demands > 0
-        if self.mode == "refuse":
-            return -errno.EIO
-        self.ahead += count
-        if self.mode == "fail":
-            self.answers += [(read.tag, -errno.EIO) for read in each]
-        elif self.mode in ("hold", "spoil"):
-            self.held |= {read.tag: storage_reader._Read.from_buffer_copy(read) for read in each}
-        else:
-            return self.real.submit(self.real.self, reads, count)
-        return 0
-
-    def reap(self, _: int, done: int, most: int, wait: int) -> int:
-        each = (storage_reader._Completion * most).from_address(done)
-        found, self.answers = self.answers[:most], self.answers[most:]
-        for i, (tag, error) in enumerate(found):
-            each[i].tag, each[i].error = tag, error
-        count = len(found) or self.real.reap(self.real.self, done, most, wait)
-        for i in range(count):
-            self.demands -= each[i].tag < 1 << 40
-        return count
-
-    def promote(self, _: int, tag: int) -> None:
-        read = self.held.pop(tag, None)
-        if read is None:
-            self.real.promote(self.real.self, tag)
-        elif self.mode == "spoil" and len(self.held) % 2:
-            self.answers.append((tag, -errno.EIO))
-        else:
-            self.real.submit(self.real.self, ctypes.addressof(read), 1)
-
-    def cancel(self, _: int, tag: int) -> None:
-        if self.held.pop(tag, None) is None:
-            self.real.cancel(self.real.self, tag)
-        else:
-            self.answers.append((tag, -errno.ECANCELED))
-
-
-@pytest.fixture
-def drives(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Drive]]:
-    """Those of the engines opened from now on; the mode is the last one's in the list, which begins with a name."""
-    made: list[Any] = []
-
-    def address(self: storage_reader.Reader) -> int:
-        made.append(Drive(self._native.address, modes[-1]))
-        return ctypes.addressof(made[-1].table)
-
-    modes = ["pass"]
-    monkeypatch.setattr(storage_reader.Reader, "address", property(address))
-    monkeypatch.setattr(Drive, "modes", modes, raising=False)
-    yield made
-
-
 @pytest.mark.parametrize("mode", ["pass", "hold", "spoil", "fail", "refuse"])
-def test_bits_and_decisions_stay(
-    model: Path, plain: tuple[bytes, dict[str, Any]], drives: list[Drive], mode: str
-) -> None:
+def test_bits_and_decisions_stay(model: Path, plain: tuple[bytes, dict[str, Any]], mode: str) -> None:
     """Whatever becomes of what is read ahead; it is read when nobody waits for anything else, and counted."""
-    Drive.modes.append(mode)  # type: ignore[attr-defined]
-    logits, s = answer(model)
+    with drives(mode) as made:
+        logits, s = answer(model)
     last = -1 if mode == "spoil" else None  # what is sent up twice has not come from DRAM
     assert logits == plain[0] and decisions(s)[:last] == decisions(plain[1])[:last]
-    (drive,), prefetch, nvme = drives, s["prefetch"], s["tiers"]["nvme"]
+    (drive,), prefetch, nvme = made, s["prefetch"], s["tiers"]["nvme"]
     assert drive.early == 0 and s["budgets"]["lookahead_bytes"] > 0
     again = nvme["reads"] - (nvme["hits"] + prefetch["issued"] - prefetch["useful"])
     assert (again > 0) == (mode == "spoil") and again <= prefetch["useful"]
@@ -248,16 +172,13 @@ def test_back_fill_is_that_of_the_processor(model: Path, tiers: Tiers) -> None:
 
 
 @pytest.mark.parametrize("car", [None, "ratio:0.9,backfill=2"])
-def test_failures_leave_nothing_behind(
-    model: Path, tmp_path: Path, fake: Fake, drives: list[Drive], car: str | None
-) -> None:
+def test_failures_leave_nothing_behind(model: Path, tmp_path: Path, fake: Fake, car: str | None) -> None:
     """A read that somebody waits for fails; the device fails; it closes: with reads ahead on their way."""
     before, copy, whole = fake.live(), tmp_path / "copy.gguf", model.read_bytes()
     copy.write_bytes(whole)
-    Drive.modes.append("hold")  # type: ignore[attr-defined]
-    engine = Engine.open(copy, settings(tiers=Tiers(0.25, 0.25), car=car))
+    with drives("hold") as made:
+        engine = Engine.open(copy, settings(tiers=Tiers(0.25, 0.25), car=car))
     expected = decoded(engine)
-    (drive,) = drives
     for error in (ReadError, ReadError, DeviceError):
         session = engine.session()
         if error is DeviceError:
@@ -273,7 +194,7 @@ def test_failures_leave_nothing_behind(
         session.close()
         if error is ReadError:
             assert decoded(engine) == expected or car  # what stands in depends on what is in memory
-    drive.held.clear()
+    made[0].held.clear()
     engine.close()
     del engine, session
     assert fake.live() == before

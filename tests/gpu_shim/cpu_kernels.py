@@ -9,7 +9,8 @@ import mmap
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,20 +34,29 @@ def build(folder: Path) -> Path:
     source = Path(kernels.__file__).parent
     command = ["g++", "-x", "c++", "-DFOMOE_GPU_ON_CPU", f"-I{SHIM}", f"-I{source}", "-O1", "-std=c++17", "-mavx2"]
     command += ["-mfma", "-mf16c", "-fvisibility=hidden", "-shared", "-fPIC", str(source / kernels.MAIN_SOURCE)]
-    digest = hashlib.sha256(repr(command).encode())
-    for path in sorted([*SHIM.glob("*.h"), *source.iterdir()]):
+    with kept("kernels", repr(command), [*SHIM.glob("*.h"), *source.iterdir()]) as (place, is_built):
+        if not is_built:
+            subprocess.run([*command, "-o", str(library)], check=True)
+            shutil.move(library, place)
+    shutil.copy(place, library)
+    return library
+
+
+@contextmanager
+def kept(name: str, how: str, sources: Iterable[Path]) -> Iterator[tuple[Path, bool]]:
+    """Where what is built so from these sources lies, and whether it does; nobody else builds meanwhile."""
+    digest = hashlib.sha256(how.encode())
+    for path in sorted(sources):
         digest.update(path.read_bytes() if path.is_file() else b"")
-    kept = KEPT / f"kernels-{digest.hexdigest()[:16]}.so"
+    place = KEPT / f"{name}-{digest.hexdigest()[:16]}"
     KEPT.mkdir(parents=True, exist_ok=True)
     with (KEPT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not kept.exists():
-            subprocess.run([*command, "-o", str(library)], check=True)
-            for old in KEPT.glob("kernels-*.so"):
-                old.unlink()
-            shutil.move(library, kept)
-    shutil.copy(kept, library)
-    return library
+        is_built = place.exists()
+        yield place, is_built
+        for old in KEPT.glob(f"{name}-*") if not is_built else ():
+            if old != place:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 class Buffer:

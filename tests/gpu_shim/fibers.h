@@ -1,6 +1,6 @@
-// The prelude's CPU branch: a block runs on one thread, every GPU thread of it a fiber that passes the processor on where
-// a GPU would wait for others (lane exchanges, barriers).  A rendezvous completes when every fiber that has not returned
-// is there.  x86-64 only.  Loads check the alignment a GPU would insist on.
+// The prelude's CPU branch: a block runs on one thread, every GPU thread of it a fiber that passes the processor on
+// where a GPU would wait for others (lane exchanges, barriers).  A rendezvous completes when every fiber that has not
+// returned is there.  x86-64 only.  Loads check the alignment a GPU would insist on.
 #pragma once
 #include <immintrin.h>
 #include <sched.h>
@@ -70,7 +70,7 @@ asm(".text\n"
 
 static bool can_run(const fiber &f) { return !f.is_done && *f.waits_for != f.seen; }
 
-// Who goes on when fiber i cannot: another of its warp, or one of the warps behind it; nobody: the scheduler, at the end.
+// Who goes on when fiber i cannot: another of its warp, or of the warps behind it; at the end the scheduler.
 static void *next_of(block *b, int i) {
     const int first = i & -LANES;
     for (int k = i + 1; k < i + LANES; k++) {

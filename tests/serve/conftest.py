@@ -30,6 +30,16 @@ DIALOGUE = '{% for m in messages %}{{ m.content }}"{% endfor %}'
 """A template at whose seams no token spans text of the model and of the template."""
 
 
+class Imported:
+    """A package that is imported when a test uses it: who collects the tests need not wait for the large ones."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(pytest.importorskip(self._name), attribute)
+
+
 class Live:
     """A server and a client of it."""
 

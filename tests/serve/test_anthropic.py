@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import DIALOGUE, Live
+from tests.serve.conftest import DIALOGUE, Imported, Live
 
-anthropic = pytest.importorskip("anthropic")
+anthropic = Imported("anthropic")
 
 HELLO: list[dict[str, Any]] = [{"role": "user", "content": "The river was"}]
 

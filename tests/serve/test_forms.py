@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from fomoe_io import Engine
-from tests.serve.conftest import Live
+from tests.serve.conftest import Imported, Live
 from tests.serve.tool_requests import ANIMAL, ASK, TOOLS, chat
 
-openai = pytest.importorskip("openai")
-anthropic = pytest.importorskip("anthropic")
+openai = Imported("openai")
 pytest.importorskip("llguidance")
 
 

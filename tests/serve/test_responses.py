@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import Live
+from tests.serve.conftest import Imported, Live
 
-openai = pytest.importorskip("openai")
+openai = Imported("openai")
 
 
 @pytest.fixture(scope="module")

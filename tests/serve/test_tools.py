@@ -11,11 +11,10 @@ import pytest
 
 from fomoe_io import Engine
 from fomoe_io.kept.timeline import Timeline
-from tests.serve.conftest import Live
+from tests.serve.conftest import Imported, Live
 from tests.serve.tool_requests import ANIMAL, ASK, NAMED, TOOLS, chat, check_weather
 
-openai = pytest.importorskip("openai")
-anthropic = pytest.importorskip("anthropic")
+openai = Imported("openai")
 pytest.importorskip("llguidance")
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import Live
+from tests.serve.conftest import Imported, Live
 from tests.serve.tool_requests import ANIMAL, ASK, BLOCKS, FLAT, TOOLS, check_weather
 
-openai = pytest.importorskip("openai")
-anthropic = pytest.importorskip("anthropic")
+openai = Imported("openai")
+anthropic = Imported("anthropic")
 pytest.importorskip("llguidance")
 
 

@@ -73,6 +73,13 @@ def reference(rule: CarRule, logits: np.ndarray, tiers: np.ndarray, k: int) -> d
     return swaps
 
 
+def check_swaps(swaps: dict[int, int], ids: np.ndarray, chosen: np.ndarray, replaced: np.ndarray) -> None:
+    """The picks are the router's but for the swaps (rank -> stand-in), and who was replaced is told."""
+    ranks = range(len(ids))
+    assert chosen.tolist() == [swaps.get(i, int(ids[i])) for i in ranks]
+    assert replaced.tolist() == [int(ids[i]) if i in swaps else -1 for i in ranks]
+
+
 @pytest.mark.parametrize("text", RULES)
 def test_a_rule_against_the_reference(text: str) -> None:
     rule, random = CarRule.parse(text), np.random.default_rng(5)
@@ -86,11 +93,7 @@ def test_a_rule_against_the_reference(text: str) -> None:
         ids, weights = picks(logits, k)
         swaps = reference(rule, logits, tiers, k)
         chosen, scaled, replaced = choose(rule, logits, tiers, ids, weights)
-        expected = ids.copy()
-        for rank, candidate in swaps.items():
-            expected[rank] = candidate
-        assert chosen.tolist() == expected.tolist()
-        assert [int(r) for r in replaced] == [int(ids[i]) if i in swaps else -1 for i in range(k)]
+        check_swaps(swaps, ids, chosen, replaced)
         if not swaps:
             assert scaled.tobytes() == weights.tobytes()
         # the weights are those the router would give the new set
@@ -146,11 +149,7 @@ def test_a_rule_where_a_bias_chooses(text: str) -> None:
         weights = (2.5 * p[ids] / p[ids].sum()).astype(np.float32)
         swaps = biased_reference(rule, p.astype(np.float64), values.astype(np.float64), tiers, ids)
         chosen, scaled, replaced = choose(rule, values, tiers, ids, weights, p=p)
-        expected = ids.copy()
-        for rank, candidate in swaps.items():
-            expected[rank] = candidate
-        assert chosen.tolist() == expected.tolist()
-        assert [int(r) for r in replaced] == [int(ids[i]) if i in swaps else -1 for i in range(k)]
+        check_swaps(swaps, ids, chosen, replaced)
         np.testing.assert_allclose(scaled, 2.5 * p[chosen] / p[chosen].sum(), rtol=2e-5)
         swapped += len(swaps)
     assert swapped > 50

@@ -42,6 +42,7 @@ static int allocate(fomoe_experts *e) {
     e->ready = fomoe_own(o, most, sizeof *e->ready);
     e->group = fomoe_own(o, most, sizeof *e->group);
     e->guesses = fomoe_own(o, most, sizeof *e->guesses);
+    e->recall = fomoe_own(o, s->layers, sizeof *e->recall);
     e->guess_weights = fomoe_own(o, most, sizeof *e->guess_weights);
     e->placements = fomoe_own(o, most, sizeof *e->placements);
     e->moves = fomoe_own(o, 2 * most, sizeof *e->moves);
@@ -53,13 +54,14 @@ static int allocate_physical(fomoe_experts *e) {
     int64_t total = 0;
     for (int l = 0; l < e->shape.layers; l++) total += e->layer[l].slots;
     e->physical = fomoe_own(&e->owned, (size_t)e->shape.layers * FOMOE_TIERS, sizeof *e->physical);
-    int32_t *table = fomoe_own(&e->owned, total + 1, sizeof *table);
+    uint8_t **table = fomoe_own(&e->owned, total + 1, sizeof *table);
     if (e->owned.is_incomplete) return 0;
     for (int l = 0; l < e->shape.layers; l++) {
         int slot = 0;
         for (int tier = 0; tier < FOMOE_TIERS && e->layer[l].experts; tier++) {
             e->physical[l * FOMOE_TIERS + tier] = table;
-            for (int i = fomoe_residency_slots(e->residency, l, tier); i > 0; i--) *table++ = slot++;
+            for (int i = fomoe_residency_slots(e->residency, l, tier); i > 0; i--)
+                *table++ = e->layer[l].pool + slot++ * e->layer[l].slot_bytes;
         }
     }
     return 1;
@@ -72,7 +74,7 @@ fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *shape, const fomoe_e
     e->shape = *shape;
     e->residency = residency;
     e->reader = reader;
-    e->first_layer = e->open_layer = -1;
+    e->first_layer = e->open_layer = e->guessed_layer = -1;
     fomoe_offers_start(&e->offers, residency, reader);
     e->layer = fomoe_own(&e->owned, shape->layers, sizeof *e->layer);
     if (!e->layer) goto fail;
@@ -108,10 +110,10 @@ void fomoe_experts_failure(const fomoe_experts *e, int *layer, int *expert) {
 /* ---- residency: slots are exchanged, bytes never move ---- */
 
 static void carry_out(fomoe_experts *e, int layer, const fomoe_move *moves, int count) {
-    int32_t **physical = e->physical + layer * FOMOE_TIERS;
+    uint8_t ***physical = e->physical + layer * FOMOE_TIERS;
     for (int i = 0; i < count; i++) {
         const fomoe_move *m = &moves[i];
-        int32_t *a = &physical[m->from_tier][m->from_slot], *b = &physical[m->to_tier][m->to_slot], swap = *a;
+        uint8_t **a = &physical[m->from_tier][m->from_slot], **b = &physical[m->to_tier][m->to_slot], *swap = *a;
         *a = *b;
         *b = swap;
         /* a swap of two experts comes as a move and its inverse: one exchange does both */
@@ -121,10 +123,9 @@ static void carry_out(fomoe_experts *e, int layer, const fomoe_move *moves, int 
     }
 }
 
-static uint8_t *slot_address(const fomoe_experts *e, int layer, const fomoe_placement *p) {
-    const fomoe_expert_layer *l = &e->layer[layer];
+static uint8_t **slot_of(const fomoe_experts *e, int layer, const fomoe_placement *p) {
     assert(p->slot >= 0 && p->slot < fomoe_residency_slots(e->residency, layer, p->tier));
-    return l->pool + e->physical[layer * FOMOE_TIERS + p->tier][p->slot] * l->slot_bytes;
+    return &e->physical[layer * FOMOE_TIERS + p->tier][p->slot];
 }
 
 static int add_reads(fomoe_experts *e, int layer, int expert, int i, uint8_t *slot, fomoe_read *reads) {
@@ -153,14 +154,13 @@ static void place(fomoe_experts *e, int layer, int begin, int end, int *reads) {
     carry_out(e, layer, e->moves, moves);
     for (int i = begin; i < end; i++) {
         const fomoe_placement *p = &e->placements[i - begin];
-        uint8_t *slot = slot_address(e, layer, p);
-        e->slot[i] = slot;
-        e->source[i] = p->source == FOMOE_TIER_COMING ? FOMOE_TIER_NVME : p->source;
+        uint8_t **slot = slot_of(e, layer, p);
+        e->slot[i] = *slot;
+        e->source[i] = p->source;
         e->tier[i] = p->tier;
         e->reads_left[i] = 0;
-        if (p->source == FOMOE_TIER_COMING) fomoe_offers_join(&e->offers, layer, e->plan.ids[i], i);
-        if (p->source != FOMOE_TIER_NVME) continue;
-        e->reads_left[i] = add_reads(e, layer, e->plan.ids[i], i, slot, e->reads + *reads);
+        if (p->source != FOMOE_TIER_NVME || fomoe_ahead_take(e, layer, i, slot)) continue;
+        e->reads_left[i] = add_reads(e, layer, e->plan.ids[i], i, *slot, e->reads + *reads);
         *reads += e->reads_left[i];
     }
     assert(e->submitted == begin && end <= e->plan.count);
@@ -262,6 +262,12 @@ static void await(fomoe_experts *e, int layer, fomoe_watch *watch) {
     if (ended || ready < 0) fail(e, layer, 0, ended ? -ECANCELED : ready);
 }
 
+/* A read ahead has failed, which expert i has taken for its own: what is wrong is said if this fails, too. */
+static void read_again(fomoe_experts *e, int layer, int i) {
+    e->reads_left[i] = add_reads(e, layer, e->plan.ids[i], i, (uint8_t *)e->slot[i], e->reads);
+    submit(e, layer, i, e->reads_left[i]);
+}
+
 /* Collect what has come back. */
 static void reap(fomoe_experts *e, int layer) {
     fomoe_completion done[REAP_BATCH];
@@ -269,9 +275,12 @@ static void reap(fomoe_experts *e, int layer) {
     if (count < 0) fail(e, layer, 0, count);
     for (int c = 0; c < count; c++) {
         if (done[c].tag & FOMOE_OFFER_TAG) {
-            int waiter, error = fomoe_offers_completed(&e->offers, &done[c], &waiter);
-            if (waiter >= 0 && error) fail(e, layer, waiter, error);
-            if (waiter >= 0) e->ready[e->ready_count++] = waiter;
+            fomoe_offers_completed(&e->offers, &done[c]);
+            continue;
+        }
+        if (done[c].tag & FOMOE_AHEAD_TAG) {
+            int again = fomoe_ahead_completed(e, &done[c]);
+            if (again >= 0) read_again(e, layer, again);
             continue;
         }
         int i = fomoe_expert_of_tag(done[c].tag);
@@ -285,11 +294,13 @@ static void reap(fomoe_experts *e, int layer) {
 /* Drop the reads of experts [begin, end) of the batch that have not begun, wait for the others. */
 static void drain(fomoe_experts *e, int begin, int end) {
     fomoe_completion done[REAP_BATCH];
-    int count, waiter;
+    int count;
     for (int tag = begin * FOMOE_PARTS; tag < end * FOMOE_PARTS; tag++) e->reader->cancel(e->reader->self, tag);
     while ((count = e->reader->reap(e->reader->self, done, REAP_BATCH, 1)) > 0)
-        for (int c = 0; c < count; c++)
-            if (done[c].tag & FOMOE_OFFER_TAG) fomoe_offers_completed(&e->offers, &done[c], &waiter);
+        for (int c = 0; c < count; c++) {
+            if (done[c].tag & FOMOE_OFFER_TAG) fomoe_offers_completed(&e->offers, &done[c]);
+            if (done[c].tag & FOMOE_AHEAD_TAG) fomoe_ahead_completed(e, &done[c]);
+        }
 }
 
 void fomoe_experts_abandon(fomoe_experts *e) {
@@ -302,7 +313,7 @@ void fomoe_experts_abandon(fomoe_experts *e) {
 }
 
 static int looks_ahead(const fomoe_experts *e, const fomoe_run *run) {
-    return run->tokens == 1 && e->lookahead && !e->rest && e->car.rule == FOMOE_CAR_OFF;
+    return run->tokens == 1 && e->lookahead && !e->rest;
 }
 
 /* Does lookahead pay?  Where less than half of what it reads is wanted, it pauses for a while. */
@@ -316,32 +327,23 @@ static void review(fomoe_experts *e) {
     e->judged_useful = e->counters.useful;
 }
 
-/* Experts of this layer that were read before anybody asked.  With cache-aware routing they become resident at the same
- * point of the text whatever the drive's speed, because what stands in for what must not depend on it; a batch needs
- * all slots.  Lookahead for a single token changes no result: what is not there yet is waited for like any other. */
+/* Picks of this layer that others stood in for become resident at the same point of the text whatever the drive's
+ * speed, because what stands in for what must not depend on it. */
 static void settle(fomoe_experts *e, const fomoe_step *step, const fomoe_run *run) {
     int layer = step->as.experts.layer;
-    if (run->tokens == 1 && e->car.rule == FOMOE_CAR_OFF) {
-        const int32_t *picks = (const int32_t *)fomoe_row(&step->as.experts.ids, 0);
-        fomoe_offers_verdict v = fomoe_offers_judge(&e->offers, layer, picks, e->shape.used);
-        e->counters.useful += v.useful;
-        e->counters.late += v.late;
-        e->counters.wasted_bytes += v.wasted_bytes;
-    } else {
-        while (fomoe_offers_hurry(&e->offers, layer) && !e->error) {
-            await(e, layer, run->watch);
-            reap(e, layer);
-        }
+    while (fomoe_offers_hurry(&e->offers, layer) && !e->error) {
+        await(e, layer, run->watch);
+        reap(e, layer);
     }
     fomoe_offers_settle(&e->offers, layer);
 }
 
 /* Begin to read an expert that nobody waits for, if the policy has a place for it.  Returns 1 if so. */
-static int read_ahead(fomoe_experts *e, int layer, int32_t expert) {
+static int read_aside(fomoe_experts *e, int layer, int32_t expert) {
     if (!fomoe_offers_room(&e->offers)) return 0;
     fomoe_placement p = fomoe_residency_offer(e->residency, layer, expert, e->shape.used);
     if (p.tier == FOMOE_TIER_NVME) return 0;
-    int reads = add_reads(e, layer, expert, 0, slot_address(e, layer, &p), e->reads);
+    int reads = add_reads(e, layer, expert, 0, *slot_of(e, layer, &p), e->reads);
     fomoe_offers_begin(&e->offers, layer, expert, e->reads, reads);
     return 1;
 }
@@ -350,10 +352,10 @@ static int read_ahead(fomoe_experts *e, int layer, int32_t expert) {
 static void back_fill(fomoe_experts *e, int layer) {
     int left = e->car.backfill;
     for (int k = 0; k < e->shape.used && left; k++)
-        if (e->replaced[k] >= 0) left -= read_ahead(e, layer, e->replaced[k]);
+        if (e->replaced[k] >= 0) left -= read_aside(e, layer, e->replaced[k]);
 }
 
-/* What the next layer's router makes of this layer's output, before its attention: right for most of the best ranks. */
+/* What the next layer's router makes of what this layer's experts will be added to. */
 void fomoe_step_lookahead(const fomoe_step *step, fomoe_run *run, int thread) {
     fomoe_experts *e = step->as.lookahead.experts;
     const fomoe_matrix *router = &step->as.lookahead.router;
@@ -369,16 +371,13 @@ void fomoe_step_lookahead(const fomoe_step *step, fomoe_run *run, int thread) {
             fomoe_type_of(run->kernels, 0)->dot(router->columns, &logits[r], 0, row, 0, x, 0, 1);
         }
     fomoe_team_barrier(run->team);
-    /* the drive idles: the layer's own reads have all been waited for */
-    if (thread || fomoe_failed(run) || fomoe_offers_under_way(&e->offers) >= e->lookahead) return;
-    uint64_t bytes = e->counters.nvme_bytes;
+    if (thread || fomoe_failed(run)) return;
     fomoe_router how = step->as.lookahead.how;
     how.used = e->lookahead;
     if (step->as.lookahead.logit_bias) fomoe_add(how.experts, step->as.lookahead.logit_bias, logits);
     fomoe_route_by(&how, logits, run->scratch[0], e->guesses, e->guess_weights);
-    for (int k = 0; k < e->lookahead; k++)
-        e->counters.prefetches += read_ahead(e, step->as.lookahead.layer, e->guesses[k]);
-    e->counters.prefetch_bytes += e->counters.nvme_bytes - bytes;
+    e->guessed_layer = step->as.lookahead.layer, e->guess_count = e->lookahead;
+    for (int k = 0; k < e->lookahead; k++) fomoe_ahead_begin(e, step->as.lookahead.layer, e->guesses[k]);
 }
 
 void fomoe_step_experts_begin(const fomoe_step *step, fomoe_run *run, int thread) {
@@ -396,6 +395,8 @@ void fomoe_step_experts_begin(const fomoe_step *step, fomoe_run *run, int thread
     count_picks(e, layer, &step->as.experts.ids, run->tokens);
     substitute(e, step, run);
     collect(e, layer, &step->as.experts.ids, run->tokens);
+    fomoe_ahead_count(e, layer, (const int32_t *)fomoe_row(&step->as.experts.ids, 0));
+    fomoe_ahead_expire(e, layer);
     list_members(e, &step->as.experts.ids, run->tokens);
     memset(e->done, 0, e->plan.count);
     place_first(e, layer);
@@ -477,7 +478,7 @@ int fomoe_experts_warm(fomoe_experts *e, int layer, const int32_t *experts, cons
         fomoe_placement p = fomoe_residency_seed(e->residency, layer, experts[i], scores[i]);
         if (p.tier == FOMOE_TIER_NVME) continue;
         e->plan.ids[placed] = experts[i];
-        e->reads_left[placed] = add_reads(e, layer, experts[i], placed, slot_address(e, layer, &p), e->reads + reads);
+        e->reads_left[placed] = add_reads(e, layer, experts[i], placed, *slot_of(e, layer, &p), e->reads + reads);
         reads += e->reads_left[placed++];
     }
     e->submitted = placed;

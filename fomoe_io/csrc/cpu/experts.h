@@ -7,6 +7,7 @@
 
 #include "experts/car.h"
 #include "experts/expert_reads.h"
+#include "experts/recall.h"
 #include "experts/residency.h"
 #include "math/dot.h"
 #include "read/watch.h"
@@ -51,8 +52,13 @@ fomoe_experts *fomoe_experts_new(const fomoe_experts_shape *shape, const fomoe_e
 void fomoe_experts_free(fomoe_experts *);
 /* Decisions of steps that ask for them (fomoe_run.substitute) follow this rule; off at first. */
 void fomoe_experts_set_car(fomoe_experts *, const fomoe_car *);
-/* Read so many of the experts ahead that the next layer's router would pick now; 0 (at first): none. */
+/* Once, before the first run: `each` buffers for each size of slots that there is, one size after the other in the
+ * order of the layers, for experts that are read ahead.  -1 when memory runs out. */
+int fomoe_experts_stage(fomoe_experts *, uint8_t *pool, int each);
+/* Read so many of the experts ahead that the next layer's router would pick now; 0 (at first): none.  Changes no
+ * placement and no count but the reads'. */
 void fomoe_experts_set_lookahead(fomoe_experts *, int ranks);
+const fomoe_recall *fomoe_experts_recall(const fomoe_experts *); /* [layers] */
 /* Bytes that fomoe_experts_new allocates for a batch's activations. */
 int64_t fomoe_experts_workspace_bytes(const fomoe_experts_shape *shape);
 const fomoe_expert_counters *fomoe_experts_count(const fomoe_experts *);

@@ -8,13 +8,28 @@
 #include "experts/owned.h"
 #include "program.h"
 
+/* Tags of reads ahead; those of offers are FOMOE_OFFER_TAG. */
+#define FOMOE_AHEAD_TAG ((uint64_t)1 << 41)
+
+/* A buffer for an expert that is read before anybody asks for it. */
+typedef struct {
+    int32_t layer, expert; /* layer -1: it holds nothing */
+    int32_t reads, left;   /* in all, and not completed */
+    int32_t waiter;        /* which of the batch's experts it has become, while reads are left; -1: none */
+    int32_t has_failed, is_expired; /* is_expired: nobody will take it */
+    uint32_t read_bytes[FOMOE_PARTS];
+    uint64_t bytes; /* that have come */
+    uint8_t *place;
+    int64_t slot_bytes; /* which layers' slots it may be exchanged with */
+} fomoe_staged;
+
 struct fomoe_experts {
     fomoe_experts_shape shape;
     fomoe_expert_layer *layer;
     fomoe_residency *residency;
     fomoe_reader *reader;
     fomoe_owned owned;  /* all arrays */
-    int32_t **physical; /* [layers * FOMOE_TIERS]: tier slot -> slot of the layer's pool */
+    uint8_t ***physical; /* [layers * FOMOE_TIERS]: tier slot -> where its bytes are */
     int max_experts;
     int first_layer;
     fomoe_expert_counters counters;
@@ -23,6 +38,8 @@ struct fomoe_experts {
     int open_layer; /* whose reads are in flight and whose slots are held; -1: none */
     fomoe_car car;
     fomoe_offers offers;
+    fomoe_staged *staged;
+    int staged_count;
     int lookahead, rest;                       /* ranks read ahead; tokens for which that pauses */
     uint64_t judged_prefetches, judged_useful; /* as of the last time it was asked whether it pays */
 
@@ -46,6 +63,8 @@ struct fomoe_experts {
     int32_t *ready; /* read, not yet computed */
     int32_t *group; /* to be computed together */
     int group_count;
+    int guess_count, guessed_layer; /* how many guesses there are, and of which layer; -1: none */
+    fomoe_recall *recall;           /* [layers] */
     int32_t *guesses; /* of lookahead, and what its routing gives them */
     float *guess_weights;
     fomoe_placement *placements;
@@ -58,6 +77,19 @@ struct fomoe_experts {
     uint8_t *activation;
     int64_t activation_bytes;
 };
+
+/* ---- experts_ahead.c ---- */
+
+/* Begin to read an expert that the layer may want, if it is nowhere and there is a buffer. */
+void fomoe_ahead_begin(fomoe_experts *, int layer, int32_t expert);
+/* Count how many picks of the layer were guessed, where it was guessed. */
+void fomoe_ahead_count(fomoe_experts *, int layer, const int32_t *picks);
+/* The layer is planned: what it does not miss will be taken by nobody. */
+void fomoe_ahead_expire(fomoe_experts *, int layer);
+/* Whether expert i of the batch, which is to be read into this slot, takes reads that have begun. */
+int fomoe_ahead_take(fomoe_experts *, int layer, int i, uint8_t **slot);
+/* A completion whose tag has FOMOE_AHEAD_TAG.  Which of the batch's experts must be read again because of it, or -1. */
+int fomoe_ahead_completed(fomoe_experts *, const fomoe_completion *);
 
 /* The experts of e->group for all tokens that want them, up to the rows of e->down.  All threads call it; it ends at a
  * barrier. */

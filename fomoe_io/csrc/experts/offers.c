@@ -33,11 +33,10 @@ static uint64_t tag_of(int offer, int read) { return FOMOE_OFFER_TAG | ((uint64_
 void fomoe_offers_begin(fomoe_offers *o, int layer, int32_t expert, fomoe_read *reads, int count) {
     int i = unused(o);
     assert(i >= 0 && count > 0 && count <= FOMOE_OFFER_READS);
-    o->offer[i] = (fomoe_offer){.layer = layer, .expert = expert, .reads = count, .left = count, .waiter = -1};
+    o->offer[i] = (fomoe_offer){.layer = layer, .expert = expert, .reads = count, .left = count};
     for (int r = 0; r < count; r++) {
         reads[r].tag = tag_of(i, r);
         reads[r].priority = 1;
-        o->offer[i].bytes += reads[r].bytes;
     }
     int error = o->reader->submit(o->reader->self, reads, count);
     if (error) { /* none was accepted: whoever wants the expert reads it himself, and reports what is wrong */
@@ -55,43 +54,15 @@ static void settle(fomoe_offers *o, fomoe_offer *offer) {
     offer->layer = -1;
 }
 
-int fomoe_offers_completed(fomoe_offers *o, const fomoe_completion *done, int *waiter) {
+void fomoe_offers_completed(fomoe_offers *o, const fomoe_completion *done) {
     fomoe_offer *offer = &o->offer[(done->tag & ~FOMOE_OFFER_TAG) / FOMOE_OFFER_READS];
     assert(done->tag & FOMOE_OFFER_TAG && offer->layer >= 0 && offer->left > 0);
     offer->left--;
     if (done->error) offer->error = done->error;
-    *waiter = offer->left ? -1 : offer->waiter;
-    if (*waiter >= 0) settle(o, offer);
-    return offer->error;
 }
 
 static void promote(fomoe_offers *o, int i) {
     for (int r = 0; r < o->offer[i].reads; r++) o->reader->promote(o->reader->self, tag_of(i, r));
-}
-
-void fomoe_offers_join(fomoe_offers *o, int layer, int32_t expert, int waiter) {
-    for (int i = 0; i < FOMOE_MOST_OFFERS; i++) {
-        if (o->offer[i].layer != layer || o->offer[i].expert != expert) continue;
-        assert(o->offer[i].waiter < 0);
-        o->offer[i].waiter = waiter;
-        promote(o, i);
-    }
-}
-
-fomoe_offers_verdict fomoe_offers_judge(fomoe_offers *o, int layer, const int32_t *picks, int count) {
-    fomoe_offers_verdict v = {0};
-    for (int i = 0; i < FOMOE_MOST_OFFERS; i++) {
-        const fomoe_offer *offer = &o->offer[i];
-        if (offer->layer != layer) continue;
-        int wanted = 0;
-        for (int k = 0; k < count; k++) wanted |= picks[k] == offer->expert;
-        v.useful += wanted;
-        v.late += wanted && offer->left;
-        v.wasted_bytes += wanted ? 0 : offer->bytes;
-        for (int r = 0; !wanted && offer->left && r < offer->reads; r++)
-            o->reader->cancel(o->reader->self, tag_of(i, r));
-    }
-    return v;
 }
 
 int fomoe_offers_hurry(fomoe_offers *o, int layer) {

@@ -12,11 +12,11 @@ void fomoe_device_experts_back_fill(fomoe_device_experts *e, int most) { e->back
 
 int fomoe_device_reap_aside(fomoe_device_experts *e, int wait) {
     fomoe_completion done[REAP_BATCH];
-    int waiter, count = e->reader->reap(e->reader->self, done, REAP_BATCH, wait);
+    int count = e->reader->reap(e->reader->self, done, REAP_BATCH, wait);
     assert(!e->in_flight);
     if (wait && count <= 0) fomoe_device_fail(e, -1, -1, count ? count : -EIO);
     for (int c = 0; c < count; c++) {
-        if (done[c].tag & FOMOE_OFFER_TAG) fomoe_offers_completed(&e->offers, &done[c], &waiter);
+        if (done[c].tag & FOMOE_OFFER_TAG) fomoe_offers_completed(&e->offers, &done[c]);
         if (done[c].tag & FOMOE_GUESS_TAG) fomoe_guesses_completed(e, &done[c]);
     }
     return count > 0;

@@ -10,6 +10,7 @@
 
 #include "device_copies.h"
 #include "experts/expert_reads.h"
+#include "experts/recall.h"
 #include "experts/residency.h"
 #include "experts/trace.h"
 
@@ -50,11 +51,6 @@ typedef struct {
      * ended by then; bytes of the others */
     uint64_t prefetches, prefetch_useful, prefetch_late, prefetch_bytes, prefetch_wasted_bytes;
 } fomoe_device_expert_counters;
-
-/* Picks of a layer whose guesses were seen in time, and those among them that had been guessed. */
-typedef struct {
-    uint64_t picks, guessed;
-} fomoe_recall;
 
 typedef struct fomoe_device_experts fomoe_device_experts;
 

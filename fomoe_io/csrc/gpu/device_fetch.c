@@ -253,9 +253,9 @@ void fomoe_device_reap(fomoe_device_experts *e, int layer) {
         e->in_flight = 0;
     }
     for (int c = 0; c < count; c++) {
-        int waiter, i = expert_of(done[c].tag);
+        int i = expert_of(done[c].tag);
         if (done[c].tag & FOMOE_OFFER_TAG) {
-            fomoe_offers_completed(&e->offers, &done[c], &waiter);
+            fomoe_offers_completed(&e->offers, &done[c]);
             continue;
         }
         if (done[c].tag & FOMOE_GUESS_TAG) {

@@ -102,10 +102,8 @@ void fomoe_guesses_look(fomoe_device_experts *e, int layer, int may_read) {
 }
 
 void fomoe_guesses_count(fomoe_device_experts *e, int layer) {
-    if (!e->ranks || e->guessed_layer != layer) return;
-    e->recall[layer].picks += e->used;
-    for (int k = 0; k < e->used; k++)
-        for (int j = 0; j < e->ranks; j++) e->recall[layer].guessed += e->picked[k] == e->guessed[j];
+    if (e->ranks && e->guessed_layer == layer)
+        fomoe_recall_count(&e->recall[layer], e->picked, e->used, e->guessed, e->ranks);
 }
 
 /* ---- taking ---- */
