@@ -126,6 +126,17 @@ def test_bits_of_other_architectures(tmp_path: Path, changes: dict[str, Any]) ->
         assert found[0] == found[1]
 
 
+def test_latents_of_two_devices_and_with_lookahead(tmp_path: Path) -> None:
+    """The bits of one device that guesses nothing, of a prompt and of tokens after it."""
+    path, found = write_tiny(tmp_path / "model.gguf", tiny(**LATENT, layers=3, keys=GROUPS), seed=2), set()
+    for changes in ({"device": "hip:0,0"}, {"lookahead": "on", "tiers": Tiers(0.25, 0.125)}, {"lookahead": "off"}):
+        with Engine.open(path, settings(**changes)) as engine:
+            session = engine.session()
+            logits = [session.prefill(TOKENS[:6]), *(session.decode(int(token)).copy() for token in TOKENS[6:])]
+            found.add(b"".join(row.tobytes() for row in logits))
+    assert len(found) == 1
+
+
 def test_a_window_keeps_no_more_than_its_ring(tmp_path: Path) -> None:
     """The bits of the whole cache."""
     shape = tiny(architecture="gpt-oss", layers=2, rotated=64, biased=True, window=5)
