@@ -94,6 +94,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         uint64_t nvme_reads, nvme_bytes, nvme_stall_ns, layers, served_layers
         uint64_t misses, host_ns, copy_stall_ns, before_reads_ns, after_reads_ns, post_stall_ns
         uint64_t prefetches, prefetch_useful, prefetch_late, prefetch_bytes, prefetch_wasted_bytes
+        uint64_t back_filled_bytes
     ctypedef struct fomoe_recall:
         uint64_t picks, guessed
     ctypedef struct fomoe_device_experts:
@@ -314,6 +315,7 @@ cdef class DeviceExperts:
             "down_bytes": copies.bytes[FOMOE_LANE_DOWN], "prefetches": e.prefetches,
             "prefetch_useful": e.prefetch_useful, "prefetch_late": e.prefetch_late,
             "prefetch_bytes": e.prefetch_bytes, "prefetch_wasted_bytes": e.prefetch_wasted_bytes,
+            "back_filled_bytes": e.back_filled_bytes,
         }
 
     def picks(self):

@@ -83,6 +83,7 @@ class Counters:
     groups : runs of expert products on a CPU
     prefetches, prefetch_useful, prefetch_late, prefetch_bytes, prefetch_wasted_bytes : reads ahead: experts, those of
         them that were then asked for, and before they had come; bytes, and those that nobody asked for
+    back_filled_bytes : read into a GPU's DRAM after others had stood in for the experts
     layers, served_layers : layers run on a device, and those among them in which the host had something to bring
     misses : experts that the host had to bring to a device
     up_bytes, down_bytes, copy_stall_ns : over the link, and how long the device waited for copies
@@ -108,6 +109,7 @@ class Counters:
     prefetch_late: int = 0
     prefetch_bytes: int = 0
     prefetch_wasted_bytes: int = 0
+    back_filled_bytes: int = 0
     layers: int = 0
     served_layers: int = 0
     up_bytes: int = 0

@@ -153,7 +153,7 @@ def add_engine_options(parser: Parser, *, batch: int = 512) -> None:
         help="experts of each layer in memory (default: all that --ram has room for)")  # fmt: skip
     group.add_argument("--policy", choices=("decayed", "lru", "lfu", "lfru"), default=d.policy,
         help="who leaves memory first")  # fmt: skip
-    group.add_argument("--lookahead", type=_lookahead, default=d.lookahead, metavar="on|off|auto|N",
+    group.add_argument("--lookahead", type=checked(_lookahead), default=d.lookahead, metavar="on|off|auto|N",
         help="read experts of the next layer ahead, by its router's guess: as many as it picks or up to N, or (auto) "
         "where that is measured to pay (default: off)")  # fmt: skip
     group.add_argument("--car", type=checked(CarRule.parse), metavar="RULE",
@@ -227,7 +227,11 @@ def engine_config(options: argparse.Namespace, path: Path | None = None) -> Engi
 
 
 def _lookahead(text: str) -> int | str:
-    return text if text in ("on", "off", "auto") else whole(text)
+    if text in ("on", "off", "auto"):
+        return text
+    if re.fullmatch(r"\d{1,9}", text) is None:
+        raise UsageError(f"{text!r} is none of on, off, auto and no number of experts")
+    return int(text)
 
 
 def _split_mode(text: str) -> str:

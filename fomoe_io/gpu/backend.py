@@ -356,7 +356,8 @@ class GpuBackend:
     def add_statistics(self, result: dict[str, Any], change: Counters) -> None:
         """Bytes over the link, launches, synchronisations."""
         calls = device.counts()
-        result["tiers"]["dram"]["bytes"] = max(0, change.up_bytes - (change.nvme_bytes - change.prefetch_wasted_bytes))
+        not_sent = change.prefetch_wasted_bytes + change.back_filled_bytes
+        result["tiers"]["dram"]["bytes"] = max(0, change.up_bytes - (change.nvme_bytes - not_sent))
         result["link"] = {"up_bytes": change.up_bytes, "down_bytes": change.down_bytes}
         result["layers_served"] = {"all": change.layers, "with_misses": change.served_layers}
         stalls = {

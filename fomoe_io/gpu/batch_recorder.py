@@ -18,6 +18,7 @@ from fomoe_io.gpu.arena import (
     Memory,
 )
 from fomoe_io.gpu.kernels import up
+from fomoe_io.gpu.latent_recorder import attention_parts
 from fomoe_io.gpu.launches import attend, merge, route
 from fomoe_io.gpu.recorder import DeviceRecorder
 from fomoe_io.models.recorder import Activation, Attention, Experts, KvCache, Picks, Router
@@ -163,7 +164,7 @@ class BatchRecorder(DeviceRecorder):
     ) -> None:
         """A few tokens at a time: the parts that are merged take room for each position range."""
         splits = kernels.attention_splits(self.context_tokens)
-        parts, most = self._attention_parts(op.heads * splits * (cache.columns + 2))
+        parts, most = attention_parts(self.memory, op.heads * splits * (cache.columns + 2))
         for first in range(0, self.tokens, most):
             tokens, positions = min(most, self.tokens - first), self.positions + 4 * first
             states = None if self.states is None else self.states + 8 * first
@@ -171,6 +172,12 @@ class BatchRecorder(DeviceRecorder):
             self.body.append(attend(turned.address + first * turned.stride_bytes, parts, positions, states, *shape))
             asked, made = query.address + first * query.stride_bytes, output.address + first * output.stride_bytes
             self.body.append(merge(parts, positions, (asked, query.columns), made, None, *shape))
+
+    def _multiply_heads(self, matrix: DeviceMatrix, heads: int, x: int | None, output: DeviceRows) -> None:
+        rows, columns = matrix.rows // heads, matrix.columns
+        grid = kernels.heads_mat_mul_grid(heads, rows, self.tokens)
+        sizes = (heads, rows, columns, self.tokens)
+        self._add(f"heads_mat_mul_{matrix.kernel}", grid, matrix.address, x, output.address, *sizes)
 
     # ---- experts ----
 

@@ -91,22 +91,22 @@ def _aligned(offset: int) -> int:
     return up(offset, RECORD_ALIGNMENT_BYTES) * RECORD_ALIGNMENT_BYTES
 
 
-def refusal(op: str) -> FormatError:
-    """Of what no kernel computes."""
-    return FormatError(f"the GPU kernels do not compute {op}", hint="--device cpu")
-
-
 def check_shape(s: Shape) -> None:
     """FormatError when the kernels have no size for the model's."""
-    if s.latent:
-        raise refusal("attention over latents")
     limits: list[tuple[str, int, Sequence[int] | range]] = [
         ("experts a layer", s.experts, range(1, kernels.MOST_EXPERTS + 1)),
         ("experts a token", s.used, range(1, kernels.MOST_PICKS + 1)),
         ("expert width", s.hidden, range(32, 1 << 24, 32)),
         ("model width", s.columns, range(32, kernels.NORM_MOST_COLUMNS + 1, 32)),
-        ("head size", s.head_columns, kernels.HEAD_SIZES),
     ]
+    if s.latent:
+        limits += [
+            ("latents of", s.latent, range(32, kernels.NORM_MOST_COLUMNS + 1, 32)),
+            ("a query beside its turning columns of", s.query_columns - s.rotated, range(32, 1 << 16, 32)),
+            ("turning columns", s.rotated, range(4, 1 << 16, 4)),
+        ]
+    else:
+        limits.append(("head size", s.head_columns, kernels.HEAD_SIZES))
     if s.state_columns:
         limits.append(("delta-rule head size", s.state_columns, (64, 128)))
     for name, value, allowed in limits:

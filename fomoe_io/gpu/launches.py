@@ -74,7 +74,7 @@ def merge(
 
 def is_plain(r: Router[int]) -> bool:
     """Whether it is softmax alone, for which routing and resolving are one launch."""
-    return r.score == Score.SOFTMAX and r.bias is None and r.logit_bias is None
+    return r.score == Score.SOFTMAX and r.bias is None and r.logit_bias is None and r.groups == 1
 
 
 def route(picks: Picks[int, DeviceRows], tokens: int, chosen_by: int | None) -> LaunchSpec:
@@ -85,7 +85,10 @@ def route(picks: Picks[int, DeviceRows], tokens: int, chosen_by: int | None) -> 
         return LaunchSpec("route", grid, [picks.logits.address, *rows, int(r.normalise), r.scale])
     biases = (r.logit_bias, r.bias)
     more = (int(r.score), int(r.normalise), r.scale, chosen_by)
-    return LaunchSpec("route_by", grid, [picks.logits.address, *biases, *rows, *more])
+    arguments = [picks.logits.address, *biases, *rows, *more]
+    if r.groups > 1:
+        return LaunchSpec("route_in_groups", grid, [*arguments, r.groups, r.groups_used])
+    return LaunchSpec("route_by", grid, arguments)
 
 
 def expert_form(picks: Picks[int, DeviceRows], op: Experts[int]) -> bytes | None:

@@ -23,16 +23,14 @@ from fomoe_io.gpu.arena import (
     Memory,
     Part,
 )
-from fomoe_io.gpu.budget import refusal
 from fomoe_io.gpu.kernels import up
-from fomoe_io.gpu.part_recorder import PartRecorder
+from fomoe_io.gpu.latent_recorder import LatentRecorder, attention_parts
 from fomoe_io.models.recorder import (
     Activation,
     Attention,
     Delta,
     Experts,
     KvCache,
-    LatentAttention,
     Picks,
     Recorder,
     Router,
@@ -43,12 +41,8 @@ from fomoe_io.models.recorder import (
 if TYPE_CHECKING:
     from fomoe_io.models.rope import Rope
 
-ATTENTION_TOKENS, ATTENTION_BYTES = 8, 256 << 20
-"""Tokens of a batch whose attention is computed at once, and room for what each position range has found until it is
-merged: a long context takes fewer tokens at once, down to one."""
 
-
-class DeviceRecorder(PartRecorder):
+class DeviceRecorder(LatentRecorder):
     """Collects the launches of a model for one token; the interface is that of :class:`Recorder`.
 
     Parameters
@@ -285,24 +279,12 @@ class DeviceRecorder(PartRecorder):
     ) -> None:
         """output = softmax(turned k^T / sqrt(d)) v, times sigmoid(gate) where the query rows carry one."""
         splits = kernels.attention_splits(self.context_tokens)
-        parts = self._attention_parts(op.heads * splits * (cache.columns + 2))[0]
+        parts = attention_parts(self.memory, op.heads * splits * (cache.columns + 2))[0]
         shape = (self.tokens, splits, cache, op)
         self.body.append(make.attend(turned.address, parts, self.positions, self.states, *shape))
         asked = (query.address, query.columns)
         self._makers[output.address] = make.merge(parts, self.positions, asked, output.address, "q8", *shape)
         self.body.append(self._makers[output.address])
-
-    def _attention_parts(self, floats: int) -> tuple[int, int]:
-        """Room for the parts of some tokens, and how many: those of a launch of a batch."""
-        most = max(1, min(self.memory.batch_tokens, ATTENTION_TOKENS, ATTENTION_BYTES // (4 * floats)))
-        return self.memory.words("attention", 4 * floats * most), most
-
-    def latent_attention(
-        self, query: DeviceRows, latent: DeviceRows, key: DeviceRows, table: DeviceRows, w_key: DeviceMatrix,
-        w_value: DeviceMatrix, op: LatentAttention[int],
-    ) -> DeviceRows:  # fmt: skip
-        """Not computed."""
-        raise refusal("attention over latents")
 
     # ---- gated delta rule ----
 
@@ -338,8 +320,6 @@ class DeviceRecorder(PartRecorder):
     # ---- experts ----
 
     def _picks(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
-        if router.groups > 1:
-            raise refusal("groups of experts")
         ids, weights = self.rows("experts", router.used), self.rows("weights", router.used)
         return Picks(layer, router, logits, ids, weights)
 

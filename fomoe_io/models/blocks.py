@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic
 
@@ -204,3 +205,16 @@ def record_logits(p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vec
     output = w.matrix(EMBEDDING if w.tied else OUTPUT, s.columns, s.vocabulary)
     norm = w.vector(OUTPUT_NORM, (s.columns,))
     p.logits(output, p.norm(x, norm, s.epsilon, name="final", feeds=[output], of_outputs=True))
+
+
+def record_layers(
+    p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape, attend: Callable[[int, Rows], None],
+    *, norm: str,
+) -> None:  # fmt: skip
+    """A whole model: `attend` records a layer's attention, or what stands in its place, over the stream."""
+    x = record_embedding(p, s)
+    for layer in range(s.layers):
+        attend(layer, x)
+        record = record_experts if layer in s.expert_layers else record_dense
+        record(p, w, s, layer, x, norm=norm)
+    record_logits(p, w, s, x)

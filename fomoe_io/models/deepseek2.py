@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fomoe_io.errors import FormatError
 from fomoe_io.models import tensors
 from fomoe_io.models.architecture import Architecture
-from fomoe_io.models.blocks import record_dense, record_embedding, record_experts, record_logits
+from fomoe_io.models.blocks import record_layers
 from fomoe_io.models.keys import LLAMA_CPP
 from fomoe_io.models.reading import common_sizes, score_of
 from fomoe_io.models.recorder import LatentAttention, Matrix, Recorder, Rows, Vector, WeightSource
@@ -138,13 +138,8 @@ def record_latent_attention(
 
 def build(p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape) -> None:
     """Record the model's equations: its weights `w`, for a backend that replays what `p` is told."""
-    x = record_embedding(p, s)
     table = p.rope_table(s.rope)
-    for layer in range(s.layers):
-        record_latent_attention(p, w, s, f"blk.{layer}", x, table)
-        record = record_experts if layer in s.expert_layers else record_dense
-        record(p, w, s, layer, x, norm=NORM)
-    record_logits(p, w, s, x)
+    record_layers(p, w, s, lambda layer, x: record_latent_attention(p, w, s, f"blk.{layer}", x, table), norm=NORM)
 
 
 ARCHITECTURE = Architecture(

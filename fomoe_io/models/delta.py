@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from fomoe_io.errors import FormatError
+from fomoe_io.models.blocks import record_attention, record_layers
 from fomoe_io.models.keys import Keys
 from fomoe_io.models.reading import common_sizes, layers_of, shared_hidden
 from fomoe_io.models.recorder import Delta, Matrix, Recorder, Rows, Vector, WeightSource
@@ -99,6 +100,21 @@ def record_delta(
     convolved = p.conv(qkv, filters, s.conv_taps, name="convolved")
     mixed = p.delta(convolved, beta, alpha, gate, op, name="mixed")
     p.mat_mul_add(w_out, p.convert(mixed, name="mixed", feeds=[w_out]), x)
+
+
+def record_mixed(
+    p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape, *, grouped: bool
+) -> None:
+    """A whole model whose layers are gated attention or the gated delta rule."""
+    table = p.rope_table(s.rope)
+
+    def attend(layer: int, x: Rows) -> None:
+        if s.full_attention[layer]:
+            record_attention(p, w, s, f"blk.{layer}", x, table, gated=True)
+        else:
+            record_delta(p, w, s, f"blk.{layer}", x, grouped=grouped)
+
+    record_layers(p, w, s, attend, norm="post_attention_norm")
 
 
 def _record_inputs(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fomoe_io.models import tensors
 from fomoe_io.models.architecture import Architecture
-from fomoe_io.models.blocks import record_attention, record_dense, record_embedding, record_experts, record_logits
+from fomoe_io.models.blocks import record_attention, record_layers
 from fomoe_io.models.reading import common_sizes, layers_of, score_of
 from fomoe_io.models.recorder import Matrix, Recorder, Rows, Vector, WeightSource
 from fomoe_io.models.shape import Shape
@@ -55,13 +55,8 @@ def tensors_of(s: Shape, names: Iterable[str]) -> Iterator[Tensor]:
 
 def build(p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape) -> None:
     """Record the model's equations: its weights `w`, for a backend that replays what `p` is told."""
-    x = record_embedding(p, s)
     table = p.rope_table(s.rope)
-    for layer in range(s.layers):
-        record_attention(p, w, s, f"blk.{layer}", x, table)
-        record = record_experts if layer in s.expert_layers else record_dense
-        record(p, w, s, layer, x, norm=NORM)
-    record_logits(p, w, s, x)
+    record_layers(p, w, s, lambda layer, x: record_attention(p, w, s, f"blk.{layer}", x, table), norm=NORM)
 
 
 ARCHITECTURE = Architecture(

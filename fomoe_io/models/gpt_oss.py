@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fomoe_io.models import tensors
 from fomoe_io.models.architecture import Architecture
-from fomoe_io.models.blocks import record_attention, record_embedding, record_experts, record_logits
+from fomoe_io.models.blocks import record_attention, record_layers
 from fomoe_io.models.reading import common_sizes
 from fomoe_io.models.recorder import Matrix, Recorder, Rows, Score, Vector, WeightSource
 from fomoe_io.models.rope import LEFT_OUT, rope_of
@@ -57,14 +57,15 @@ def tensors_of(s: Shape, names: Iterable[str]) -> Iterator[Tensor]:
 
 def build(p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape) -> None:
     """Record the model's equations: its weights `w`, for a backend that replays what `p` is told."""
-    x = record_embedding(p, s)
     table = window_table = p.rope_table(s.rope)
     if s.window_rope is not None and s.window_rope != s.rope:
         window_table = p.rope_table(s.window_rope, name="window_rope")
-    for layer, window in enumerate(s.windows):
+
+    def attend(layer: int, x: Rows) -> None:
+        window = s.windows[layer]
         record_attention(p, w, s, f"blk.{layer}", x, window_table if window else table, window=window)
-        record_experts(p, w, s, layer, x, norm=NORM)
-    record_logits(p, w, s, x)
+
+    record_layers(p, w, s, attend, norm=NORM)
 
 
 ARCHITECTURE = Architecture(

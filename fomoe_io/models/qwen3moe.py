@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fomoe_io.models import tensors
 from fomoe_io.models.architecture import Architecture
-from fomoe_io.models.blocks import record_attention, record_embedding, record_experts, record_logits
+from fomoe_io.models.blocks import record_attention, record_layers
 from fomoe_io.models.keys import Keys
 from fomoe_io.models.reading import common_sizes
 from fomoe_io.models.recorder import Matrix, Recorder, Rows, Vector, WeightSource
@@ -36,12 +36,8 @@ def tensors_of(s: Shape, names: Iterable[str]) -> Iterator[Tensor]:
 
 def build(p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape) -> None:
     """Record the model's equations: its weights `w`, for a backend that replays what `p` is told."""
-    x = record_embedding(p, s)
     table = p.rope_table(s.rope)
-    for layer in range(s.layers):
-        record_attention(p, w, s, f"blk.{layer}", x, table)
-        record_experts(p, w, s, layer, x, norm="ffn_norm")
-    record_logits(p, w, s, x)
+    record_layers(p, w, s, lambda layer, x: record_attention(p, w, s, f"blk.{layer}", x, table), norm="ffn_norm")
 
 
 ARCHITECTURE = Architecture("qwen3moe", shape_of, tensors_of, build)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from fomoe_io.models import delta, tensors
 from fomoe_io.models.architecture import Architecture
-from fomoe_io.models.blocks import record_attention, record_embedding, record_experts, record_logits
 from fomoe_io.models.recorder import Matrix, Recorder, Rows, Vector, WeightSource
 from fomoe_io.models.rope import LEFT_OUT
 from fomoe_io.models.shape import Shape
@@ -38,16 +37,7 @@ def tensors_of(s: Shape, names: Iterable[str]) -> Iterator[Tensor]:
 
 def build(p: Recorder[Matrix, Vector, Rows], w: WeightSource[Matrix, Vector], s: Shape) -> None:
     """Record the model's equations: its weights `w`, for a backend that replays what `p` is told."""
-    x = record_embedding(p, s)
-    table = p.rope_table(s.rope)
-    for layer in range(s.layers):
-        prefix = f"blk.{layer}"
-        if s.full_attention[layer]:
-            record_attention(p, w, s, prefix, x, table, gated=True)
-        else:
-            delta.record_delta(p, w, s, prefix, x, grouped=True)
-        record_experts(p, w, s, layer, x, norm="post_attention_norm")
-    record_logits(p, w, s, x)
+    delta.record_mixed(p, w, s, grouped=True)
 
 
 ARCHITECTURE = Architecture(

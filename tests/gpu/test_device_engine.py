@@ -405,7 +405,12 @@ def test_a_failed_read_names_the_expert_and_the_device_goes_on(model: Path, tmp_
     ("changes", "text"),
     [
         ({"head_columns": 48, "rotated": 16}, "head size 48"),
-        ({"architecture": "deepseek2", "query_rank": 32}, "attention over latents"),
+        ({"architecture": "deepseek2", "query_rank": 32, "latent": 40}, "latents of 40"),
+        ({"architecture": "deepseek2", "query_rank": 32, "rotated": 2}, "turning columns 2"),
+        (
+            {"architecture": "deepseek2", "query_rank": 32, "head_columns": 48},
+            "a query beside its turning columns of 48",
+        ),
         ({"state_columns": 16}, "delta-rule head size 16"),
         ({"hidden": 48, "shared_hidden": 64}, "expert width 48"),
         ({"down": Type.Q5_1}, "which the GPU kernels do not know"),

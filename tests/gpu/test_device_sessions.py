@@ -31,11 +31,18 @@ def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
 
 
-@pytest.fixture(scope="module", params=["qwen35moe", "qwen3moe"])
+CHANGES: dict[str, dict[str, Any]] = {
+    "qwen35moe": {},
+    "qwen3moe": {"shared_hidden": 0, "rotated": 64},
+    "deepseek2": {"query_rank": 32, "layers": 2, "latent": 64, "dense": Type.F16},
+}
+
+
+@pytest.fixture(scope="module", params=list(CHANGES))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One with recurrent state, and one without."""
-    plain: dict[str, Any] = {"shared_hidden": 0, "rotated": 64} if request.param == "qwen3moe" else {}
-    shape = tiny(weights=Type.Q4_K, down=Type.Q6_K, architecture=request.param, layers=4, **plain)
+    """One with recurrent state, one without, one whose cache holds latents."""
+    changes = {"weights": Type.Q4_K, "down": Type.Q6_K, "architecture": request.param} | CHANGES[request.param]
+    shape = tiny(**changes)
     return write_tiny(tmp_path_factory.mktemp("models") / "model.gguf", shape, seed=3)
 
 

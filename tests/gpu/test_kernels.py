@@ -12,7 +12,7 @@ from fomoe_io.errors import DeviceError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.device import Gpu
-from tests.gpu_shim import cases, router_cases, tile_cases
+from tests.gpu_shim import cases, latent_cases, router_cases, tile_cases
 from tests.gpu_shim.cases import Runner
 from tests.gpu_shim.cpu_kernels import CpuRunner, build
 from tests.gpu_shim.device_runner import DeviceRunner
@@ -211,6 +211,27 @@ def test_attention_with_sinks_and_a_window(
     cases.check_attention(runner, rng, cache, 32, 4, 2, positions, 32, False, window, window + len(positions) - 1)
 
 
+@any_cache
+@sized(
+    "heads,sizes,positions",
+    [(3, (32, 16, 96), [0]), (17, (64, 4, 128), [126, 127, 128, 129]), (2, (32, 64, 512), [300])],
+    [(128, (128, 64, 512), [1500, 1501])],
+)
+def test_latent_attention(
+    runner: Runner, rng: np.random.Generator, cache: str, heads: int, sizes: tuple[int, int, int], positions: list[int]
+) -> None:
+    latent_cases.check_latent_attention(runner, rng, cache, heads, sizes, positions)
+
+
+@any_type
+@sized("heads,rows,blocks,tokens", [(3, 70, 1, 17), (5, 3, 3, 1)], [(128, 512, 1, 20)])
+def test_heads_products(
+    runner: Runner, rng: np.random.Generator, name: str, heads: int, rows: int, blocks: int, tokens: int
+) -> None:
+    columns = max(32, columns_of(name, blocks))
+    latent_cases.check_heads_products(runner, rng, name, heads, rows, columns, tokens)
+
+
 @sized("channels,taps,tokens", [(130, 4, 1), (64, 4, 7), (33, 2, 3)], [(12288, 4, 7)])
 def test_conv(runner: Runner, rng: np.random.Generator, channels: int, taps: int, tokens: int) -> None:
     cases.check_conv(runner, rng, channels, taps, tokens)
@@ -237,6 +258,15 @@ def test_route(runner: Runner, rng: np.random.Generator, experts: int, picks: in
     for score in ("softmax", "sigmoid", "logits"):
         for is_biased in (False, True):
             router_cases.check_route_by(runner, rng, experts, picks, tokens, score, is_biased)
+
+
+@sized("experts,picks,groups", [(12, 3, (4, 2)), (256, 8, (8, 4)), (64, 6, (64, 6)), (5, 2, (1, 1))])
+def test_route_in_groups(
+    runner: Runner, rng: np.random.Generator, experts: int, picks: int, groups: tuple[int, int]
+) -> None:
+    for score in ("softmax", "sigmoid"):
+        for is_biased in (False, True):
+            router_cases.check_route_by(runner, rng, experts, picks, 3, score, is_biased, groups)
 
 
 @on_both

@@ -88,9 +88,9 @@ def attention(
     sinks: np.ndarray | None = None,
     window: int = 0,
 ) -> np.ndarray:
-    """q: [tokens][heads][dim], keys and values: [positions][kv_heads][dim] -> [tokens][heads][dim]."""
+    """q: [tokens][heads][dim], keys: [positions][kv_heads][dim], values alike but for dim -> a value for each query."""
     group = q.shape[1] // keys.shape[1]
-    out = np.empty_like(q)
+    out = np.empty((*q.shape[:2], values.shape[2]))
     for t, position in enumerate(positions):
         seen = slice(max(0, position + 1 - window) if window else 0, position + 1)
         for h in range(q.shape[1]):

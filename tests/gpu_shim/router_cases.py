@@ -7,7 +7,7 @@ import numpy as np
 from fomoe_io.experts.car import CarRule
 from tests.gpu_shim import reference as ref
 from tests.gpu_shim.cases import Runner, normal, poison
-from tests.reference_model import route_by
+from tests.reference_model import route_by, without_groups
 from tests.unit.test_car import choose
 
 
@@ -38,30 +38,33 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def check_route_by(
-    runner: Runner, rng: np.random.Generator, experts: int, picks: int, tokens: int, score: str, is_biased: bool
-) -> None:
+    runner: Runner, rng: np.random.Generator, experts: int, picks: int, tokens: int, score: str, is_biased: bool,
+    groups: tuple[int, int] | None = None,
+) -> None:  # fmt: skip
     """Against the float64 model's router; the biased logits stay."""
+    kernel, more = ("route_by", ()) if groups is None else ("route_in_groups", groups)
     scores = ("softmax", "sigmoid", "logits")
     logits, bias, logit_bias = 3 * normal(rng, tokens, experts), normal(rng, experts), normal(rng, experts)
     for normalise, scale in ((1, 1.0), (0, 2.5)):
         ids, weights = runner.put(np.full((tokens, picks), -1, np.int32)), runner.put(poison(tokens, picks))
         device_logits = runner.put(logits)
         biases = (runner.put(logit_bias), runner.put(bias)) if is_biased else (None, None)
-        runner.launch("route_by", (tokens, 1, 1), device_logits, *biases, ids, weights, experts, picks,
-                      scores.index(score), normalise, scale, None)  # fmt: skip
+        runner.launch(kernel, (tokens, 1, 1), device_logits, *biases, ids, weights, experts, picks,
+                      scores.index(score), normalise, scale, None, *more)  # fmt: skip
         seen = logits + logit_bias if is_biased else logits
         np.testing.assert_array_equal(device_logits.get(), seen)
         values = runner.put(poison(tokens, experts))
         again = runner.put(logits), *biases, runner.put(ids.get()), runner.put(weights.get())
-        runner.launch("route_by", (tokens, 1, 1), *again, experts, picks, scores.index(score), normalise, scale,
-                      values)  # fmt: skip
+        runner.launch(kernel, (tokens, 1, 1), *again, experts, picks, scores.index(score), normalise, scale,
+                      values, *more)  # fmt: skip
         p = {"softmax": softmax, "sigmoid": ref.sigmoid, "logits": np.array}[score](seen.astype(np.float64))
         np.testing.assert_allclose(again[0].get(), p, rtol=1e-5)
-        np.testing.assert_allclose(values.get(), p + bias if is_biased else p, rtol=1e-5, atol=1e-6)
+        chosen_by = [without_groups(row, *(groups or (1, 1))) for row in (p + bias if is_biased else p)]
+        np.testing.assert_allclose(values.get(), chosen_by, rtol=1e-5, atol=1e-6)
         for token in range(tokens):
             want, expected = route_by(
                 seen[token].astype(np.float64), picks, score, bias if is_biased else 0.0,
-                bool(normalise) and score != "logits", scale,
+                bool(normalise) and score != "logits", scale, *(groups or (1, 1)),
             )  # fmt: skip
             np.testing.assert_array_equal(ids.get()[token], want)
             np.testing.assert_allclose(weights.get()[token], expected, rtol=2e-5)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fomoe_io import EngineConfig
+from fomoe_io.cli.options import add_engine_options
+from fomoe_io.cli.parser import Parser
 from fomoe_io.errors import UsageError
 from fomoe_io.experts import lookahead
 from fomoe_io.experts.lookahead import Lookahead
@@ -80,3 +82,17 @@ def test_the_option() -> None:
     for wrong in ("yes", 17, -1, True, "3"):
         with pytest.raises(UsageError, match="lookahead"):
             EngineConfig(lookahead=wrong)  # type: ignore[arg-type]
+
+
+def test_the_option_of_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser("fomoe-test")
+    add_engine_options(parser)
+    assert [parser.parse_args(["--lookahead", v]).lookahead for v in ("on", "off", "auto", "6")] == [
+        "on",
+        "off",
+        "auto",
+        6,
+    ]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--lookahead", "maybe"])
+    assert "'maybe' is none of on, off, auto" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from fomoe_io.experts.car import CarRule
 from fomoe_io.experts.residency import DECAY, NVME, POLICIES, Decay
 from fomoe_io.trace.simulator import belady, even_slots, replay, single_tokens, static_dram
 from fomoe_io.trace.trace import LayerTrace, Trace, TraceHeader
+from tests.tiny_model import Tiny, write_tiny
 
 TOKENS = np.random.default_rng(31).integers(0, 8000, 150)
 COUNTED = ("expert_requests", "evictions", "promotions", "demotions")
@@ -54,15 +55,26 @@ def test_the_simulator_counts_what_the_engine_counts(
     assert c["nvme_hits"] > 200 and c["evictions"] > 50
 
 
-def test_cache_aware_routing_is_replayed(demo_model: Path, tmp_path: Path) -> None:
+GROUPS = (("expert_group_count", 4), ("expert_group_used_count", 2))
+ROUTERS = {
+    "biased": Tiny(architecture="minimax-m2", layers=2, experts=16),
+    "biased, a dense layer": Tiny(architecture="glm4moe", layers=3, dense_layers=1, experts=16, biased=True),
+    "in groups": Tiny(architecture="deepseek2", layers=3, dense_layers=1, experts=16, query_rank=32, keys=GROUPS),
+}
+
+
+@pytest.mark.parametrize("router", ["softmax", *ROUTERS])
+def test_cache_aware_routing_is_replayed(demo_model: Path, tmp_path: Path, router: str) -> None:
     """As it was computed: substitutions are requests of their own kind, stand-ins are hits of nobody."""
+    model = demo_model if router == "softmax" else write_tiny(tmp_path / "m.gguf", ROUTERS[router], seed=1)
     config = EngineConfig(
         context_tokens=256, trace=tmp_path / "t", tiers=Tiers(0.25, 0.25), car=CarRule.parse("ratio:0.5")
     )
-    with Engine.open(demo_model, config) as engine:
+    with Engine.open(model, config) as engine:
+        tokens = TOKENS % engine.shape.vocabulary
         session = engine.session()
-        session.prefill(TOKENS[:40])
-        for token in TOKENS[40:].tolist():
+        session.prefill(tokens[:40])
+        for token in tokens[40:].tolist():
             session.decode(token)
         said = engine.statistics()
     trace = Trace.load(tmp_path / "t")

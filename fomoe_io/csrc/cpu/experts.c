@@ -159,6 +159,7 @@ static void place(fomoe_experts *e, int layer, int begin, int end, int *reads) {
         e->source[i] = p->source;
         e->tier[i] = p->tier;
         e->reads_left[i] = 0;
+        assert(p->source != FOMOE_TIER_COMING); /* see settle */
         if (p->source != FOMOE_TIER_NVME || fomoe_ahead_take(e, layer, i, slot)) continue;
         e->reads_left[i] = add_reads(e, layer, e->plan.ids[i], i, *slot, e->reads + *reads);
         *reads += e->reads_left[i];

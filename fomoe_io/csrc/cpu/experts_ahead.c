@@ -47,15 +47,18 @@ static void give_back(fomoe_experts *e, fomoe_staged *s) {
     s->layer = -1;
 }
 
+/* Of the batch's experts, the hits come first. */
+static int is_missed(const fomoe_experts *e, int32_t expert) {
+    for (int i = e->plan.hits; i < e->plan.count; i++)
+        if (e->plan.ids[i] == expert) return 1;
+    return 0;
+}
+
 void fomoe_ahead_expire(fomoe_experts *e, int layer) {
     for (fomoe_staged *s = e->staged; s < e->staged + e->staged_count; s++) {
-        int is_wanted = s->layer == layer && !s->has_failed;
-        if (s->layer < 0 || s->is_expired) continue;
-        for (int i = is_wanted ? e->plan.hits : e->plan.count; i <= e->plan.count; i++) {
-            if (i < e->plan.count && e->plan.ids[i] == s->expert) break;
-            s->is_expired = i == e->plan.count;
-        }
-        if (!s->is_expired) continue;
+        int is_wanted = s->layer == layer && !s->has_failed && is_missed(e, s->expert);
+        if (s->layer < 0 || s->is_expired || is_wanted) continue;
+        s->is_expired = 1;
         for (int r = 0; s->left && r < s->reads; r++) e->reader->cancel(e->reader->self, tag_of(e, s, r));
         if (!s->left) give_back(e, s);
     }

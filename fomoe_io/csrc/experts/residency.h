@@ -8,7 +8,8 @@
 
 enum { FOMOE_TIER_VRAM = 0, FOMOE_TIER_DRAM = 1, FOMOE_TIERS = 2, FOMOE_TIER_NVME = 2 };
 
-/* A placement's source when a read that an offer started is still under way: wait for it, start no other. */
+/* A placement's source when a read that an offer started is still under way: wait for it, start no other.  Engines wait
+ * for a layer's offers before they resolve it. */
 enum { FOMOE_TIER_COMING = 3 };
 
 /* Who leaves first.  Frequencies and recency are those of the router's true picks. */
@@ -80,7 +81,7 @@ void fomoe_residency_substituted(fomoe_residency *, int count);
 /* The read of an expert failed: forget it (its slot is free again). */
 void fomoe_residency_drop(fomoe_residency *, int layer, int32_t expert);
 
-/* A slot for an expert that nobody waits for (back-fill, lookahead): a free one, or that of the least worthy expert
+/* A slot for an expert that nobody waits for (back-fill): a free one, or that of the least worthy expert
  * of the slowest tier, if that one is worth less; at least `spare` slots of the layer stay unpinned.
  * source == FOMOE_TIER_NVME: read it into (tier, slot), then say arrived, or drop.  Until then nobody sees it as
  * resident and it is not evicted.  tier == FOMOE_TIER_NVME: no place, or no need. */

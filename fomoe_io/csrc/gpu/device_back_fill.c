@@ -36,13 +36,14 @@ static void begin(fomoe_device_experts *e, int layer, int expert, uint8_t *targe
 }
 
 /* A slot of VRAM (DRAM has none, or VRAM is not full yet): by way of a spare, which nobody may keep. */
-static void bring_up(fomoe_device_experts *e, int layer, const fomoe_placement *p) {
+static int bring_up(fomoe_device_experts *e, int layer, const fomoe_placement *p) {
     fomoe_buffer *landing = fomoe_device_take_host_spare(e, layer, 0);
-    if (!landing) return;
+    if (!landing) return 0;
     begin(e, layer, p->expert, landing->address);
     await(e, layer);
     fomoe_device_send(e, layer, p->expert, landing, *fomoe_device_slot(e, layer, p->tier, p->slot), 0, UINT64_MAX);
     fomoe_device_give_spare(e, layer, FOMOE_TIER_DRAM, landing);
+    return 1;
 }
 
 /* 1 if the policy has a place for it. */
@@ -51,12 +52,15 @@ static int read_aside(fomoe_device_experts *e, int layer, int expert) {
     fomoe_placement p = fomoe_residency_offer(e->residency, layer, expert, e->used);
     if (p.tier == FOMOE_TIER_NVME) return 0;
     e->has_moved = 1;
-    if (p.tier == FOMOE_TIER_VRAM) {
-        bring_up(e, layer, &p);
-        return 1;
-    }
     fomoe_buffer *slot = *fomoe_device_slot(e, layer, p.tier, p.slot);
-    if (fomoe_buffer_wait(&e->copies, slot)) begin(e, layer, expert, slot->address);
+    if (p.tier == FOMOE_TIER_VRAM && bring_up(e, layer, &p)) return 1;
+    if (p.tier == FOMOE_TIER_VRAM || !fomoe_buffer_wait(&e->copies, slot)) { /* the device has failed */
+        fomoe_residency_drop(e->residency, layer, expert);
+        return 0;
+    }
+    uint64_t bytes = e->counters.nvme_bytes;
+    begin(e, layer, expert, slot->address);
+    e->counters.back_filled_bytes += e->counters.nvme_bytes - bytes;
     return 1;
 }
 

@@ -50,6 +50,7 @@ typedef struct {
     /* experts read ahead, in nvme_reads and nvme_bytes as well; those that were missed then, and whose reads had not
      * ended by then; bytes of the others */
     uint64_t prefetches, prefetch_useful, prefetch_late, prefetch_bytes, prefetch_wasted_bytes;
+    uint64_t back_filled_bytes; /* read into DRAM after others had stood in for the experts */
 } fomoe_device_expert_counters;
 
 typedef struct fomoe_device_experts fomoe_device_experts;

@@ -25,6 +25,7 @@ void fomoe_device_open_layer(fomoe_device_experts *e, int layer) {
 void fomoe_device_adopt(fomoe_device_experts *e, int layer, const fomoe_placement *p) {
     fomoe_wanted *w = &e->wanted[e->placed];
     assert(layer == e->open_layer && p->expert == e->plan.ids[e->placed]);
+    assert(p->source != FOMOE_TIER_COMING); /* offers are settled when a run begins */
     *w = (fomoe_wanted){.at = *p};
     e->placed++;
     e->has_moved |= p->source != FOMOE_TIER_VRAM;

@@ -64,10 +64,12 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "add_bias": Kernel(256, "ppi"),
         "ungroup": Kernel(256, "ppiiiiii"),
         "attention_merge": Kernel(256, "pppppiiiipi"),
+        "latent_merge": Kernel(256, "ppppiii"),
         "conv_step": Kernel(128, "pppppiii"),
         "gated_norm": Kernel(128, "pppppiif"),
         "route": Kernel(512, "pppiiif"),
         "route_by": Kernel(512, "pppppiiiifp"),
+        "route_in_groups": Kernel(512, "pppppiiiifpii"),
         "begin_run": Kernel(512, "pppppii"),
         "resolve_picks": Kernel(512, "ppppppppi"),
         "post_guesses": Kernel(32, "pppi"),
@@ -89,6 +91,8 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         table[f"mat_mul_{name}"] = Kernel(128, "pppiii")
         table[f"group_gate_up_{name}"] = Kernel(128, "ppqqpppiiip")
         table[f"group_down_{name}"] = Kernel(128, "ppqppii")
+        table[f"heads_mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
+        table[f"heads_mat_mul_{name}"] = Kernel(128, "pppiiii")
         table[f"mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
         table[f"mat_vec_many_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "ppppppppiiiipiii")
         table[f"expand_{name}"] = Kernel(32, "pppi")
@@ -96,6 +100,8 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         table[f"experts_gate_up_late_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pppppqqpppiiip")
         table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiiip")
     for cache in ("f32", "f16"):
+        table[f"latent_prepare_{cache}"] = Kernel(256, "pppppppppppiiiif")
+        table[f"latent_attention_{cache}"] = Kernel(256, "ppppppiiiif")
         table[f"attention_prepare_{cache}"] = Kernel(256, "pppppppppppiiiiifi")
         for dim in HEAD_SIZES:
             table[f"attention_{cache}_{dim}"] = Kernel(256, "ppppppiiifii")
@@ -194,3 +200,26 @@ def attention_grid(heads: int, kv_heads: int, splits: int, tokens: int = 1) -> t
 def attention_splits(positions: int) -> int:
     """Parts into which the attention over so many positions is cut."""
     return up(positions, ATTENTION_SPLIT)
+
+
+LATENT_HEADS, LATENT_SPLIT = 16, 128  # latent.h: query heads and positions of a block
+
+
+def latent_grid(heads: int, splits: int, tokens: int = 1) -> tuple[int, int, int]:
+    """Grid of ``latent_attention_*``."""
+    return up(heads, LATENT_HEADS), splits, tokens
+
+
+def latent_splits(positions: int) -> int:
+    """Parts into which the attention over so many latents is cut."""
+    return up(positions, LATENT_SPLIT)
+
+
+def heads_mat_vec_grid(name: str, heads: int, rows: int, split: int) -> tuple[int, int, int]:
+    """Grid of ``heads_mat_vec_*``: of one token; a head has so many rows."""
+    return mat_vec_grid(name, rows, split)[0], heads, 1
+
+
+def heads_mat_mul_grid(heads: int, rows: int, tokens: int) -> tuple[int, int, int]:
+    """Grid of ``heads_mat_mul_*``."""
+    return up(rows, 64), up(tokens, TILE_TOKENS), heads

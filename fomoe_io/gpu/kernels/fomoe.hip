@@ -10,6 +10,8 @@
 #include "attention.h"
 #include "delta.h"
 #include "router.h"
+#include "groups.h"
 #include "hop.h"
 #include "tile.h"
+#include "latent.h"
 #include "probe.h"

@@ -204,11 +204,11 @@ EXPORT_KERNEL(route)
 // Routers of other kinds: p = softmax or sigmoid of logits + logit_bias, or those themselves.  The picks are the
 // largest p + bias; weight = p without the bias, or the softmax of the picks' logits.  Both biases may be null; logits:
 // changed where there is a logit_bias.  values: [tokens][experts] p + bias, and the logits become p; null where nobody
-// asks.  Grid (tokens).
-KERNEL(ROUTER_THREADS, route_by)
-(float *logits, const float *logit_bias, const float *bias, int *ids, float *weights, int experts, int picks, int score,
- int normalise, float scale, float *values) {
-    start_kernel();
+// asks.  groups: which experts can't be chosen (groups.h).  Grid (tokens).
+template <class GROUPS>
+DEVICE void route_by_score(const GROUPS &groups, float *logits, const float *logit_bias, const float *bias, int *ids,
+                           float *weights, int experts, int picks, int score, int normalise, float scale,
+                           float *values) {
     __shared__ float p[ROUTER_EXPERTS], choice[ROUTER_EXPERTS], chosen[MOST_PICKS], most_of[ROUTER_THREADS / 32];
     __shared__ int block_ids[MOST_PICKS];
     const int token = block_x(), t = thread_index();
@@ -235,6 +235,7 @@ KERNEL(ROUTER_THREADS, route_by)
         if (values) values[(u64)token * experts + e] = choice[e], logits[(u64)token * experts + e] = p[e];
     }
     sync_block();
+    groups.leave(choice, values ? values + (u64)token * experts : values, experts);
     const int found = largest(choice, experts, picks, block_ids);
     if (t < picks) {
         const float value = p[block_ids[t]];
@@ -247,6 +248,17 @@ KERNEL(ROUTER_THREADS, route_by)
     const float divisor = score == SCORE_LOGITS ? total : normalise ? larger(total, 6.103515625e-05f) : 1.f;
     ids[token * picks + t] = block_ids[t];
     weights[token * picks + t] = chosen[t] / divisor * scale;
+}
+
+struct all_groups {
+    DEVICE_MEMBER void leave(float *, float *, int) const {}
+};
+KERNEL(ROUTER_THREADS, route_by)
+(float *logits, const float *logit_bias, const float *bias, int *ids, float *weights, int experts, int picks, int score,
+ int normalise, float scale, float *values) {
+    start_kernel();
+    route_by_score(all_groups(), logits, logit_bias, bias, ids, weights, experts, picks, score, normalise, scale,
+                   values);
 }
 EXPORT_KERNEL(route_by)
 
