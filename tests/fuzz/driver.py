@@ -133,7 +133,7 @@ def _guard_memory() -> None:
         return Memory(pointer.value, memoryview(block).cast("B"), block)  # type: ignore[arg-type]
 
     users = [m for name, m in sys.modules.items() if name.startswith("fomoe_io.") and hasattr(m, "aligned_memory")]
-    assert {"fomoe_io.engine", "fomoe_io.session", "fomoe_io.cpu.weights"} <= {module.__name__ for module in users}
+    assert {"fomoe_io.cpu.backend", "fomoe_io.cpu.weights"} <= {module.__name__ for module in users}
     for module in users:
         module.aligned_memory = aligned_memory  # type: ignore[attr-defined]
 
