@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import xxhash
@@ -105,15 +106,15 @@ class KeptSessions:
         Of pieces in memory.
     answers : Answers
         What was sampled.
-    lenders : list of Lender
-        Sessions that share it.
+    lenders : set of Lender
+        Sessions that share it, for as long as somebody has them.
     """
 
     def __init__(self, form: Form, memory_bytes: int, folder: Folder | None = None) -> None:
         self.form, self.folder = form, folder
         self._most_bytes = max(0, memory_bytes - form.work_bytes)
         self.held_bytes = 0
-        self.lenders: list[Lender] = []
+        self.lenders: WeakSet[Lender] = WeakSet()
         self._held: set[Piece] = set()
         self.root = Piece(None, b"")
         self._clock = 0

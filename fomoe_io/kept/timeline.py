@@ -59,7 +59,7 @@ class Timeline:
         self.prompt_tokens: int | None = None
         self._passing: Piece | None = None
         self.live: list[Piece] = []
-        kept.lenders.append(self)
+        kept.lenders.add(self)
 
     @property
     def is_sound(self) -> bool:
@@ -398,8 +398,7 @@ class Timeline:
 
     def close(self) -> None:
         """Give the session's memory back."""
-        if self in self.kept.lenders:
-            self.kept.lenders.remove(self)
+        self.kept.lenders.discard(self)
         self.session.close()
 
 

@@ -20,7 +20,7 @@ from fomoe_io.experts.profile import Profile
 from fomoe_io.gpu import device
 from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.gpu.device import Gpu, Step
-from fomoe_io.gpu.recorder import ATTENTION_BYTES
+from fomoe_io.gpu.latent_recorder import ATTENTION_BYTES
 from fomoe_io.gpu.recordings import Addresses
 from fomoe_io.session import Session
 from tests.fake_hip.build import PATIENCE_SECONDS, Fake, installed_fake
