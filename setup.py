@@ -135,10 +135,24 @@ CORE_FLAGS = [*BUILDS[BUILD], *WARNINGS]
 GLUE_FLAGS = [*(["-O0", "-g"] if BUILD == "debug" else ["-O1"] if SANITIZERS else ["-O0"]), *SANITIZERS]
 LIBURING = [f'-DFOMOE_LIBURING_VERSION="{ask_pkg_config("--modversion")[0]}"', *ask_pkg_config("--cflags")]
 
+
+def translated(extensions: list[Extension]) -> list[Extension]:
+    """Cython's C: of an sdist that which it brings.
+
+    cythonize() would make it anew, for what it includes of Cython's own is as young as Cython's installation.
+    """
+    brought = [Path(extension.sources[0]).with_suffix(".c") for extension in extensions]
+    named = [path.stat().st_mtime for pattern in ("*.pyx", "*.pxd", "*.pxi") for path in Path("fomoe_io").glob(pattern)]
+    if Path("PKG-INFO").exists() and all(c.exists() and c.stat().st_mtime >= max(named) for c in brought):
+        for extension, c in zip(extensions, brought, strict=True):
+            extension.sources = [str(c)]
+        return extensions
+    directives = {"language_level": 3, "embedsignature": True, "show_performance_hints": False}
+    made: list[Extension] = cythonize(extensions, compiler_directives=directives)
+    return made
+
+
 setup(
-    ext_modules=cythonize(
-        [extension(name) for name in SOURCES],
-        compiler_directives={"language_level": 3, "embedsignature": True, "show_performance_hints": False},
-    ),
+    ext_modules=translated([extension(name) for name in SOURCES]),
     cmdclass={"build_ext": BuildNative},
 )
