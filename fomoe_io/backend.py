@@ -240,6 +240,24 @@ def together(spans: Sequence[Span], most_tokens: int) -> Iterator[list[Span]]:
     yield batch
 
 
+def filled(lengths: Sequence[int], most_tokens: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Parts of so many tokens, cut into batches that are full but for the last: (which part, first, last) of each."""
+    batch: list[tuple[int, int, int]] = []
+    room = most_tokens
+    for i, length in enumerate(lengths):
+        first = 0
+        while first < length:
+            last = min(length, first + room)
+            batch.append((i, first, last))
+            room -= last - first
+            first = last
+            if not room:
+                yield batch
+                batch, room = [], most_tokens
+    if batch:
+        yield batch
+
+
 class Joined:
     """The spans of a batch, a token after another.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fomoe_io.backend import RECORDS, Batch, Span
+from fomoe_io.backend import RECORDS, Batch, Span, filled
 from fomoe_io.errors import UsageError
 
 if TYPE_CHECKING:
@@ -420,7 +420,7 @@ def _run_together(one: Session, parts: Parts, prompt_tokens: Sequence[int] | Non
     of_prompt = prompt_tokens or [len(tokens) for tokens in ids]
     logits = np.empty((len(parts), one._shape.vocabulary), np.float32)
     done = 0
-    for batch in _shared_batches(ids, one._backend.budgets.batch_tokens):
+    for batch in filled([len(tokens) for tokens in ids], one._backend.budgets.batch_tokens):
         one._gate.check_run()
         inside = [parts[i][0] for i, _, _ in batch]
         spans = [
@@ -436,24 +436,6 @@ def _run_together(one: Session, parts: Parts, prompt_tokens: Sequence[int] | Non
             session._broken = False
             session.position += len(span.ids)
     return sum(map(len, ids)), logits
-
-
-def _shared_batches(ids: Sequence[np.ndarray], most: int) -> Iterator[list[tuple[int, int, int]]]:
-    """(which, first, last) of the parts that fill each batch."""
-    batch: list[tuple[int, int, int]] = []
-    room = most
-    for i, tokens in enumerate(ids):
-        first = 0
-        while first < len(tokens):
-            last = min(len(tokens), first + room)
-            batch.append((i, first, last))
-            room -= last - first
-            first = last
-            if not room:
-                yield batch
-                batch, room = [], most
-    if batch:
-        yield batch
 
 
 def token_ids(tokens: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndarray:

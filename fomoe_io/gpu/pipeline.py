@@ -8,7 +8,7 @@ from threading import Event
 
 import numpy as np
 
-from fomoe_io.backend import Span
+from fomoe_io.backend import Span, filled
 from fomoe_io.gpu.prompts import Handed
 
 BATCHES_A_DEVICE = 4
@@ -54,18 +54,8 @@ def cut(spans: Sequence[Span], most: int, logits: np.ndarray, picks: np.ndarray 
         See :class:`Piece`; of all of them.
     devices : int
     """
-    batches: list[list[Span]] = [[]]
-    room = most
-    for span in spans:
-        first = 0
-        while first < len(span.ids):
-            if not room:
-                batches.append([])
-                room = most
-            last = min(len(span.ids), first + room)
-            batches[-1].append(_part(span, first, last))
-            room -= last - first
-            first = last
+    cuts = filled([len(span.ids) for span in spans], most)
+    batches = [[_part(spans[i], first, last) for i, first, last in batch] for batch in cuts]
     pieces, token, row = [], 0, 0
     for number, batch in enumerate(batches):
         tokens, rows = sum(len(span.ids) for span in batch), sum(span.outputs for span in batch)

@@ -74,6 +74,17 @@ def decoded(session: Session) -> np.ndarray:
     return np.stack([session.decode(token).copy() for token in TOKENS])
 
 
+LAUNCHES = {"a token": "hipGraphLaunch", "a prompt": "hipModuleLaunchKernel"}
+
+
+def read(session: Session, what: str) -> None:
+    """Something whose launch is of LAUNCHES."""
+    if what == "a token":
+        session.decode(8)
+    else:
+        session.prefill([8, 9, 10])
+
+
 @pytest.fixture(scope="module")
 def expected(model: Path, fake: Fake) -> np.ndarray:
     with pytest.MonkeyPatch.context() as patch:
@@ -277,7 +288,7 @@ def test_an_interrupt_ends_a_wait(model: Path, fake: Fake, expected: np.ndarray,
     with opened(model) as engine:
         session = engine.session()
         session.decode(7)
-        fake.hang("hipGraphLaunch" if reads == "a token" else "hipModuleLaunchKernel")
+        fake.hang(LAUNCHES[reads])
         began: list[float] = []
 
         def interrupt() -> None:
@@ -289,10 +300,7 @@ def test_an_interrupt_ends_a_wait(model: Path, fake: Fake, expected: np.ndarray,
         timer = threading.Timer(0.3, interrupt)
         timer.start()
         with pytest.raises(KeyboardInterrupt):
-            if reads == "a token":
-                session.decode(8)
-            else:
-                session.prefill([8, 9, 10])
+            read(session, reads)
         assert time.monotonic() - began[0] < 2  # one, and a loaded machine
         timer.join()
         assert session.is_broken
@@ -309,14 +317,11 @@ def test_what_was_given_up_ends_before_the_next_is_written(
     with opened(model) as engine:
         session = engine.session()
         session.decode(7)
-        fake.hang("hipGraphLaunch" if reads == "a token" else "hipModuleLaunchKernel")
+        fake.hang(LAUNCHES[reads])
         timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
         timer.start()
         with pytest.raises(KeyboardInterrupt):
-            if reads == "a token":
-                session.decode(8)
-            else:
-                session.prefill([8, 9, 10])
+            read(session, reads)
         timer.join()
         session.reset()
         threading.Timer(0.2, fake.release).start()
@@ -332,16 +337,16 @@ def test_closing_ends_a_wait_of_another_thread(model: Path, fake: Fake, reads: s
     engine = opened(model)
     session = engine.session()
     session.decode(7)
-    fake.hang("hipGraphLaunch" if reads == "a token" else "hipModuleLaunchKernel")
+    fake.hang(LAUNCHES[reads])
     errors: list[str] = []
 
-    def read() -> None:
+    def work() -> None:
         try:
-            session.decode(8) if reads == "a token" else session.prefill([8, 9, 10])
+            read(session, reads)
         except UsageError as error:
             errors.append(str(error))
 
-    thread = threading.Thread(target=read, daemon=True)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     time.sleep(0.3)
     began = time.monotonic()
