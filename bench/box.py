@@ -172,7 +172,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if link:
         result["link_gb_s"] = {"up": link[0] / 1e9, "up_beside_down": link[1] / 1e9}
     for name, lookahead in product(("exact", options.car), ("off", *options.lookahead)):
-        run, drive = limited(options, tokens, None if name == "exact" else CarRule.parse(name), lookahead)
+        # 0, not "off": checkouts from before the word know it, too
+        ahead_of = 0 if lookahead == "off" else lookahead
+        run, drive = limited(options, tokens, None if name == "exact" else CarRule.parse(name), ahead_of)
         add_floors(run, drive, link, card_ms)
         ahead = "" if lookahead == "off" else f", lookahead {lookahead}"
         result["runs"][("exact" if name == "exact" else f"car {name}") + ahead] = run
@@ -225,7 +227,9 @@ def in_turns(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any
     try:
         for _ in range(options.rounds):
             for name, folder in checkouts.items():
-                rounds[name].append(in_checkout(folder, card.environment, arguments))
+                # a baseline may not know lookahead: what it does without is compared with all runs of this checkout
+                more = ["--lookahead"] if name == "baseline" else []
+                rounds[name].append(in_checkout(folder, card.environment, [*arguments, *more]))
     finally:
         card.close()
     result: dict[str, Any] = {"card": card.note, "pace": options.pace, "tiers": options.tiers}
@@ -233,8 +237,10 @@ def in_turns(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any
         result[name] = min(found, key=lambda one: one["runs"]["exact"]["token_ms"])
         result[name]["rounds_ms"] = {run: [one["runs"][run]["token_ms"] for one in found] for run in found[0]["runs"]}
     if options.baseline:
-        runs = result["this"]["runs"]
-        result["speedup"] = {run: result["baseline"]["runs"][run]["token_ms"] / runs[run]["token_ms"] for run in runs}
+        before = {name: run["token_ms"] for name, run in result["baseline"]["runs"].items()}
+        result["speedup"] = {
+            name: before[name.split(",")[0]] / run["token_ms"] for name, run in result["this"]["runs"].items()
+        }
     return result
 
 
@@ -245,7 +251,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tiers", default="vram=10%,dram=7%")
     parser.add_argument("--car", default="on", help="the rule of the second run (default: %(default)s)")
-    parser.add_argument("--lookahead", nargs="+", choices=("on", "auto"), default=[],
+    parser.add_argument("--lookahead", nargs="*", choices=("on", "auto"), default=[],
         help="runs with it beside those without")  # fmt: skip
     parser.add_argument("--pace", default="14.5G,80us", help="of the drive, or none (default: %(default)s)")
     parser.add_argument("--reader", default="pread", help="pread overlaps on tmpfs, io_uring does not")
