@@ -88,9 +88,9 @@ def expert_reads(layout: SlotLayout, expert: int, address: int) -> list[tuple[in
 
 def link_rates(device: str, record: int) -> tuple[float, float]:
     """Bytes a second of record-sized copies up from pinned memory: alone, and beside as many down."""
-    from fomoe_io.gpu.device import open_gpus
+    from fomoe_io.gpu.device import Gpu
 
-    gpu = next(iter(open_gpus(device)), None)
+    gpu = Gpu(device.split(",")[0])
     memory = aligned_memory(16 * record)
     registration, target = gpu.register(np.frombuffer(memory.view, np.uint8)), gpu.allocate(16 * record)
     up, down, rates = gpu.new_stream(), gpu.new_stream(), []
