@@ -169,6 +169,34 @@ WHOLE = Part()
 """One device computes everything."""
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Of every product the rows that a device makes, where several compute each layer together (kernels/gather.h).
+
+    Attributes
+    ----------
+    index, count : int
+        Which of how many devices.
+    outbox, inbox : int
+        Addresses, as this one sees them, of the memory that it writes for the others and of what they write: the same
+        one for all by default.  0 while counting.
+    """
+
+    index: int = 0
+    count: int = 1
+    outbox: int = 0
+    inbox: int = 0
+
+    def of(self, rows: int) -> slice:
+        """This device's of so many rows; what does not go round is the last one's."""
+        each, is_last = rows // self.count, self.index + 1 == self.count
+        return slice(self.index * each, rows if is_last else (self.index + 1) * each)
+
+
+ALONE = Share()
+"""One device makes all rows."""
+
+
 def hop_bytes(columns: int) -> int:
     """Of one change of devices: two rows, and a word on a line of its own."""
     return up(8 * columns + 64, ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -381,7 +381,7 @@ class DeviceRecorder(LatentRecorder):
         q8, floats = self._hidden(e, used, hidden)
         self._add(
             f"experts_gate_up_{kind}{e.gate_kernel}", kernels.gate_up_grid(hidden, used), *where, e.device_offset[0],
-            e.device_offset[1], x.address, q8, floats, hidden, x.columns, used, self._expert_form(picks, op),
+            e.device_offset[1], x.address, q8, floats, hidden, x.columns, used, self._expert_form(picks, op), 0,
         )  # fmt: skip
 
     def experts_end(
@@ -400,7 +400,7 @@ class DeviceRecorder(LatentRecorder):
             f"experts_down_{e.down_kernel}", kernels.down_grid(output.columns), self._records(used), late,
             e.device_offset[2], floats or q8, picks.weights.address, shared and shared.address,
             shared_gate and shared_gate.address, total.address, output.columns, hidden, used,
-            self._expert_form(picks, op),
+            self._expert_form(picks, op), 0, output.columns,
         )  # fmt: skip
         down.joins = True
         self._add_later(output, total)
