@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import gguf
+
 from fomoe_io.backend import StateParts
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.kernels import up
@@ -64,6 +66,12 @@ class DeviceMatrix:
     def activation_type(self) -> int:
         """What a product with it reads."""
         return Q8 if self.kernel in kernels.QUANTIZED_TYPES else F32
+
+    @property
+    def row_bytes(self) -> int:
+        """From one row to the next."""
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kernel.upper()]]
+        return self.columns // block * block_bytes
 
 
 @dataclass(frozen=True, slots=True)
