@@ -378,12 +378,13 @@ void fomoe_read_table_promote(fomoe_read_table *t, uint64_t tag) {
     push(t, operation_link, &d->waiting[0], index);
 }
 
-void fomoe_read_table_cancel(fomoe_read_table *t, uint64_t tag) {
+int fomoe_read_table_cancel(fomoe_read_table *t, uint64_t tag) {
     int32_t index = find_waiting(t, tag, 1);
     if (index < 0) index = find_waiting(t, tag, 0);
-    if (index < 0) return;
+    if (index < 0) return 0;
     give_up(t, index, -ECANCELED);
     close_operation(t, index);
+    return 1;
 }
 
 /* ---- counts ---- */
