@@ -50,7 +50,7 @@ fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe
     e->layers = layers, e->used = used, e->classes = classes;
     e->residency = residency, e->reader = reader, e->copies = *copies;
     e->piece_bytes = PIECE_BYTES;
-    e->open_layer = e->guessed_layer = -1;
+    e->open_layer = e->guessed_layer = e->ahead = -1;
     fomoe_offers_start(&e->offers, residency, reader);
     e->layer = fomoe_own(&e->owned, layers, sizeof *e->layer);
     e->class = fomoe_own(&e->owned, classes, sizeof *e->class);
@@ -236,8 +236,8 @@ static void serve(fomoe_device_experts *e, int layer) {
     fomoe_guesses_expire(e, layer);
     fomoe_device_place(e, layer, e->plan.hits);
     fomoe_device_place(e, layer, e->plan.count);
+    e->ahead = next_layer(e, layer);
     fomoe_device_fetch(e, layer);
-    if (!e->error) fomoe_guesses_look(e, next_layer(e, layer), 1);
     if (!e->error) fomoe_device_back_fill(e, layer);
     e->counters.layers++;
     if (e->trace && !e->error) trace(e, layer);
