@@ -108,7 +108,6 @@ class DeviceRecorder(LatentRecorder):
         self._tail: Callable[[int, int], list[LaunchSpec]] | None = None
         self._final: Callable[[int, int], list[LaunchSpec]] | None = None
         self.embedding, self.embedding_file, self.embedding_offset = embedding
-        self.own_logits = slice(0, vocabulary)
         self._take_inputs()
 
     def _take_inputs(self) -> None:
