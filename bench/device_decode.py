@@ -90,7 +90,7 @@ def decode(engine: Engine, tokens: np.ndarray, outputs: int) -> list[float]:
 
 def replay_ms(engine: Engine, outputs: int) -> float:
     """Milliseconds of a token's graph on the device alone (nothing may be missing: nobody would answer)."""
-    gpu, graph = gpu_of(engine).gpu, gpu_of(engine).tokens.graph(outputs)
+    gpu, graph = gpu_of(engine).gpu, gpu_of(engine).tokens.graphs(outputs)[0]
     begin, end = gpu.event(is_timed=True), gpu.event(is_timed=True)
     samples = []
     for _ in range(REPLAYS):

@@ -134,11 +134,11 @@ class Bench:
             table = self.gpu.upload((self.pool.pointer + chosen * record.nbytes).astype(np.uint64))
             first = self.gpu.prepare(
                 f"experts_gate_up_{gate_type}", kernels.gate_up_grid(FF, picks),
-                table, 0, gate_bytes, x, hidden, None, FF, D_MODEL, picks, None,
+                table, 0, gate_bytes, x, hidden, None, FF, D_MODEL, picks, None, 0,
             )  # fmt: skip
             second = self.gpu.prepare(
                 f"experts_down_{down_type}", kernels.down_grid(D_MODEL, 1, self.tuning),
-                table, None, 2 * gate_bytes, hidden, share, None, None, y, D_MODEL, FF, picks, None,
+                table, None, 2 * gate_bytes, hidden, share, None, None, y, D_MODEL, FF, picks, None, 0, D_MODEL,
             )  # fmt: skip
             quantize = self.gpu.prepare("quantize_q8", (16, 1, 1), x_floats, x, D_MODEL)
             gate_up.append(first)

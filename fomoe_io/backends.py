@@ -26,5 +26,5 @@ def open_backend(opened: OpenModel) -> Backend:
         if gpus:
             from fomoe_io.gpu.backend import GpuBackend
 
-            return GpuBackend(opened, gpus[0])
+            return GpuBackend(opened, gpus[:1])
     return CpuBackend(opened)

@@ -195,8 +195,12 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "profile": (_profile, 'a path or "learned"'),
     "trace": (_path, "a path"),
 }
-_NEEDED = ("cache_disk_bytes", "sessions", "batch_tokens", "lookahead", "logit_rows", "direct")
+_NEEDED = ("cache_disk_bytes", "sessions", "lookahead", "logit_rows", "direct")
 """None is no choice."""
+
+
+BATCH_TOKENS = 512
+"""Of a prompt at once, as llama.cpp has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +220,9 @@ class EngineConfig:
         Positions of a session; None takes the model's, at most 4096.
     sessions : int
         Timelines that may be open at once; memory is set aside for the state of each.
-    batch_tokens : int
-        Most tokens of a prompt computed at once (less under a tight budget; results do not depend on it).
+    batch_tokens : int or None
+        Most tokens of a prompt computed at once (less under a tight budget; results do not depend on it); None: 512, on
+        a GPU 2048 where that takes little of its memory, since every batch reads nearly every expert.
     kv_type : {"f32", "f16"}
         What keys and values are kept as: f16 takes half the memory of a long context, and rounds.
     logit_rows : int
@@ -274,7 +279,7 @@ class EngineConfig:
     threads: int | None = None
     context_tokens: int | None = None
     sessions: int = 1
-    batch_tokens: int = 512
+    batch_tokens: int | None = None
     kv_type: str = "f32"
     logit_rows: int = 0
     reader: str = "auto"
@@ -325,6 +330,11 @@ class EngineConfig:
     def guesses_of(self, used: int) -> int:
         """How many experts of the next layer may be read ahead, of a model that picks so many."""
         return min(used, MOST_LOOKAHEAD if isinstance(self.lookahead, str) else self.lookahead)
+
+    @property
+    def least_batch_tokens(self) -> int:
+        """What batches have where nothing is said, and nothing is known of the memory."""
+        return BATCH_TOKENS if self.batch_tokens is None else self.batch_tokens
 
     @property
     def lookahead_mode(self) -> Literal["auto", "on", "off"]:

@@ -123,7 +123,7 @@ class _ListDevices(argparse.Action):
         sys.exit(0)
 
 
-def add_engine_options(parser: Parser, *, batch: int = 512) -> None:
+def add_engine_options(parser: Parser) -> None:
     """Options of :class:`EngineConfig`."""
     d = EngineConfig()
     group = parser.add_argument_group("memory and machine (sizes: 512M, 16G)")
@@ -147,7 +147,8 @@ def add_engine_options(parser: Parser, *, batch: int = 512) -> None:
         group.add_argument(f"-ct{name}", f"--cache-type-{name}", type=checked(_kv_type), metavar="TYPE",
             help=f"what the context's {what} are kept as: f32 (default), or f16, which takes half the memory and "
             "rounds; both in one type")  # fmt: skip
-    group.add_argument("-b", "--batch-size", type=whole, default=batch, metavar="N", help="prompt tokens at once")
+    group.add_argument("-b", "--batch-size", type=whole, metavar="N",
+        help="prompt tokens at once (default: 512; on a GPU 2048 where they take little of its memory)")  # fmt: skip
     group = parser.add_argument_group("experts (none but --car changes an answer)")
     group.add_argument("--slots", type=whole, metavar="N",
         help="experts of each layer in memory (default: all that --ram has room for)")  # fmt: skip

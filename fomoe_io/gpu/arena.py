@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import gguf
+
 from fomoe_io.backend import StateParts
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.kernels import up
@@ -64,6 +66,12 @@ class DeviceMatrix:
     def activation_type(self) -> int:
         """What a product with it reads."""
         return Q8 if self.kernel in kernels.QUANTIZED_TYPES else F32
+
+    @property
+    def row_bytes(self) -> int:
+        """From one row to the next."""
+        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kernel.upper()]]
+        return self.columns // block * block_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +175,34 @@ class Part:
 
 WHOLE = Part()
 """One device computes everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Of every product the rows that a device makes, where several compute each layer together (kernels/gather.h).
+
+    Attributes
+    ----------
+    index, count : int
+        Which of how many devices.
+    outbox, inbox : int
+        Addresses, as this one sees them, of the memory that it writes for the others and of what they write: the same
+        one for all by default.  0 while counting.
+    """
+
+    index: int = 0
+    count: int = 1
+    outbox: int = 0
+    inbox: int = 0
+
+    def of(self, rows: int) -> slice:
+        """This device's of so many rows; what does not go round is the last one's."""
+        each, is_last = rows // self.count, self.index + 1 == self.count
+        return slice(self.index * each, rows if is_last else (self.index + 1) * each)
+
+
+ALONE = Share()
+"""One device makes all rows."""
 
 
 def hop_bytes(columns: int) -> int:

@@ -211,6 +211,6 @@ class BatchRecorder(DeviceRecorder):
         self._add(
             "combine_picks", (up(output.columns, 256), self.tokens, 1), outputs, picks.weights.address,
             shared and shared.address, shared_gate and shared_gate.address, total.address, output.columns, used,
-            form,
+            form, 0, output.columns,
         )  # fmt: skip
         self._add_later(output, total)

@@ -154,7 +154,7 @@ class ChainBackend:
             part = Part(owner, i, exchange, shape.columns)
             mine = opened.part(layers, is_first=i == 0)
             try:
-                self.stages.append(GpuBackend(mine, gpu, part, RamPart(ram, limit, max(share, 1e-9), i == 0)))
+                self.stages.append(GpuBackend(mine, [gpu], part, RamPart(ram, limit, max(share, 1e-9), i == 0)))
             except BaseException:
                 mine.reader.close()
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fomoe_io.experts.car import NativeCar
@@ -19,22 +20,62 @@ FORM = "@4Pi4x"
 """gpu/kernels/experts.h, expert_form."""
 
 
-def mat_vec(matrix: DeviceMatrix, x: int, y: int) -> LaunchSpec:
+@dataclass(frozen=True, slots=True)
+class Product:
+    """y = matrix x, or some rows of it: their sums are made in the order of the whole product's.
+
+    Attributes
+    ----------
+    x, y : int
+        Addresses of one token's vectors, y's of all rows.
+    own : slice, optional
+        The rows; None: all.
+    """
+
+    matrix: DeviceMatrix
+    x: int
+    y: int
+    own: slice | None = None
+
+    @property
+    def first(self) -> int:
+        """The first of the rows."""
+        return self.own.start if self.own else 0
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.own.stop - self.own.start if self.own else self.matrix.rows
+
+    @property
+    def weights(self) -> int:
+        """Where they begin."""
+        return self.matrix.address + self.first * self.matrix.row_bytes
+
+    @property
+    def output(self) -> int:
+        """Where their sums go."""
+        return self.y + 4 * self.first
+
+
+def mat_vec(product: Product) -> LaunchSpec:
     """One token's product with a matrix."""
-    split = kernels.split_of(matrix.kernel, matrix.columns, matrix.rows)
-    grid = kernels.mat_vec_grid(matrix.kernel, matrix.rows, split)
-    return LaunchSpec(f"mat_vec_{matrix.kernel}", grid, [matrix.address, x, y, matrix.rows, matrix.columns, 1, split])
+    m, rows = product.matrix, product.rows
+    split = kernels.split_of(m.kernel, m.columns, m.rows)
+    grid = kernels.mat_vec_grid(m.kernel, rows, split)
+    arguments = [product.weights, product.x, product.output, rows, m.columns, 1, split]
+    return LaunchSpec(f"mat_vec_{m.kernel}", grid, arguments)
 
 
-def mat_vec_many(products: Sequence[tuple[DeviceMatrix, int, int]]) -> LaunchSpec:
+def mat_vec_many(products: Sequence[Product]) -> LaunchSpec:
     """One launch for one token's products of several matrices of one format with one input."""
-    first, x, _ = products[0]
-    split = kernels.split_of(first.kernel, first.columns, max(m.rows for m, _, _ in products))
-    blocks = sum(kernels.mat_vec_grid(m.kernel, m.rows, split)[0] for m, _, _ in products)
+    first, x = products[0].matrix, products[0].x
+    split = kernels.split_of(first.kernel, first.columns, max(p.matrix.rows for p in products))
+    blocks = sum(kernels.mat_vec_grid(first.kernel, p.rows, split)[0] for p in products)
     unused = kernels.MAT_VEC_MANY - len(products)
-    weights = [m.address for m, _, _ in products] + [None] * unused
-    outputs = [y for _, _, y in products] + [None] * unused
-    rows = [m.rows for m, _, _ in products] + [0] * unused
+    weights = [p.weights for p in products] + [None] * unused
+    outputs = [p.output for p in products] + [None] * unused
+    rows = [p.rows for p in products] + [0] * unused
     return LaunchSpec(
         f"mat_vec_many_{first.kernel}", (blocks, 1, 1), [*weights, *outputs, *rows, x, first.columns, 1, split]
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu import launches as make
 from fomoe_io.gpu.arena import (
+    ALONE,
     F32,
     Q8,
     WHOLE,
@@ -22,7 +23,9 @@ from fomoe_io.gpu.arena import (
     Mailbox,
     Memory,
     Part,
+    Share,
 )
+from fomoe_io.gpu.exchange import Exchange
 from fomoe_io.gpu.kernels import up
 from fomoe_io.gpu.latent_recorder import LatentRecorder, attention_parts
 from fomoe_io.models.recorder import (
@@ -64,9 +67,13 @@ class DeviceRecorder(LatentRecorder):
         What this device computes of the model.
     guesses : int
         How many of the next layer's picks are guessed; 0: none.
+    share : Share
+        Which rows of a product this device makes.
 
     Attributes
     ----------
+    exchange : Exchange
+        With the devices that make the others.
     tokens : int
     positions : int
         Address of int32 [tokens].
@@ -89,9 +96,11 @@ class DeviceRecorder(LatentRecorder):
         substitutes: bool = False,
         part: Part = WHOLE,
         guesses: int = 0,
+        share: Share = ALONE,
     ) -> None:
         super().__init__(DeviceState(memory.state_base), mailbox, part)  # every program's places are the same
         self._substitutes, self._guesses = substitutes, guesses
+        self.share, self.exchange, self._is_beside = share, Exchange(share, mailbox), False
         self.memory, self.hidden, self.vocabulary = memory, hidden, vocabulary
         self.context_tokens = memory.context_tokens
         self._experts, self._expert_inputs = experts, expert_inputs
@@ -99,6 +108,7 @@ class DeviceRecorder(LatentRecorder):
         self._tail: Callable[[int, int], list[LaunchSpec]] | None = None
         self._final: Callable[[int, int], list[LaunchSpec]] | None = None
         self.embedding, self.embedding_file, self.embedding_offset = embedding
+        self.own_logits = slice(0, vocabulary)
         self._take_inputs()
 
     def _take_inputs(self) -> None:
@@ -107,11 +117,15 @@ class DeviceRecorder(LatentRecorder):
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """What is recorded inside reads the last norm alone, and may run beside all that follows until `combine`."""
+        """What is recorded inside reads the last norm alone, and may run beside all that follows until `combine`.
+
+        Every device makes all of it: an exchange would hold up what it runs beside.
+        """
         norm = next(spec for spec in reversed(self.body) if spec.kernel == "rms_norm")
         norm.forks = True
-        first = len(self.body)
+        first, self._is_beside = len(self.body), True
         yield
+        self._is_beside = False
         for spec in self.body[first:]:
             spec.beside = True
 
@@ -191,15 +205,19 @@ class DeviceRecorder(LatentRecorder):
         return Activation(forms)
 
     def mat_mul(self, products: Sequence[tuple[DeviceMatrix, Activation[DeviceRows], DeviceRows]]) -> None:
-        """output = matrix @ input, for each; products of one format and input share a launch."""
-        alike: dict[tuple[str, int], list[tuple[DeviceMatrix, int, int]]] = {}
-        for matrix, activation, y in products:
+        """output = matrix @ input, for each; products of one format and input share a launch, and all an exchange."""
+        matrices = [matrix for matrix, _, _ in products]
+        rows = [slice(0, m.rows) for m in matrices] if self._is_beside else self.exchange.own_rows(matrices)
+        alike: dict[tuple[str, int], list[make.Product]] = {}
+        for (matrix, activation, y), own in zip(products, rows, strict=True):
             x = activation.forms[matrix.activation_type].address
-            alike.setdefault((matrix.kernel, x), []).append((matrix, x, y.address))
+            alike.setdefault((matrix.kernel, x), []).append(make.Product(matrix, x, y.address, own))
         for group in alike.values():
             for i in range(0, len(group), kernels.MAT_VEC_MANY):
                 part = group[i : i + kernels.MAT_VEC_MANY]
-                self.body.append(make.mat_vec(*part[0]) if len(part) == 1 else make.mat_vec_many(part))
+                self.body.append(make.mat_vec(part[0]) if len(part) == 1 else make.mat_vec_many(part))
+        divided = [p for group in alike.values() for p in group if p.rows < p.matrix.rows]
+        self.body.extend(self.exchange.floats([(p.y, p.matrix.rows) for p in divided]))
 
     def mat_mul_add(
         self, matrix: DeviceMatrix, x: Activation[DeviceRows], output: DeviceRows, bias: int | None = None
@@ -226,11 +244,17 @@ class DeviceRecorder(LatentRecorder):
             raise AssertionError("two sums without a norm between them")
         self._pending[output.address] = added.address
 
+    @property
+    def own_logits(self) -> slice:
+        """Those of the vocabulary that this device makes, at their places among all: nobody exchanges them."""
+        return self.share.of(self.vocabulary)
+
     def logits(self, matrix: DeviceMatrix, x: Activation[DeviceRows]) -> None:
         """The last product, for the positions that want logits."""
         final, row = self._final, x.forms[matrix.activation_type].address
         assert final is not None
-        self._tail = lambda first, tokens: [*final(first, tokens), make.mat_vec(matrix, row, self.logits_address)]
+        product = make.Product(matrix, row, self.logits_address, self.own_logits)
+        self._tail = lambda first, tokens: [*final(first, tokens), make.mat_vec(product)]
 
     # ---- attention ----
 
@@ -378,10 +402,11 @@ class DeviceRecorder(LatentRecorder):
         self, kind: str, picks: Picks[int, DeviceRows], where: list[Any], x: DeviceRows, op: Experts[int]
     ) -> None:
         e, hidden, used = self._experts[picks.layer], self.hidden, picks.router.used
-        q8, floats = self._hidden(e, used, hidden)
+        (q8, floats), own = self._hidden(e, used, hidden), self.share.of(hidden)
         self._add(
-            f"experts_gate_up_{kind}{e.gate_kernel}", kernels.gate_up_grid(hidden, used), *where, e.device_offset[0],
-            e.device_offset[1], x.address, q8, floats, hidden, x.columns, used, self._expert_form(picks, op),
+            f"experts_gate_up_{kind}{e.gate_kernel}", kernels.gate_up_grid(own.stop - own.start, used), *where,
+            e.device_offset[0], e.device_offset[1], x.address, q8, floats, hidden, x.columns, used,
+            self._expert_form(picks, op), own.start,
         )  # fmt: skip
 
     def experts_end(
@@ -392,17 +417,19 @@ class DeviceRecorder(LatentRecorder):
         rows, used, hidden = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used, self.hidden
         e, mail, late, records = self._experts[picks.layer], self._mailbox, self._late(used), self._records(used)
         self._gate_and_up("late_", picks, [records, late, e.answer, mail.run, mail.stop], rows, op)
+        q8, floats = self._hidden(e, used, hidden)
+        self.body.extend(self.exchange.hidden(q8, floats, hidden, used))  # while down is read
         misses = self.memory.words("misses", 4)
         self._add("wait_for_misses", (1, 1, 1), misses, records, e.answer, mail.run, mail.stop, late, used)
-        total = self.rows("added", output.columns)
-        q8, floats = self._hidden(e, used, hidden)
+        total, own = self.rows("added", output.columns), self.share.of(output.columns)
         down = self._add(
-            f"experts_down_{e.down_kernel}", kernels.down_grid(output.columns), self._records(used), late,
+            f"experts_down_{e.down_kernel}", kernels.down_grid(own.stop - own.start), self._records(used), late,
             e.device_offset[2], floats or q8, picks.weights.address, shared and shared.address,
             shared_gate and shared_gate.address, total.address, output.columns, hidden, used,
-            self._expert_form(picks, op),
+            self._expert_form(picks, op), own.start, own.stop - own.start,
         )  # fmt: skip
         down.joins = True
+        self.body.extend(self.exchange.floats([(total.address, output.columns)]))
         self._add_later(output, total)
 
     def lookahead(
@@ -416,7 +443,7 @@ class DeviceRecorder(LatentRecorder):
         floats, q8 = (row.address if row.type == form else None for form in (F32, Q8))
         self._add("rms_norm", (self.tokens, 1, 1), x.address, None, weight, floats, q8, x.columns, epsilon)
         logits = self.rows("guess_logits", router.experts)
-        self.body.append(make.mat_vec(matrix, row.address, logits.address))
+        self.body.append(make.mat_vec(make.Product(matrix, row.address, logits.address)))
         ids, weights = (self.rows(f"guess_{name}", self._guesses) for name in ("experts", "weights"))
         self.body.append(make.route(Picks(layer, guessed, logits, ids, weights), self.tokens, None))
         post = self._experts[layer].guess

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fomoe_io.gpu.arena import WHOLE, Arena, DeviceExpertLayer, Mailbox, Memory, Part
+from fomoe_io.gpu.arena import ALONE, WHOLE, Arena, DeviceExpertLayer, Mailbox, Memory, Part, Share
 from fomoe_io.gpu.batch_recorder import BatchRecorder
 from fomoe_io.gpu.budget import Header, Mail, RecordLayout
+from fomoe_io.gpu.exchange import check_share
 from fomoe_io.gpu.products import padded
 from fomoe_io.gpu.prompts import PromptInputs
 from fomoe_io.gpu.recorder import DeviceRecorder
@@ -23,12 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where the arenas of weights, activations and state begin, and the mail as the device sees it; 0 to count."""
+    """Where the arenas of weights, activations and state begin, and the mail as the device sees it; 0 to count.
+
+    outbox, inbox: those of :class:`Share`.
+    """
 
     weights: int = 0
     activations: int = 0
     state: int = 0
     mail: int = 0
+    outbox: int = 0
+    inbox: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +46,14 @@ class ModelSource:
     build : the model file's function
     resident : tensors that stay on the device
     files : descriptors of the store's files
-    records : layouts of the experts' records by layer
+    records : layouts of the experts' records by layer, which hold this device's share alone
     expert_inputs : forms of the activations that gate and up read, by layer
     substitutes : whether a token goes through cache-aware routing
     sessions : states that there are
     kv_type : what keys and values are kept as
     part : what this device computes
     guesses : how many of a layer's picks a token may guess
+    share : of every product what this device makes
     """
 
     shape: Shape
@@ -61,6 +68,7 @@ class ModelSource:
     kv_type: KvType = KvType.F32
     part: Part = WHOLE
     guesses: int = 0
+    share: Share = ALONE
 
 
 class Recordings:
@@ -87,7 +95,9 @@ class Recordings:
 
     def __init__(self, source: ModelSource, batch_tokens: int, product_bytes: int, addresses: Addresses) -> None:
         s = source.shape
+        check_share(s, source.share.count)
         self._source = source
+        self._share = replace(source.share, outbox=addresses.outbox, inbox=addresses.inbox)
         room = padded(batch_tokens) if product_bytes else batch_tokens
         self._weights_arena = Arena(addresses.weights)
         self.weights = DeviceWeights(source.resident, self._weights_arena, source.part)
@@ -145,6 +155,7 @@ class Recordings:
             "vocabulary": s.vocabulary,
             "hidden": s.hidden,
             "part": self._source.part,
+            "share": self._share,
         }
 
     def _recorded(self, recorder: Any) -> Any:
@@ -156,6 +167,11 @@ class Recordings:
         """The launches for so many tokens."""
         recorder = BatchRecorder(self.memory, tokens, uses_products=uses_products, **self._settings())
         return self._recorded(recorder)
+
+    @property
+    def exchange_bytes(self) -> int:
+        """Of the memory behind outbox and inbox: what a token's run exchanges with other devices, the same for each."""
+        return self.token.exchange.bytes
 
     @property
     def fixed_bytes(self) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from fomoe_io.errors import DeviceError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.device import Gpu
-from tests.gpu_shim import cases, latent_cases, router_cases, tile_cases
+from tests.gpu_shim import cases, latent_cases, router_cases, share_cases, tile_cases
 from tests.gpu_shim.cases import Runner
 from tests.gpu_shim.cpu_kernels import CpuRunner, build
 from tests.gpu_shim.device_runner import DeviceRunner
@@ -157,6 +157,40 @@ def test_experts_of_an_odd_number_of_blocks(runner: Runner, rng: np.random.Gener
 @on_both
 def test_an_absent_expert_is_never_silence(runner: Runner, rng: np.random.Generator) -> None:
     cases.check_absent_expert_is_nan(runner, rng)
+
+
+# ---- shares of devices that compute together ----
+
+
+@sized(
+    "gate_type,down_type,ff,columns,ranks",
+    [("q4_k", "q6_k", 256, 256, 2), ("q5_k", "q4_k", 256, 512, 4), ("q6_k", "q8_0", 96, 256, 3),
+     ("mxfp4", "q5_k", 256, 160, 2), ("q8_0", "bf16", 64, 96, 2), ("f16", "f32", 64, 32, 2)],
+    [("q4_k", "q6_k", 1024, 4096, 2)],
+)  # fmt: skip
+def test_shares_of_experts(
+    runner: Runner, rng: np.random.Generator, gate_type: str, down_type: str, ff: int, columns: int, ranks: int
+) -> None:
+    for is_biased in (False, True):
+        types, sizes = (gate_type, down_type), (ff, columns)
+        share_cases.check_experts_of_shares(runner, rng, types, sizes, ranks, is_biased=is_biased)
+        share_cases.check_groups_of_shares(runner, rng, types, sizes, ranks, is_biased=is_biased)
+
+
+@sized("words,ranks", [([5], 2), ([64, 1, 1030, 16], 3), ([520, 8, 9], 2)], [([9000, 300], 2)])
+def test_gather_floats(runner: Runner, rng: np.random.Generator, words: list[int], ranks: int) -> None:
+    share_cases.check_gather_floats(runner, rng, words, ranks)
+
+
+@sized("columns,pairs,ranks", [(64, 1, 2), (192, 5, 3), (512, 10, 2)], [(1024, 64, 2)])
+def test_gather_hidden(runner: Runner, rng: np.random.Generator, columns: int, pairs: int, ranks: int) -> None:
+    for has_floats in (False, True):
+        share_cases.check_gather_hidden(runner, rng, columns, pairs, ranks, has_floats=has_floats)
+
+
+@on_both
+def test_a_gather_ends_when_the_host_says_so(runner: Runner, rng: np.random.Generator) -> None:
+    share_cases.check_gather_ends(runner, rng)
 
 
 # ---- rows ----

@@ -81,7 +81,7 @@ def test_late_experts_are_computed_as_they_come(runner: CpuRunner, rng: np.rando
             runner.put(np.zeros((2, kernels.q8_row_bytes(256)), np.uint8)),
             runner.put(here.astype(np.uint64)),
         )
-        shape = (0, offsets["up"], x, hidden, None, 256, 256, 2, None)
+        shape = (0, offsets["up"], x, hidden, None, 256, 256, 2, None, 0)
         runner.launch("experts_gate_up_q4_k", kernels.gate_up_grid(256, 2), table, *shape)
         arguments = (table, late, reply, run, stop, *shape)
         waiter = threading.Thread(

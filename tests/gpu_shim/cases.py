@@ -179,17 +179,17 @@ def check_experts(
         for table in (here, late) if late_mask.any() and not in_place else (here,):
             runner.launch(
                 f"experts_gate_up_{gate_type}", kernels.gate_up_grid(ff, pairs),
-                table, 0, offsets["up"], x, hidden, floats, ff, columns, picks, form,
+                table, 0, offsets["up"], x, hidden, floats, ff, columns, picks, form, 0,
             )  # fmt: skip
         if in_place:
             runner.launch(
                 f"experts_gate_up_late_{gate_type}", kernels.gate_up_grid(ff, pairs), here, late, reply, run, stop,
-                0, offsets["up"], x, hidden, floats, ff, columns, picks, form,
+                0, offsets["up"], x, hidden, floats, ff, columns, picks, form, 0,
             )  # fmt: skip
         runner.launch(
             f"experts_down_{down_type}", kernels.down_grid(columns, tokens),
             here, late, offsets["down"], hidden if down_type in kernels.QUANTIZED_TYPES else floats,
-            runner.put(share), runner.put(shared), runner.put(gate), y, columns, ff, picks, form,
+            runner.put(share), runner.put(shared), runner.put(gate), y, columns, ff, picks, form, 0, columns,
         )  # fmt: skip
         results.append((floats.get(), hidden.get(), y.get()))
     for result in results[1:]:
@@ -220,7 +220,7 @@ def check_absent_expert_is_nan(runner: Runner, rng: np.random.Generator) -> None
     share = runner.put(np.array([0.5, 0.5], np.float32))
     runner.launch(
         "experts_down_q4_k", kernels.down_grid(256), table, None, offsets["down"], hidden, share, None, None, y,
-        256, 256, 2, None,
+        256, 256, 2, None, 0, 256,
     )  # fmt: skip
     assert np.isnan(y.get()).all()
 

@@ -77,16 +77,16 @@ def check_group(
             tile, sorted_pairs = runner.put(tiles.view(np.uint8)), runner.put(order)
             runner.launch(
                 f"group_gate_up_{gate_type}", kernels.group_gate_up_grid(ff, len(tiles)), tile, sorted_pairs, 0,
-                offsets["up"], x, hidden, floats, ff, columns, used, form,
+                offsets["up"], x, hidden, floats, ff, columns, used, form, 0,
             )  # fmt: skip
             runner.launch(
                 f"group_down_{down_type}", kernels.group_down_grid(columns, len(tiles)), tile, sorted_pairs,
-                offsets["down"], floats if down_type in kernels.FLOAT_TYPES else hidden, out, columns, ff,
+                offsets["down"], floats if down_type in kernels.FLOAT_TYPES else hidden, out, columns, ff, 0, columns,
             )  # fmt: skip
         y = runner.put(poison(tokens, columns))
         runner.launch(
             "combine_picks", (kernels.up(columns, 256), tokens, 1), out, runner.put(shares), runner.put(shared),
-            runner.put(scalar), y, columns, used, form,
+            runner.put(scalar), y, columns, used, form, 0, columns,
         )  # fmt: skip
         return y.get(), (floats.get() if down_type in kernels.FLOAT_TYPES else ref.from_q8(hidden.get(), ff))
 

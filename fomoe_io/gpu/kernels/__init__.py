@@ -34,10 +34,12 @@ class Kernel:
     ----------
     threads : threads of a block (the kernels know their own block size)
     signature : a letter an argument: p pointer, q 64-bit integer, i 32-bit integer, f float
+    optional : the last so many arguments may be left out: 0
     """
 
     threads: int
     signature: str
+    optional: int = 0
 
 
 def sources() -> dict[str, str]:
@@ -78,7 +80,9 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "wait_for_misses": Kernel(256, "ppppppi"),
         "hand_over": Kernel(512, "pppppi"),
         "take_over": Kernel(512, "ppppppi"),
-        "combine_picks": Kernel(256, "pppppiip"),
+        "combine_picks": Kernel(256, "pppppiipii"),
+        "gather_floats": Kernel(512, "ppppiiiippppiii"),
+        "gather_hidden": Kernel(512, "ppiippppiii"),
         "read_memory": Kernel(256, "pqpi"),
         "to_halves": Kernel(256, "ppq"),
         "probe_wait": Kernel(32, "pp"),
@@ -89,16 +93,16 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         table[f"expand_half_{name}"] = Kernel(256, "ppq")
     for name in TYPES:
         table[f"mat_mul_{name}"] = Kernel(128, "pppiii")
-        table[f"group_gate_up_{name}"] = Kernel(128, "ppqqpppiiip")
-        table[f"group_down_{name}"] = Kernel(128, "ppqppii")
+        table[f"group_gate_up_{name}"] = Kernel(128, "ppqqpppiiipi", optional=1)
+        table[f"group_down_{name}"] = Kernel(128, "ppqppiiii", optional=2)
         table[f"heads_mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
         table[f"heads_mat_mul_{name}"] = Kernel(128, "pppiiii")
         table[f"mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
         table[f"mat_vec_many_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "ppppppppiiiipiii")
         table[f"expand_{name}"] = Kernel(32, "pppi")
-        table[f"experts_gate_up_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pqqpppiiip")
-        table[f"experts_gate_up_late_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pppppqqpppiiip")
-        table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiiip")
+        table[f"experts_gate_up_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pqqpppiiipi")
+        table[f"experts_gate_up_late_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pppppqqpppiiipi")
+        table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiiipii")
     for cache in ("f32", "f16"):
         table[f"latent_prepare_{cache}"] = Kernel(256, "pppppppppppiiiif")
         table[f"latent_attention_{cache}"] = Kernel(256, "ppppppiiiif")
@@ -138,9 +142,13 @@ def mat_vec_grid(
     name: str, rows: int, split: int, tokens: int = 1, tuning: Mapping[str, int] | None = None
 ) -> tuple[int, int, int]:
     """Grid of ``mat_vec_*``."""
+    return up(rows, mat_vec_rows(name, split, tuning)), tokens, 1
+
+
+def mat_vec_rows(name: str, split: int = 1, tuning: Mapping[str, int] | None = None) -> int:
+    """Rows of a block of ``mat_vec_*``."""
     size = TUNING | dict(tuning or {})
-    rows_of_warp = size["MAT_VEC_ROWS"] if name in QUANTIZED_TYPES else 1
-    return up(rows, size["MAT_VEC_WARPS"] // split * rows_of_warp), tokens, 1
+    return size["MAT_VEC_WARPS"] // split * (size["MAT_VEC_ROWS"] if name in QUANTIZED_TYPES else 1)
 
 
 TILE_TOKENS = 16
@@ -182,6 +190,15 @@ def down_grid(rows: int, tokens: int = 1, tuning: Mapping[str, int] | None = Non
     """Grid of ``experts_down_*``."""
     size = TUNING | dict(tuning or {})
     return up(rows, size["DOWN_WARPS"] * size["DOWN_ROWS"]), tokens, 1
+
+
+GATHER_BLOCKS = 16
+"""Of a ``gather_*`` (gather.h): so few that every device has them at work at once."""
+
+
+def gather_grid(words: int) -> tuple[int, int, int]:
+    """Grid of ``gather_*``, for so many words of each device."""
+    return min(up(words, 512), GATHER_BLOCKS), 1, 1
 
 
 def begin_run_grid(header_bytes: int, layers: int) -> tuple[int, int, int]:

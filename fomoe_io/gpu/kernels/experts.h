@@ -32,13 +32,14 @@ DEVICE float hidden_of(const expert_form *form, float gate, float up, int pair, 
 
 // hidden[pair] = Q8(silu(gate x) * (up x)), or what else the form says.  A block makes 32 of the pair's `rows` values:
 // one Q8 group, so nothing but the quantized result leaves it.
-// x: [tokens] Q8 or float rows; hidden: [pairs] Q8 rows.  Grid (rows / 32, pairs).
+// A device that has a share of every expert (gather.h) makes fewer: row i of its records is row first + i of `rows`.
+// x: [tokens] Q8 or float rows; hidden: [pairs] Q8 rows.  Grid (own rows / 32, pairs).
 template <class T, class L>
 DEVICE void gate_up(const u8 *record, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats,
-                    int rows, int columns, int picks, const expert_form *form) {
+                    int rows, int columns, int picks, const expert_form *form, int first) {
     const int ROWS = 32 / GATE_UP_WARPS, PAIRS = gate_up_pairs<T>;
     __shared__ float gates[32], ups[32];
-    const int pair = block_y(), first = 32 * block_x() + warp_index() * ROWS;
+    const int pair = block_y(), own = 32 * block_x() + warp_index() * ROWS;
     const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
     const u32 token[1] = {0};
     x += (u64)(pair / picks) * activation_row_bytes<T>(columns);
@@ -48,8 +49,8 @@ DEVICE void gate_up(const u8 *record, u64 gate_offset, u64 up_offset, const u8 *
         float sums[2 * PAIRS][1];
 #pragma unroll
         for (int r = 0; r < PAIRS; ++r) {
-            row_data[2 * r] = record + gate_offset + (u64)(first + row + r) * row_bytes;
-            row_data[2 * r + 1] = record + up_offset + (u64)(first + row + r) * row_bytes;
+            row_data[2 * r] = record + gate_offset + (u64)(own + row + r) * row_bytes;
+            row_data[2 * r + 1] = record + up_offset + (u64)(own + row + r) * row_bytes;
             sums[2 * r][0] = sums[2 * r + 1][0] = 0.f;
         }
         dot_rows<T, 2 * PAIRS, 1, L>(row_data, x, token, columns, lane_index(), 32, sums);
@@ -61,10 +62,10 @@ DEVICE void gate_up(const u8 *record, u64 gate_offset, u64 up_offset, const u8 *
     }
     sync_block();
     if (warp_index() > 0) return;
-    const int lane = lane_index(), row = 32 * block_x() + lane;
+    const int lane = lane_index(), row = first + 32 * block_x() + lane;
     const float value = hidden_of(form, gates[lane], ups[lane], pair, row, rows);
     if (hidden_floats) hidden_floats[(u64)pair * rows + row] = value;
-    store_q8_group(value, hidden + pair * q8_row_bytes(rows), rows, block_x());
+    store_q8_group(value, hidden + pair * q8_row_bytes(rows), rows, first / 32 + block_x());
 }
 
 // The host's answer about the pairs whose records are not on the device, in memory that both see: where each will be,
@@ -160,12 +161,13 @@ DEVICE void add_down_rows(const down_picks &p, const u64 (&offset)[DOWN_ROWS], c
 // depend on which came late.  A record found in neither gives NaN, never silence.
 // A warp takes the picks' rows one after another in the router's order as if they were one long row, so that short rows
 // leave no lane idle, and reduces once at the end.
-// hidden: [pairs] Q8 rows (float rows for float weights); y, shared: [tokens][rows].
-// Grid (rows / (DOWN_WARPS * DOWN_ROWS) up, tokens).
+// hidden: [pairs] Q8 rows (float rows for float weights); y, shared: [tokens][rows].  Of a device's share row i of the
+// records is row first + i < first + count of y; all of them: 0, rows.
+// Grid (count / (DOWN_WARPS * DOWN_ROWS) up, tokens).
 template <class T>
 DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,
                  const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks,
-                 const expert_form *form) {
+                 const expert_form *form, int first, int count) {
     __shared__ down_picks p;
     __shared__ int in_place;
     const int row = (block_x() * DOWN_WARPS + warp_index()) * DOWN_ROWS, token = block_y();
@@ -181,14 +183,14 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
         if (record & 1) in_place = 1;
     }
     sync_block();
-    if (row >= rows) return;
+    if (row >= count) return;
     hidden += (u64)token * picks * (u32)activation_row_bytes<T>(columns);
     float total[DOWN_ROWS];
     u64 offset[DOWN_ROWS];
 #pragma unroll
     for (int r = 0; r < DOWN_ROWS; ++r) {
         total[r] = 0.f;
-        offset[r] = (u64)(row + r < rows ? row + r : rows - 1) * row_bytes;
+        offset[r] = (u64)(row + r < count ? row + r : count - 1) * row_bytes;
     }
     if (in_place)
         add_down_rows<T, arriving>(p, offset, hidden, columns, picks, total);
@@ -198,48 +200,50 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
         for (int rank = lane_index(); rank < picks; rank += 32)
 #pragma unroll
             for (int r = 0; r < DOWN_ROWS; ++r) {
-                const int column = row + r < rows ? row + r : rows - 1, expert = form->ids[token * picks + rank];
-                total[r] = fused(p.weight[rank], form->down_bias[(u64)expert * rows + column], total[r]);
+                const int own = row + r < count ? row + r : count - 1, expert = form->ids[token * picks + rank];
+                total[r] = fused(p.weight[rank], form->down_bias[(u64)expert * rows + first + own], total[r]);
             }
 #pragma unroll
     for (int r = 0; r < DOWN_ROWS; ++r) {
         const float sum = warp_sum(total[r]);
-        if (lane_index() > 0 || row + r >= rows) continue;
-        const u64 i = (u64)token * rows + row + r;
+        if (lane_index() > 0 || row + r >= count) continue;
+        const u64 i = (u64)token * rows + first + row + r;
         y[i] = shared_output ? fused(shared_gate ? sigmoid(shared_gate[token]) : 1.f, shared_output[i], sum) : sum;
     }
 }
 
-#define EXPERT_KERNELS(type)                                                                                           \
-    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_##type)                                      \
-    (const u64 *records, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows,      \
-     int columns, int picks, const expert_form *form) {                                                                \
-        start_kernel();                                                                                                \
-        const u8 *record = (const u8 *)records[block_y()];                                                             \
-        if (!record) return; /* another launch will do it */                                                           \
-        gate_up<type, settled>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks, form);  \
-    }                                                                                                                  \
-    EXPORT_KERNEL(experts_gate_up_##type)                                                                              \
-    /* of one token's pairs that the launch above has left alone, each as soon as it has come */                       \
-    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_late_##type)                                 \
-    (const u64 *records, u64 *late, const void *reply, const replayed *run, const void *stop, u64 gate_offset,         \
-     u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows, int columns, int picks,                   \
-     const expert_form *form) {                                                                                        \
-        start_kernel();                                                                                                \
-        if (records[block_y()]) return;                                                                                \
-        const u8 *record = await_record(late, reply, run, stop, picks);                                                \
-        if (!record) return;                                                                                           \
-        gate_up<type, arriving>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks, form); \
-    }                                                                                                                  \
-    EXPORT_KERNEL(experts_gate_up_late_##type)                                                                         \
-    KERNEL(32 * DOWN_WARPS, experts_down_##type)                                                                       \
-    (const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,                     \
-     const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks,                 \
-     const expert_form *form) {                                                                                        \
-        start_kernel();                                                                                                \
-        down<type>(records, late, down_offset, hidden, weights, shared_output, shared_gate, y, rows, columns, picks,   \
-                   form);                                                                                              \
-    }                                                                                                                  \
+#define EXPERT_KERNELS(type)                                                                                          \
+    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_##type)                                     \
+    (const u64 *records, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows,     \
+     int columns, int picks, const expert_form *form, int first) {                                                    \
+        start_kernel();                                                                                               \
+        const u8 *record = (const u8 *)records[block_y()];                                                            \
+        if (!record) return; /* another launch will do it */                                                          \
+        gate_up<type, settled>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks, form,  \
+                               first);                                                                                \
+    }                                                                                                                 \
+    EXPORT_KERNEL(experts_gate_up_##type)                                                                             \
+    /* of one token's pairs that the launch above has left alone, each as soon as it has come */                      \
+    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_late_##type)                                \
+    (const u64 *records, u64 *late, const void *reply, const replayed *run, const void *stop, u64 gate_offset,        \
+     u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows, int columns, int picks,                  \
+     const expert_form *form, int first) {                                                                            \
+        start_kernel();                                                                                               \
+        if (records[block_y()]) return;                                                                               \
+        const u8 *record = await_record(late, reply, run, stop, picks);                                               \
+        if (!record) return;                                                                                          \
+        gate_up<type, arriving>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks, form, \
+                                first);                                                                               \
+    }                                                                                                                 \
+    EXPORT_KERNEL(experts_gate_up_late_##type)                                                                        \
+    KERNEL(32 * DOWN_WARPS, experts_down_##type)                                                                      \
+    (const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,                    \
+     const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks,                \
+     const expert_form *form, int first, int count) {                                                                 \
+        start_kernel();                                                                                               \
+        down<type>(records, late, down_offset, hidden, weights, shared_output, shared_gate, y, rows, columns, picks,  \
+                   form, first, count);                                                                               \
+    }                                                                                                                 \
     EXPORT_KERNEL(experts_down_##type)
 
 EXPERT_KERNELS(q4_k)

@@ -14,4 +14,5 @@
 #include "hop.h"
 #include "tile.h"
 #include "latent.h"
+#include "gather.h"
 #include "probe.h"

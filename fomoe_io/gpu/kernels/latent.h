@@ -220,7 +220,7 @@ DEVICE void multiply_heads(const u8 *weights, const u8 *x, float *y, int heads, 
     const tile_rows matrix = rows_from<T>(head_matrix<T>(weights, head, rows, columns), first, rows, columns);
     float sums[4][2];
     multiply_tile<T>(s, matrix, x, token_rows, columns, sums);
-    store_sums(sums, y, token_rows, first, rows);
+    store_sums(sums, y, token_rows, first, rows, rows);
 }
 
 #define HEADS_KERNELS(type)                                                                                           \

@@ -206,12 +206,12 @@ template <class T> DEVICE tile_rows rows_from(const u8 *weights, int first, int 
     return {low, low + 32 * row_bytes, rows - first, row_bytes};
 }
 
-// y[token_rows[t]][first + row] for what is there.
-DEVICE void store_sums(const float (&sums)[4][2], float *y, const int *token_rows, int first, int rows) {
+// y[token_rows[t]][first + row] for what is there of `count` rows; y's own are `rows` long.
+DEVICE void store_sums(const float (&sums)[4][2], float *y, const int *token_rows, int first, int count, int rows) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
         const int row = first + first_row() + 16 * r;
-        if (row >= rows) break;
+        if (row >= count) break;
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
             const int out = token_rows[first_token() + 8 * t];
@@ -234,15 +234,15 @@ template <class T> DEVICE void multiply(const u8 *weights, const u8 *x, float *y
     __shared__ typename step_of<T::is_quantized>::type s;
     float sums[4][2];
     multiply_tile<T>(s, rows_from<T>(weights, first, rows, columns), x, token_rows, columns, sums);
-    store_sums(sums, y, token_rows, first, rows);
+    store_sums(sums, y, token_rows, first, rows, rows);
 }
 
 // hidden[pair] = Q8(silu(gate x) * (up x)), or what else the form says, x the pair's token; as floats too where
-// hidden_floats is given.
-// Grid (rows / 32, tiles).
+// hidden_floats is given.  first: as in experts.h.
+// Grid (own rows / 32, tiles).
 template <class T>
 DEVICE void group_gate_up(const tile *tiles, const int *order, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,
-                          float *hidden_floats, int rows, int columns, int picks, const expert_form *form) {
+                          float *hidden_floats, int rows, int columns, int picks, const expert_form *form, int first) {
     __shared__ int pairs[TILE_TOKENS], token_rows[TILE_TOKENS];
     __shared__ union {
         typename step_of<T::is_quantized>::type step;
@@ -265,36 +265,36 @@ DEVICE void group_gate_up(const tile *tiles, const int *order, u64 gate_offset, 
     sync_block();
     for (int i = warp_index(); i < TILE_TOKENS; i += TILE_THREADS / 32) {
         if (pairs[i] < 0) break;
-        const int lane = lane_index(), row = 32 * block_x() + lane;
+        const int lane = lane_index(), row = first + 32 * block_x() + lane;
         const float value = hidden_of(form, s.products[i][lane], s.products[i][32 + lane], pairs[i], row, rows);
         if (hidden_floats) hidden_floats[(u64)pairs[i] * rows + row] = value;
-        store_q8_group(value, hidden + pairs[i] * q8_row_bytes(rows), rows, block_x());
+        store_q8_group(value, hidden + pairs[i] * q8_row_bytes(rows), rows, first / 32 + block_x());
     }
 }
 
-// out[pair][row] = down[row] . hidden[pair].  Grid (rows / 64 up, tiles).
+// out[pair][first + row] = down[row] . hidden[pair] for `count` rows (0: all).  Grid (count / 64 up, tiles).
 template <class T>
 DEVICE void group_down(const tile *tiles, const int *order, u64 down_offset, const u8 *hidden, float *out, int rows,
-                       int columns) {
+                       int columns, int first, int count) {
     __shared__ int pairs[TILE_TOKENS];
-    const int first = TILE_ROWS * block_x();
+    const int begin = TILE_ROWS * block_x(), own = count ? count : rows;
     const tile t = tiles[block_y()];
     load_pairs(t, order, pairs);
-    const tile_rows r = rows_from<T>((const u8 *)t.record + down_offset, first, rows, columns);
+    const tile_rows r = rows_from<T>((const u8 *)t.record + down_offset, begin, own, columns);
     __shared__ typename step_of<T::is_quantized>::type s;
     float sums[4][2];
     multiply_tile<T>(s, r, hidden, pairs, columns, sums);
-    store_sums(sums, out, pairs, first, rows);
+    store_sums(sums, out + first, pairs, begin, own, rows);
 }
 
 // y[token] = sum over ranks, in order, of weight * (out[pair] [+ bias]), + sigmoid(shared_gate) * shared where a shared
-// expert is given.  Grid (columns / 256 up, tokens).
+// expert is given: columns first .. first + count.  Grid (count / 256 up, tokens).
 KERNEL(256, combine_picks)
 (const float *out, const float *weights, const float *shared_output, const float *shared_gate, float *y, int columns,
- int picks, const expert_form *form) {
+ int picks, const expert_form *form, int first, int count) {
     start_kernel();
-    const int column = block_x() * 256 + thread_index(), token = block_y();
-    if (column >= columns) return;
+    const int column = first + block_x() * 256 + thread_index(), token = block_y();
+    if (column >= first + count) return;
     const float *bias = form ? form->down_bias : (const float *)0;
     float sum = 0.f;
     for (int rank = 0; rank < picks; ++rank) {
@@ -316,16 +316,17 @@ EXPORT_KERNEL(combine_picks)
     EXPORT_KERNEL(mat_mul_##type)                                                                                 \
     KERNEL(TILE_THREADS, group_gate_up_##type)                                                                    \
     (const tile *tiles, const int *order, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,                \
-     float *hidden_floats, int rows, int columns, int picks, const expert_form *form) {                           \
+     float *hidden_floats, int rows, int columns, int picks, const expert_form *form, int first) {                \
         start_kernel();                                                                                           \
         group_gate_up<type>(tiles, order, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks, \
-                            form);                                                                                \
+                            form, first);                                                                         \
     }                                                                                                             \
     EXPORT_KERNEL(group_gate_up_##type)                                                                           \
     KERNEL(TILE_THREADS, group_down_##type)                                                                       \
-    (const tile *tiles, const int *order, u64 down_offset, const u8 *hidden, float *out, int rows, int columns) { \
+    (const tile *tiles, const int *order, u64 down_offset, const u8 *hidden, float *out, int rows, int columns,   \
+     int first, int count) {                                                                                      \
         start_kernel();                                                                                           \
-        group_down<type>(tiles, order, down_offset, hidden, out, rows, columns);                                  \
+        group_down<type>(tiles, order, down_offset, hidden, out, rows, columns, first, count);                    \
     }                                                                                                             \
     EXPORT_KERNEL(group_down_##type)
 

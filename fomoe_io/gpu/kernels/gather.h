@@ -1,0 +1,103 @@
+// One model on several devices at once: of every product each device makes a run of rows, and all devices get all of
+// them.  Nothing is added up here, so every bit is one device's.  What a device has made goes through memory that all
+// of them reach; rank: of this device among `ranks`.
+#pragma once
+#include "tile.h"
+
+#define GATHER_THREADS 512
+
+// Where words travel: 64 bits each, the run's number in the upper half as in a post (router.h), so that nobody waits
+// for a fence and nothing is ever reset.  A device's words follow one another, `count` of them, device after device.
+// Every block is there at once (GATHER_BLOCKS are few enough for any device) and leaves its words before it waits for
+// others', so devices can't hold each other up.
+//
+// words.load(i): this device's own; words.store(device, i, value).  A whole block calls it.
+template <class WORDS>
+DEVICE void gather(const WORDS &words, int count, void *out, const void *in, const replayed *run, const void *stop,
+                   int rank, int ranks, int blocks) {
+    const u32 number = now(run);
+    const int first = block_x() * GATHER_THREADS + thread_index(), step = blocks * GATHER_THREADS;
+    for (int i = first; i < count; i += step)
+        system_store8((u64 *)out + (u64)rank * count + i, (u64)number << 32 | words.load(i));
+    sync_block();
+    bool is_over = false;
+    for (int other = 1; other < ranks; ++other) {
+        const int device = (rank + other) % ranks;
+        for (int i = first; i < count && !is_over; i += step) {
+            const u64 *from = (const u64 *)in + (u64)device * count + i;
+            u64 word = system_load8(from);
+            // a look at `stop` is a transfer over the link, which the words need
+            for (u32 looks = 1; (u32)(word >> 32) != number && !is_over; ++looks) {
+                pause_thread();
+                is_over = looks % 1024 == 0 && system_load4(stop);
+                word = system_load8(from);
+            }
+            if (!is_over) words.store(device, i, (u32)word);
+        }
+    }
+}
+
+// Up to four vectors, of which each device has made its own run of so many words.
+struct float_words {
+    float *y0, *y1, *y2, *y3;
+    int words0, words1, words2, words3;
+    DEVICE_MEMBER float *at(int device, int i) const {
+        if (i < words0) return y0 + (u64)device * words0 + i;
+        i -= words0;
+        if (i < words1) return y1 + (u64)device * words1 + i;
+        i -= words1;
+        if (i < words2) return y2 + (u64)device * words2 + i;
+        return y3 + (u64)device * words3 + (i - words2);
+    }
+};
+struct own_floats {
+    float_words vectors;
+    int rank;
+    DEVICE_MEMBER u32 load(int i) const { return as_bits(*vectors.at(rank, i)); }
+    DEVICE_MEMBER void store(int device, int i, u32 value) const { *vectors.at(device, i) = as_float(value); }
+};
+
+// y: null and no words where there are fewer.  out, in: ranks * (words of all) times 8 bytes, the same memory or another
+// device's and this one's.  What has not come when the host says stop stays as it was, and the run is an error.
+// Grid (blocks).
+KERNEL(GATHER_THREADS, gather_floats)
+(float *y0, float *y1, float *y2, float *y3, int words0, int words1, int words2, int words3, void *out, const void *in,
+ const replayed *run, const void *stop, int rank, int ranks, int blocks) {
+    start_kernel();
+    const own_floats words = {{y0, y1, y2, y3, words0, words1, words2, words3}, rank};
+    gather(words, words0 + words1 + words2 + words3, out, in, run, stop, rank, ranks, blocks);
+}
+EXPORT_KERNEL(gather_floats)
+
+// What gate and up have made of each pair, of which a device has a run of `own` columns: floats where down reads those,
+// else a Q8 row's bytes and then the float pairs of their groups.
+struct hidden_rows {
+    u8 *q8;
+    float *floats;
+    int columns, own;
+    DEVICE_MEMBER int words() const { return floats ? own : own / 4 + own / 16; }  // of a pair
+    DEVICE_MEMBER u32 *at(int device, u64 pair, int word) const {
+        if (floats) return (u32 *)(floats + pair * columns + (u64)device * own + word);
+        u8 *row = q8 + pair * q8_row_bytes(columns);
+        if (word < own / 4) return (u32 *)(row + device * own) + word;
+        return (u32 *)(row + columns) + device * (own / 16) + (word - own / 4);
+    }
+};
+struct own_hidden {
+    hidden_rows rows;
+    int rank;
+    DEVICE_MEMBER u32 load(int i) const { return *rows.at(rank, i / rows.words(), i % rows.words()); }
+    DEVICE_MEMBER void store(int device, int i, u32 value) const {
+        *rows.at(device, i / rows.words(), i % rows.words()) = value;
+    }
+};
+
+// hidden: [pairs] Q8 rows; hidden_floats: [pairs][columns], or null.  columns: a multiple of 32 ranks.  Grid (blocks).
+KERNEL(GATHER_THREADS, gather_hidden)
+(u8 *hidden, float *hidden_floats, int columns, int pairs, void *out, const void *in, const replayed *run,
+ const void *stop, int rank, int ranks, int blocks) {
+    start_kernel();
+    const own_hidden words = {{hidden, hidden_floats, columns, columns / ranks}, rank};
+    gather(words, pairs * words.rows.words(), out, in, run, stop, rank, ranks, blocks);
+}
+EXPORT_KERNEL(gather_hidden)
