@@ -26,6 +26,7 @@ from fomoe_io.gpu.runs import run_batch
 from fomoe_io.gpu.shared import SharedMemory
 from fomoe_io.gpu.sharing import DRAM, VRAM, Sharing
 from fomoe_io.gpu.token import TokenRunner
+from fomoe_io.gpu.weights import load_weights
 from fomoe_io.models.recorder import KvType
 from fomoe_io.open_model import OpenModel
 from fomoe_io.ram_budget import RamBudget, RamPart
@@ -129,6 +130,8 @@ class GpuBackend:
         self.devices: list[OnDevice] = []
         try:
             self._allocate()
+            targets = [(device_.recorded.weights, device_.gpu) for device_ in self.devices]
+            load_weights(targets, opened.reader, opened.config.progress)
             for device_ in self.devices:
                 device_.fill()
         except BaseException:

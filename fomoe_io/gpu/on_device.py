@@ -83,9 +83,8 @@ class OnDevice:
         return [[self.gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.EVENT_RINGS)]
 
     def fill(self) -> None:
-        """Weights, the positions' tables and the rule of cache-aware routing go to the device."""
+        """The positions' tables, constants and the rule of cache-aware routing go to the device."""
         r, stream, opened = self.recorded, self.gpu.stream, self._opened
-        r.weights.load(opened.reader, self.gpu, opened.config.progress)
         for address, rope in r.memory.ropes.items():
             table = rope.table(opened.context_tokens)
             stream.copy_in(address, table.ctypes.data, table.nbytes)

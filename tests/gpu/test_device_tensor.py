@@ -23,7 +23,7 @@ MIXED = Tiny(
     state_columns=64, experts=8, used=3, hidden=256, shared_hidden=256, weights=Type.Q4_K, down=Type.Q6_K,
 )  # fmt: skip
 PLAIN = Tiny(architecture="qwen3moe", layers=3, columns=256, heads=4, kv_heads=2, head_columns=64, experts=16, used=4,
-    hidden=64, shared_hidden=0, rotated=64, weights=Type.F16)  # fmt: skip
+    hidden=128, shared_hidden=0, rotated=64, weights=Type.F16)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
