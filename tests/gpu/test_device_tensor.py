@@ -76,3 +76,14 @@ def test_whatever_else_is_asked_for(models: dict[str, Path], devices: str) -> No
     found, said = decoded(models["plain"], **how, **TWO | {"device": devices})
     assert found == expected and said["substitutions"] == counted["substitutions"] > 0
     assert said["prefetch"]["issued"] > 0
+
+
+@pytest.mark.parametrize("name", ["mixed", "plain"])
+@pytest.mark.parametrize(
+    "how", [{}, {"tiers": Tiers(0.5, 0.25)}, {"tiers": Tiers(0.25, 0.25), "batch_tokens": 3}], ids=["whole", "tight", "3"]
+)
+def test_prompts_and_sessions(models: dict[str, Path], name: str, how: dict[str, Any]) -> None:
+    expected, counted = read(models[name], **how)
+    found, said = read(models[name], **how, **TWO)
+    assert found == expected
+    assert said["expert_requests"] == counted["expert_requests"] and said["evictions"] == counted["evictions"]
