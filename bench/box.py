@@ -276,7 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=lambda text: str(Path(text).resolve()))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--sm", choices=("layer", "pingpong"), help="how several devices share the layers")
+    parser.add_argument("--sm", choices=("layer", "pingpong", "tensor"), help="how several devices share a model")
     parser.add_argument("--tiers", default="vram=10%,dram=7%")
     parser.add_argument("--piece", type=parse_bytes, help="bytes of a read of an expert, sent up as it lands")
     parser.add_argument("--in-place", action="store_true", help="kernels read experts of DRAM where they lie")

@@ -21,7 +21,7 @@ _CHOICES = {
     "kernels": ("auto", "ggml", "portable"),
     "activations": ("quantized", "float32"),
     "kv_type": ("f32", "f16"),
-    "split_mode": ("layer", "pingpong"),
+    "split_mode": ("layer", "pingpong", "tensor"),
     "policy": ("lru", "lfu", "decayed", "lfru"),
 }
 
@@ -251,8 +251,9 @@ class EngineConfig:
         share the processor's memory are taken by number only; of the others, the one with the most memory.
     vram_bytes : int, tuple of int or None
         Bound of the device memory, of each device; None takes what is free.
-    split_mode : {"layer", "pingpong"}
-        How several devices share a model: whole runs of layers, or layer by layer in turn.
+    split_mode : {"layer", "pingpong", "tensor"}
+        How several devices share a model: whole runs of layers, layer by layer in turn, or every layer together, each
+        device an equal share of the rows of its products.
     tensor_split : tuple of float or None
         How much of it each takes; None: all the same.
     cache_bytes : int or None
@@ -379,5 +380,7 @@ class EngineConfig:
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != devices:
                 raise UsageError(f"{name} is for {len(value)} devices, and {self.device} names {devices}")
+        if self.tensor_split is not None and self.split_mode == "tensor" and len(set(self.tensor_split)) > 1:
+            raise UsageError("devices that compute a layer together have equal shares", hint="drop -ts, or -sm layer")
         if self.tensor_split is not None and not min(self.tensor_split) > 0:
             raise UsageError(f"tensor_split is {self.tensor_split}, expected positive numbers")

@@ -205,6 +205,11 @@ ALONE = Share()
 """One device makes all rows."""
 
 
+def length(run: slice) -> int:
+    """How many it has."""
+    return int(run.stop - run.start)
+
+
 def hop_bytes(columns: int) -> int:
     """Of one change of devices: two rows, and a word on a line of its own."""
     return up(8 * columns + 64, ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -23,8 +23,10 @@ from fomoe_io.gpu.on_device import OnDevice
 from fomoe_io.gpu.prompts import Handed, PromptRunner
 from fomoe_io.gpu.recordings import ModelSource
 from fomoe_io.gpu.runs import run_batch
+from fomoe_io.gpu.shared import SharedMemory
 from fomoe_io.gpu.sharing import DRAM, VRAM, Sharing
 from fomoe_io.gpu.token import TokenRunner
+from fomoe_io.gpu.weights import load_weights
 from fomoe_io.models.recorder import KvType
 from fomoe_io.open_model import OpenModel
 from fomoe_io.ram_budget import RamBudget, RamPart
@@ -128,6 +130,8 @@ class GpuBackend:
         self.devices: list[OnDevice] = []
         try:
             self._allocate()
+            targets = [(device_.recorded.weights, device_.gpu) for device_ in self.devices]
+            load_weights(targets, opened.reader, opened.config.progress)
             for device_ in self.devices:
                 device_.fill()
         except BaseException:
@@ -179,8 +183,11 @@ class GpuBackend:
         self.pool = aligned_memory(max(b.pool_bytes, LEAST_BLOCK_BYTES))
         self._pool_registration = self.gpu.register(np.frombuffer(self.pool.view, np.uint8))
         opened.reader.register_buffers(self.pool.address, max(b.pool_bytes, LEAST_BLOCK_BYTES))
-        for gpu in self._gpus:
-            self.devices.append(OnDevice(gpu, opened, sharing))
+        if len(self._gpus) > 1:
+            self._exchange = SharedMemory(self.gpu, sharing.sketch.exchange_bytes)
+        for i, gpu in enumerate(self._gpus):
+            exchange = self._exchange.pointer_on(gpu) if len(self._gpus) > 1 else 0
+            self.devices.append(OnDevice(gpu, opened, sharing, i, exchange))
         self.recorded = r = self.devices[0].recorded
         self._experts = self._device_experts()
         self._set_up(self._experts)
@@ -364,6 +371,8 @@ class GpuBackend:
             result["prefetch"] |= {"is_on": self._lookahead.is_on, "recall": recall_of(self.guessed)}
         result["host_us_per_miss"] = change.host_ns / 1e3 / change.misses if change.misses else 0.0
         result["device_calls"] = {key: calls[key] - self._calls[key] for key in calls}
+        if len(self._gpus) > 1:
+            result["split"] = {"mode": "tensor", "devices": len(self._gpus)}
 
     @property
     def guessed(self) -> np.ndarray:
@@ -392,9 +401,10 @@ class GpuBackend:
                 registration.close()
         for device_ in devices:
             device_.close()
-        pool = self.__dict__.pop("pool", None)
-        if pool is not None:
-            pool.close()
+        for name in ("pool", "_exchange"):
+            owner = self.__dict__.pop(name, None)
+            if owner is not None:
+                owner.close()
 
 
-_ON_DEVICE = ("_experts", "tokens", "_prompts", "recorded", "_pool_registration", "devices", "pool")
+_ON_DEVICE = ("_experts", "tokens", "_prompts", "recorded", "_pool_registration", "devices", "pool", "_exchange")

@@ -11,11 +11,13 @@ from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import (
     F32,
     HALF,
+    DeviceExpertLayer,
     DeviceMatrix,
     DeviceRows,
     EmbeddingTable,
     LaunchSpec,
     Memory,
+    length,
 )
 from fomoe_io.gpu.kernels import up
 from fomoe_io.gpu.latent_recorder import attention_parts
@@ -65,8 +67,20 @@ class Hop:
 
 
 @dataclass(frozen=True, slots=True)
+class Wave:
+    """Experts that have come: addresses of their `count` tiles and of the pairs' order (gpu/kernels/tile.h)."""
+
+    tiles: int
+    order: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class ServeExperts:
     """The host brings a layer's experts, some at a time, and has their products computed.
+
+    Where several devices compute a layer together, all of them a wave's `leave` is done before any one's `fetch`, and
+    that before its `down`.
 
     Attributes
     ----------
@@ -74,6 +88,10 @@ class ServeExperts:
     hidden, hidden_floats : what gate and up make, a row a pair; floats where down reads those
     outputs : float32 [pairs, columns], what down makes
     form : address of an expert_form (gpu/kernels/experts.h), or None
+    experts : the layer's kernels and where its records' parts are
+    width : columns of `hidden`
+    own_hidden, own_columns : those of `hidden` and of `outputs` that this device makes
+    common : addresses of where it leaves its columns of `hidden` and finds the others', alike where all see one memory
     """
 
     layer: int
@@ -84,6 +102,77 @@ class ServeExperts:
     columns: int
     used: int
     form: int | None
+    experts: DeviceExpertLayer
+    width: int
+    own_hidden: slice
+    own_columns: slice
+    common: tuple[int, int]
+
+    def gate_up(self, wave: Wave) -> LaunchSpec:
+        """This device's columns of the pairs' activations."""
+        e, own = self.experts, self.own_hidden
+        return LaunchSpec(
+            f"group_gate_up_{e.gate_kernel}",
+            kernels.group_gate_up_grid(length(own), wave.count),
+            [
+                wave.tiles, wave.order, e.device_offset[0], e.device_offset[1], self.input, self.hidden,
+                self.hidden_floats, self.width, self.columns, self.used, self.form, own.start,
+            ],
+        )  # fmt: skip
+
+    def leave(self, wave: Wave) -> LaunchSpec:
+        """They go where other devices find them."""
+        return self._exchange("leave_hidden", wave, self.common[0])
+
+    def fetch(self, wave: Wave) -> LaunchSpec:
+        """The others' come."""
+        return self._exchange("fetch_hidden", wave, self.common[1])
+
+    def _exchange(self, kernel: str, wave: Wave, common: int) -> LaunchSpec:
+        own = (self.own_hidden.start, length(self.own_hidden))
+        rows = (self.hidden, self.hidden_floats, common)
+        return LaunchSpec(kernel, (wave.count, 1, 1), [wave.tiles, wave.order, *rows, self.width, *own])
+
+    def down(self, wave: Wave) -> LaunchSpec:
+        """This device's columns of the pairs' outputs."""
+        e, own = self.experts, self.own_columns
+        return LaunchSpec(
+            f"group_down_{e.down_kernel}",
+            kernels.group_down_grid(length(own), wave.count),
+            [
+                wave.tiles, wave.order, e.device_offset[2], self.hidden_floats or self.hidden, self.outputs,
+                self.columns, self.width, own.start, length(own),
+            ],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeRows:
+    """Every device has made its `own` columns of float rows: all leave theirs, then each fetches the others'.
+
+    Attributes
+    ----------
+    rows : address of float32 [tokens, columns]
+    common : as in ServeExperts
+    """
+
+    rows: int
+    columns: int
+    own: slice
+    common: tuple[int, int]
+    tokens: int
+
+    def leave(self) -> LaunchSpec:
+        """This device's columns go where others find them."""
+        return self._exchange("leave_floats", self.common[0])
+
+    def fetch(self) -> LaunchSpec:
+        """The others' come."""
+        return self._exchange("fetch_floats", self.common[1])
+
+    def _exchange(self, kernel: str, common: int) -> LaunchSpec:
+        grid = (up(self.columns, 256), self.tokens, 1)
+        return LaunchSpec(kernel, grid, [self.rows, common, self.columns, self.own.start, length(self.own)])
 
 
 class BatchRecorder(DeviceRecorder):
@@ -148,6 +237,11 @@ class BatchRecorder(DeviceRecorder):
             else:
                 self.body.append(self._tiled(matrix, x, y.address, self.tokens))
 
+    @property
+    def own_logits(self) -> slice:
+        """All: every device makes a batch's dense products, whose sums' order depends on the whole matrix."""
+        return slice(0, self.vocabulary)
+
     def logits(self, matrix: DeviceMatrix, x: Activation[DeviceRows]) -> None:
         """The last product, for the tokens that want logits."""
         final, row = self._final, x.forms[matrix.activation_type].address
@@ -203,14 +297,26 @@ class BatchRecorder(DeviceRecorder):
     ) -> None:  # fmt: skip
         """Where the host serves the layer; then the sum, which the next norm adds."""
         rows, used = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used
-        hidden, floats = self._hidden(self._experts[picks.layer], used, self.hidden)
-        outputs = self.memory.words("pair_outputs", 4 * self.memory.batch_tokens * used * rows.columns)
-        form = self._expert_form(picks, op)
-        self.body.append(ServeExperts(picks.layer, rows.address, hidden, floats, outputs, rows.columns, used, form))
+        e, form, most = self._experts[picks.layer], self._expert_form(picks, op), self.memory.batch_tokens
+        hidden, floats = self._hidden(e, used, self.hidden)
+        outputs = self.memory.words("pair_outputs", 4 * most * used * rows.columns)
+        row_bytes = kernels.q8_row_bytes(self.hidden) if floats is None else 4 * self.hidden
+        own_hidden, own = (self.exchange.share.of(columns) for columns in (self.hidden, output.columns))
+        step = ServeExperts(
+            picks.layer, rows.address, hidden, floats, outputs, rows.columns, used, form, e, self.hidden, own_hidden,
+            own, self._common(f"hidden {row_bytes}", most * used * row_bytes),
+        )  # fmt: skip
+        self.body.append(step)
         total = self.rows("added", output.columns)
         self._add(
-            "combine_picks", (up(output.columns, 256), self.tokens, 1), outputs, picks.weights.address,
+            "combine_picks", (up(length(own), 256), self.tokens, 1), outputs, picks.weights.address,
             shared and shared.address, shared_gate and shared_gate.address, total.address, output.columns, used,
-            form, 0, output.columns,
+            form, own.start, length(own),
         )  # fmt: skip
+        if self.exchange.share.count > 1:
+            common = self._common("totals", 4 * most * output.columns)
+            self.body.append(ExchangeRows(total.address, output.columns, own, common, self.tokens))
         self._add_later(output, total)
+
+    def _common(self, name: str, nbytes: int) -> tuple[int, int]:
+        return self.exchange.common(name, nbytes) if self.exchange.share.count > 1 else (0, 0)

@@ -31,7 +31,7 @@ def check_share(s: Shape, count: int) -> None:
 
 
 class Exchange:
-    """What devices exchange in a token's run (kernels/gather.h); every exchange has words of its own.
+    """What devices exchange in a token's run, or in a batch's (kernels/gather.h).
 
     Parameters
     ----------
@@ -47,11 +47,18 @@ class Exchange:
 
     def __init__(self, share: Share, mailbox: Mailbox) -> None:
         self.share, self._mailbox, self._arena = share, mailbox, Arena()
+        self._places: dict[str, int] = {}
 
     @property
     def bytes(self) -> int:
         """Of the memory behind outbox and inbox."""
         return self._arena.bytes
+
+    def common(self, name: str, nbytes: int) -> tuple[int, int]:
+        """Addresses, in outbox and inbox, of words of a batch; what has the same name shares them."""
+        if name not in self._places:
+            self._places[name] = self._arena.take(nbytes)
+        return self.share.outbox + self._places[name], self.share.inbox + self._places[name]
 
     def own_rows(self, matrices: Sequence[DeviceMatrix]) -> list[slice]:
         """Of each of the matrices that are multiplied at once the rows made here: all, where dividing gains nothing."""
@@ -83,7 +90,7 @@ class Exchange:
         return [self._launch("gather_hidden", words, q8, floats, columns, pairs)]
 
     def _launch(self, kernel: str, words: int, *arguments: Any) -> LaunchSpec:
-        """`words`: of each device."""
+        """With words of its own, so many of each device, which are never reset."""
         share, grid = self.share, kernels.gather_grid(words)
         place = self._arena.take(8 * words * share.count)
         where = (share.outbox + place, share.inbox + place, self._mailbox.run, self._mailbox.stop)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fomoe_io.experts.car import NativeCar
 from fomoe_io.gpu import kernels
-from fomoe_io.gpu.arena import DeviceMatrix, DeviceRows, LaunchSpec
+from fomoe_io.gpu.arena import DeviceMatrix, DeviceRows, LaunchSpec, length
 from fomoe_io.models.recorder import Attention, Experts, KvCache, Picks, Router, Score
 
 CAR_BYTES = ctypes.sizeof(NativeCar)
@@ -45,7 +45,7 @@ class Product:
     @property
     def rows(self) -> int:
         """How many."""
-        return self.own.stop - self.own.start if self.own else self.matrix.rows
+        return length(self.own) if self.own else self.matrix.rows
 
     @property
     def weights(self) -> int:

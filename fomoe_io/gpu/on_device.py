@@ -32,6 +32,10 @@ class OnDevice:
     opened : OpenModel
     sharing : Sharing
         The sizes of everything.
+    index : int
+        Which device of those that compute a layer together.
+    exchange : int
+        Address, as this one sees it, of the memory by which they do.
 
     Attributes
     ----------
@@ -48,8 +52,8 @@ class OnDevice:
         Of experts, up and down.
     """
 
-    def __init__(self, gpu: Gpu, opened: OpenModel, sharing: Sharing) -> None:
-        self.gpu, self._opened = gpu, opened
+    def __init__(self, gpu: Gpu, opened: OpenModel, sharing: Sharing, index: int = 0, exchange: int = 0) -> None:
+        self.gpu, self._opened, self._index, self._exchange = gpu, opened, index, exchange
         self._buffers: list[Buffer] = []
         self.shared = SharedWords(gpu, part_sizes(sharing.sketch, opened.shape, sharing.batch_tokens))
         try:
@@ -65,7 +69,9 @@ class OnDevice:
             self._buffers.append(gpu.allocate(max(size, 256)))
         self.held_bytes = sum(buffer.nbytes for buffer in self._buffers)
         weights, activations, self.states, self.vram = (buffer.pointer for buffer in self._buffers)
-        self.recorded = r = sharing.recordings(Addresses(weights, activations, self.states, mail=self.shared.device))
+        box = self._exchange
+        places = Addresses(weights, activations, self.states, mail=self.shared.device, outbox=box, inbox=box)
+        self.recorded = r = sharing.recordings(places, device=self._index)
         self.products: DenseProducts | None = None
         if sharing.scratch_bytes:
             tiles = r.products_address + WORKSPACE_BYTES
@@ -77,9 +83,8 @@ class OnDevice:
         return [[self.gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.EVENT_RINGS)]
 
     def fill(self) -> None:
-        """Weights, the positions' tables and the rule of cache-aware routing go to the device."""
+        """The positions' tables, constants and the rule of cache-aware routing go to the device."""
         r, stream, opened = self.recorded, self.gpu.stream, self._opened
-        r.weights.load(opened.reader, self.gpu, opened.config.progress)
         for address, rope in r.memory.ropes.items():
             table = rope.table(opened.context_tokens)
             stream.copy_in(address, table.ctypes.data, table.nbytes)

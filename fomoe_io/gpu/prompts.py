@@ -10,9 +10,17 @@ import numpy as np
 
 from fomoe_io import _gpu
 from fomoe_io.backend import Joined
-from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import ALIGNMENT_BYTES, LaunchSpec
-from fomoe_io.gpu.batch_recorder import LOGITS_TOKENS, BatchRecorder, DenseProduct, Hop, PostPicks, ServeExperts
+from fomoe_io.gpu.batch_recorder import (
+    LOGITS_TOKENS,
+    BatchRecorder,
+    DenseProduct,
+    ExchangeRows,
+    Hop,
+    PostPicks,
+    ServeExperts,
+    Wave,
+)
 from fomoe_io.gpu.kernels import up
 
 if TYPE_CHECKING:
@@ -106,7 +114,7 @@ class PromptRunner:
         self._host = self._first.shared.part("inputs", 0, self._inputs.bytes)
         self._embed, self._gate, self._check = embed, gate, check
         self._programs: dict[tuple[int, bool], list[_Program]] = {}
-        self._posted = self._first.gpu.event()
+        self._posted, self._left = self._first.gpu.event(), [device.gpu.event() for device in devices]
         self._is_running = False
         self._moving: list[np.ndarray] = []  # rows of another device that a copy at work may still reach
 
@@ -186,6 +194,8 @@ class PromptRunner:
                 self._post(step, tokens)
             elif isinstance(step, ServeExperts):
                 self._serve(steps, tokens, picks)
+            elif isinstance(step, ExchangeRows):
+                self._exchange([each.leave() for each in steps], [each.fetch() for each in steps])
             elif isinstance(step, Hop):
                 assert handed is not None
                 while step.comes and step.number not in handed:
@@ -254,29 +264,39 @@ class PromptRunner:
 
     def _compute_wave(self, steps: Sequence[ServeExperts], place: int, count: int) -> None:
         """The products of a wave's experts, whose tiles lie at a place of the inputs."""
-        hidden = self._shape.hidden
+        waves = []
         for device, step in zip(self._devices, steps, strict=True):
             self._send(place, _gpu.TILE_BYTES * count, device)
-            gpu, e, inputs = device.gpu, device.recorded.layers[step.layer], device.recorded.inputs_address
-            tiles, pairs_at = inputs + place, inputs + self._inputs.order
-            down_input = step.hidden if step.hidden_floats is None else step.hidden_floats
-            gpu.prepare(
-                f"group_gate_up_{e.gate_kernel}", kernels.group_gate_up_grid(hidden, count), tiles, pairs_at,
-                e.device_offset[0], e.device_offset[1], step.input, step.hidden, step.hidden_floats, hidden,
-                step.columns, step.used, step.form,
-            ).run(gpu.stream)  # fmt: skip
-            gpu.prepare(
-                f"group_down_{e.down_kernel}", kernels.group_down_grid(step.columns, count), tiles, pairs_at,
-                e.device_offset[2], down_input, step.outputs, step.columns, hidden,
-            ).run(gpu.stream)  # fmt: skip
+            inputs = device.recorded.inputs_address
+            waves.append(Wave(inputs + place, inputs + self._inputs.order, count))
+            self._run(device, step.gate_up(waves[-1]))
+        if len(steps) > 1:
+            self._exchange([step.leave(w) for step, w in zip(steps, waves, strict=True)],
+                           [step.fetch(w) for step, w in zip(steps, waves, strict=True)])
+        for device, step, wave in zip(self._devices, steps, waves, strict=True):
+            self._run(device, step.down(wave))
+
+    def _exchange(self, leave: Sequence[LaunchSpec], fetch: Sequence[LaunchSpec]) -> None:
+        """Every device leaves what it has made; each fetches the others' when all have."""
+        for device, spec, event in zip(self._devices, leave, self._left, strict=True):
+            self._run(device, spec)
+            device.gpu.stream.record(event)
+        for device, spec in zip(self._devices, fetch, strict=True):
+            for other, event in zip(self._devices, self._left, strict=True):
+                if other is not device:
+                    device.gpu.stream.wait(event)
+            self._run(device, spec)
+
+    @staticmethod
+    def _run(device: OnDevice, spec: LaunchSpec) -> None:
+        device.gpu.prepare(spec.kernel, spec.grid, *spec.arguments).run(device.gpu.stream)
 
     def _compute_logits(self, recorder: BatchRecorder, joined: Joined, logits: np.ndarray) -> None:
-        gpu, vocabulary = self._first.gpu, self._shape.vocabulary
-        stream = gpu.stream
+        stream, vocabulary = self._first.gpu.stream, self._shape.vocabulary
         place, start = self._inputs.logits, 0
         for first, count in joined.output_runs(LOGITS_TOKENS):
             for spec in recorder.tail(first, count):
-                gpu.prepare(spec.kernel, spec.grid, *spec.arguments).run(stream)
+                self._run(self._first, spec)
             stream.copy_out(self._host.ctypes.data + place, recorder.logits_address, 4 * count * vocabulary)
             stream.synchronize(self._gate)
             logits[start : start + count] = self._words(place, count * vocabulary, np.float32).reshape(count, -1)

@@ -24,6 +24,7 @@ from fomoe_io.gpu.arena import (
     Memory,
     Part,
     Share,
+    length,
 )
 from fomoe_io.gpu.exchange import Exchange
 from fomoe_io.gpu.kernels import up
@@ -100,7 +101,7 @@ class DeviceRecorder(LatentRecorder):
     ) -> None:
         super().__init__(DeviceState(memory.state_base), mailbox, part)  # every program's places are the same
         self._substitutes, self._guesses = substitutes, guesses
-        self.share, self.exchange, self._is_beside = share, Exchange(share, mailbox), False
+        self.exchange, self._is_beside = Exchange(share, mailbox), False
         self.memory, self.hidden, self.vocabulary = memory, hidden, vocabulary
         self.context_tokens = memory.context_tokens
         self._experts, self._expert_inputs = experts, expert_inputs
@@ -108,7 +109,6 @@ class DeviceRecorder(LatentRecorder):
         self._tail: Callable[[int, int], list[LaunchSpec]] | None = None
         self._final: Callable[[int, int], list[LaunchSpec]] | None = None
         self.embedding, self.embedding_file, self.embedding_offset = embedding
-        self.own_logits = slice(0, vocabulary)
         self._take_inputs()
 
     def _take_inputs(self) -> None:
@@ -247,7 +247,7 @@ class DeviceRecorder(LatentRecorder):
     @property
     def own_logits(self) -> slice:
         """Those of the vocabulary that this device makes, at their places among all: nobody exchanges them."""
-        return self.share.of(self.vocabulary)
+        return self.exchange.share.of(self.vocabulary)
 
     def logits(self, matrix: DeviceMatrix, x: Activation[DeviceRows]) -> None:
         """The last product, for the positions that want logits."""
@@ -402,9 +402,9 @@ class DeviceRecorder(LatentRecorder):
         self, kind: str, picks: Picks[int, DeviceRows], where: list[Any], x: DeviceRows, op: Experts[int]
     ) -> None:
         e, hidden, used = self._experts[picks.layer], self.hidden, picks.router.used
-        (q8, floats), own = self._hidden(e, used, hidden), self.share.of(hidden)
+        (q8, floats), own = self._hidden(e, used, hidden), self.exchange.share.of(hidden)
         self._add(
-            f"experts_gate_up_{kind}{e.gate_kernel}", kernels.gate_up_grid(own.stop - own.start, used), *where,
+            f"experts_gate_up_{kind}{e.gate_kernel}", kernels.gate_up_grid(length(own), used), *where,
             e.device_offset[0], e.device_offset[1], x.address, q8, floats, hidden, x.columns, used,
             self._expert_form(picks, op), own.start,
         )  # fmt: skip
@@ -421,12 +421,12 @@ class DeviceRecorder(LatentRecorder):
         self.body.extend(self.exchange.hidden(q8, floats, hidden, used))  # while down is read
         misses = self.memory.words("misses", 4)
         self._add("wait_for_misses", (1, 1, 1), misses, records, e.answer, mail.run, mail.stop, late, used)
-        total, own = self.rows("added", output.columns), self.share.of(output.columns)
+        total, own = self.rows("added", output.columns), self.exchange.share.of(output.columns)
         down = self._add(
-            f"experts_down_{e.down_kernel}", kernels.down_grid(own.stop - own.start), self._records(used), late,
+            f"experts_down_{e.down_kernel}", kernels.down_grid(length(own)), self._records(used), late,
             e.device_offset[2], floats or q8, picks.weights.address, shared and shared.address,
             shared_gate and shared_gate.address, total.address, output.columns, hidden, used,
-            self._expert_form(picks, op), own.start, own.stop - own.start,
+            self._expert_form(picks, op), own.start, length(own),
         )  # fmt: skip
         down.joins = True
         self.body.extend(self.exchange.floats([(total.address, output.columns)]))

@@ -91,6 +91,8 @@ class Recordings:
     header, header_address : what a token's run begins with
     inputs, inputs_address : the same of a batch
     token : DeviceRecorder
+    exchange_bytes : int
+        Of the memory behind outbox and inbox; alike on all devices that compute together.
     """
 
     def __init__(self, source: ModelSource, batch_tokens: int, product_bytes: int, addresses: Addresses) -> None:
@@ -126,9 +128,13 @@ class Recordings:
         }
         token = DeviceRecorder(self.memory, substitutes=source.substitutes, guesses=source.guesses, **self._settings())
         self.token = self._recorded(token)
+        self.exchange_bytes = behind = token.exchange.bytes
+        share = self._share  # a batch's words are others: a token's are told by the number in them
+        self._share = replace(share, outbox=share.outbox + behind, inbox=share.inbox + behind)
         for uses_products in (False, True) if product_bytes else (False,):
             if batch_tokens > 1:
-                self.batch(batch_tokens, uses_products)
+                made = self.batch(batch_tokens, uses_products)
+                self.exchange_bytes = behind + made.exchange.bytes
         self.memory.is_complete = True
 
     def _place_inputs(self, batch_tokens: int) -> None:
@@ -167,11 +173,6 @@ class Recordings:
         """The launches for so many tokens."""
         recorder = BatchRecorder(self.memory, tokens, uses_products=uses_products, **self._settings())
         return self._recorded(recorder)
-
-    @property
-    def exchange_bytes(self) -> int:
-        """Of the memory behind outbox and inbox: what a token's run exchanges with other devices, the same for each."""
-        return self.token.exchange.bytes
 
     @property
     def fixed_bytes(self) -> tuple[int, int, int]:

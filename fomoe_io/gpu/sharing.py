@@ -11,6 +11,7 @@ from fomoe_io.backend import Budgets
 from fomoe_io.errors import BudgetError, DeviceError
 from fomoe_io.experts.slots import SlotLayout, share_slots, slot_pairs
 from fomoe_io.gpu import kernels
+from fomoe_io.gpu.arena import Share
 from fomoe_io.gpu.budget import pool_places, size_classes
 from fomoe_io.gpu.device import Gpu
 from fomoe_io.gpu.products import SCRATCH_BYTES, TILE_ROWS, WORKSPACE_BYTES, open_blas
@@ -99,10 +100,12 @@ class Sharing:
         self._ram = ram
         self.budgets = self._share()
 
-    def recordings(self, addresses: Addresses, context_tokens: int | None = None) -> Recordings:
+    def recordings(self, addresses: Addresses, context_tokens: int | None = None, device: int = 0) -> Recordings:
         """The model at these addresses, for a token and for batches; `context_tokens`: of another length."""
         product_bytes = WORKSPACE_BYTES + self.scratch_bytes if self.scratch_bytes else 0
-        source = self._source if context_tokens is None else replace(self._source, context_tokens=context_tokens)
+        source = replace(self._source, share=Share(device, len(self._gpus)))
+        if context_tokens is not None:
+            source = replace(source, context_tokens=context_tokens)
         return Recordings(source, self.batch_tokens, product_bytes, addresses)
 
     def _widen(self) -> None:
@@ -171,6 +174,7 @@ class Sharing:
             table[layer, VRAM] = count
         devices = len(self._gpus)
         host_bytes = devices * shared_bytes(part_sizes(self.sketch, s, self.batch_tokens))
+        host_bytes += round_up(self.sketch.exchange_bytes, LEAST_BLOCK_BYTES)
         ram_limit, kept = self._share_host(table, host_bytes)
         pools = [pool_places(self._records, table, self.spares, tier)[2] for tier in (VRAM, DRAM)]
         self.vram_pool_bytes = pools[VRAM]

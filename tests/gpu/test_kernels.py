@@ -188,6 +188,11 @@ def test_gather_hidden(runner: Runner, rng: np.random.Generator, columns: int, p
         share_cases.check_gather_hidden(runner, rng, columns, pairs, ranks, has_floats=has_floats)
 
 
+@sized("columns,ranks", [(192, 3), (512, 2)])
+def test_exchange_of_a_batch(runner: Runner, rng: np.random.Generator, columns: int, ranks: int) -> None:
+    share_cases.check_exchange_of_a_batch(runner, rng, columns, ranks)
+
+
 @on_both
 def test_a_gather_ends_when_the_host_says_so(runner: Runner, rng: np.random.Generator) -> None:
     share_cases.check_gather_ends(runner, rng)

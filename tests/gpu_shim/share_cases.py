@@ -233,3 +233,40 @@ def check_gather_ends(runner: Runner, rng: np.random.Generator) -> None:
     found = vector.get()
     assert found[1, 1] == 5 and (found[0] == 5).all()
     assert found[1, 0] == 0 and found[1, 2] == 2
+
+
+def check_exchange_of_a_batch(runner: Runner, rng: np.random.Generator, columns: int, ranks: int) -> None:
+    """Of the pairs of a wave alone, and of rows of floats: each has left its columns, then each fetches the others'."""
+    picks = np.stack([rng.choice(3, 2, replace=False) for _ in range(19)]).astype(np.int32)
+    here, pairs = picks.ravel() != 1, picks.size  # the wave is experts 0 and 2
+    tiles, order = tiles_of(picks, [runner.put(np.zeros(16, np.uint8))] * 3, [0, 2])
+    wave = runner.put(tiles.view(np.uint8)), runner.put(order)
+    q8, floats = ref.q8(normal(rng, pairs, columns))[0], normal(rng, pairs, columns)
+    used = columns + columns // 4
+    shares = [Share(rank, ranks).of(columns) for rank in range(ranks)]
+    for is_float, whole in ((False, q8), (True, floats), (None, floats)):
+        common, mine = runner.put(np.full_like(whole, 9)), []
+        for own in shares:
+            rows = np.full_like(whole, 5)
+            for run in (
+                (own,) if is_float is not False else (own, slice(columns + own.start // 4, columns + own.stop // 4))
+            ):
+                rows[:, run] = whole[:, run]
+            mine.append(runner.put(rows))
+        for kernel in ("leave", "fetch"):
+            for rows, own in zip(mine, shares, strict=True):
+                at = (columns, own.start, own.stop - own.start)
+                if is_float is None:
+                    grid = (kernels.up(columns, 256), pairs, 1)
+                    runner.launch(f"{kernel}_floats", grid, rows, common, *at)
+                else:
+                    what = (None, rows) if is_float else (rows, None)
+                    runner.launch(f"{kernel}_hidden", (len(tiles), 1, 1), *wave, *what, common, *at)
+        for rows, own in zip(mine, shares, strict=True):
+            found, most = rows.get(), used if is_float is False else columns
+            np.testing.assert_array_equal(found[here, :most], whole[here, :most])
+            if is_float is None:
+                np.testing.assert_array_equal(found, whole)
+            else:
+                assert (np.delete(found[~here, :columns], np.r_[own], axis=1) == 5).all()
+                assert (common.get()[~here] == 9).all()

@@ -57,8 +57,8 @@ struct own_floats {
     DEVICE_MEMBER void store(int device, int i, u32 value) const { *vectors.at(device, i) = as_float(value); }
 };
 
-// y: null and no words where there are fewer.  out, in: ranks * (words of all) times 8 bytes, the same memory or another
-// device's and this one's.  What has not come when the host says stop stays as it was, and the run is an error.
+// y: null and no words where there are fewer.  out, in: ranks * (words of all) times 8 bytes, the same memory or
+// another device's and this one's.  What has not come when the host says stop stays as it was, and the run is an error.
 // Grid (blocks).
 KERNEL(GATHER_THREADS, gather_floats)
 (float *y0, float *y1, float *y2, float *y3, int words0, int words1, int words2, int words3, void *out, const void *in,
@@ -101,3 +101,67 @@ KERNEL(GATHER_THREADS, gather_hidden)
     gather(words, pairs * words.rows.words(), out, in, run, stop, rank, ranks, blocks);
 }
 EXPORT_KERNEL(gather_hidden)
+
+// The same of a batch, in two launches with an event between them: `leave` copies this device's columns, first to first
+// + count of rows of `columns`, to the same places of rows in memory that all devices see, `fetch` brings the others'.
+// Words then need no number, and nobody waits.
+struct own_columns {
+    int first, count;
+    DEVICE_MEMBER bool has(int column) const { return column >= first && column < first + count; }
+};
+template <bool IS_LEAVING> DEVICE void exchange_word(u32 *mine, u8 *common, bool is_own) {
+    if (IS_LEAVING && is_own) system_store4(common, *mine);
+    if (!IS_LEAVING && !is_own) *mine = system_load4(common);
+}
+
+// What gate and up have made of the tiles' pairs: hidden_floats where they are given, else the Q8 rows.
+template <bool IS_LEAVING>
+DEVICE void exchange_hidden(const tile *tiles, const int *order, u8 *hidden, float *hidden_floats, u8 *common,
+                            int columns, const own_columns &own) {
+    const tile t = tiles[block_x()];
+    const int words = hidden_floats ? columns : columns / 4 + columns / 16;
+    const u64 row_bytes = hidden_floats ? 4 * (u64)columns : q8_row_bytes(columns);
+    u8 *rows = hidden_floats ? (u8 *)hidden_floats : hidden;
+    for (int i = thread_index(); i < (int)t.count * words; i += 256) {
+        const int word = i % words, behind = word - columns / 4;  // of a group of 32: eight words, then a float pair
+        const u64 at = order[t.first + i / words] * row_bytes + 4 * (u64)word;
+        const int column = hidden_floats ? word : behind < 0 ? 4 * word : 16 * behind;
+        exchange_word<IS_LEAVING>((u32 *)(rows + at), common + at, own.has(column));
+    }
+}
+
+// common: rows as those of hidden or hidden_floats, all pairs'.  first, count: multiples of 32.  Grid (tiles).
+KERNEL(256, leave_hidden)
+(const tile *tiles, const int *order, u8 *hidden, float *hidden_floats, void *common, int columns, int first,
+ int count) {
+    start_kernel();
+    exchange_hidden<true>(tiles, order, hidden, hidden_floats, (u8 *)common, columns, {first, count});
+    fence_system();
+}
+EXPORT_KERNEL(leave_hidden)
+KERNEL(256, fetch_hidden)
+(const tile *tiles, const int *order, u8 *hidden, float *hidden_floats, void *common, int columns, int first,
+ int count) {
+    start_kernel();
+    exchange_hidden<false>(tiles, order, hidden, hidden_floats, (u8 *)common, columns, {first, count});
+}
+EXPORT_KERNEL(fetch_hidden)
+
+// x, common: [tokens][columns].  Grid (columns / 256 up, tokens).
+template <bool IS_LEAVING> DEVICE void exchange_floats(float *x, u8 *common, int columns, const own_columns &own) {
+    const int column = 256 * block_x() + thread_index();
+    if (column >= columns) return;
+    const u64 i = (u64)block_y() * columns + column;
+    exchange_word<IS_LEAVING>((u32 *)(x + i), common + 4 * i, own.has(column));
+}
+KERNEL(256, leave_floats)(float *x, void *common, int columns, int first, int count) {
+    start_kernel();
+    exchange_floats<true>(x, (u8 *)common, columns, {first, count});
+    fence_system();
+}
+EXPORT_KERNEL(leave_floats)
+KERNEL(256, fetch_floats)(float *x, void *common, int columns, int first, int count) {
+    start_kernel();
+    exchange_floats<false>(x, (u8 *)common, columns, {first, count});
+}
+EXPORT_KERNEL(fetch_floats)
