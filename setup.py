@@ -41,7 +41,7 @@ SOURCES = {
     "_gate": [],
     "_uring": ["read/ring.c", "read/read_table.c"],
     "_pread": ["read/pread_pool.c", "read/read_table.c"],
-    "_io_load": ["read/io_load.c", "read/mmap_reader.c", "read/paced_reader.c"],
+    "_io_load": ["read/io_load.c", "read/mmap_reader.c", "read/paced_reader.c", "read/read_table.c"],
     "_hip": ["gpu/patience.c"],  # no HIP or CUDA header: the driver is found when the program runs
     "_blaslt": [],
     "_gpu": ["gpu/*.c", "experts/residency.c", "experts/expert_plan.c", "experts/offers.c", "experts/trace.c"],

@@ -4,17 +4,21 @@
     python bench/box.py /dev/shm/model.gguf                        8 multiprocessors, a drive of 14.5 GB/s and 80 us
     python bench/box.py MODEL --percentage 100 --pace none         the whole card, the reader as fast as it is
     python bench/box.py MODEL --baseline ../before                 another checkout, built, in turns with this one
+    python bench/box.py MODEL --piece 1M --in-place                reads cut finer, experts of DRAM read where they lie
+    python bench/box.py MODEL --device cuda:0,1 --sm pingpong      two cards (--percentage is of each)
 
 A model in tmpfs and a reader held back to a pace are the drive; CUDA's MPS leaves a part of the card
 (`--percentage`, where nvidia-cuda-mps-control exists).  Prints one JSON object: for exact decoding and with cache-aware
 routing milliseconds a token, the floors (drive: its NVMe bytes at the engine's reader's rate for the same records,
 depth and pieces; link: its copies at the rate of record-sized copies from pinned memory; card: a token that misses
-nothing), the ratio to the largest, stalls, and what a miss costs beyond the largest floor.
+nothing), the ratio to the largest, stalls, and what a miss costs beyond the largest floor; `settings` is what was asked
+for and that checkout knows.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -30,12 +34,13 @@ from typing import Any
 import numpy as np
 
 from fomoe_io import Engine, EngineConfig
-from fomoe_io.config import Tiers
+from fomoe_io.config import Tiers, Tuning
 from fomoe_io.errors import FomoeError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.experts.slots import SlotLayout, slot_layout
 from fomoe_io.storage.pace import Pace
 from fomoe_io.storage.reader import aligned_memory, open_reader
+from fomoe_io.units import parse_bytes
 
 DRIVE_SECONDS, READS_AT_ONCE, COPIES = 2.0, 512, 64
 POOL_BYTES = 1 << 30
@@ -110,15 +115,29 @@ def link_rates(device: str, record: int) -> tuple[float, float]:
     return rates[0], rates[1]
 
 
+def asked_for(options: argparse.Namespace, of: type) -> dict[str, Any]:
+    """Fields of a configuration that the command line sets, and that this checkout's has: a baseline's may not."""
+    asked = {
+        "piece_bytes": options.piece,
+        "reads_in_place": options.in_place or None,
+        "split_mode": options.sm,
+    }
+    known = {field.name for field in dataclasses.fields(of)}
+    return {name: value for name, value in asked.items() if value is not None and name in known}
+
+
 def settings(options: argparse.Namespace, **more: Any) -> EngineConfig:
     """Of an engine in the box."""
     pace = None if options.pace == "none" else Pace.parse(options.pace)
+    if tuned := asked_for(options, Tuning):
+        more["tuning"] = Tuning(**tuned)
     return EngineConfig(
         device=options.device,
         context_tokens=2048,
         reader=options.reader,
         calibration=options.calibration,
         pace=pace,
+        **asked_for(options, EngineConfig),
         **more,
     )
 
@@ -166,6 +185,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         times, s = decode(engine, tokens, options.warmup)
         record = max(slot_layout(layer).slot_bytes for layer in engine.store.experts.values())
         result: dict[str, Any] = {"model": engine.model_name, "device": s["device"], "runs": {}}
+        result["settings"] = {"device": options.device} | asked_for(options, EngineConfig) | asked_for(options, Tuning)
     # a token that misses nothing; where memory is too small for all experts there is no such token
     card_ms = options.card_ms if s["tiers"]["nvme"]["hits"] else 1e3 * statistics.median(times)
     link = link_rates(options.device, record) if "link" in s else None
@@ -249,7 +269,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=lambda text: str(Path(text).resolve()))
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--sm", choices=("layer", "pingpong", "tensor"), help="how several devices share a model")
     parser.add_argument("--tiers", default="vram=10%,dram=7%")
+    parser.add_argument("--piece", type=parse_bytes, help="bytes of a read of an expert, sent up as it lands")
+    parser.add_argument("--in-place", action="store_true", help="kernels read experts of DRAM where they lie")
     parser.add_argument("--car", default="on", help="the rule of the second run (default: %(default)s)")
     parser.add_argument("--lookahead", nargs="*", choices=("on", "auto"), default=[],
         help="runs with it beside those without")  # fmt: skip

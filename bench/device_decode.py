@@ -90,7 +90,7 @@ def decode(engine: Engine, tokens: np.ndarray, outputs: int) -> list[float]:
 
 def replay_ms(engine: Engine, outputs: int) -> float:
     """Milliseconds of a token's graph on the device alone (nothing may be missing: nobody would answer)."""
-    gpu, graph = gpu_of(engine).gpu, gpu_of(engine).tokens.graph(outputs)
+    gpu, graph = gpu_of(engine).gpu, gpu_of(engine).tokens.graphs(outputs)[0]
     begin, end = gpu.event(is_timed=True), gpu.event(is_timed=True)
     samples = []
     for _ in range(REPLAYS):
@@ -147,7 +147,10 @@ def main() -> None:
     parser.add_argument("--in-place", action="store_true", help="kernels read experts of DRAM where they lie")
     parser.add_argument("--signals", choices=("stream", "host"), help="who tells a waiting kernel that a copy has come")
     parser.add_argument("--piece", type=parse_bytes, help="bytes of a read of an expert, sent up as it lands (2M)")
+    parser.add_argument("--reader", default="auto", help="pread overlaps on tmpfs, io_uring does not")
     parser.add_argument("--pace", type=Pace.parse, help="of a drive that is not at hand, such as 14.5G,80us")
+    parser.add_argument("--lookahead", choices=("off", "on", "auto"), default="off")
+    parser.add_argument("--sm", choices=("layer", "pingpong", "tensor"), default="layer")
     parser.add_argument("--resident-ms", type=float, help="of a token that misses nothing, from an unlimited run")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
@@ -159,7 +162,10 @@ def main() -> None:
         car=options.car,
         calibration=options.calibration,
         context_tokens=2048,
+        reader=options.reader,
         pace=options.pace,
+        lookahead=options.lookahead,
+        split_mode=options.sm,
         tuning=Tuning(
             branches=options.branches,
             chained_launches=not options.unchained,
@@ -206,7 +212,7 @@ def measure(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     if options.tiers or options.vram:
         result["limits"] = limits(engine, options, statistics_, sum(times) / len(times))
-    if not statistics_["layers_served"]["with_misses"]:
+    if not statistics_["layers_served"]["with_misses"] and "split" not in statistics_:
         result["graph_ms"] = {"all": replay_ms(engine, 1), "without logits": replay_ms(engine, 0)}
     if options.profile:
         result["profile"] = profile(engine)

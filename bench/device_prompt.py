@@ -21,6 +21,7 @@ from device_decode import decode, gpu_of
 
 from fomoe_io import Engine, EngineConfig
 from fomoe_io.config import Tiers, Tuning
+from fomoe_io.storage.pace import Pace
 
 
 def prefill(engine: Engine, tokens: np.ndarray) -> tuple[float, dict[str, Any]]:
@@ -57,7 +58,10 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--device", default="auto", choices=("auto", "hip", "cuda"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--sm", choices=("layer", "pingpong", "tensor"), default="layer")
+    parser.add_argument("--reader", default="auto", help="pread overlaps on tmpfs, io_uring does not")
+    parser.add_argument("--pace", type=Pace.parse, help="of a drive that is not at hand, such as 14.5G,80us")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batches", default="64,512")
     parser.add_argument("--tiers", type=Tiers.parse)
@@ -67,9 +71,16 @@ def main() -> None:
     options = parser.parse_args()
     tokens, runs = None, []
     for batch in map(int, options.batches.split(",")):
-        config = EngineConfig(device=options.device, tiers=options.tiers, batch_tokens=batch, context_tokens=4096,
+        config = EngineConfig(
+            device=options.device,
+            split_mode=options.sm,
+            reader=options.reader,
+            pace=options.pace,
+            tiers=options.tiers,
+            batch_tokens=batch,
+            context_tokens=4096,
             tuning=Tuning(library_products=not options.without_library),
-        )  # fmt: skip
+        )
         with Engine.open(options.model, config) as engine:
             if tokens is None:
                 tokens = np.random.default_rng(1).integers(0, engine.shape.vocabulary, options.tokens)

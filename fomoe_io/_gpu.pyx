@@ -3,7 +3,7 @@
 # csrc/gpu/device_experts.c.
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 import numpy as np
 
@@ -18,120 +18,13 @@ from fomoe_io.errors import DeviceError
 cdef extern from "<errno.h>" nogil:
     int ECANCELED
 
-cdef extern from "csrc/read/reader.h" nogil:
-    ctypedef struct fomoe_reader:
-        pass
-
-cdef extern from "csrc/experts/residency.h" nogil:
-    int FOMOE_TIERS
-    ctypedef struct fomoe_residency:
-        pass
-    ctypedef struct fomoe_residency_counters:
-        uint64_t requests
-        uint64_t hits[3]
-        uint64_t evictions
-        uint64_t promotions
-        uint64_t demotions
-        uint64_t substitutions
-    ctypedef struct fomoe_decay:
-        double slow
-        double fast
-        double fast_share
-    fomoe_residency *fomoe_residency_new(int layers, const int32_t *experts, const int32_t *slots, int policy,
-                                         const fomoe_decay *decay)
-    void fomoe_residency_free(fomoe_residency *)
-    const fomoe_residency_counters *fomoe_residency_count(const fomoe_residency *)
-    void fomoe_residency_scores(const fomoe_residency *, int layer, double *scores)
-    const int8_t *fomoe_residency_tiers(const fomoe_residency *, int layer)
-    int FOMOE_TIER_NVME
-
-cdef extern from "csrc/gpu/device_experts.h" nogil:
-    enum:
-        FOMOE_PARTS, FOMOE_LANES, FOMOE_COPY_LANES, FOMOE_LANE_EVENTS, FOMOE_LANE_UP, FOMOE_LANE_DOWN
-    ctypedef struct fomoe_extent:
-        pass
-    ctypedef struct fomoe_device_calls:
-        int (*memcpy_in)(void *, const void *, size_t, void *) noexcept nogil
-        int (*memcpy_out)(void *, const void *, size_t, void *) noexcept nogil
-        int (*event_record)(void *, void *) noexcept nogil
-        int (*event_query)(void *) noexcept nogil
-        int (*stream_wait_event)(void *, void *, unsigned int) noexcept nogil
-        int (*stream_query)(void *) noexcept nogil
-        int (*stream_synchronize)(void *) noexcept nogil
-        int (*write_value)(void *, void *, uint32_t, unsigned int) noexcept nogil
-        int not_ready
-    ctypedef struct fomoe_lane:
-        void *stream
-        void *events[64]
-    ctypedef struct fomoe_device_copies:
-        fomoe_device_calls calls
-        fomoe_lane lane[3]
-        uint64_t bytes[2]
-        int error
-        const char *failed_call
-        fomoe_patience *patience
-    int fomoe_stream_wait(fomoe_device_copies *, void *)
-    ctypedef struct fomoe_device_layer:
-        int32_t experts
-        int32_t size_class
-        const fomoe_extent *extents
-        const int32_t *extent_count
-        const uint32_t *part_offset
-        uint32_t device_offset[3]
-        uint32_t part_bytes[3]
-        int32_t is_alike
-        uint8_t *pool[2]
-        uint64_t *table
-        const uint64_t *post
-        const uint64_t *guess
-        uint8_t *answer
-        uint8_t *answer_on_device
-    ctypedef struct fomoe_size_class:
-        int64_t slot_bytes[2]
-        uint8_t *spare[2]
-        int32_t spares[2]
-    ctypedef struct fomoe_device_expert_counters:
-        uint64_t nvme_reads, nvme_bytes, nvme_stall_ns, layers, served_layers
-        uint64_t misses, host_ns, copy_stall_ns, before_reads_ns, after_reads_ns, post_stall_ns
-        uint64_t prefetches, prefetch_useful, prefetch_late, prefetch_bytes, prefetch_wasted_bytes
-        uint64_t back_filled_bytes
-    ctypedef struct fomoe_recall:
-        uint64_t picks, guessed
-    ctypedef struct fomoe_device_experts:
-        pass
-    fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe_device_layer *,
-                                                   int classes, const fomoe_size_class *, fomoe_residency *,
-                                                   fomoe_reader *, const fomoe_device_copies *)
-    void fomoe_device_experts_free(fomoe_device_experts *)
-    int fomoe_device_experts_serve(fomoe_device_experts *, uint32_t run, void *compute, volatile uint32_t *stop)
-    enum:
-        FOMOE_TILE_PAIRS
-    ctypedef struct fomoe_tile:
-        pass
-    void fomoe_device_batch_begin(fomoe_device_experts *, int tokens, void *compute)
-    int fomoe_device_batch_layer(fomoe_device_experts *, int layer, const int32_t *picks, const float *weights,
-                                 int tokens, int32_t *order)
-    int fomoe_device_batch_next(fomoe_device_experts *, int layer, fomoe_tile *tiles, int *count)
-    int fomoe_device_experts_warm(fomoe_device_experts *, int layer, const int32_t *, const double *, int count)
-    void fomoe_device_experts_read_in_place(fomoe_device_experts *, int in_place, int64_t distance)
-    void fomoe_device_experts_signal_by_stream(fomoe_device_experts *, int)
-    int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens)
-    void fomoe_device_experts_set_piece_bytes(fomoe_device_experts *, uint32_t)
-    void fomoe_device_experts_back_fill(fomoe_device_experts *, int most)
-    int fomoe_device_experts_look_ahead(fomoe_device_experts *, int ranks, int staged)
-    const fomoe_recall *fomoe_device_experts_recall(const fomoe_device_experts *)
-    void fomoe_device_experts_settle(fomoe_device_experts *)
-    void fomoe_device_experts_changed_tables(fomoe_device_experts *, uint32_t *)
-    void fomoe_device_experts_tables_arrived(fomoe_device_experts *)
-    const fomoe_device_expert_counters *fomoe_device_experts_count(const fomoe_device_experts *)
-    fomoe_device_copies *fomoe_device_experts_copies(const fomoe_device_experts *)
-    const int64_t *fomoe_device_experts_picks(const fomoe_device_experts *)
-    void fomoe_device_experts_failure(const fomoe_device_experts *, int *layer, int *expert)
+include "_gpu_native.pxi"
 
 
 cdef class DeviceExperts:
     """The routed experts of all layers.  layers, classes: dicts that fomoe_io/gpu/backend.py makes; keep: what they
-    point to."""
+    point to.  devices: of each that has a share of every expert, the distance from the first one's memory to its,
+    the streams of its copies, the events of each lane."""
     cdef fomoe_device_experts *c
     cdef fomoe_residency *residency
     cdef object keep
@@ -140,15 +33,17 @@ cdef class DeviceExperts:
     cdef Trace tracer
     cdef readonly int most, count
     cdef tuple counts
-    cdef int device
-    cdef uint32_t *changed
-    cdef volatile uint32_t *stop
-    cdef void *logits_from
-    cdef void *logits_to
+    cdef int devices
+    cdef int device[8]
+    cdef uint32_t *changed[8]
+    cdef volatile uint32_t *stop[8]
+    cdef void *logits_from[8]
+    cdef void *logits_to[8]
+    cdef size_t logits_bytes[8]
     cdef bint is_lost  # a run could not be ended: the device may still use what the next one would overwrite
 
     def __cinit__(self, list layers, list classes, slots, int used, int policy, decay,
-                  uintptr_t reader, list streams, list events, Gate gate not None, keep):
+                  uintptr_t reader, list devices, Gate gate not None, keep):
         cdef fomoe_device_layer *layer = <fomoe_device_layer *>calloc(len(layers), sizeof(fomoe_device_layer))
         cdef fomoe_size_class *size_class = <fomoe_size_class *>calloc(len(classes), sizeof(fomoe_size_class))
         cdef int32_t[:, ::1] slot_view = slots
@@ -156,9 +51,10 @@ cdef class DeviceExperts:
         cdef fomoe_device_copies copies
         cdef fomoe_decay decays
         decays.slow, decays.fast, decays.fast_share = decay
-        self.keep = (layers, classes, streams, events, keep)
+        assert 1 <= len(devices) <= FOMOE_MOST_DEVICES
+        self.keep = (layers, classes, devices, keep)
         self.count, self.most, self.counts = len(layers), max(experts), tuple(experts)
-        self.device = (<Stream>streams[0]).device
+        self.devices = len(devices)
         try:
             if layer == NULL or size_class == NULL:
                 raise MemoryError
@@ -170,7 +66,9 @@ cdef class DeviceExperts:
                     size_class[i].slot_bytes[tier] = source["slot_bytes"][tier]
                     size_class[i].spare[tier] = <uint8_t *><uintptr_t>source["spare"][tier]
                     size_class[i].spares[tier] = source["spares"][tier]
-            fill_copies(&copies, streams, events)
+            fill_copies(&copies, devices)
+            for i in range(self.devices):
+                self.device[i] = copies.ordinal[i]
             self.gate = gate
             self.begin()
             copies.patience = &self.own
@@ -185,36 +83,49 @@ cdef class DeviceExperts:
             free(layer)
             free(size_class)
 
-    def bind(self, *, uintptr_t changed, uintptr_t stop, uintptr_t logits_from, uintptr_t logits_to):
-        """Where runs find their words: changed, uint32 [layers], for the graph's begin_run, and stop, which ends its
-        waits, in memory that the device sees too; the logits on the device and on the host."""
-        self.changed = <uint32_t *>changed
-        self.stop = <volatile uint32_t *>stop
-        self.logits_from = <void *>logits_from
-        self.logits_to = <void *>logits_to
+    def bind(self, int which, *, uintptr_t changed, uintptr_t stop, uintptr_t logits_from, uintptr_t logits_to,
+             size_t logits_bytes):
+        """Where a device's runs find their words: changed, uint32 [layers], for the graph's begin_run, and stop, which
+        ends its waits, in memory that the device sees too; its logits on the device and on the host."""
+        self.changed[which] = <uint32_t *>changed
+        self.stop[which] = <volatile uint32_t *>stop
+        self.logits_from[which] = <void *>logits_from
+        self.logits_to[which] = <void *>logits_to
+        self.logits_bytes[which] = logits_bytes
 
-    def allow(self, Stream stream not None):
+    def allow(self, list streams not None):
         """Before anything is written for a run: its kernels wait for the host.
 
         A graph that was given up in the run before has ended first, for it reads the same header and waits for answers
         with the number it finds there.  0, or -ECANCELED.
         """
         cdef int drained = 0
+        cdef void *compute[8]
         cdef fomoe_device_copies *copies = fomoe_device_experts_copies(self.c)
         self.begin()
         if self.is_lost:
+            self.handles(streams, compute)
             with nogil:
-                api.hipSetDevice(self.device)
-                drained = fomoe_stream_wait(copies, stream.handle)
+                api.hipSetDevice(self.device[0])
+                drained = fomoe_streams_wait(copies, compute)
             self.end_of_run(drained)
             if self.own.is_interrupted:
                 return -ECANCELED
-        self.stop[0] = 0
+        for which in range(self.devices):
+            self.stop[which][0] = 0
+        return 0
+
+    cdef int handles(self, list streams, void **compute) except -1:
+        """Of the devices' streams."""
+        assert len(streams) == self.devices
+        for which in range(self.devices):
+            compute[which] = (<Stream>streams[which]).handle
         return 0
 
     def pass_on(self):
         """From any thread: kernels of the run at work wait no more."""
-        self.stop[0] = 1
+        for which in range(self.devices):
+            self.stop[which][0] = 1
 
     def trace(self, Trace trace, int tokens):
         """Write what runs from now on do, batches of up to so many tokens; None: nothing."""
@@ -226,7 +137,7 @@ cdef class DeviceExperts:
         """A token's kernels read experts of DRAM where they lie; distance: from the host's address of that memory to
         the device's."""
         with nogil:
-            api.hipSetDevice(self.device)
+            api.hipSetDevice(self.device[0])
             fomoe_device_experts_read_in_place(self.c, in_place, distance)
 
     def signal_by_stream(self, bint by_stream):
@@ -263,7 +174,7 @@ cdef class DeviceExperts:
             return 0
         self.begin()
         with nogil:
-            api.hipSetDevice(self.device)
+            api.hipSetDevice(self.device[0])
             error = fomoe_device_experts_warm(self.c, layer, &experts[0], &scores[0], count)
         return self.checked(error)
 
@@ -291,7 +202,7 @@ cdef class DeviceExperts:
     def settle(self):
         """Wait for all copies to the host."""
         with nogil:
-            api.hipSetDevice(self.device)
+            api.hipSetDevice(self.device[0])
             fomoe_device_experts_settle(self.c)
         self.checked(1 if fomoe_device_experts_copies(self.c).error else 0)
 
@@ -333,19 +244,21 @@ cdef class DeviceExperts:
                 tiers[layer, :count] = <const int8_t[:count]>fomoe_residency_tiers(self.residency, layer)
         return tiers
 
-    def begin_batch(self, int tokens, Stream stream not None):
-        """A batch whose kernels go to this stream."""
+    def begin_batch(self, int tokens, list streams not None):
+        """A batch whose kernels go to these streams, one a device."""
+        cdef void *compute[8]
         self.begin()
+        self.handles(streams, compute)
         with nogil:
-            api.hipSetDevice(self.device)
-            fomoe_device_batch_begin(self.c, tokens, stream.handle)
+            api.hipSetDevice(self.device[0])
+            fomoe_device_batch_begin(self.c, tokens, compute)
 
     # picks, weights: [tokens, used]; order: [tokens * used], out.  All three stay as they are until the layer is done.
     # 0 or a negative errno of a read.
     def batch_layer(self, int layer, const int32_t[:, ::1] picks, const float[:, ::1] weights, int32_t[::1] order):
         cdef int error, tokens = picks.shape[0]
         with nogil:
-            api.hipSetDevice(self.device)
+            api.hipSetDevice(self.device[0])
             error = fomoe_device_batch_layer(self.c, layer, &picks[0, 0], &weights[0, 0], tokens, &order[0])
         return self.checked(error)
 
@@ -354,35 +267,43 @@ cdef class DeviceExperts:
         cdef int error, count = 0
         cdef fomoe_tile *out = <fomoe_tile *>&tiles[0] if tiles.shape[0] else NULL
         with nogil:
-            api.hipSetDevice(self.device)
+            api.hipSetDevice(self.device[0])
             error = fomoe_device_batch_next(self.c, layer, out, &count)
         return self.checked(error), count
 
-    def run(self, Stream stream, Graph graph, unsigned int number, size_t logits_bytes):
-        """One replay: the graph, which begins by fetching header and changed tables, and so much of the logits out.
+    def run(self, list streams not None, list graphs not None, unsigned int number, bint wants_logits):
+        """One replay: the devices' graphs, which begin by fetching header and changed tables, and their logits out.
 
-        0 or a negative errno: of a read, or ECANCELED.  After `allow`, in which the graph of a run that was given up
-        comes to its end: then what it reads may be written again.
+        0 or a negative errno: of a read, or ECANCELED.  After `allow`, in which the graphs of a run that was given up
+        come to their end: then what they read may be written again.
         """
-        cdef int code, drained = 0, served = 0
+        cdef int code = 0, drained = 0, served = 0, which = 0
+        cdef void *compute[8]
         cdef fomoe_device_copies *copies = fomoe_device_experts_copies(self.c)
         self.begin()
+        self.handles(streams, compute)
+        with nogil:
+            fomoe_device_experts_changed_tables(self.c, self.changed[0])
+        for which in range(1, self.devices):
+            memcpy(self.changed[which], self.changed[0], self.count * sizeof(uint32_t))
         call = "hipGraphLaunch"
+        for which in range(self.devices):
+            code = self.launch(which, graphs[which], compute[which])
+            if code == 0 and wants_logits and self.logits_bytes[which]:
+                call = "hipMemcpyDtoHAsync"
+                with nogil:
+                    code = api.hipMemcpyDtoHAsync(self.logits_to[which], self.logits_from[which],
+                                                  self.logits_bytes[which], compute[which])
+            if code:
+                break
+            call = "hipGraphLaunch"
         with nogil:
-            code = api.hipSetDevice(self.device)
-            fomoe_device_experts_changed_tables(self.c, self.changed)
             if code == 0:
-                code = graph.enqueue(stream.handle)
-        if code == 0 and logits_bytes:
-            call = "hipMemcpyDtoHAsync"
-            with nogil:
-                code = api.hipMemcpyDtoHAsync(self.logits_to, self.logits_from, logits_bytes, stream.handle)
-        with nogil:
-            if code == 0:
-                served = fomoe_device_experts_serve(self.c, number, stream.handle, self.stop)
+                served = fomoe_device_experts_serve(self.c, number, compute, self.stop)
             else:
-                self.stop[0] = 1
-            drained = fomoe_stream_wait(copies, stream.handle)
+                for which in range(self.devices):
+                    self.stop[which][0] = 1
+            drained = fomoe_streams_wait(copies, compute)
         count_host_sync()
         self.is_lost = drained != 0  # also when another error is raised
         served = self.checked(served)
@@ -390,6 +311,15 @@ cdef class DeviceExperts:
         self.end_of_run(drained)
         fomoe_device_experts_tables_arrived(self.c)
         return served
+
+    cdef int launch(self, int which, Graph graph, void *stream) except? -1:
+        """The device's code."""
+        cdef int code
+        with nogil:
+            code = api.hipSetDevice(self.device[which])
+            if code == 0:
+                code = graph.enqueue(stream)
+        return code
 
     cdef int end_of_run(self, int drained) except -1:
         self.is_lost = drained != 0
@@ -415,16 +345,19 @@ cdef int fill_layer(fomoe_device_layer *layer, dict source) except -1:
         layer.part_bytes[part] = source["part_bytes"][part]
     for tier in range(FOMOE_TIERS):
         layer.pool[tier] = <uint8_t *><uintptr_t>source["pool"][tier]
-    layer.table = <uint64_t *><uintptr_t>source["table"]
+    for which, words in enumerate(source["words"]):
+        layer.words[which].table = <uint64_t *><uintptr_t>words["table"]
+        layer.words[which].answer = <uint8_t *><uintptr_t>words["answer"]
+        layer.words[which].answer_on_device = <uint8_t *><uintptr_t>words["answer_on_device"]
     layer.post = <const uint64_t *><uintptr_t>source["post"]
     layer.guess = <const uint64_t *><uintptr_t>source["guess"]
-    layer.answer = <uint8_t *><uintptr_t>source["answer"]
-    layer.answer_on_device = <uint8_t *><uintptr_t>source["answer_on_device"]
     return 0
 
 
-cdef int fill_copies(fomoe_device_copies *copies, list streams, list events) except -1:
+cdef int fill_copies(fomoe_device_copies *copies, list devices) except -1:
     memset(copies, 0, sizeof(copies[0]))
+    copies.devices = len(devices)
+    copies.calls.set_device = api.hipSetDevice
     copies.calls.memcpy_in = api.hipMemcpyHtoDAsync
     copies.calls.memcpy_out = api.hipMemcpyDtoHAsync
     copies.calls.event_record = api.hipEventRecord
@@ -434,11 +367,14 @@ cdef int fill_copies(fomoe_device_copies *copies, list streams, list events) exc
     copies.calls.stream_synchronize = api.hipStreamSynchronize
     copies.calls.write_value = api.hipStreamWriteValue32
     copies.calls.not_ready = NOT_READY
-    for lane in range(FOMOE_LANES):
-        if lane < FOMOE_COPY_LANES:
-            copies.lane[lane].stream = (<Stream>streams[lane]).handle
-        for i in range(FOMOE_LANE_EVENTS):
-            copies.lane[lane].events[i] = (<Event>events[lane][i]).handle
+    for which, (distance, streams, events) in enumerate(devices):
+        copies.ordinal[which] = (<Stream>streams[0]).device
+        copies.distance[which] = distance
+        for lane in range(FOMOE_LANES):
+            if lane < FOMOE_COPY_LANES:
+                copies.lane[lane].stream[which] = (<Stream>streams[lane]).handle
+            for i in range(FOMOE_LANE_EVENTS):
+                copies.lane[lane].events[which][i] = (<Event>events[lane][i]).handle
     return 0
 
 
@@ -447,3 +383,4 @@ TILE_BYTES = sizeof(fomoe_tile)
 STREAMS = FOMOE_COPY_LANES
 EVENT_RINGS = FOMOE_LANES
 LANE_EVENTS = FOMOE_LANE_EVENTS
+MOST_DEVICES = FOMOE_MOST_DEVICES

@@ -37,6 +37,8 @@ class PacedReader:
     bandwidth : float
         Bytes a second.
     latency_seconds : float
+    depth : int
+        Reads in the drive at most, as in the other reader's.
     """
 
     name: str
@@ -47,7 +49,7 @@ class PacedReader:
     last_fix: str
     mode: str
 
-    def __init__(self, inner: Any, bandwidth: float, latency_seconds: float) -> None: ...
+    def __init__(self, inner: Any, bandwidth: float, latency_seconds: float, depth: int) -> None: ...
     @property
     def address(self) -> int: ...
     @property

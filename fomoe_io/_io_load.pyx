@@ -21,11 +21,9 @@ cdef extern from "csrc/read/paced_reader.h" nogil:
     ctypedef struct fomoe_paced_reader:
         pass
     ctypedef struct fomoe_paced_counters:
-        uint64_t reads
-        uint64_t bytes
         uint64_t late
         uint64_t late_ns
-    fomoe_paced_reader *fomoe_paced_reader_new(fomoe_reader *inner, double bandwidth, uint64_t latency_ns)
+    fomoe_paced_reader *fomoe_paced_reader_new(fomoe_reader *inner, double bandwidth, uint64_t latency_ns, int depth)
     void fomoe_paced_reader_free(fomoe_paced_reader *)
     void fomoe_paced_reader_table(fomoe_paced_reader *, fomoe_reader *)
     const fomoe_paced_counters *fomoe_paced_reader_count(const fomoe_paced_reader *)
@@ -125,12 +123,12 @@ cdef class PacedReader:
     cdef fomoe_paced_reader *paced
     cdef readonly object inner
 
-    def __cinit__(self, inner, double bandwidth, double latency_seconds):
-        if bandwidth <= 0 or latency_seconds < 0:
-            raise ValueError("a pace needs a bandwidth above 0 and a latency of 0 or more")
+    def __cinit__(self, inner, double bandwidth, double latency_seconds, int depth):
+        if bandwidth <= 0 or latency_seconds < 0 or depth < 1:
+            raise ValueError("a pace needs a bandwidth and a depth above 0, and a latency of 0 or more")
         self.inner = inner
         self.paced = fomoe_paced_reader_new(
-            <fomoe_reader *><uintptr_t>inner.address, bandwidth, <uint64_t>(1e9 * latency_seconds)
+            <fomoe_reader *><uintptr_t>inner.address, bandwidth, <uint64_t>(1e9 * latency_seconds), depth
         )
         if self.paced == NULL:
             raise MemoryError

@@ -19,12 +19,12 @@ def open_backend(opened: OpenModel) -> Backend:
         from fomoe_io.gpu import device  # a machine without a GPU never gets here
 
         gpus = device.open_gpus(opened.config.device)
-        if len(gpus) > 1:
+        if len(gpus) > 1 and opened.config.split_mode != "tensor":
             from fomoe_io.gpu.chain import ChainBackend
 
             return ChainBackend(opened, gpus)
         if gpus:
             from fomoe_io.gpu.backend import GpuBackend
 
-            return GpuBackend(opened, gpus[0])
+            return GpuBackend(opened, gpus)
     return CpuBackend(opened)

@@ -21,7 +21,7 @@ _CHOICES = {
     "kernels": ("auto", "ggml", "portable"),
     "activations": ("quantized", "float32"),
     "kv_type": ("f32", "f16"),
-    "split_mode": ("layer", "pingpong"),
+    "split_mode": ("layer", "pingpong", "tensor"),
     "policy": ("lru", "lfu", "decayed", "lfru"),
 }
 
@@ -195,8 +195,12 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "profile": (_profile, 'a path or "learned"'),
     "trace": (_path, "a path"),
 }
-_NEEDED = ("cache_disk_bytes", "sessions", "batch_tokens", "lookahead", "logit_rows", "direct")
+_NEEDED = ("cache_disk_bytes", "sessions", "lookahead", "logit_rows", "direct")
 """None is no choice."""
+
+
+BATCH_TOKENS = 512
+"""Of a prompt at once, as llama.cpp has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +220,9 @@ class EngineConfig:
         Positions of a session; None takes the model's, at most 4096.
     sessions : int
         Timelines that may be open at once; memory is set aside for the state of each.
-    batch_tokens : int
-        Most tokens of a prompt computed at once (less under a tight budget; results do not depend on it).
+    batch_tokens : int or None
+        Most tokens of a prompt computed at once (less under a tight budget; results do not depend on it); None: 512, on
+        a GPU 2048 where that takes little of its memory, since every batch reads nearly every expert.
     kv_type : {"f32", "f16"}
         What keys and values are kept as: f16 takes half the memory of a long context, and rounds.
     logit_rows : int
@@ -243,8 +248,9 @@ class EngineConfig:
         share the processor's memory are taken by number only; of the others, the one with the most memory.
     vram_bytes : int, tuple of int or None
         Bound of the device memory, of each device; None takes what is free.
-    split_mode : {"layer", "pingpong"}
-        How several devices share a model: whole runs of layers, or layer by layer in turn.
+    split_mode : {"layer", "pingpong", "tensor"}
+        How several devices share a model: whole runs of layers, layer by layer in turn, or every layer together, each
+        device an equal share of the rows of its products.
     tensor_split : tuple of float or None
         How much of it each takes; None: all the same.
     cache_bytes : int or None
@@ -274,7 +280,7 @@ class EngineConfig:
     threads: int | None = None
     context_tokens: int | None = None
     sessions: int = 1
-    batch_tokens: int = 512
+    batch_tokens: int | None = None
     kv_type: str = "f32"
     logit_rows: int = 0
     reader: str = "auto"
@@ -327,6 +333,11 @@ class EngineConfig:
         return min(used, MOST_LOOKAHEAD if isinstance(self.lookahead, str) else self.lookahead)
 
     @property
+    def least_batch_tokens(self) -> int:
+        """What batches have where nothing is said, and nothing is known of the memory."""
+        return BATCH_TOKENS if self.batch_tokens is None else self.batch_tokens
+
+    @property
     def lookahead_mode(self) -> Literal["auto", "on", "off"]:
         """Whether that is done."""
         return "auto" if self.lookahead == "auto" else "on" if self.lookahead else "off"
@@ -366,5 +377,7 @@ class EngineConfig:
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != devices:
                 raise UsageError(f"{name} is for {len(value)} devices, and {self.device} names {devices}")
+        if self.tensor_split is not None and self.split_mode == "tensor" and len(set(self.tensor_split)) > 1:
+            raise UsageError("devices that compute a layer together have equal shares", hint="drop -ts, or -sm layer")
         if self.tensor_split is not None and not min(self.tensor_split) > 0:
             raise UsageError(f"tensor_split is {self.tensor_split}, expected positive numbers")

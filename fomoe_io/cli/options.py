@@ -123,7 +123,7 @@ class _ListDevices(argparse.Action):
         sys.exit(0)
 
 
-def add_engine_options(parser: Parser, *, batch: int = 512) -> None:
+def add_engine_options(parser: Parser) -> None:
     """Options of :class:`EngineConfig`."""
     d = EngineConfig()
     group = parser.add_argument_group("memory and machine (sizes: 512M, 16G)")
@@ -134,8 +134,8 @@ def add_engine_options(parser: Parser, *, batch: int = 512) -> None:
     group.add_argument("-dev", "--device", type=checked(_device), default="auto", metavar="NAME",
         help="auto (a GPU if there is one), cpu, hip, cuda, or some by number: hip:1, cuda:0,1")  # fmt: skip
     group.add_argument("-sm", "--split-mode", type=checked(_split_mode), default="layer", metavar="MODE",
-        help="several devices: layer (each computes a run of layers), pingpong (layers in turn), or none (the first "
-        "alone)")  # fmt: skip
+        help="several devices: layer (each computes a run of layers), tensor (all compute every layer, of each product "
+        "some rows), pingpong (layers in turn), or none (the first alone)")  # fmt: skip
     group.add_argument("-ts", "--tensor-split", type=checked(_tensor_split), metavar="N,N",
         help="how much of the model each device takes (default: all the same)")  # fmt: skip
     group.add_argument("--list-devices", action=_ListDevices, nargs=0, help="list the devices and exit")
@@ -147,7 +147,8 @@ def add_engine_options(parser: Parser, *, batch: int = 512) -> None:
         group.add_argument(f"-ct{name}", f"--cache-type-{name}", type=checked(_kv_type), metavar="TYPE",
             help=f"what the context's {what} are kept as: f32 (default), or f16, which takes half the memory and "
             "rounds; both in one type")  # fmt: skip
-    group.add_argument("-b", "--batch-size", type=whole, default=batch, metavar="N", help="prompt tokens at once")
+    group.add_argument("-b", "--batch-size", type=whole, metavar="N",
+        help="prompt tokens at once (default: 512; on a GPU 2048 where they take little of its memory)")  # fmt: skip
     group = parser.add_argument_group("experts (none but --car changes an answer)")
     group.add_argument("--slots", type=whole, metavar="N",
         help="experts of each layer in memory (default: all that --ram has room for)")  # fmt: skip
@@ -235,11 +236,9 @@ def _lookahead(text: str) -> int | str:
 
 
 def _split_mode(text: str) -> str:
-    if text in ("row", "tensor"):
-        raise UsageError(f"a layer is computed by one device: {text} is not built", hint="-sm layer")
-    if text not in ("none", "layer", "pingpong"):
-        raise UsageError(f"unknown split {text!r}", hint="-sm layer, pingpong or none")
-    return text
+    if text not in ("none", "layer", "pingpong", "tensor", "row"):
+        raise UsageError(f"unknown split {text!r}", hint="-sm layer, tensor, pingpong or none")
+    return "tensor" if text == "row" else text
 
 
 def _tensor_split(text: str) -> tuple[float, ...]:

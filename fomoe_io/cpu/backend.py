@@ -231,7 +231,7 @@ class CpuBackend:
             experts=experts,
             lookahead=self._config.lookahead_mode != "off",
             kv_type=KvType[self._config.kv_type.upper()],
-            widest_batch=self._config.batch_tokens,
+            widest_batch=self._config.least_batch_tokens,
         )
         opened.model.architecture.build(recorder, self._weights, s)
         return recorder
@@ -254,7 +254,7 @@ class CpuBackend:
         ahead = config.guesses_of(s.used) * sum(set(slot_bytes.values()))
         base, smallest = base + kept + ahead, smallest + kept + ahead
         most = ram.slots or s.experts
-        batch = config.batch_tokens
+        batch = config.least_batch_tokens
         # An eighth of what is left at most for activations: a smaller batch costs prompt speed, fewer slots cost reads.
         while batch > 1 and batch * per_token > max((limit - smallest) // 8, limit - base - most * row_bytes):
             batch //= 2

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +19,14 @@ from fomoe_io.gpu.arena import F32, Q8, WHOLE, Part
 from fomoe_io.gpu.budget import check_shape, native_device_layers, pool_places, record_layout, size_classes
 from fomoe_io.gpu.device import Gpu
 from fomoe_io.gpu.embedding import EmbeddingReader
-from fomoe_io.gpu.launches import CAR_BYTES
-from fomoe_io.gpu.products import WORKSPACE_BYTES, DenseProducts
+from fomoe_io.gpu.on_device import OnDevice
 from fomoe_io.gpu.prompts import Handed, PromptRunner
-from fomoe_io.gpu.recordings import Addresses, ModelSource
+from fomoe_io.gpu.recordings import ModelSource
 from fomoe_io.gpu.runs import run_batch
-from fomoe_io.gpu.shared import STAGING_BYTES, SharedWords, part_sizes
+from fomoe_io.gpu.shared import SharedMemory
 from fomoe_io.gpu.sharing import DRAM, VRAM, Sharing
-from fomoe_io.gpu.state_copies import StateCopies
 from fomoe_io.gpu.token import TokenRunner
+from fomoe_io.gpu.weights import load_weights
 from fomoe_io.models.recorder import KvType
 from fomoe_io.open_model import OpenModel
 from fomoe_io.ram_budget import RamBudget, RamPart
@@ -44,20 +42,22 @@ PRODUCT_PROMPT_TOKENS = 32
 
 
 class GpuState(PooledState):
-    """A session's memory on the device.
+    """A session's memory, the same on each device.
 
     Attributes
     ----------
-    address : int
-        Where it begins.
+    addresses : list of int
+        Where it begins, by device.
     """
 
     is_clear = False
 
-    def __init__(self, pool: StatePool, copies: StateCopies, address: int, nbytes: int) -> None:
-        self.row_bytes, self.recurrent_bytes = copies.parts.row_bytes, copies.parts.recurrent_bytes
+    def __init__(self, pool: StatePool, devices: Sequence[OnDevice]) -> None:
+        self._copies = [device.state_copies() for device in devices]
+        parts = self._copies[0].parts
+        self.row_bytes, self.recurrent_bytes = parts.row_bytes, parts.recurrent_bytes
         super().__init__(pool)
-        self._copies, self.address = copies, address + self.place * nbytes
+        self.addresses = [device.state_at(self.place) for device in devices]
 
     def clear(self) -> None:
         """Before its next token: the device may be at work for another session now."""
@@ -65,19 +65,23 @@ class GpuState(PooledState):
 
     def save_rows(self, first: int, count: int) -> np.ndarray:
         """KV of tokens."""
-        return self._copies.rows_out(self.address, first, count)
+        return self._copies[0].rows_out(self.addresses[0], first, count)
 
     def load_rows(self, first: int, rows: np.ndarray) -> None:
         """Put KV back."""
-        self._copies.rows_in(self.address, first, rows)
+        for copies, address in zip(self._copies, self.addresses, strict=True):
+            copies.rows_in(address, first, rows)
 
     def save_recurrent(self) -> np.ndarray:
         """All that is recurrent."""
-        return self._copies.recurrent_out(self.address) if self.is_clear else np.zeros(self.recurrent_bytes, np.uint8)
+        if not self.is_clear:
+            return np.zeros(self.recurrent_bytes, np.uint8)
+        return self._copies[0].recurrent_out(self.addresses[0])
 
     def load_recurrent(self, saved: np.ndarray) -> None:
         """Put it back."""
-        self._copies.recurrent_in(self.address, saved)
+        for copies, address in zip(self._copies, self.addresses, strict=True):
+            copies.recurrent_in(address, saved)
         self.is_clear = True
 
 
@@ -87,23 +91,30 @@ class GpuBackend:
     Parameters
     ----------
     opened : OpenModel
-    gpu : Gpu
+    gpus : sequence of Gpu
+        Several compute every layer together: each has an equal share of the rows of every product.
     part : Part
-        What this device computes of the model.
+        The layers that are computed here.
     ram : RamPart, optional
-        Its part of the host's memory, where several devices share it.
+        Their part of the host's memory, where other layers are computed elsewhere.
+
+    Attributes
+    ----------
+    gpu : Gpu
+        The first, whose picks are looked at.
+    devices : list of OnDevice
     """
 
     threads = 1
     """The one that serves the experts."""
 
-    def __init__(self, opened: OpenModel, gpu: Gpu, part: Part = WHOLE, ram: RamPart | None = None) -> None:
-        self._opened, self.gpu, self._number = opened, gpu, 0
+    def __init__(self, opened: OpenModel, gpus: Sequence[Gpu], part: Part = WHOLE, ram: RamPart | None = None) -> None:
+        self._opened, self.gpu, self._gpus, self._number = opened, gpus[0], gpus, 0
         self._refuse()
         check_shape(opened.shape)
         block_bytes, layers = opened.reader.block_bytes, opened.model.experts
         layouts = {i: slot_layout(layer, block_bytes) for i, layer in layers.items()}
-        records = {i: record_layout(i, layer, layouts[i]) for i, layer in layers.items()}
+        records = {i: record_layout(i, layer, layouts[i], len(gpus)) for i, layer in layers.items()}
         self.layouts, self.records = ({i: layouts[i] for i in opened.experts}, {i: records[i] for i in opened.experts})
         forms = {i: Q8 if r.kernels[0] in kernels.QUANTIZED_TYPES else F32 for i, r in records.items()}
         inputs = {i: (form, form) for i, form in forms.items()}
@@ -113,12 +124,16 @@ class GpuBackend:
             KvType[opened.config.kv_type.upper()], part, opened.config.guesses_of(opened.shape.used),
         )  # fmt: skip
         budget = ram or RamBudget(opened.store.model_name, opened.shape, opened.config, opened.peak_bytes_before)
-        self.sharing = Sharing(gpu, opened, source, self.layouts, budget)
+        self.sharing = Sharing(gpus, opened, source, self.layouts, budget)
         self.budgets = self.sharing.budgets
         self._states, self._lookahead = StatePool(opened.config.sessions), Lookahead(opened.config.lookahead_mode)
+        self.devices: list[OnDevice] = []
         try:
             self._allocate()
-            self._fill()
+            targets = [(device_.recorded.weights, device_.gpu) for device_ in self.devices]
+            load_weights(targets, opened.reader, opened.config.progress)
+            for device_ in self.devices:
+                device_.fill()
         except BaseException:
             self.close()
             raise
@@ -133,14 +148,15 @@ class GpuBackend:
     @property
     def device_name(self) -> str:
         """For the banner and the statistics."""
-        return f"{self.gpu.info.provider}:{self.gpu.info.ordinal} {self.gpu.info.name}"
+        one = self.gpu.info
+        return f"{one.provider}:{','.join(str(gpu.info.ordinal) for gpu in self._gpus)} {one.name}"
 
     joins_tokens = False  # prompts have other kernels
 
     @property
     def computed_by(self) -> str:
         """What computes, for the banner."""
-        return self.device_name
+        return self.device_name + (" (tensor)" if len(self._gpus) > 1 else "")
 
     @property
     def kernels(self) -> str:
@@ -163,82 +179,66 @@ class GpuBackend:
 
     def _allocate(self) -> None:
         """Take the memory and make the programs."""
-        b, gpu, sharing, opened = self.budgets, self.gpu, self.sharing, self._opened
-        self._shared = SharedWords(gpu, part_sizes(sharing.sketch, opened.shape, b.batch_tokens))
+        b, sharing, opened = self.budgets, self.sharing, self._opened
         self.pool = aligned_memory(max(b.pool_bytes, LEAST_BLOCK_BYTES))
-        self._pool_registration = gpu.register(np.frombuffer(self.pool.view, np.uint8))
+        self._pool_registration = self.gpu.register(np.frombuffer(self.pool.view, np.uint8))
         opened.reader.register_buffers(self.pool.address, max(b.pool_bytes, LEAST_BLOCK_BYTES))
-        buffers = [gpu.allocate(max(n, 256)) for n in sharing.sketch.fixed_bytes]
-        vram = gpu.allocate(max(b.vram_pool_bytes, 256))
-        self.buffers = [*buffers, vram]
-        weights, activations, self._states_address = (buffer.pointer for buffer in buffers)
-        self.recorded = r = sharing.recordings(
-            Addresses(weights, activations, self._states_address, mail=self._shared.device)
-        )
-        self._products: DenseProducts | None = None
-        if sharing.scratch_bytes:
-            tiles = r.products_address + WORKSPACE_BYTES
-            self._products = DenseProducts(gpu, r.products_address, tiles, sharing.scratch_bytes)
-        self._streams = [gpu.new_stream(is_urgent=True) for _ in range(_gpu.STREAMS)]
-        events = [[gpu.event() for _ in range(_gpu.LANE_EVENTS)] for _ in range(_gpu.EVENT_RINGS)]
-        self._experts = self._device_experts(vram.pointer, events)
-        tuning, words = opened.config.tuning, self._shared
-        by_stream = tuning.signals_by_stream
-        self._experts.signal_by_stream(gpu.info.provider == "cuda" if by_stream is None else by_stream)
-        self._experts.read_in_place(tuning.reads_in_place, self._pool_registration.pointer - self.pool.address)
-        self._experts.bind(
-            changed=words.host + words.offset("changed"), stop=words.host, logits_from=r.token.logits_address,
-            logits_to=words.host + words.offset("logits"),
-        )  # fmt: skip
-        if sharing.guesses:
-            self._experts.look_ahead(sharing.guesses, sharing.guesses)
-        if opened.config.car is not None:
-            self._experts.back_fill(opened.config.car.backfill)
-        if tuning.piece_bytes is not None:
-            self._experts.set_piece_bytes(tuning.piece_bytes)
+        if len(self._gpus) > 1:
+            self._exchange = SharedMemory(self.gpu, sharing.sketch.exchange_bytes)
+        for i, gpu in enumerate(self._gpus):
+            exchange = self._exchange.pointer_on(gpu) if len(self._gpus) > 1 else 0
+            self.devices.append(OnDevice(gpu, opened, sharing, i, exchange))
+        self.recorded = r = self.devices[0].recorded
+        self._experts = self._device_experts()
+        self._set_up(self._experts)
         embedding = EmbeddingReader(opened, r.embedding, r.token.embedding_file, r.token.embedding_offset)
-        self.tokens = TokenRunner(gpu, self._experts, r, self._shared, embedding, opened.shape, opened.config)
+        self.tokens = TokenRunner(self.devices, self._experts, embedding, opened.shape, opened.config)
         self._prompts = PromptRunner(
-            gpu, self._experts, r.layers, opened.shape, r.inputs, self._shared.part("inputs", 0, r.inputs.bytes),
-            r.inputs_address, r.batch, embedding.read, self._products, opened.gate,
-            self.check,
+            self.devices, self._experts, opened.shape, embedding.read, opened.gate, self.check,
         ) if b.batch_tokens > 1 else None  # fmt: skip
 
-    def _device_experts(self, vram_address: int, events: list[list[_hip.Event]]) -> _gpu.DeviceExperts:
+    def _set_up(self, experts: _gpu.DeviceExperts) -> None:
+        """What is decided once."""
+        tuning, config = self._opened.config.tuning, self._opened.config
+        by_stream = tuning.signals_by_stream
+        experts.signal_by_stream(self.gpu.info.provider == "cuda" if by_stream is None else by_stream)
+        experts.read_in_place(tuning.reads_in_place, self._pool_registration.pointer - self.pool.address)
+        logits = self.devices[0].shared
+        for i, device_ in enumerate(self.devices):
+            words, token = device_.shared, device_.recorded.token
+            experts.bind(
+                i, changed=words.host + words.offset("changed"), stop=words.host,
+                logits_from=token.logits_address + 4 * token.own_logits.start,
+                logits_to=logits.host + logits.offset("logits") + 4 * token.own_logits.start,
+                logits_bytes=4 * (token.own_logits.stop - token.own_logits.start),
+            )  # fmt: skip
+        if self.sharing.guesses:
+            experts.look_ahead(self.sharing.guesses, self.sharing.guesses)
+        if config.car is not None:
+            experts.back_fill(config.car.backfill)
+        if tuning.piece_bytes is not None:
+            experts.set_piece_bytes(tuning.piece_bytes)
+
+    def _device_experts(self) -> _gpu.DeviceExperts:
         s, b, config, reader = self._opened.shape, self.budgets, self._opened.config, self._opened.reader
-        spares = self.sharing.spares
+        spares, first = self.sharing.spares, self.devices[0]
         places = [pool_places(self.records, b.slot_table, spares, tier) for tier in (VRAM, DRAM)]
-        bases = (vram_address, self.pool.address)
+        bases = (first.vram, self.pool.address)
         pools = tuple({layer: bases[t] + offset for layer, offset in places[t][0].items()} for t in (VRAM, DRAM))
         classes = [
             {"slot_bytes": sizes, "spare": [bases[t] + places[t][1][number] for t in (VRAM, DRAM)], "spares": spares}
             for sizes, number in size_classes(self.records).items()
         ]
+        words = [(d.shared.host + d.shared.offset("tables"), d.shared.host, d.shared.device) for d in self.devices]
         layers = native_device_layers(
-            s.layers, self.records, self.layouts, self._opened.experts, (pools[VRAM], pools[DRAM]),
-            self._shared.host + self._shared.offset("tables"), (self._shared.host, self._shared.device),
+            s.layers, self.records, self.layouts, self._opened.experts, (pools[VRAM], pools[DRAM]), words,
             self.recorded.mail,
         )  # fmt: skip
+        devices = [(d.vram - first.vram, d.copies, d.events()) for d in self.devices]
         return _gpu.DeviceExperts(
-            layers, classes, b.slot_table, s.used, policy_number(config.policy), DECAY, reader.address, self._streams,
-            events, self._opened.gate, (reader, self.pool, self._shared, self.buffers),
+            layers, classes, b.slot_table, s.used, policy_number(config.policy), DECAY, reader.address, devices,
+            self._opened.gate, (reader, self.pool, self.devices),
         )  # fmt: skip
-
-    def _fill(self) -> None:
-        """Weights, the positions' tables and the rule of cache-aware routing go to the device."""
-        r, stream, opened = self.recorded, self.gpu.stream, self._opened
-        r.weights.load(opened.reader, self.gpu, opened.config.progress)
-        for address, rope in r.memory.ropes.items():
-            table = rope.table(opened.context_tokens)
-            stream.copy_in(address, table.ctypes.data, table.nbytes)
-            stream.synchronize()
-        for address, data in r.memory.constants.items():
-            words = np.frombuffer(data, np.uint8)
-            stream.copy_in(address, words.ctypes.data, words.nbytes)
-        if opened.config.car is not None:
-            rule = opened.config.car.native()
-            stream.copy_in(r.memory.words("car", CAR_BYTES), ctypes.addressof(rule), CAR_BYTES)
-        stream.synchronize()
 
     def record(self, trace: Trace) -> None:
         """Write what runs from now on do into a trace."""
@@ -257,9 +257,7 @@ class GpuBackend:
 
     def new_state(self) -> GpuState:
         """Memory for another session."""
-        state, staging = self.recorded.token.state, self._shared.part("staging", 0, STAGING_BYTES)
-        copies = StateCopies(self.gpu.stream, state.parts, staging)
-        return GpuState(self._states, copies, self._states_address, state.bytes)
+        return GpuState(self._states, self.devices)
 
     def run(self, batch: Batch, logits: np.ndarray) -> None:
         """See :func:`run_batch`."""
@@ -285,7 +283,7 @@ class GpuBackend:
 
     def allow(self) -> None:
         """Before a run: its kernels wait for the host, and for other devices; a run that was given up has ended."""
-        self.check(self._experts.allow(self.gpu.stream))
+        self.check(self._experts.allow([gpu.stream for gpu in self._gpus]))
 
     def pass_on(self) -> None:
         """From any thread: kernels of the run at work wait no more."""
@@ -316,7 +314,8 @@ class GpuBackend:
     ) -> Iterator[int]:
         """This device's layers of a batch, as :meth:`PromptRunner.run`."""
         assert self._prompts is not None
-        states = joined.of_tokens([self._enter(span.state) for span in joined.spans])
+        addresses = [self._enter(span.state) for span in joined.spans]
+        states = [joined.of_tokens(places) for places in zip(*addresses, strict=True)]
         return self._prompts.run(
             joined, states, logits, uses_products=uses_products, picks=picks, handed=handed, piece=piece
         )
@@ -325,21 +324,22 @@ class GpuBackend:
         """Of the reader of this device's experts."""
         return self._opened.reader.counters
 
-    def _enter(self, state: object) -> int:
-        """Where the state's memory begins; what a new session sees of it is zero."""
+    def _enter(self, state: object) -> list[int]:
+        """Where the state's memory begins on each device; what a new session sees of it is zero."""
         assert isinstance(state, GpuState)
         if not state.is_clear:
-            for offset, size in self.recorded.token.state.parts.recurrent:
-                self.gpu.stream.fill(state.address + offset, 0, size)
+            for gpu, address in zip(self._gpus, state.addresses, strict=True):
+                for offset, size in self.recorded.token.state.parts.recurrent:
+                    gpu.stream.fill(address + offset, 0, size)
             state.is_clear = True
-        return state.address
+        return state.addresses
 
     def uses_products(self, prompt_tokens: int) -> bool:
         """Whether the vendor's library makes the dense products of a prompt of so many tokens.
 
         That depends on the prompt's length alone, not on how memory or options cut it.
         """
-        return self._products is not None and prompt_tokens >= PRODUCT_PROMPT_TOKENS
+        return self.devices[0].products is not None and prompt_tokens >= PRODUCT_PROMPT_TOKENS
 
     def picks(self) -> np.ndarray:
         """How often the router has picked each expert."""
@@ -371,6 +371,8 @@ class GpuBackend:
             result["prefetch"] |= {"is_on": self._lookahead.is_on, "recall": recall_of(self.guessed)}
         result["host_us_per_miss"] = change.host_ns / 1e3 / change.misses if change.misses else 0.0
         result["device_calls"] = {key: calls[key] - self._calls[key] for key in calls}
+        if len(self._gpus) > 1:
+            result["split"] = {"mode": "tensor", "devices": len(self._gpus)}
 
     @property
     def guessed(self) -> np.ndarray:
@@ -385,39 +387,24 @@ class GpuBackend:
 
     def close(self) -> None:
         """Give device and host memory back; what a device that hangs may still use is left to it."""
-        if "_experts" in self.__dict__ and not self._is_settled():
-            graphs = list(self.tokens.graphs.values()) if "tokens" in self.__dict__ else []
-            _hip.abandon(*(self.__dict__.pop(name, None) for name in ("gpu", *_ON_DEVICE)), *graphs)
-        for name in ("tokens", "_prompts", "recorded", "_products", "_experts"):
+        devices = self.__dict__.get("devices", [])
+        if "_experts" in self.__dict__ and not all(device_.is_settled() for device_ in devices):
+            graphs = self.tokens.all_graphs() if "tokens" in self.__dict__ else []
+            _hip.abandon(*(self.__dict__.pop(name, None) for name in ("gpu", "_gpus", *_ON_DEVICE)), *graphs)
+            devices = []
+        for name in ("tokens", "_prompts", "recorded", "_experts", "devices"):
             self.__dict__.pop(name, None)
         self._opened.reader.close()
         registration = self.__dict__.pop("_pool_registration", None)
         if registration is not None:
             with suppress(DeviceError):  # a lost device gives nothing back, and has been reported
                 registration.close()
-        for buffer in self.__dict__.pop("buffers", []):
-            with suppress(DeviceError):
-                buffer.free()
-        self.__dict__.pop("_streams", None)
-        for name in ("_shared", "pool"):
+        for device_ in devices:
+            device_.close()
+        for name in ("pool", "_exchange"):
             owner = self.__dict__.pop(name, None)
             if owner is not None:
                 owner.close()
 
-    def _is_settled(self) -> bool:
-        """Whether the device has done with all that is ours; waits for it while there is progress."""
-        self._shared.part("mail", 0, 4).view(np.uint32)[0] = 1  # a kernel that still waits for the host goes on
-        for stream in (self.gpu.stream, *self._streams):
-            try:
-                stream.synchronize()
-            except DeviceError:
-                with suppress(DeviceError):  # lost: it uses nothing any more
-                    if not stream.is_done():
-                        return False
-        return True
 
-
-_ON_DEVICE = (
-    "_experts", "tokens", "_prompts", "recorded", "_products", "_pool_registration", "buffers", "_streams", "pool",
-    "_shared",
-)  # fmt: skip
+_ON_DEVICE = ("_experts", "tokens", "_prompts", "recorded", "_pool_registration", "devices", "pool", "_exchange")

@@ -35,7 +35,8 @@ class RecordLayout:
     Attributes
     ----------
     kernels : formats of gate and up, and of down
-    part_bytes, device_offset : of gate, up, down
+    part_bytes : of gate, up, down, whole
+    device_offset : where a device's share of each stands
     is_alike : the parts of every expert lie in DRAM as they do on the device, so that kernels can read them there
     slot_bytes : in VRAM and in DRAM
     """
@@ -47,8 +48,8 @@ class RecordLayout:
     is_alike: bool
 
 
-def record_layout(index: int, layer: ExpertLayer, layout: SlotLayout) -> RecordLayout:
-    """Gate, up and down one after the other, each where the kernels can load it.
+def record_layout(index: int, layer: ExpertLayer, layout: SlotLayout, devices: int = 1) -> RecordLayout:
+    """Gate, up and down one after the other, each where the kernels can load it; of each a device's share of the rows.
 
     Raises
     ------
@@ -64,13 +65,14 @@ def record_layout(index: int, layer: ExpertLayer, layout: SlotLayout) -> RecordL
             )
     if names[0] != names[1]:
         raise FormatError(f"blk.{index} mixes {names[0]} and {names[1]} in gate and up", hint="--device cpu")
-    gate, up_, down = (int(size) for size in layer.extents[0, :, 2])
+    whole = tuple(int(size) for size in layer.extents[0, :, 2])
+    gate, up_, down = (size // devices for size in whole)
     second = _aligned(gate)
     places = (0, second, _aligned(second + up_))
-    on_host = _common_places(layout, (gate, up_, down))
+    on_host = _common_places(layout, (gate, up_, down)) if devices == 1 else None
     slot = up((on_host or places)[2] + down, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return RecordLayout(
-        (str(names[0]), str(names[2])), (gate, up_, down), on_host or places, (slot, layout.slot_bytes),
+        (str(names[0]), str(names[2])), (whole[0], whole[1], whole[2]), on_host or places, (slot, layout.slot_bytes),
         on_host is not None,
     )  # fmt: skip
 
@@ -218,13 +220,12 @@ def native_device_layers(
     layouts: Mapping[int, SlotLayout],
     layers: Mapping[int, ExpertLayer],
     pools: tuple[dict[int, int], dict[int, int]],
-    tables: int,
-    mail: tuple[int, int],
+    words: Sequence[tuple[int, int, int]],
     posts: Mail,
 ) -> list[dict[str, Any] | None]:
     """What `_gpu.DeviceExperts` takes; addresses are the host's, but for the VRAM pool's.
 
-    mail: where it begins, for the host and for the device.
+    words: of each device, where its tables begin, and its mail, for the host and for the device.
     """
     numbers = size_classes(records)
     most = max(layer.n_experts for layer in layers.values())
@@ -245,11 +246,16 @@ def native_device_layers(
                 "part_bytes": record.part_bytes,
                 "is_alike": record.is_alike,
                 "pool": (pools[0][index], pools[1][index]),
-                "table": tables + 8 * most * index,
-                "post": mail[0] + posts.post(index),
-                "guess": mail[0] + posts.guess(index) if posts.guesses else 0,
-                "answer": mail[0] + posts.answer(index),
-                "answer_on_device": mail[1] + posts.answer(index),
+                "post": words[0][1] + posts.post(index),
+                "guess": words[0][1] + posts.guess(index) if posts.guesses else 0,
+                "words": [
+                    {
+                        "table": tables + 8 * most * index,
+                        "answer": mail + posts.answer(index),
+                        "answer_on_device": on_device + posts.answer(index),
+                    }
+                    for tables, mail, on_device in words
+                ],
             }
         )
     return result

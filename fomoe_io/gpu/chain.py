@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import fields, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,16 +17,16 @@ import numpy as np
 
 from fomoe_io import _cpu
 from fomoe_io.backend import Batch, Budgets, Counters, Joined, PooledState, Span, StatePool
-from fomoe_io.errors import DeviceError, UsageError
+from fomoe_io.errors import UsageError
 from fomoe_io.experts.lookahead import Lookahead, recall_of
 from fomoe_io.gpu.arena import Part, hop_bytes
 from fomoe_io.gpu.backend import GpuBackend, GpuState
 from fomoe_io.gpu.device import Gpu
 from fomoe_io.gpu.pipeline import BATCHES_A_DEVICE, Piece, cut
 from fomoe_io.gpu.runs import run_batch
+from fomoe_io.gpu.shared import SharedMemory
 from fomoe_io.open_model import OpenModel
 from fomoe_io.ram_budget import RamBudget, RamPart
-from fomoe_io.storage.reader import aligned_memory
 from fomoe_io.units import format_bytes
 
 if TYPE_CHECKING:
@@ -140,21 +139,17 @@ class ChainBackend:
     def _open(self, gpus: Sequence[Gpu]) -> None:
         opened, shape, owner = self._opened, self._opened.shape, self._owner
         hops = sum(a != b for a, b in pairwise(owner))
-        self._exchange = aligned_memory(hops * hop_bytes(shape.columns))
-        words = np.frombuffer(self._exchange.view, np.uint8)
-        words[:] = 0
-        self._registration = gpus[0].register(words)
+        self._exchange = SharedMemory(gpus[0], hops * hop_bytes(shape.columns))
         ram = RamBudget(opened.store.model_name, shape, opened.config, opened.peak_bytes_before)
         limit = ram.limit(ram.fixed_bytes)
         sizes = {i: int(layer.extents[..., 2].sum()) for i, layer in opened.model.experts.items()}
         for i, gpu in enumerate(gpus):
             layers = [layer for layer in range(shape.layers) if owner[layer] == i]
             share = sum(sizes.get(layer, 0) for layer in layers) / sum(sizes.values())
-            exchange = self._registration.pointer_on(gpu.info.ordinal)
-            part = Part(owner, i, exchange, shape.columns)
+            part = Part(owner, i, self._exchange.pointer_on(gpu), shape.columns)
             mine = opened.part(layers, is_first=i == 0)
             try:
-                self.stages.append(GpuBackend(mine, gpu, part, RamPart(ram, limit, max(share, 1e-9), i == 0)))
+                self.stages.append(GpuBackend(mine, [gpu], part, RamPart(ram, limit, max(share, 1e-9), i == 0)))
             except BaseException:
                 mine.reader.close()
                 raise
@@ -366,10 +361,6 @@ class ChainBackend:
         self._threads.shutdown()
         for stage in self.stages:
             stage.close()
-        registration = self.__dict__.pop("_registration", None)
-        if registration is not None:
-            with suppress(DeviceError):  # a lost device gives nothing back, and has been reported
-                registration.close()
         exchange = self.__dict__.pop("_exchange", None)
         if exchange is not None:
             exchange.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +10,22 @@ import numpy as np
 
 from fomoe_io import _gpu
 from fomoe_io.backend import Joined
-from fomoe_io.gpu import kernels
-from fomoe_io.gpu.arena import ALIGNMENT_BYTES, DeviceExpertLayer, LaunchSpec
-from fomoe_io.gpu.batch_recorder import LOGITS_TOKENS, BatchRecorder, DenseProduct, Hop, PostPicks, ServeExperts
+from fomoe_io.gpu.arena import ALIGNMENT_BYTES, LaunchSpec
+from fomoe_io.gpu.batch_recorder import (
+    LOGITS_TOKENS,
+    BatchRecorder,
+    DenseProduct,
+    ExchangeRows,
+    Hop,
+    PostPicks,
+    ServeExperts,
+    Wave,
+)
 from fomoe_io.gpu.kernels import up
 
 if TYPE_CHECKING:
     from fomoe_io._gate import Gate
-    from fomoe_io.gpu.device import Gpu
-    from fomoe_io.gpu.products import DenseProducts
+    from fomoe_io.gpu.on_device import OnDevice
     from fomoe_io.models.shape import Shape
 
 Handed = dict[int, list[np.ndarray]]
@@ -71,6 +78,8 @@ class PromptInputs:
 
 @dataclass(slots=True)
 class _Program:
+    """Of one device: the same steps as the others', at its own addresses."""
+
     recorder: BatchRecorder
     steps: list[Any]
 
@@ -80,21 +89,11 @@ class PromptRunner:
 
     Parameters
     ----------
-    gpu : Gpu
+    devices : sequence of OnDevice
     experts : _gpu.DeviceExperts
-    layers : dict of int to DeviceExpertLayer
     shape : Shape
-    inputs : PromptInputs
-    host : numpy.ndarray
-        uint8 [inputs.bytes], registered with the device.
-    device_address : int
-        Where the device's copy of the inputs lies.
-    record : callable
-        (tokens, uses_products) -> the recorded batch.
     embed : callable
         (ids, rows) fills uint8 rows with the tokens' embeddings.
-    products : DenseProducts or None
-        The vendor's library, when it is there.
     gate : Gate
         What ends a batch before its time, and is told how far it is.
     check : callable
@@ -103,58 +102,54 @@ class PromptRunner:
 
     def __init__(
         self,
-        gpu: Gpu,
+        devices: Sequence[OnDevice],
         experts: _gpu.DeviceExperts,
-        layers: dict[int, DeviceExpertLayer],
         shape: Shape,
-        inputs: PromptInputs,
-        host: np.ndarray,
-        device_address: int,
-        record: Callable[[int, bool], BatchRecorder],
         embed: Callable[[np.ndarray, np.ndarray], None],
-        products: DenseProducts | None,
         gate: Gate,
         check: Callable[[int], None],
     ) -> None:
-        self._gpu, self._experts, self._layers, self._shape = gpu, experts, layers, shape
-        self._inputs, self._host, self._device_address = inputs, host, device_address
-        self._record, self._embed, self._products, self._check = record, embed, products, check
-        self._gate = gate
-        self._programs: dict[tuple[int, bool], _Program] = {}
-        self._posted = gpu.event()
+        self._devices, self._first, self._experts, self._shape = devices, devices[0], experts, shape
+        self._inputs = self._first.recorded.inputs
+        self._host = self._first.shared.part("inputs", 0, self._inputs.bytes)
+        self._embed, self._gate, self._check = embed, gate, check
+        self._programs: dict[tuple[int, bool], list[_Program]] = {}
+        self._posted, self._left = self._first.gpu.event(), [device.gpu.event() for device in devices]
         self._is_running = False
         self._moving: list[np.ndarray] = []  # rows of another device that a copy at work may still reach
 
     def _words(self, offset: int, count: int, dtype: Any) -> np.ndarray:
         return self._host[offset:].view()[: count * np.dtype(dtype).itemsize].view(dtype)
 
-    def _send(self, offset: int, nbytes: int) -> None:
-        self._gpu.stream.copy_in(self._device_address + offset, self._host.ctypes.data + offset, nbytes)
+    def _send(self, offset: int, nbytes: int, device: OnDevice | None = None) -> None:
+        """Part of the inputs, to one device or all."""
+        for each in [device] if device else self._devices:
+            to = each.recorded.inputs_address + offset
+            each.gpu.stream.copy_in(to, self._host.ctypes.data + offset, nbytes)
 
-    def _program(self, tokens: int, uses_products: bool) -> _Program:
+    def _program(self, tokens: int, uses_products: bool) -> list[_Program]:
         key = (tokens, uses_products)
         if key not in self._programs:
             if len(self._programs) == KEPT_PROGRAMS:
                 self._programs.pop(next(iter(self._programs)))
-            recorder = self._record(tokens, uses_products)
-            steps: list[Any] = []
-            for part in recorder.finished_body():
-                steps += self._bound(part, tokens)
-            self._programs[key] = _Program(recorder, steps)
+            self._programs[key] = [self._made(device, tokens, uses_products) for device in self._devices]
         return self._programs[key]
 
-    def _bound(self, part: Any, tokens: int) -> list[Any]:
-        if isinstance(part, LaunchSpec):
-            return [self._gpu.prepare(part.kernel, part.grid, *part.arguments)]
-        if isinstance(part, DenseProduct):
-            assert self._products is not None
-            return list(self._products.launches(part.matrix, part.x, part.y, tokens))
-        return [part]
+    def _made(self, device: OnDevice, tokens: int, uses_products: bool) -> _Program:
+        recorder = device.recorded.batch(tokens, uses_products)
+        steps: list[Any] = []
+        for part in recorder.finished_body():
+            steps += _bound(part, tokens, device)
+        return _Program(recorder, steps)
+
+    def _synchronize(self) -> None:
+        for device in self._devices:
+            device.gpu.stream.synchronize(self._gate)
 
     def run(
         self,
         joined: Joined,
-        states: np.ndarray,
+        states: Sequence[np.ndarray],
         logits: np.ndarray,
         *,
         uses_products: bool,
@@ -167,8 +162,8 @@ class PromptRunner:
         Parameters
         ----------
         joined : Joined
-        states : numpy.ndarray
-            uint64 [tokens]: where the memory of each one's session begins.
+        states : sequence of numpy.ndarray
+            uint64 [tokens] for each device: where the memory of each one's session begins.
         logits : numpy.ndarray
             float32 [outputs, vocabulary], out: of each span's last tokens; none, one or all.
         uses_products : bool
@@ -185,47 +180,57 @@ class PromptRunner:
         int
             The number of the change whose rows are missing.
         """
-        tokens, stream = len(joined.ids), self._gpu.stream
-        program = self._program(tokens, uses_products)
-        if self._is_running:  # the last run was interrupted: the device may still read what the host wrote for it
-            stream.synchronize(self._gate)
+        tokens, programs = len(joined.ids), self._program(len(joined.ids), uses_products)
+        if self._is_running:  # the last run was interrupted: the devices may still read what the host wrote for it
+            self._synchronize()
         self._is_running = True
-        self._fill_inputs(program.recorder, joined, states)
-        self._experts.begin_batch(tokens, stream)
-        for i, step in enumerate(program.steps):
-            self._gate.tell(piece[0] * len(program.steps) + i, piece[1] * len(program.steps))
+        recorder, count = programs[0].recorder, len(programs[0].steps)
+        self._fill_inputs(recorder, joined, states)
+        self._experts.begin_batch(tokens, [device.gpu.stream for device in self._devices])
+        for i, steps in enumerate(zip(*(program.steps for program in programs), strict=True)):
+            self._gate.tell(piece[0] * count + i, piece[1] * count)
+            step = steps[0]
             if isinstance(step, PostPicks):
-                address, nbytes = self._host.ctypes.data, 4 * tokens * self._shape.used
-                stream.copy_out(address + self._inputs.picks, step.ids, nbytes)
-                stream.copy_out(address + self._inputs.weights, step.weights, nbytes)
-                stream.record(self._posted)
+                self._post(step, tokens)
             elif isinstance(step, ServeExperts):
-                self._serve(step, tokens, picks)
+                self._serve(steps, tokens, picks)
+            elif isinstance(step, ExchangeRows):
+                self._exchange([each.leave() for each in steps], [each.fetch() for each in steps])
             elif isinstance(step, Hop):
                 assert handed is not None
                 while step.comes and step.number not in handed:
                     yield step.number
                 self._hop(step, tokens, handed)
             else:
-                step.run(stream)
-        if program.recorder.makes_logits:
-            self._compute_logits(program.recorder, joined, logits)
+                for device, launch in zip(self._devices, steps, strict=True):
+                    launch.run(device.gpu.stream)
+        if recorder.makes_logits:
+            self._compute_logits(recorder, joined, logits)
         else:
-            stream.synchronize(self._gate)
+            self._synchronize()
         self._is_running = False
 
-    def _fill_inputs(self, recorder: BatchRecorder, joined: Joined, states: np.ndarray) -> None:
+    def _fill_inputs(self, recorder: BatchRecorder, joined: Joined, states: Sequence[np.ndarray]) -> None:
         at, table, tokens = self._inputs, recorder.embedding, len(joined.ids)
         self._words(at.positions, tokens, np.int32)[:] = joined.positions
-        self._words(at.states, tokens, np.uint64)[:] = states
         nbytes = tokens * table.row_bytes
         self._embed(joined.ids, self._words(at.embedding, nbytes, np.uint8).reshape(tokens, table.row_bytes))
         self._send(at.positions, 4 * tokens)
-        self._send(at.states, 8 * tokens)
         self._send(at.embedding, nbytes)
+        for device, of_tokens in zip(self._devices, states, strict=True):
+            words = device.shared.part("inputs", at.states, 8 * tokens).view(np.uint64)
+            words[:] = of_tokens
+            device.gpu.stream.copy_in(device.recorded.inputs_address + at.states, words.ctypes.data, words.nbytes)
+
+    def _post(self, step: PostPicks, tokens: int) -> None:
+        """All devices have the same picks."""
+        stream, address, nbytes = self._first.gpu.stream, self._host.ctypes.data, 4 * tokens * self._shape.used
+        stream.copy_out(address + self._inputs.picks, step.ids, nbytes)
+        stream.copy_out(address + self._inputs.weights, step.weights, nbytes)
+        stream.record(self._posted)
 
     def _hop(self, step: Hop, tokens: int, handed: Handed) -> None:
-        stream, size = self._gpu.stream, 4 * tokens * step.columns
+        stream, size = self._first.gpu.stream, 4 * tokens * step.columns
         if step.comes:
             self._moving = handed.pop(step.number)
             for address, rows in zip(step.rows, self._moving, strict=True):
@@ -238,9 +243,9 @@ class PromptRunner:
         if not step.comes:
             handed[step.number] = self._moving
 
-    def _serve(self, step: ServeExperts, tokens: int, picks: np.ndarray | None) -> None:
+    def _serve(self, steps: Sequence[ServeExperts], tokens: int, picks: np.ndarray | None) -> None:
         """Bring a layer's experts wave by wave; what is there is computed with while the next are read."""
-        at, gpu, e, pairs = self._inputs, self._gpu, self._layers[step.layer], tokens * step.used
+        at, step, pairs = self._inputs, steps[0], tokens * steps[0].used
         self._posted.synchronize(self._gate)
         found = self._words(at.picks, pairs, np.int32).reshape(tokens, step.used)
         if picks is not None:
@@ -248,35 +253,63 @@ class PromptRunner:
         weights, order = self._words(at.weights, pairs, np.float32), self._words(at.order, pairs, np.int32)
         self._check(self._experts.batch_layer(step.layer, found, weights.reshape(tokens, step.used), order))
         self._send(at.order, 4 * pairs)
-        pairs_at, place = self._device_address + at.order, at.tiles
-        down_input = step.hidden if step.hidden_floats is None else step.hidden_floats
+        place = at.tiles
         while True:
             error, count = self._experts.next_wave(step.layer, self._host[place : at.picks])
             self._check(error)
             if not count:
                 return
-            self._send(place, _gpu.TILE_BYTES * count)
-            tiles, hidden = self._device_address + place, self._shape.hidden
-            gpu.prepare(
-                f"group_gate_up_{e.gate_kernel}", kernels.group_gate_up_grid(hidden, count), tiles, pairs_at,
-                e.device_offset[0], e.device_offset[1], step.input, step.hidden, step.hidden_floats, hidden,
-                step.columns, step.used, step.form,
-            ).run(gpu.stream)  # fmt: skip
-            gpu.prepare(
-                f"group_down_{e.down_kernel}", kernels.group_down_grid(step.columns, count), tiles, pairs_at,
-                e.device_offset[2], down_input, step.outputs, step.columns, hidden,
-            ).run(gpu.stream)  # fmt: skip
+            self._compute_wave(steps, place, count)
             place += _gpu.TILE_BYTES * count
 
+    def _compute_wave(self, steps: Sequence[ServeExperts], place: int, count: int) -> None:
+        """The products of a wave's experts, whose tiles lie at a place of the inputs."""
+        waves = []
+        for device, step in zip(self._devices, steps, strict=True):
+            self._send(place, _gpu.TILE_BYTES * count, device)
+            inputs = device.recorded.inputs_address
+            waves.append(Wave(inputs + place, inputs + self._inputs.order, count))
+            self._run(device, step.gate_up(waves[-1]))
+        if len(steps) > 1:
+            self._exchange([step.leave(w) for step, w in zip(steps, waves, strict=True)],
+                           [step.fetch(w) for step, w in zip(steps, waves, strict=True)])
+        for device, step, wave in zip(self._devices, steps, waves, strict=True):
+            self._run(device, step.down(wave))
+
+    def _exchange(self, leave: Sequence[LaunchSpec], fetch: Sequence[LaunchSpec]) -> None:
+        """Every device leaves what it has made; each fetches the others' when all have."""
+        for device, spec, event in zip(self._devices, leave, self._left, strict=True):
+            self._run(device, spec)
+            device.gpu.stream.record(event)
+        for device, spec in zip(self._devices, fetch, strict=True):
+            for other, event in zip(self._devices, self._left, strict=True):
+                if other is not device:
+                    device.gpu.stream.wait(event)
+            self._run(device, spec)
+
+    @staticmethod
+    def _run(device: OnDevice, spec: LaunchSpec) -> None:
+        device.gpu.prepare(spec.kernel, spec.grid, *spec.arguments).run(device.gpu.stream)
+
     def _compute_logits(self, recorder: BatchRecorder, joined: Joined, logits: np.ndarray) -> None:
-        stream, vocabulary = self._gpu.stream, self._shape.vocabulary
+        stream, vocabulary = self._first.gpu.stream, self._shape.vocabulary
         place, start = self._inputs.logits, 0
         for first, count in joined.output_runs(LOGITS_TOKENS):
             for spec in recorder.tail(first, count):
-                self._gpu.prepare(spec.kernel, spec.grid, *spec.arguments).run(stream)
+                self._run(self._first, spec)
             stream.copy_out(self._host.ctypes.data + place, recorder.logits_address, 4 * count * vocabulary)
             stream.synchronize(self._gate)
             logits[start : start + count] = self._words(place, count * vocabulary, np.float32).reshape(count, -1)
             start += count
-        if not len(logits):
-            stream.synchronize(self._gate)
+        if not len(logits) or len(self._devices) > 1:
+            self._synchronize()
+
+
+def _bound(part: Any, tokens: int, device: OnDevice) -> list[Any]:
+    """What a recorded part is on a device."""
+    if isinstance(part, LaunchSpec):
+        return [device.gpu.prepare(part.kernel, part.grid, *part.arguments)]
+    if isinstance(part, DenseProduct):
+        assert device.products is not None
+        return list(device.products.launches(part.matrix, part.x, part.y, tokens))
+    return [part]

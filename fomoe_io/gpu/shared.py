@@ -40,19 +40,50 @@ def shared_bytes(sizes: Mapping[str, int]) -> int:
     return sum(round_up(size, LEAST_BLOCK_BYTES) for size in sizes.values())
 
 
-class SharedWords:
-    """One piece of zeroed memory, registered with a device, in parts by name.
+class SharedMemory:
+    """Zeroed memory of the host that devices reach.
+
+    Parameters
+    ----------
+    gpu : Gpu
+        It is registered with this one, for all.
+    nbytes : int
+
+    Attributes
+    ----------
+    words : numpy.ndarray
+        uint8 [nbytes]
+    host, device : int
+        Where it begins for either.
+    """
+
+    def __init__(self, gpu: Gpu, nbytes: int) -> None:
+        self._memory = aligned_memory(nbytes)
+        self.words = np.frombuffer(self._memory.view, np.uint8)
+        self.words[:] = 0
+        self._registration = gpu.register(self.words)
+        self.host, self.device = self._memory.address, self._registration.pointer
+
+    def pointer_on(self, gpu: Gpu) -> int:
+        """Where it begins for another device."""
+        return self._registration.pointer_on(gpu.info.ordinal)
+
+    def close(self) -> None:
+        """Give it back; a lost device can't, and has been reported."""
+        with suppress(DeviceError):
+            self._registration.close()
+        del self.words
+        self._memory.close()
+
+
+class SharedWords(SharedMemory):
+    """Such memory in parts by name.
 
     Parameters
     ----------
     gpu : Gpu
     sizes : mapping of str to int
         See `part_sizes`.
-
-    Attributes
-    ----------
-    host, device : int
-        Where it begins for either.
     """
 
     def __init__(self, gpu: Gpu, sizes: Mapping[str, int]) -> None:
@@ -60,11 +91,7 @@ class SharedWords:
         for name, size in sizes.items():
             self._offsets[name] = end
             end += round_up(size, LEAST_BLOCK_BYTES)
-        self._memory = aligned_memory(end)
-        self._words = np.frombuffer(self._memory.view, np.uint8)
-        self._words[:] = 0
-        self._registration = gpu.register(self._words)
-        self.host, self.device = self._memory.address, self._registration.pointer
+        super().__init__(gpu, end)
 
     def offset(self, name: str) -> int:
         """Where a part begins."""
@@ -73,11 +100,4 @@ class SharedWords:
     def part(self, name: str, offset: int, size: int) -> np.ndarray:
         """uint8 [size] of a part."""
         start = self._offsets[name] + offset
-        return self._words[start : start + size]
-
-    def close(self) -> None:
-        """Give it back; a lost device can't, and has been reported."""
-        with suppress(DeviceError):
-            self._registration.close()
-        del self._words
-        self._memory.close()
+        return self.words[start : start + size]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +11,7 @@ from fomoe_io.backend import Budgets
 from fomoe_io.errors import BudgetError, DeviceError
 from fomoe_io.experts.slots import SlotLayout, share_slots, slot_pairs
 from fomoe_io.gpu import kernels
+from fomoe_io.gpu.arena import Share
 from fomoe_io.gpu.budget import pool_places, size_classes
 from fomoe_io.gpu.device import Gpu
 from fomoe_io.gpu.products import SCRATCH_BYTES, TILE_ROWS, WORKSPACE_BYTES, open_blas
@@ -33,6 +34,12 @@ FREE_UNIT_BYTES = 64 << 20
 EXTRA_SPARES = 4
 """Spare buffers beyond a token's picks: victims still on their way down from the layer before."""
 
+WIDE_TOKENS = 2048
+"""Of a prompt at once, where there is room: a limited prompt is read four times as fast as by 512."""
+
+WIDE_SHARE = 16
+"""And no more than one part in so many of the device's memory goes to that: it would be an expert's."""
+
 VRAM, DRAM = 0, 1
 
 
@@ -41,7 +48,8 @@ class Sharing:
 
     Parameters
     ----------
-    gpu : Gpu
+    gpus : sequence of Gpu
+        All take the same; the one with the least memory says how much.
     opened : OpenModel
     source : ModelSource
     layouts : mapping of int to SlotLayout
@@ -60,7 +68,10 @@ class Sharing:
         Buffers in VRAM and in DRAM for experts between two places.
     sketch : Recordings
         The model at no address: it says how much each arena takes.
+    vram_pool_bytes : int
+        Of the experts on each device.
     budgets : Budgets
+        Of all devices together.
 
     Raises
     ------
@@ -69,36 +80,52 @@ class Sharing:
 
     def __init__(
         self,
-        gpu: Gpu,
+        gpus: Sequence[Gpu],
         opened: OpenModel,
         source: ModelSource,
         layouts: Mapping[int, SlotLayout],
         ram: RamBudget | RamPart,
     ) -> None:
         config = opened.config
-        self._gpu, self._opened, self._source, self._layouts = gpu, opened, source, layouts
+        self._gpus, self._opened, self._source, self._layouts = gpus, opened, source, layouts
         self._shape, self._config = opened.shape, config
         self._records = {i: record for i, record in source.records.items() if source.part.has(i)}
-        self.batch_tokens, self.guesses = min(config.batch_tokens, opened.context_tokens), source.guesses
+        self.batch_tokens, self.guesses = min(config.least_batch_tokens, opened.context_tokens), source.guesses
         self.scratch_bytes = self._product_scratch_bytes()
         # as many experts may wait to be picked as are guessed of a layer
         self.spares = (self._shape.used + EXTRA_SPARES, 2 * self._shape.used + source.guesses)
         self.sketch = self.recordings(Addresses())
+        if config.batch_tokens is None:
+            self._widen()
         self._ram = ram
         self.budgets = self._share()
 
-    def recordings(self, addresses: Addresses, context_tokens: int | None = None) -> Recordings:
+    def recordings(self, addresses: Addresses, context_tokens: int | None = None, device: int = 0) -> Recordings:
         """The model at these addresses, for a token and for batches; `context_tokens`: of another length."""
         product_bytes = WORKSPACE_BYTES + self.scratch_bytes if self.scratch_bytes else 0
-        source = self._source if context_tokens is None else replace(self._source, context_tokens=context_tokens)
+        source = replace(self._source, share=Share(device, len(self._gpus)))
+        if context_tokens is not None:
+            source = replace(source, context_tokens=context_tokens)
         return Recordings(source, self.batch_tokens, product_bytes, addresses)
+
+    def _widen(self) -> None:
+        """Batches of WIDE_TOKENS where that takes little."""
+        narrow, tokens = self.batch_tokens, min(WIDE_TOKENS, self._opened.context_tokens)
+        if tokens == narrow:
+            return
+        self.batch_tokens = tokens
+        wide = self.recordings(Addresses())
+        if sum(wide.fixed_bytes) - sum(self.sketch.fixed_bytes) > self._vram_limit() // WIDE_SHARE:
+            self.batch_tokens = narrow
+        else:
+            self.sketch = wide
 
     def _product_scratch_bytes(self) -> int:
         """Room for the expanded rows of the largest matrix, or for some of them; 0 where the library is not used."""
         if not self._config.tuning.library_products or self.batch_tokens == 1:
             return 0
         try:
-            open_blas(self._gpu.info.provider)
+            open_blas(self._gpus[0].info.provider)
         except DeviceError:
             return 0
         names = [n for n, t in self._source.resident.items() if kernel_of(int(t.type)) in kernels.EXPANDED_TYPES]
@@ -115,14 +142,22 @@ class Sharing:
         return max(least, round(share * (self._ram.slots or self._shape.experts)))
 
     def _vram_limit(self) -> int:
-        free, limit = self._gpu.free_bytes(), self._config.vram_of(self._source.part.index)
+        """Of each device."""
+        return min(self._limit_of(gpu, self._source.part.index + i) for i, gpu in enumerate(self._gpus))
+
+    def _free_bytes(self, gpu: Gpu) -> int:
+        """What is free, for each of those that are one device."""
+        return gpu.free_bytes() // sum(other.info.ordinal == gpu.info.ordinal for other in self._gpus)
+
+    def _limit_of(self, gpu: Gpu, index: int) -> int:
+        free, limit = self._free_bytes(gpu), self._config.vram_of(index)
         if limit is None:
-            limit = free - min(MOST_FREE_BYTES, self._gpu.info.memory_bytes // FREE_SHARE)
+            limit = free - min(MOST_FREE_BYTES, gpu.info.memory_bytes // FREE_SHARE)
             return round_down(limit, FREE_UNIT_BYTES) or limit
         if limit > free:
             raise BudgetError(
                 f"a device budget of {format_bytes(limit)} is more than the {format_bytes(free)} that are free on "
-                f"{self._gpu.info.name}",
+                f"{gpu.info.name}",
                 hint=f"--vram {free >> 20}M, or end what else uses the device",
             )
         return limit
@@ -137,12 +172,16 @@ class Sharing:
         table = np.zeros((s.layers, 2), np.int32)
         for layer, count in slots.items():
             table[layer, VRAM] = count
-        host_bytes = shared_bytes(part_sizes(self.sketch, s, self.batch_tokens))
+        devices = len(self._gpus)
+        host_bytes = devices * shared_bytes(part_sizes(self.sketch, s, self.batch_tokens))
+        host_bytes += round_up(self.sketch.exchange_bytes, LEAST_BLOCK_BYTES)
         ram_limit, kept = self._share_host(table, host_bytes)
         pools = [pool_places(self._records, table, self.spares, tier)[2] for tier in (VRAM, DRAM)]
+        self.vram_pool_bytes = pools[VRAM]
         return Budgets(
-            ram_bytes=ram_limit, vram_bytes=limit, resident_bytes=fixed[0], state_bytes=fixed[2],
-            workspace_bytes=fixed[1] + host_bytes, vram_pool_bytes=pools[VRAM], pool_bytes=pools[DRAM],
+            ram_bytes=ram_limit, vram_bytes=devices * limit, resident_bytes=devices * fixed[0],
+            state_bytes=devices * fixed[2], workspace_bytes=devices * fixed[1] + host_bytes,
+            vram_pool_bytes=devices * pools[VRAM], pool_bytes=pools[DRAM],
             batch_tokens=self.batch_tokens, slots=slot_pairs(table),
             kept_bytes=kept, lookahead_bytes=self._source.guesses * self._class_bytes(DRAM),
         )  # fmt: skip
@@ -152,7 +191,7 @@ class Sharing:
         fixed, context = sum(self.sketch.fixed_bytes), self._opened.context_tokens
         experts = self._shape.used * sum(r.slot_bytes[VRAM] for r in self._records.values()) + self._spare_bytes(VRAM)
         hint = "-b 32 -c 1024, or --device cpu"
-        if fixed + experts <= self._gpu.free_bytes() - (1 << 20):
+        if fixed + experts <= min(map(self._free_bytes, self._gpus)) - (1 << 20):
             hint = f"--vram {-(-(fixed + experts) // (1 << 20)) + 1}M"
         else:
             fitting = context

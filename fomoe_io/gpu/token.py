@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,10 +14,8 @@ if TYPE_CHECKING:
     from fomoe_io._gpu import DeviceExperts
     from fomoe_io._hip import Graph, Launch
     from fomoe_io.config import EngineConfig
-    from fomoe_io.gpu.device import Gpu
     from fomoe_io.gpu.embedding import EmbeddingReader
-    from fomoe_io.gpu.recordings import Recordings
-    from fomoe_io.gpu.shared import SharedWords
+    from fomoe_io.gpu.on_device import OnDevice
     from fomoe_io.models.shape import Shape
 
 
@@ -25,10 +24,8 @@ class TokenRunner:
 
     Parameters
     ----------
-    gpu : Gpu
+    devices : sequence of OnDevice
     experts : DeviceExperts
-    recorded : Recordings
-    shared : SharedWords
     embedding : EmbeddingReader
     shape : Shape
     config : EngineConfig
@@ -36,59 +33,69 @@ class TokenRunner:
 
     def __init__(
         self,
-        gpu: Gpu,
+        devices: Sequence[OnDevice],
         experts: DeviceExperts,
-        recorded: Recordings,
-        shared: SharedWords,
         embedding: EmbeddingReader,
         shape: Shape,
         config: EngineConfig,
     ) -> None:
-        self._gpu, self._experts, self._recorded, self._shared = gpu, experts, recorded, shared
-        self._embedding, self._shape, self._config = embedding, shape, config
-        self.graphs: dict[tuple[int, bool], Graph] = {}
+        self._devices, self._experts, self._embedding = devices, experts, embedding
+        self._shape, self._config = shape, config
+        self._streams = [device.gpu.stream for device in devices]
+        self._graphs: dict[tuple[int, bool], list[Graph]] = {}
+
+    def all_graphs(self) -> list[Graph]:
+        """Those that have been captured."""
+        return [graph for graphs in self._graphs.values() for graph in graphs]
 
     @property
     def branches(self) -> int:
         """Of the graphs."""
-        return self._config.tuning.branches or (2 if self._gpu.info.provider == "cuda" else 1)
+        return self._config.tuning.branches or (2 if self._devices[0].gpu.info.provider == "cuda" else 1)
 
-    def graph(self, outputs: int, looks_ahead: bool = False) -> Graph:
-        """The graph of a token that wants so many logits (0 or 1), and may guess; captured once."""
-        if (outputs, looks_ahead) not in self.graphs:
-            steps = [Step(self._begin_run())]
-            for s in self._recorded.token.launches(outputs, looks_ahead):
-                launch = self._gpu.prepare(s.kernel, s.grid, *s.arguments)
-                steps.append(Step(launch, s.beside and self.branches == 2, s.forks, s.joins))
-            graph = self._gpu.capture_steps(steps, is_chained=self._config.tuning.chained_launches)
-            self.graphs[outputs, looks_ahead] = graph
-        return self.graphs[outputs, looks_ahead]
+    def graphs(self, outputs: int, looks_ahead: bool = False) -> list[Graph]:
+        """The devices' graphs of a token that wants so many logits (0 or 1), and may guess; captured once."""
+        if (outputs, looks_ahead) not in self._graphs:
+            self._graphs[outputs, looks_ahead] = [self._captured(d, outputs, looks_ahead) for d in self._devices]
+        return self._graphs[outputs, looks_ahead]
 
-    def _begin_run(self) -> Launch:
+    def _captured(self, device: OnDevice, outputs: int, looks_ahead: bool) -> Graph:
+        gpu, steps = device.gpu, [Step(self._begin_run(device))]
+        for s in device.recorded.token.launches(outputs, looks_ahead):
+            launch = gpu.prepare(s.kernel, s.grid, *s.arguments)
+            steps.append(Step(launch, s.beside and self.branches == 2, s.forks, s.joins))
+        return gpu.capture_steps(steps, is_chained=self._config.tuning.chained_launches)
+
+    def _begin_run(self, device: OnDevice) -> Launch:
         """What fetches a token's header and the tables that have changed, before all else."""
-        r, s = self._recorded, self._shape
-        header, changed, tables = (
-            self._shared.device + self._shared.offset(n) for n in ("header", "changed", "tables")
-        )
-        return self._gpu.prepare(
+        r, s, shared = device.recorded, self._shape, device.shared
+        header, changed, tables = (shared.device + shared.offset(n) for n in ("header", "changed", "tables"))
+        return device.gpu.prepare(
             "begin_run", kernels.begin_run_grid(r.header.bytes, s.layers), header, r.header_address, changed, tables,
             r.tables_address, r.header.bytes // 16, s.experts,
         )  # fmt: skip
 
-    def _fill_header(self, number: int, ids: np.ndarray, position: int, state: int, may_substitute: bool) -> None:
-        h, car = self._recorded.header, self._config.car
+    def _fill_headers(
+        self, number: int, ids: np.ndarray, position: int, states: Sequence[int], may_substitute: bool
+    ) -> None:
+        car, first = self._config.car, self._devices[0]
         may_swap = may_substitute and car is not None and position >= car.warmup
-        self._shared.part("header", 0, 8).view(np.uint32)[:] = number, may_swap
-        self._shared.part("header", h.positions, 4).view(np.int32)[0] = position
-        self._shared.part("header", h.states, 8).view(np.uint64)[0] = state
-        row_bytes = self._recorded.embedding.row_bytes
-        self._embedding.read(ids, self._shared.part("header", h.embedding, row_bytes).reshape(1, -1))
+        h, row_bytes = first.recorded.header, first.recorded.embedding.row_bytes
+        rows = first.shared.part("header", h.embedding, row_bytes).reshape(1, -1)
+        self._embedding.read(ids, rows)
+        for device, state in zip(self._devices, states, strict=True):
+            words = device.shared
+            words.part("header", 0, 8).view(np.uint32)[:] = number, may_swap
+            words.part("header", h.positions, 4).view(np.int32)[0] = position
+            words.part("header", h.states, 8).view(np.uint64)[0] = state
+            if device is not first:
+                words.part("header", h.embedding, row_bytes)[:] = rows[0]
 
     def run(
-        self, number: int, ids: np.ndarray, position: int, state: int, outputs: int, *, may_substitute: bool,
-        looks_ahead: bool,
+        self, number: int, ids: np.ndarray, position: int, states: Sequence[int], outputs: int, *,
+        may_substitute: bool, looks_ahead: bool,
     ) -> tuple[int, np.ndarray]:  # fmt: skip
-        """Replay a token's graph.
+        """Replay a token's graphs.
 
         Parameters
         ----------
@@ -98,8 +105,8 @@ class TokenRunner:
             int32 [1]
         position : int
             In the session.
-        state : int
-            Where the session's memory begins.
+        states : sequence of int
+            Where the session's memory begins on each device.
         outputs : int
             1: with logits; 0: without.
         may_substitute : bool
@@ -114,16 +121,16 @@ class TokenRunner:
         logits : numpy.ndarray
             float32 [outputs, vocabulary], valid until the next run.
         """
-        s, graph = self._shape, self.graph(outputs, looks_ahead)
-        self._fill_header(number, ids, position, state, may_substitute)
-        logits_bytes = 4 * s.vocabulary * outputs
-        error = self._experts.run(self._gpu.stream, graph, number, logits_bytes)
-        return error, self._shared.part("logits", 0, logits_bytes).view(np.float32).reshape(outputs, s.vocabulary)
+        s, graphs, shared = self._shape, self.graphs(outputs, looks_ahead), self._devices[0].shared
+        self._fill_headers(number, ids, position, states, may_substitute)
+        error = self._experts.run(self._streams, graphs, number, outputs > 0)
+        logits = shared.part("logits", 0, 4 * s.vocabulary * outputs).view(np.float32)
+        return error, logits.reshape(outputs, s.vocabulary)
 
     def posted_picks(self) -> np.ndarray:
         """int32 [layers, used]: the router's picks in the last token's run."""
-        mail, s = self._recorded.mail, self._shape
+        mail, s, shared = self._devices[0].recorded.mail, self._shape, self._devices[0].shared
         picks = np.full((s.layers, s.used), -1, np.int32)  # what dense layers keep
         for i in s.expert_layers:
-            picks[i] = self._shared.part("mail", mail.post(i) + 8, 8 * s.used).view(np.uint16)[::4]
+            picks[i] = shared.part("mail", mail.post(i) + 8, 8 * s.used).view(np.uint16)[::4]
         return picks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -114,46 +114,63 @@ class DeviceWeights:
             tensor.offset,
         )
 
-    def load(self, reader: Reader, gpu: Gpu, progress: Callable[[str, int, int], None] | None = None) -> None:
-        """Read and copy everything that was asked for."""
-        done, total = 0, sum(planned.tensor.bytes for planned in self.planned.values())
-        staging = [aligned_memory(PIECE_BYTES + 2 * reader.block_bytes) for _ in range(2)]
-        registrations = [gpu.register(np.frombuffer(memory.view, np.uint8)) for memory in staging]
-        try:
-            for planned in self.planned.values():
-                if progress is not None:
-                    progress("weights", done, total)
-                done += planned.tensor.bytes
-                if planned.is_expanded:
-                    self._load_expanded(planned, reader, gpu)
-                else:
-                    self._load_pieces(planned, reader, gpu, staging)
-        finally:
-            gpu.stream.synchronize()
-            for registration in registrations:
-                registration.close()
-            for memory in staging:
-                memory.close()
 
-    def _load_pieces(self, planned: Planned, reader: Reader, gpu: Gpu, staging: list[Memory]) -> None:
-        for i, first in enumerate(range(0, planned.tensor.bytes, PIECE_BYTES)):
-            size = min(PIECE_BYTES, planned.tensor.bytes - first)
-            memory = staging[i % 2]
-            if i >= len(staging):
-                gpu.stream.synchronize()  # the copy out of this half may still run
-            start, window = aligned_window(planned.tensor.offset + first, size, reader.block_bytes)
-            reader.read_into([(planned.tensor.file, start, memory.address, window)])
-            gpu.stream.copy_in(planned.address + first, memory.address + planned.tensor.offset + first - start, size)
+def load_weights(
+    targets: Sequence[tuple[DeviceWeights, Gpu]],
+    reader: Reader,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Read everything that was asked for, once, and copy it to each device; all have asked for the same."""
+    asked = [list(weights.planned.values()) for weights, _ in targets]
+    done, total = 0, sum(planned.tensor.bytes for planned in asked[0])
+    staging = [aligned_memory(PIECE_BYTES + 2 * reader.block_bytes) for _ in range(2)]
+    registrations = [targets[0][1].register(np.frombuffer(memory.view, np.uint8)) for memory in staging]
+    try:
+        for everywhere in zip(*asked, strict=True):
+            if progress is not None:
+                progress("weights", done, total)
+            tensor, is_expanded = everywhere[0].tensor, everywhere[0].is_expanded
+            done += tensor.bytes
+            places = [(gpu, planned.address) for planned, (_, gpu) in zip(everywhere, targets, strict=True)]
+            if is_expanded:
+                _load_expanded(tensor, places, reader)
+            else:
+                _load_pieces(tensor, places, reader, staging)
+    finally:
+        _synchronize(gpu for _, gpu in targets)
+        for registration in registrations:
+            registration.close()
+        for memory in staging:
+            memory.close()
+
+
+def _synchronize(gpus: Iterable[Gpu]) -> None:
+    for gpu in gpus:
         gpu.stream.synchronize()
 
-    def _load_expanded(self, planned: Planned, reader: Reader, gpu: Gpu) -> None:
-        start, window = aligned_window(planned.tensor.offset, planned.tensor.bytes, reader.block_bytes)
-        memory = aligned_memory(window)
-        reader.read_into([(planned.tensor.file, start, memory.address, window)])
-        skip = planned.tensor.offset - start
-        raw = np.frombuffer(memory.view[skip : skip + planned.tensor.bytes], np.uint8)
-        values = np.array(gguf.quants.dequantize(raw, planned.tensor.type), np.float32).reshape(-1)
-        del raw
-        memory.close()
-        gpu.stream.copy_in(planned.address, values.ctypes.data, values.nbytes)
-        gpu.stream.synchronize()
+
+def _load_pieces(tensor: TensorInfo, places: Sequence[tuple[Gpu, int]], reader: Reader, staging: list[Memory]) -> None:
+    for i, first in enumerate(range(0, tensor.bytes, PIECE_BYTES)):
+        size = min(PIECE_BYTES, tensor.bytes - first)
+        memory = staging[i % 2]
+        if i >= len(staging):
+            _synchronize(gpu for gpu, _ in places)  # the copies out of this half may still run
+        start, window = aligned_window(tensor.offset + first, size, reader.block_bytes)
+        reader.read_into([(tensor.file, start, memory.address, window)])
+        for gpu, address in places:
+            gpu.stream.copy_in(address + first, memory.address + tensor.offset + first - start, size)
+    _synchronize(gpu for gpu, _ in places)
+
+
+def _load_expanded(tensor: TensorInfo, places: Sequence[tuple[Gpu, int]], reader: Reader) -> None:
+    start, window = aligned_window(tensor.offset, tensor.bytes, reader.block_bytes)
+    memory = aligned_memory(window)
+    reader.read_into([(tensor.file, start, memory.address, window)])
+    skip = tensor.offset - start
+    raw = np.frombuffer(memory.view[skip : skip + tensor.bytes], np.uint8)
+    values = np.array(gguf.quants.dequantize(raw, tensor.type), np.float32).reshape(-1)
+    del raw
+    memory.close()
+    for gpu, address in places:
+        gpu.stream.copy_in(address, values.ctypes.data, values.nbytes)
+    _synchronize(gpu for gpu, _ in places)

@@ -320,10 +320,10 @@ def open_reader(
     try:
         if engine == "pread":
             native: NativeReader = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
-            return Reader(_paced(native, pace), depth, sub_read_bytes)
+            return Reader(_paced(native, pace, depth), depth, sub_read_bytes)
         try:
             ring = _open_ring(files, depth, sub_read_bytes, mode, write)
-            return Reader(_paced(ring, pace), depth, sub_read_bytes)
+            return Reader(_paced(ring, pace, depth), depth, sub_read_bytes)
         except OSError as error:
             fix = ring_fix(error.errno or 0)
             if engine == "uring" or mode != "auto":
@@ -331,7 +331,7 @@ def open_reader(
                 raise UsageError(error.strerror or str(error), hint=hint) from None
             reason = f"{error.strerror} ({fix})" if fix else error.strerror
         native = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
-        return Reader(_paced(native, pace), depth, sub_read_bytes, reason)
+        return Reader(_paced(native, pace, depth), depth, sub_read_bytes, reason)
     except BaseException:
         files.close()
         raise
@@ -365,8 +365,8 @@ def _check_options(paths: Sequence[str | Path], engine: str, depth: int, sub_rea
         raise UsageError(f"{mode!r} is no mode of {engine}", hint=f"uring has {', '.join(MODES)}")
 
 
-def _paced(native: NativeReader, pace: Pace | None) -> NativeReader:
-    return native if pace is None else PacedReader(native, pace.bandwidth, pace.latency_seconds)
+def _paced(native: NativeReader, pace: Pace | None, depth: int) -> NativeReader:
+    return native if pace is None else PacedReader(native, pace.bandwidth, pace.latency_seconds, depth)
 
 
 def _open_ring(files: ReadFiles, depth: int, sub_read_bytes: int, mode: str, write: bool) -> UringReader:

@@ -13,13 +13,16 @@ from fomoe_io.storage import reader as storage_reader
 
 
 class Drive:
-    """Between the experts and their reader: what is read ahead may fail, be refused, or take until it is asked for."""
+    """Between the experts and their reader: what is read ahead may fail, be refused, or take until it is asked for.
+
+    `early` counts what was read ahead while demands were under way.
+    """
 
     def __init__(self, native: int, mode: str) -> None:
         self.real, self.mode = storage_reader._Table.from_address(native), mode
         self.held: dict[int, storage_reader._Read] = {}
         self.answers: list[tuple[int, int]] = []
-        self.demands, self.ahead, self.early = 0, 0, 0
+        self.demands, self.ahead, self.early, self.is_behind = 0, 0, 0, False
         kinds = dict(storage_reader._Table._fields_)
         self.table = storage_reader._Table(
             self.real.self, kinds["submit"](self.submit), kinds["reap"](self.reap), kinds["promote"](self.promote),
@@ -30,8 +33,10 @@ class Drive:
         each = (storage_reader._Read * count).from_address(reads)
         if not each[0].priority:
             self.demands += count
+            self.is_behind = False
             return self.real.submit(self.real.self, reads, count)
         self.early += self.demands > 0
+        self.is_behind = True
         if self.mode == "refuse":
             return -errno.EIO
         self.ahead += count
@@ -44,6 +49,8 @@ class Drive:
         return 0
 
     def reap(self, _: int, done: int, most: int, wait: int) -> int:
+        if self.mode == "behind" and self.demands and not self.is_behind and not wait:
+            return 0
         each = (storage_reader._Completion * most).from_address(done)
         found, self.answers = self.answers[:most], self.answers[most:]
         for i, (tag, error) in enumerate(found):
@@ -76,7 +83,8 @@ class Drive:
 def drives(mode: str) -> Iterator[list[Drive]]:
     """Those of the engines that are opened meanwhile.
 
-    mode: "pass", "hold" until somebody waits, "spoil" some of those then, "fail" at once, or "refuse".
+    mode: "pass", "hold" until somebody waits, "spoil" some of those then, "fail" at once, "refuse", or "behind": demands
+    take until something is read ahead, or somebody sleeps.
     """
     made: list[Drive] = []
 

@@ -63,8 +63,8 @@ def test_mxfp4_experts(shared: Path, batch: int) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Recurrent and full attention, experts of two formats, enough layers for three devices."""
     shape = Tiny(
-        layers=6, columns=512, heads=4, kv_heads=2, head_columns=128, state_columns=64, experts=32, used=4, weights=Type.Q4_K,
-        down=Type.Q6_K, hidden=512, shared_hidden=512,
+        layers=6, columns=512, heads=4, kv_heads=2, head_columns=128, state_columns=64, experts=32, used=4,
+        weights=Type.Q4_K, down=Type.Q6_K, hidden=512, shared_hidden=512,
     )  # fmt: skip
     return write_tiny(tmp_path_factory.mktemp("models") / "model.gguf", shape, seed=3)
 

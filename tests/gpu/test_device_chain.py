@@ -32,6 +32,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "pingpong": {"device": "hip:0,0", "split_mode": "pingpong"},
     "uneven": {"device": "hip:0,0", "split_mode": "layer", "tensor_split": "3,1"},
     "three": {"device": "hip:0,0,0", "split_mode": "pingpong"},
+    "tensor": {"device": "hip:0,0", "split_mode": "tensor"},
 }
 
 
@@ -103,11 +104,11 @@ def test_the_bits_are_one_device_s(
 def test_it_tells_where_experts_are(model: Path) -> None:
     """As one device does."""
     found = []
-    for split in ({}, SPLITS["pingpong"], SPLITS["uneven"]):
+    for split in ({}, SPLITS["pingpong"], SPLITS["uneven"], SPLITS["tensor"]):
         with Engine.open(model, settings(tiers=Tiers(0.25, 0.25), **split)) as engine:
             engine.session().evaluate(TOKENS)
             found.append({layer: tiers.tolist() for layer, tiers in engine.expert_tiers().items()})
-    assert found[0] == found[1] == found[2] and {0, 1, 2} == {t for tiers in found[0].values() for t in tiers}
+    assert found[0] == found[1] == found[2] == found[3] and {0, 1, 2} == {t for tiers in found[0].values() for t in tiers}
 
 
 def test_cache_aware_routing_is_the_same(model: Path) -> None:
@@ -117,16 +118,18 @@ def test_cache_aware_routing_is_the_same(model: Path) -> None:
     assert found == expected and said["substitutions"] == counted["substitutions"] > 0
 
 
-def test_two_devices_that_are_two(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", ["layer", "tensor"])
+def test_two_devices_that_are_two(model: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     expected, _ = read(model)
     monkeypatch.setenv("FAKE_HIP_DEVICES", "2")
-    found, said = read(model, device="hip:0,1")
+    found, said = read(model, device="hip:0,1", split_mode=mode)
     assert found == expected and said["device"].startswith("hip:0,1 ")
 
 
-def test_a_session_is_taken_out_of_one_and_put_into_two(model: Path) -> None:
+@pytest.mark.parametrize("split", ["pingpong", "tensor"])
+def test_a_session_is_taken_out_of_one_and_put_into_two(model: Path, split: str) -> None:
     snapshots = {}
-    for name, how in (("one", {}), ("two", SPLITS["pingpong"])):
+    for name, how in (("one", {}), ("two", SPLITS[split])):
         with Engine.open(model, settings(**how)) as engine:
             session = engine.session()
             session.prefill(PROMPT)
@@ -165,7 +168,7 @@ def test_memory_of_each(model: Path) -> None:
         Engine.open(model, settings(**{**SPLITS["layer"], "tensor_split": "1000,1"}))
 
 
-@pytest.mark.parametrize("split", ["layer", "pingpong"])
+@pytest.mark.parametrize("split", ["layer", "pingpong", "tensor"])
 def test_a_trace_is_one_device_s(model: Path, tmp_path: Path, split: str) -> None:
     """Layers in order, whoever computed them; and replayed, it counts what the engine has counted."""
     traces = {}
@@ -236,13 +239,14 @@ def test_batches_that_follow_one_another_end_together(
         assert session.prefill(TOKENS).tobytes() == expected
 
 
+@pytest.mark.parametrize("split", ["pingpong", "tensor"])
 @pytest.mark.parametrize("reads", ["tokens", "a prompt"])
 @pytest.mark.parametrize(("call", "after"), [("hipGraphLaunch", 1), ("hipMemcpyHtoDAsync", 3), ("hipStreamQuery", 5)])
-def test_one_that_fails_ends_the_run(model: Path, fake: Fake, call: str, after: int, reads: str) -> None:
+def test_one_that_fails_ends_the_run(model: Path, fake: Fake, call: str, after: int, reads: str, split: str) -> None:
     """In one line, and the engine goes on with the next: the others wait for nothing that does not come."""
     if (call, reads) == ("hipGraphLaunch", "a prompt"):
         pytest.skip("prompts launch no graph")
-    tight = {"tiers": Tiers(0.19, 0.0), **SPLITS["pingpong"]}
+    tight = {"tiers": Tiers(0.19, 0.0), **SPLITS[split]}
     with Engine.open(model, settings(sessions=2, **tight)) as engine:
         session = engine.session()
         expected = session.evaluate(PROMPT).tobytes()
@@ -260,11 +264,12 @@ def test_one_that_fails_ends_the_run(model: Path, fake: Fake, call: str, after: 
             assert session.evaluate(PROMPT).tobytes() == expected
 
 
-def test_reads_that_fail(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["layer", "tensor"])
+def test_reads_that_fail(model: Path, tmp_path: Path, split: str) -> None:
     """Of a layer of either device."""
     path = tmp_path / "cut.gguf"
     path.write_bytes(model.read_bytes())
-    with Engine.open(path, settings(tiers=Tiers(0.19, 0.0), **SPLITS["layer"])) as engine:
+    with Engine.open(path, settings(tiers=Tiers(0.19, 0.0), **SPLITS[split])) as engine:
         session = engine.session()
         session.decode(1)
         with path.open("r+b") as file:
@@ -275,11 +280,12 @@ def test_reads_that_fail(model: Path, tmp_path: Path) -> None:
         assert session.is_broken
 
 
+@pytest.mark.parametrize("split", ["layer", "tensor"])
 @pytest.mark.parametrize("ends", ["an interrupt", "closing"])
 @pytest.mark.parametrize("after", [0, 1])
-def test_a_wait_ends_early(model: Path, fake: Fake, ends: str, after: int) -> None:
+def test_a_wait_ends_early(model: Path, fake: Fake, ends: str, after: int, split: str) -> None:
     """Whichever device hangs."""
-    engine = Engine.open(model, settings(**SPLITS["layer"]))
+    engine = Engine.open(model, settings(**SPLITS[split]))
     session, errors = engine.session(), []
     session.decode(7)
     fake.hang("hipGraphLaunch", after)
@@ -314,11 +320,12 @@ def test_a_wait_ends_early(model: Path, fake: Fake, ends: str, after: int) -> No
     engine.close()
 
 
-def test_everything_is_given_back(model: Path, fake: Fake) -> None:
-    read(model, **SPLITS["pingpong"])
+@pytest.mark.parametrize("split", ["pingpong", "tensor"])
+def test_everything_is_given_back(model: Path, fake: Fake, split: str) -> None:
+    read(model, **SPLITS[split])
     before, threads = fake.live(), threading.active_count()
-    read(model, **SPLITS["pingpong"])
+    read(model, **SPLITS[split])
     assert fake.live() == before and threading.active_count() == threads
     with pytest.raises(BudgetError):
-        Engine.open(model, settings(vram_bytes="64M,1M", **SPLITS["layer"]))
+        Engine.open(model, settings(vram_bytes="64M,1M", **SPLITS["layer" if split == "pingpong" else split]))
     assert fake.live() == before

@@ -316,7 +316,7 @@ def test_device_budget(model: Path) -> None:
     smallest = int((caught.value.hint or "").removeprefix("--vram ").removesuffix("M")) << 20
     expected, _ = evaluate(model, settings())
     with Engine.open(model, settings(vram_bytes=smallest)) as engine:
-        held = sum(buffer.nbytes for buffer in engine.backend.buffers)  # type: ignore[attr-defined]
+        held = sum(one.held_bytes for one in engine.backend.devices)  # type: ignore[attr-defined]
         assert held <= smallest
         np.testing.assert_array_equal(engine.session().evaluate(TOKENS), expected)
     with pytest.raises(BudgetError, match="more than the"):

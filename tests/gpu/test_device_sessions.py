@@ -79,7 +79,7 @@ def test_in_turn_and_together_as_alone(model: Path, kv_type: str) -> None:
         assert engine.budgets.state_bytes == 3 * one
         assert read(engine, "together") == alone
         assert read(engine, "together") == alone  # states that were used before
-        graphs = len(engine.backend.tokens.graphs)  # type: ignore[attr-defined]
+        graphs = len(engine.backend.tokens.all_graphs())  # type: ignore[attr-defined]
         assert graphs == 1  # one recording serves all sessions
 
 

@@ -65,7 +65,7 @@ def test_a_restored_session_goes_on_to_the_same_bits(session: Session) -> None:
 
 def test_a_state_larger_than_its_way(session: Session) -> None:
     """Staging memory holds a part of a state: nothing depends on how much."""
-    copies = session._state._copies  # type: ignore[attr-defined]
+    copies = session._state._copies[0]  # type: ignore[attr-defined]
     copies._staging = copies._staging[:100]
     session.prefill(TOKENS)
     taken = session.snapshot()

@@ -323,7 +323,7 @@ def test_guesses_are_posted(runner: Runner) -> None:
 @pytest.mark.parametrize("is_biased", [False, True])
 def test_substitution(runner: Runner, rng: np.random.Generator, rule: str, is_biased: bool) -> None:
     shapes, parsed = ((128, 8), (512, 10), (40, 4)), CarRule.parse(rule)
-    assert sum(router_cases.check_substitution(runner, rng, *shape, parsed, is_biased) for shape in shapes) > 0
+    assert min(router_cases.check_substitution(runner, rng, *shape, parsed, is_biased) for shape in shapes) > 0
 
 
 @on_both

@@ -110,7 +110,10 @@ def check_guesses(runner: Runner) -> None:
 def check_substitution(
     runner: Runner, rng: np.random.Generator, experts: int, picks: int, rule: CarRule, is_biased: bool = False
 ) -> int:
-    """The device's stand-ins are those of csrc/experts/car.h; returns how many there were."""
+    """The device's stand-ins are those of csrc/experts/car.h; returns how many there were.
+
+    Whether random logits have any is chance: so the last pick is on NVMe, and the runner-up, in VRAM, as good as it.
+    """
     logits = (2 * normal(rng, 1, experts)).astype(np.float32)
     where = rng.integers(0, 3, experts).astype(np.int8)  # VRAM, DRAM, NVMe
     table = np.select([where == 0, where == 1], [16 * rng.integers(1, 1 << 56, experts), 1], 0).astype(np.uint64)
@@ -122,6 +125,10 @@ def check_substitution(
         logits[0, experts - 9 :] = -np.inf
         true = np.argsort(-logits, axis=1, kind="stable")[:, :picks]
         weight = p[true] / p[true].sum()
+    last, next_best = np.argsort(-logits[0], kind="stable")[picks - 1 : picks + 1]
+    logits[0, next_best] = logits[0, last] - np.float32(1e-3)
+    where[last], where[next_best] = 2, 0
+    table[last], table[next_best] = 0, 16
     true_ids, true_weights = true[0].astype(np.int32), weight[0].astype(np.float32)
     want, want_weight, replaced = choose(rule, logits[0], where, true_ids, true_weights, p=p)
     ids, weights = runner.put(true[0].astype(np.int32)), runner.put(weight[0].astype(np.float32))

@@ -178,6 +178,56 @@ def test_mirrored_reads_go_where_there_is_less_to_do(library: ctypes.CDLL, copie
     assert duration({0: 1, 1: 0}) < 0.92 * duration({})
 
 
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def long_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("long") / "data"
+    with path.open("wb") as stream:
+        stream.truncate(8 * MIB)
+    return path
+
+
+def arrivals(
+    library: ctypes.CDLL, path: Path, prefetches: int, *, promote: int | None = None, sub_read_bytes: int = 0
+) -> tuple[dict[int, float], int]:
+    """When each of some prefetches of 8 MiB and then a demand of 1 MiB (tag 99) arrive, in MiB's times of the drive;
+    how many pieces were read."""
+    memory = aligned_memory(8 * MIB)
+    native = FakeRing(library, [path], faults=Faults(), depth=64, page_time=[PAGE / MIB], sub_read_bytes=sub_read_bytes)
+    done: dict[int, float] = {}
+    with Reader(native, 64) as reader:
+        reader.submit([(0, 0, memory.address, 8 * MIB)] * prefetches, priority=1)
+        if promote is not None:
+            reader.promote(promote)
+        reader.submit([(0, 0, memory.address, MIB)], first_tag=99)
+        while batch := reader.reap(most=1):
+            assert batch[0][1] == 0
+            done[batch[0][0]] = native.clock
+        return done, reader.counters["sub_reads"]
+
+
+@pytest.mark.parametrize("sub_read_bytes", [0, 256 << 10, 2 * MIB])
+def test_a_demand_waits_for_few_prefetched_bytes(library: ctypes.CDLL, long_file: Path, sub_read_bytes: int) -> None:
+    """Of ten prefetches of 8 MiB, 4 MiB are before it in the drive, however long the reads are."""
+    done, pieces = arrivals(library, long_file, 10, sub_read_bytes=sub_read_bytes)
+    assert min(done, key=lambda tag: done[tag]) == 99
+    assert 4 < done[99] <= 4 + 2  # the fake adds up to one time of a piece
+    assert pieces == 10 * 8 * MIB // min(sub_read_bytes or MIB, MIB) + -(-MIB // (sub_read_bytes or MIB))
+    assert max(done.values()) <= 81 + 2  # and the drive has never idled
+
+
+@pytest.mark.parametrize("promoted", [0, 5])
+def test_what_waits_of_a_promoted_prefetch_is_a_demand(library: ctypes.CDLL, long_file: Path, promoted: int) -> None:
+    """The rest of a read whose first pieces are in the drive, and a whole one, start at once, before the others."""
+    done, _ = arrivals(library, long_file, 10, promote=promoted)
+    assert set(sorted(done, key=lambda tag: done[tag])[:2]) == {99, promoted}
+    begun = 4 if promoted == 0 else 0
+    in_the_drive = 4 + 8 - begun + 1
+    assert max(done[promoted], done[99]) <= in_the_drive + 8
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_engine_under_the_storm(
     library: ctypes.CDLL, demo_model: Path, monkeypatch: pytest.MonkeyPatch, seed: int

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import random
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from fomoe_io.errors import ReadError, UsageError
 from fomoe_io.storage.pace import Pace
 from fomoe_io.storage.reader import aligned_memory, open_reader
+from tests.fakes.pace import FakePace, load_fake_pace
 
 READS, READ_BYTES = 24, 64 << 10
 
@@ -68,3 +72,117 @@ def test_parsing() -> None:
     for text in ("", "14.5G", "0G,80us", "14.5,80us", "1G,-1us", "nan,1us"):
         with pytest.raises(UsageError):
             Pace.parse(text)
+
+
+# ---- the model, on a clock of its own: a MiB takes a ms ----
+
+MIB, MS = 1 << 20, 1_000_000
+LATENCY, IN_DRIVE = 2, 4  # ms; MiB of prefetches that a demand finds before it (csrc/read/read_table.c)
+
+Open = Callable[..., FakePace]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return load_fake_pace(tmp_path_factory.mktemp("pace"))
+
+
+@pytest.fixture
+def paced(library: ctypes.CDLL) -> Iterator[Open]:
+    opened: list[FakePace] = []
+
+    def open_one(**options: int) -> FakePace:
+        opened.append(FakePace(library, bandwidth=1000 * MIB, latency_ns=LATENCY * MS, **options))
+        return opened[-1]
+
+    yield open_one
+    for one in opened:
+        one.close()
+
+
+def test_a_demand_overtakes_guesses(paced: Open) -> None:
+    """It comes within latency, the bytes that are in the drive, and its own; guesses go on behind it."""
+    pace = paced()
+    for tag in range(10):
+        pace.submit(tag, 2 * MIB, priority=1)
+    pace.submit(99, MIB)
+    times = pace.arrivals()
+    assert times[99] == pytest.approx(LATENCY + IN_DRIVE + 1, rel=0.01)
+    assert max(times.values()) == pytest.approx(LATENCY + 20 + 1, rel=0.01)
+
+
+def test_without_demands_the_drive_never_idles(paced: Open) -> None:
+    """Guesses enter when there is room for them, though nobody looks until all could be there."""
+    pace = paced()
+    for tag in range(10):
+        pace.submit(tag, 2 * MIB, priority=1)
+    pace.pass_ms(LATENCY + 20)
+    assert sorted(pace.arrivals(wait=False)) == list(range(10))
+    for tag in range(10):
+        pace.submit(tag, 2 * MIB, priority=1)
+    pace.pass_ms(LATENCY + 9)  # four whole ones, and half of the fifth
+    pace.submit(99, MIB)
+    times = pace.arrivals()
+    assert times[99] == pytest.approx(2 * LATENCY + 20 + 9 + IN_DRIVE + 1, abs=1.1)
+    assert max(times.values()) == pytest.approx(2 * LATENCY + 20 + 21, rel=0.01)
+
+
+def test_cancelled_guesses_cost_nothing(paced: Open) -> None:
+    pace = paced()
+    for tag in range(10):
+        pace.submit(tag, 2 * MIB, priority=1)
+    for tag in range(9, -1, -1):
+        pace.cancel(tag)  # 4 MiB are in the drive: the first two stay
+    pace.submit(99, MIB)
+    dropped = pace.reap_all(wait=False)
+    assert dropped == dict.fromkeys(range(2, 10), -errno.ECANCELED) and pace.clock_ms < 0.1
+    assert pace.cancels == 8  # the reader of the bytes may drop no read that the drive has
+    times = pace.arrivals()
+    assert sorted(times) == [0, 1, 99] and times[99] == pytest.approx(LATENCY + 4 + 1, rel=0.01)
+
+
+def test_the_part_of_a_guess_that_waits_is_dropped(paced: Open) -> None:
+    pace = paced()
+    pace.submit(0, 10 * MIB, priority=1)
+    pace.cancel(0)
+    assert pace.reap_all() == {0: -errno.ECANCELED}
+    assert pace.clock_ms == pytest.approx(LATENCY + IN_DRIVE, rel=0.01)
+
+
+@pytest.mark.parametrize("promoted", [0, 7])
+def test_a_promoted_guess_is_a_demand(paced: Open, promoted: int) -> None:
+    """One of which a part is in the drive, and one that waits: behind 4 MiB, before the other guesses."""
+    pace = paced()
+    for tag in range(10):
+        pace.submit(tag, 6 * MIB, priority=1)
+    pace.promote(promoted)
+    times = pace.arrivals()
+    begun = IN_DRIVE if promoted == 0 else 0
+    assert times[promoted] == pytest.approx(LATENCY + IN_DRIVE + 6 - begun, rel=0.01)
+    assert min(times.values()) == times[promoted]
+
+
+def test_the_depth_bounds_what_is_in_the_drive(paced: Open) -> None:
+    """One at a time: each demand waits for its own latency."""
+    pace = paced(depth=1)
+    for tag in range(4):
+        pace.submit(tag, MIB)
+    assert max(pace.arrivals().values()) == pytest.approx(4 * (LATENCY + 1), rel=0.01)
+
+
+@pytest.mark.parametrize(("slow_ms", "late"), [(LATENCY, 0), (20, 1)])
+def test_a_reader_that_is_too_slow_is_told_of(paced: Open, slow_ms: int, late: int) -> None:
+    """Only what was looked for in vain after its time is late: nobody knows when it came while nobody looked."""
+    pace = paced(slow_ns=slow_ms * MS)
+    pace.submit(0, MIB)
+    pace.pass_ms(LATENCY + 2)
+    pace.arrivals()
+    assert pace.late == late
+
+
+def test_a_refused_read_leaves_nothing_behind(paced: Open) -> None:
+    pace = paced()
+    with pytest.raises(OSError, match="22"):
+        pace.submit(5, MIB, offset=4096)
+    pace.submit(5, MIB)
+    assert pace.arrivals()[5] == pytest.approx(LATENCY + 1, rel=0.01)

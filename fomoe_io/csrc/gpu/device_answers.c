@@ -4,26 +4,31 @@
 
 enum { HAS_INPUTS, IS_WHOLE }; /* kernels/experts.h, struct answer: words of all pairs, one kind after the other */
 
-/* Pair k's word comes true when all copies up are done that have been started. */
-static void signal(fomoe_device_experts *e, int layer, int k, int kind) {
-    const fomoe_device_layer *l = &e->layer[layer];
+/* A device's word of pair k comes true when all its copies up are done that have been started. */
+static void signal(fomoe_device_experts *e, int device, const fomoe_device_words *words, int k, int kind) {
     size_t offset = e->used * sizeof(uint64_t) + ((size_t)kind * e->used + k) * sizeof(uint32_t);
     fomoe_lane *up = &e->copies.lane[FOMOE_LANE_UP];
     if (e->answers_by_stream) {
-        fomoe_device_check(&e->copies, e->copies.calls.write_value(up->stream, l->answer_on_device + offset, e->run, 0),
+        void *word = words->answer_on_device + offset;
+        fomoe_device_check(&e->copies, e->copies.calls.write_value(up->stream[device], word, e->run, 0),
                            "hipStreamWriteValue32");
         return;
     }
-    assert(e->signal_count < 2 * e->used);
-    e->signals[e->signal_count++] = (fomoe_signal){(uint32_t *)(l->answer + offset), up->issued};
+    assert(e->signal_count < 2 * e->used * e->copies.devices);
+    e->signals[e->signal_count++] = (fomoe_signal){(uint32_t *)(words->answer + offset), up->issued};
 }
 
 static void say(fomoe_device_experts *e, int layer, int i, int kind) {
-    uint64_t *record = (uint64_t *)e->layer[layer].answer, where = (uint64_t)(uintptr_t)e->wanted[i].record->address;
-    for (int k = 0; k < e->used; k++) {
-        if (e->place[k] != i) continue;
-        if (kind == HAS_INPUTS) __atomic_store_n(&record[k], where, __ATOMIC_RELEASE);
-        signal(e, layer, k, kind);
+    uint64_t where = (uint64_t)(uintptr_t)e->wanted[i].record->address;
+    for (int r = 0; r < e->copies.devices; r++) {
+        const fomoe_device_words *words = &e->layer[layer].words[r];
+        uint64_t *record = (uint64_t *)words->answer;
+        fomoe_use_device(&e->copies, r);
+        for (int k = 0; k < e->used; k++) {
+            if (e->place[k] != i) continue;
+            if (kind == HAS_INPUTS) __atomic_store_n(&record[k], where + e->copies.distance[r], __ATOMIC_RELEASE);
+            signal(e, r, words, k, kind);
+        }
     }
     e->wanted[i].said++;
 }

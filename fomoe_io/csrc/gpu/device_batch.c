@@ -7,11 +7,11 @@
  * launch of a wave costs. */
 enum { LEAST_WAVE = 8 };
 
-void fomoe_device_batch_begin(fomoe_device_experts *e, int tokens, void *compute) {
+void fomoe_device_batch_begin(fomoe_device_experts *e, int tokens, void *const *compute) {
     fomoe_device_begin(e);
     fomoe_device_settle_offers(e);
     e->is_batch = 1;
-    e->copies.lane[FOMOE_LANE_COMPUTE].stream = compute;
+    for (int r = 0; r < e->copies.devices; r++) e->copies.lane[FOMOE_LANE_COMPUTE].stream[r] = compute[r];
     fomoe_residency_tick(e->residency, tokens);
 }
 

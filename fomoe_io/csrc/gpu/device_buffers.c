@@ -104,31 +104,36 @@ int fomoe_device_share_buffers(fomoe_device_experts *e) {
 
 /* ---- copies of experts ---- */
 
-/* The pieces of a copy of an expert: one where host and device lay it out alike. */
-static int pieces_of(const fomoe_device_layer *l, int expert, fomoe_piece *pieces) {
+enum { MOST_COPIES = FOMOE_PARTS * FOMOE_MOST_DEVICES }; /* of an expert */
+
+/* The pieces of a copy of an expert to all devices, each of which has an equal share of every part: one piece where
+ * host and device lay it out alike. */
+static int pieces_of(const fomoe_device_experts *e, int layer, int expert, fomoe_piece *pieces) {
+    const fomoe_device_layer *l = &e->layer[layer];
     const uint32_t *offset = l->part_offset + expert * FOMOE_PARTS;
-    int count = 0;
-    for (int part = 0; part < FOMOE_PARTS; part++) {
-        if (count && offset[part] - l->device_offset[part] == offset[part - 1] - l->device_offset[part - 1]) {
-            fomoe_piece *last = &pieces[count - 1];
-            last->bytes = l->device_offset[part] + l->part_bytes[part] - last->device_offset;
-            continue;
-        }
-        pieces[count++] = (fomoe_piece){offset[part], l->device_offset[part], l->part_bytes[part]};
+    int count = 0, devices = e->copies.devices;
+    for (int i = 0; i < devices * FOMOE_PARTS; i++) {
+        int which = i / FOMOE_PARTS, part = i % FOMOE_PARTS;
+        size_t bytes = l->part_bytes[part] / devices, from = offset[part] + which * bytes, to = l->device_offset[part];
+        fomoe_piece *last = part ? &pieces[count - 1] : NULL;
+        if (last && from - to == last->host_offset - last->device_offset)
+            last->bytes = to + bytes - last->device_offset;
+        else
+            pieces[count++] = (fomoe_piece){from, to, bytes, which};
     }
     return count;
 }
 
 void fomoe_device_send(fomoe_device_experts *e, int layer, int expert, fomoe_buffer *host, fomoe_buffer *device,
                        uint64_t begin, uint64_t end) {
-    fomoe_piece pieces[FOMOE_PARTS];
-    int count = pieces_of(&e->layer[layer], expert, pieces), kept = 0;
+    fomoe_piece pieces[MOST_COPIES];
+    int count = pieces_of(e, layer, expert, pieces), kept = 0;
     for (int i = 0; i < count; i++) {
         fomoe_piece p = pieces[i];
         uint64_t first = p.host_offset > begin ? p.host_offset : begin, last = p.host_offset + p.bytes;
         if (last > end) last = end;
         if (first < last)
-            pieces[kept++] = (fomoe_piece){first, p.device_offset + (first - p.host_offset), last - first};
+            pieces[kept++] = (fomoe_piece){first, p.device_offset + (first - p.host_offset), last - first, p.which};
     }
     if (kept) fomoe_copy(&e->copies, FOMOE_LANE_UP, host, device, pieces, kept);
 }
@@ -144,8 +149,8 @@ static void list_transfer(fomoe_device_experts *e, int layer, int expert, int la
 void fomoe_device_start_transfers(fomoe_device_experts *e) {
     for (int i = 0; i < e->transfer_count; i++) {
         const fomoe_transfer *t = &e->transfers[i];
-        fomoe_piece pieces[FOMOE_PARTS];
-        int count = pieces_of(&e->layer[t->layer], t->expert, pieces);
+        fomoe_piece pieces[MOST_COPIES];
+        int count = pieces_of(e, t->layer, t->expert, pieces);
         assert(t->host->claims > 0 && t->device->claims > 0);
         fomoe_copy(&e->copies, t->lane, t->host, t->device, pieces, count);
         t->host->claims--;
@@ -196,7 +201,7 @@ void fomoe_device_end_rest(fomoe_device_experts *e) {
 }
 
 int fomoe_device_is_in_place(const fomoe_device_experts *e, int layer, int expert) {
-    uint64_t entry = e->layer[layer].table[expert];
+    uint64_t entry = e->layer[layer].words[0].table[expert];
     return !e->is_batch && !e->is_warming && entry > 1 && entry & 1;
 }
 

@@ -10,17 +10,30 @@ int fomoe_device_check(fomoe_device_copies *d, int code, const char *call) {
     return code;
 }
 
-static void **event_of(fomoe_lane *lane, uint64_t ticket) { return &lane->events[ticket % FOMOE_LANE_EVENTS]; }
+void fomoe_use_device(fomoe_device_copies *d, int which) {
+    if (d->devices > 1) fomoe_device_check(d, d->calls.set_device(d->ordinal[which]), "hipSetDevice");
+}
 
-/* Move `done` up to what the device says; events of one stream come in order.  A query that fails says nothing. */
+static void *event_of(fomoe_lane *lane, int device, uint64_t ticket) {
+    return lane->events[device][ticket % FOMOE_LANE_EVENTS];
+}
+
+/* Whether all devices have passed a ticket's events.  A query that fails says nothing. */
+static int is_passed(fomoe_device_copies *d, fomoe_lane *lane, uint64_t ticket) {
+    for (int r = 0; r < d->devices; r++) {
+        fomoe_use_device(d, r);
+        int code = d->calls.event_query(event_of(lane, r, ticket));
+        if (code == d->calls.not_ready || fomoe_device_check(d, code, "hipEventQuery")) return 0;
+    }
+    return 1;
+}
+
+/* Move `done` up to what the devices say; events of one stream come in order. */
 int fomoe_lane_has_done(fomoe_device_copies *d, int which, uint64_t ticket) {
     fomoe_lane *lane = &d->lane[which];
     assert(ticket <= lane->issued && lane->done <= lane->issued);
-    while (lane->done < ticket) {
-        int code = d->calls.event_query(*event_of(lane, lane->done + 1));
-        if (code == d->calls.not_ready || fomoe_device_check(d, code, "hipEventQuery")) return 0;
-        lane->done++;
-    }
+    for (; lane->done < ticket; lane->done++)
+        if (!is_passed(d, lane, lane->done + 1)) return 0;
     return 1;
 }
 
@@ -43,8 +56,11 @@ static int wait_for(fomoe_device_copies *d, int which, uint64_t ticket) {
 
 void fomoe_lane_follow(fomoe_device_copies *d, int which, int other, uint64_t ticket) {
     if (which == other || fomoe_lane_has_done(d, other, ticket) || d->error) return;
-    fomoe_device_check(d, d->calls.stream_wait_event(d->lane[which].stream, *event_of(&d->lane[other], ticket), 0),
-                       "hipStreamWaitEvent");
+    for (int r = 0; r < d->devices; r++) {
+        void *stream = d->lane[which].stream[r], *event = event_of(&d->lane[other], r, ticket);
+        fomoe_use_device(d, r);
+        fomoe_device_check(d, d->calls.stream_wait_event(stream, event, 0), "hipStreamWaitEvent");
+    }
 }
 
 /* An event is used again only when nobody can ask for its last ticket. */
@@ -57,13 +73,16 @@ uint64_t fomoe_lane_mark(fomoe_device_copies *d, int which) {
     fomoe_lane *lane = &d->lane[which];
     if (d->error || !has_event(d, which)) return 0;
     uint64_t ticket = lane->issued + 1;
-    if (fomoe_device_check(d, d->calls.event_record(*event_of(lane, ticket), lane->stream), "hipEventRecord")) return 0;
+    for (int r = 0; r < d->devices; r++) {
+        fomoe_use_device(d, r);
+        if (fomoe_device_check(d, d->calls.event_record(event_of(lane, r, ticket), lane->stream[r]), "hipEventRecord"))
+            return 0;
+    }
     return lane->issued = ticket;
 }
 
 uint64_t fomoe_copy(fomoe_device_copies *d, int which, fomoe_buffer *host, fomoe_buffer *device,
                     const fomoe_piece *piece, int pieces) {
-    void *stream = d->lane[which].stream;
     assert(which < FOMOE_COPY_LANES && host != device);
     if (d->error) return 0;
     for (int other = 0; other < FOMOE_LANES; other++) {
@@ -71,7 +90,10 @@ uint64_t fomoe_copy(fomoe_device_copies *d, int which, fomoe_buffer *host, fomoe
         fomoe_lane_follow(d, which, other, device->touched[other]);
     }
     for (int i = 0; i < pieces; i++, piece++) {
-        uint8_t *h = host->address + piece->host_offset, *g = device->address + piece->device_offset;
+        uint8_t *h = host->address + piece->host_offset;
+        uint8_t *g = device->address + d->distance[piece->which] + piece->device_offset;
+        void *stream = d->lane[which].stream[piece->which];
+        fomoe_use_device(d, piece->which);
         if (which == FOMOE_LANE_UP)
             fomoe_device_check(d, d->calls.memcpy_in(g, h, piece->bytes, stream), "hipMemcpyHtoDAsync");
         else
@@ -99,10 +121,29 @@ int fomoe_buffer_wait(fomoe_device_copies *d, const fomoe_buffer *b) {
 
 void fomoe_lane_wait(fomoe_device_copies *d, int which) { wait_for(d, which, d->lane[which].issued); }
 
-int fomoe_stream_wait(fomoe_device_copies *d, void *stream) {
+int fomoe_streams_query(fomoe_device_copies *d, void *const *stream) {
+    int code = d->calls.not_ready;
+    for (int r = 0; r < d->devices && code == d->calls.not_ready; r++) {
+        fomoe_use_device(d, r);
+        code = d->calls.stream_query(stream[r]);
+    }
+    return code;
+}
+
+static int wait_for_stream(fomoe_device_copies *d, void *stream) {
     fomoe_wait wait = {0};
     int code;
     while ((code = d->calls.stream_query(stream)) == d->calls.not_ready)
         if (!fomoe_look_again(d->patience, &wait)) return FOMOE_STUCK;
     return code ? code : d->calls.stream_synchronize(stream); /* done: this makes what it wrote ours */
+}
+
+int fomoe_streams_wait(fomoe_device_copies *d, void *const *stream) {
+    int first = 0;
+    for (int r = 0; r < d->devices; r++) {
+        fomoe_use_device(d, r);
+        int code = wait_for_stream(d, stream[r]);
+        if (!first) first = code;
+    }
+    return first;
 }

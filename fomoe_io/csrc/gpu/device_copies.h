@@ -1,5 +1,9 @@
 /* Copies between host and device on two streams of their own (up, down), ordered by tickets.
  *
+ * Several devices may each hold a share of what a buffer on the device holds: a copy is then one to or from
+ * each, and its ticket is done when all of them are.  Their buffers are laid out alike, so that a buffer's address is
+ * the first one's, and another's lies at a distance that is the same for all.
+ *
  * A ticket is the number of a copy on its stream.  A buffer remembers the last copies that touched it; whoever wants
  * to overwrite it waits for them: the other stream by an event, the host by asking.  Kernels of a batch are a third
  * lane: a mark behind them is the ticket of every buffer that they read. */
@@ -17,11 +21,13 @@ enum {
     FOMOE_COPY_LANES = 2,
     FOMOE_LANE_COMPUTE = 2, /* the stream of a batch's kernels; copies nothing */
     FOMOE_LANES = 3,
-    FOMOE_LANE_EVENTS = 64
+    FOMOE_LANE_EVENTS = 64,
+    FOMOE_MOST_DEVICES = 8
 };
 
 /* The device's calls, by HIP's names (the CUDA driver's have the same arguments). */
 typedef struct {
+    int (*set_device)(int ordinal); /* of the calling thread */
     int (*memcpy_in)(void *to, const void *from, size_t bytes, void *stream);
     int (*memcpy_out)(void *to, const void *from, size_t bytes, void *stream);
     int (*event_record)(void *event, void *stream);
@@ -51,13 +57,15 @@ typedef struct {
 } fomoe_buffer;
 
 typedef struct {
-    void *stream;
-    void *events[FOMOE_LANE_EVENTS];
+    void *stream[FOMOE_MOST_DEVICES];
+    void *events[FOMOE_MOST_DEVICES][FOMOE_LANE_EVENTS];
     uint64_t issued, done;
 } fomoe_lane;
 
 typedef struct {
     fomoe_device_calls calls;
+    int devices, ordinal[FOMOE_MOST_DEVICES];
+    int64_t distance[FOMOE_MOST_DEVICES]; /* from the first device's address to this one's */
     fomoe_lane lane[FOMOE_LANES];
     uint64_t bytes[FOMOE_COPY_LANES];
     int error; /* the first error code of a call, or FOMOE_STUCK; 0 = none */
@@ -65,17 +73,21 @@ typedef struct {
     fomoe_patience *patience;
 } fomoe_device_copies;
 
-/* One piece of a copy: offsets of the same bytes in the host's and the device's buffer. */
+/* One piece of a copy: offsets of the same bytes in the host's and in a device's buffer. */
 typedef struct {
     size_t host_offset, device_offset, bytes;
+    int which; /* device */
 } fomoe_piece;
 
-/* Start copying; both buffers are taken until the ticket (returned, 0 = an error occurred) is done. */
+/* Calls are for this device from now on; one alone has been made current by the caller. */
+void fomoe_use_device(fomoe_device_copies *, int which);
+/* Start copying, piece after piece; both buffers are taken until the ticket (returned, 0 = an error occurred) is
+ * done. */
 uint64_t fomoe_copy(fomoe_device_copies *, int lane, fomoe_buffer *host, fomoe_buffer *device, const fomoe_piece *,
                     int pieces);
-/* A ticket that is done when all has been done that was given to the lane's stream; 0 = an error occurred. */
+/* A ticket that is done when all has been done that was given to the lane's streams; 0 = an error occurred. */
 uint64_t fomoe_lane_mark(fomoe_device_copies *, int lane);
-/* The lane's stream goes on only after another lane's ticket. */
+/* The lane's streams go on only after another lane's ticket. */
 void fomoe_lane_follow(fomoe_device_copies *, int lane, int other, uint64_t ticket);
 /* Whether a ticket is known to be done. */
 int fomoe_lane_has_done(fomoe_device_copies *, int lane, uint64_t ticket);
@@ -85,8 +97,10 @@ int fomoe_buffer_is_free(fomoe_device_copies *, const fomoe_buffer *);
 int fomoe_buffer_wait(fomoe_device_copies *, const fomoe_buffer *);
 /* Wait until a lane has done everything, or an error has occurred. */
 void fomoe_lane_wait(fomoe_device_copies *, int lane);
-/* Wait until a stream has done everything.  Also after an error; returns this wait's own code. */
-int fomoe_stream_wait(fomoe_device_copies *, void *stream);
+/* Wait until a stream of each device has done everything.  Also after an error; returns this wait's own code. */
+int fomoe_streams_wait(fomoe_device_copies *, void *const *stream);
+/* `not_ready` while a stream of each device is at work; 0 or an error when one no longer is. */
+int fomoe_streams_query(fomoe_device_copies *, void *const *stream);
 /* Remember the first failure; returns code. */
 int fomoe_device_check(fomoe_device_copies *, int code, const char *call);
 

@@ -29,7 +29,7 @@ static int allocate(fomoe_device_experts *e) {
     e->picked = fomoe_own(o, e->used, sizeof *e->picked);
     e->posted = fomoe_own(o, e->used, sizeof *e->posted);
     e->place = fomoe_own(o, e->used, sizeof *e->place);
-    e->signals = fomoe_own(o, 2 * (size_t)e->used, sizeof *e->signals);
+    e->signals = fomoe_own(o, 2 * (size_t)e->used * e->copies.devices, sizeof *e->signals);
     e->pick_weights = fomoe_own(o, e->used, sizeof *e->pick_weights);
     e->wanted = fomoe_own(o, most, sizeof *e->wanted);
     e->ranges = fomoe_own(o, (size_t)most * FOMOE_MOST_PIECES, sizeof *e->ranges);
@@ -50,7 +50,7 @@ fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe
     e->layers = layers, e->used = used, e->classes = classes;
     e->residency = residency, e->reader = reader, e->copies = *copies;
     e->piece_bytes = PIECE_BYTES;
-    e->open_layer = e->guessed_layer = -1;
+    e->open_layer = e->guessed_layer = e->ahead = -1;
     fomoe_offers_start(&e->offers, residency, reader);
     e->layer = fomoe_own(&e->owned, layers, sizeof *e->layer);
     e->class = fomoe_own(&e->owned, classes, sizeof *e->class);
@@ -150,12 +150,11 @@ void fomoe_device_rewrite_table(fomoe_device_experts *e, int layer) {
     for (int id = 0; id < l->experts; id++) {
         int32_t slot;
         int tier = fomoe_residency_find(e->residency, layer, id, &slot);
-        if (tier == FOMOE_TIER_NVME) {
-            l->table[id] = 0;
-            continue;
-        }
-        const fomoe_buffer *b = *fomoe_device_slot(e, layer, tier, slot);
-        l->table[id] = tier == FOMOE_TIER_VRAM ? (uint64_t)(uintptr_t)b->address : dram_entry(e, layer, id, b);
+        const fomoe_buffer *b = tier == FOMOE_TIER_NVME ? NULL : *fomoe_device_slot(e, layer, tier, slot);
+        uint64_t below = tier == FOMOE_TIER_DRAM ? dram_entry(e, layer, id, b) : 0;
+        for (int r = 0; r < e->copies.devices; r++)
+            l->words[r].table[id] =
+                tier == FOMOE_TIER_VRAM ? (uint64_t)(uintptr_t)b->address + e->copies.distance[r] : below;
     }
     e->version[layer]++;
 }
@@ -237,8 +236,8 @@ static void serve(fomoe_device_experts *e, int layer) {
     fomoe_guesses_expire(e, layer);
     fomoe_device_place(e, layer, e->plan.hits);
     fomoe_device_place(e, layer, e->plan.count);
+    e->ahead = next_layer(e, layer);
     fomoe_device_fetch(e, layer);
-    if (!e->error) fomoe_guesses_look(e, next_layer(e, layer), 1);
     if (!e->error) fomoe_device_back_fill(e, layer);
     e->counters.layers++;
     if (e->trace && !e->error) trace(e, layer);
@@ -252,14 +251,15 @@ static void serve(fomoe_device_experts *e, int layer) {
 }
 
 /* Spin until a word of a post is this run's; notice a device that will never write it, and an interrupt. */
-static uint32_t wait_for_word(fomoe_device_experts *e, int layer, const uint64_t *word, uint32_t run, void *compute) {
+static uint32_t wait_for_word(fomoe_device_experts *e, int layer, const uint64_t *word, uint32_t run,
+                              void *const *compute) {
     fomoe_wait wait = {0};
     uint64_t value;
     for (uint32_t spins = 1; (value = __atomic_load_n(word, __ATOMIC_ACQUIRE)) >> 32 != run; spins++) {
         fomoe_guesses_look(e, layer, 1);
         if (spins % SPINS_BETWEEN_REAPS == 0) fomoe_guesses_reap(e);
         if (spins % SPINS_BETWEEN_QUERIES) continue;
-        int code = e->copies.calls.stream_query(compute);
+        int code = fomoe_streams_query(&e->copies, compute);
         /* done, and yet it has said nothing */
         if (!code && __atomic_load_n(word, __ATOMIC_ACQUIRE) >> 32 != run) code = -1;
         if (code && code != e->copies.calls.not_ready)
@@ -271,7 +271,7 @@ static uint32_t wait_for_word(fomoe_device_experts *e, int layer, const uint64_t
     return (uint32_t)value;
 }
 
-static void wait_for_post(fomoe_device_experts *e, int layer, uint32_t run, void *compute) {
+static void wait_for_post(fomoe_device_experts *e, int layer, uint32_t run, void *const *compute) {
     const uint64_t *post = e->layer[layer].post;
     e->misses = (int)wait_for_word(e, layer, post, run, compute);
     fomoe_guesses_look(e, layer, 0);
@@ -286,7 +286,8 @@ static void wait_for_post(fomoe_device_experts *e, int layer, uint32_t run, void
     }
 }
 
-int fomoe_device_experts_serve(fomoe_device_experts *e, uint32_t run, void *compute, volatile uint32_t *stop) {
+int fomoe_device_experts_serve(fomoe_device_experts *e, uint32_t run, void *const *compute,
+                               volatile uint32_t *const *stop) {
     fomoe_device_begin(e);
     e->run = run;
     fomoe_residency_tick(e->residency, 1);
@@ -297,7 +298,7 @@ int fomoe_device_experts_serve(fomoe_device_experts *e, uint32_t run, void *comp
         e->counters.post_stall_ns += fomoe_now_ns() - start;
         if (!e->error) serve(e, layer);
     }
-    if (e->error) *stop = 1;
+    for (int r = 0; e->error && r < e->copies.devices; r++) *stop[r] = 1;
     return e->error;
 }
 

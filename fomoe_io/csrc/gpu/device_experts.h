@@ -14,22 +14,29 @@
 #include "experts/residency.h"
 #include "experts/trace.h"
 
+/* What a device's kernels read of a layer: host memory that it sees. */
+typedef struct {
+    uint64_t *table; /* [experts]: the host's copy of record_of */
+    uint8_t *answer; /* kernels/experts.h, struct answer */
+    uint8_t *answer_on_device; /* the same, as the device sees it */
+} fomoe_device_words;
+
 typedef struct {
     int32_t experts; /* 0: not a layer of experts */
     int32_t size_class;
     const fomoe_extent *extents; /* [experts][FOMOE_PARTS], as in expert_reads.h */
     const int32_t *extent_count;
     const uint32_t *part_offset; /* [experts][FOMOE_PARTS]: in a host slot */
+    /* on a device, where each has its share of every part, and bytes of a whole part */
     uint32_t device_offset[FOMOE_PARTS], part_bytes[FOMOE_PARTS];
     int32_t is_alike; /* the parts of every expert lie on the host as they do on the device, but for where they begin */
-    uint8_t *pool[FOMOE_TIERS]; /* slots of VRAM and of DRAM */
-    uint64_t *table; /* [experts]: the host's copy of record_of */
-    /* host memory that the device writes: misses, experts, weights of the picks; the run in the upper halves */
+    uint8_t *pool[FOMOE_TIERS]; /* slots of VRAM (the first device's) and of DRAM */
+    fomoe_device_words words[FOMOE_MOST_DEVICES];
+    /* host memory that the first device writes: misses, experts, weights of the picks; the run in the upper halves.
+     * All route alike. */
     const uint64_t *post;
     /* lookahead: what the device guesses of the picks, experts with the run in the upper halves; NULL: nothing */
     const uint64_t *guess;
-    uint8_t *answer; /* host memory that the device reads: kernels/experts.h, struct answer */
-    uint8_t *answer_on_device; /* the same, as the device sees it */
 } fomoe_device_layer;
 
 /* Layers whose slots have the same sizes share spare buffers. */
@@ -61,19 +68,21 @@ fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe
                                                const fomoe_device_copies *);
 void fomoe_device_experts_free(fomoe_device_experts *);
 
-/* Serve all layers of one token, run number `run`, whose kernels have been enqueued on `compute`.  0, a negative errno
- * (a read failed), or 1 (a device call failed: see fomoe_device_experts_copies).  After an error *stop is set. */
-int fomoe_device_experts_serve(fomoe_device_experts *, uint32_t run, void *compute, volatile uint32_t *stop);
+/* Serve all layers of one token, run number `run`, whose kernels have been enqueued on each device's `compute`.  0, a
+ * negative errno (a read failed), or 1 (a device call failed: see fomoe_device_experts_copies).  After an error every
+ * device's *stop is set. */
+int fomoe_device_experts_serve(fomoe_device_experts *, uint32_t run, void *const *compute,
+                               volatile uint32_t *const *stop);
 
 /* A tile of a batch (kernels/tile.h): up to FOMOE_TILE_PAIRS pairs (token * used + rank) of one expert. */
 enum { FOMOE_TILE_PAIRS = 16 };
 typedef struct {
-    uint64_t record; /* where the expert lies on the device */
+    uint64_t record; /* where the expert lies on the first device */
     uint32_t first, count; /* its pairs: order[first .. first + count) */
 } fomoe_tile;
 
-/* A batch of so many tokens begins, whose kernels go to the stream `compute`. */
-void fomoe_device_batch_begin(fomoe_device_experts *, int tokens, void *compute);
+/* A batch of so many tokens begins, whose kernels go to each device's stream `compute`. */
+void fomoe_device_batch_begin(fomoe_device_experts *, int tokens, void *const *compute);
 /* Count a layer's picks, [tokens][used], sort its pairs by expert into order, and give experts their places.  weights:
  * those of the picks, for the trace; all three stay as they are until the layer is done.  Returns as serve; after an
  * error the layer is closed. */

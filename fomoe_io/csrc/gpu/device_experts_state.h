@@ -126,8 +126,9 @@ struct fomoe_device_experts {
     int has_read, has_moved; /* has_moved: some were not in VRAM */
 
     /* lookahead: experts that the device guesses of a layer (0: off), spares that may hold such, and do; the last layer
-     * of the run whose guesses have been seen, and those */
-    int ranks, most_staged, staged, guess_count, guessed_layer;
+     * of the run whose guesses have been seen, those, and how many of them have been read or need not be; the layer that
+     * may be read ahead of the one at work (-1: none) */
+    int ranks, most_staged, staged, guess_count, guessed_layer, considered, ahead;
     int32_t *guessed;
     fomoe_guess *guesses;
     fomoe_range *guess_ranges; /* by the tag of a read */
@@ -228,7 +229,8 @@ void fomoe_device_close_layer(fomoe_device_experts *);
 
 /* A run begins: guesses of the last one are nobody's. */
 void fomoe_guesses_forget(fomoe_device_experts *);
-/* See whether the device has guessed this layer, and begin to read what is nowhere, if that may be. */
+/* See whether the device has guessed this layer, and begin to read what is nowhere, as far as there is room; if it may
+ * not be read, nothing of it will be. */
 void fomoe_guesses_look(fomoe_device_experts *, int layer, int may_read);
 /* Count how many of the layer's picks were guessed. */
 void fomoe_guesses_count(fomoe_device_experts *, int layer);

@@ -18,6 +18,7 @@ void fomoe_device_open_layer(fomoe_device_experts *e, int layer) {
     e->open_layer = layer;
     e->placed = e->released = e->unread = 0;
     e->has_read = e->has_moved = 0;
+    e->ahead = -1;
     fomoe_device_end_rest(e); /* the device has got here: it has computed the layer before */
     e->opened_ns = fomoe_now_ns();
 }
@@ -217,12 +218,18 @@ void fomoe_device_lift(fomoe_device_experts *e, int layer) {
     }
 }
 
+/* Once all of the layer at work is asked for, and has the spares that it needs, the drive may go on with the next's. */
+static void look_ahead(fomoe_device_experts *e) {
+    if (e->unread == e->placed && !e->error) fomoe_guesses_look(e, e->ahead, 1);
+}
+
 /* Completions: at once, or after some looks, or after a sleep. */
 static int wait_for_reads(fomoe_device_experts *e, fomoe_completion *done) {
     uint64_t start = fomoe_now_ns(), now = start;
     int count = e->reader->reap(e->reader->self, done, REAP_BATCH, 0);
     /* who must tell a kernel that a copy has come does not sleep before it has */
     while (!count && !e->copies.error && (now - start < SPIN_NS || e->signal_count)) {
+        look_ahead(e);
         sched_yield();
         fomoe_device_pass_on(e);
         count = e->reader->reap(e->reader->self, done, REAP_BATCH, 0);
@@ -274,6 +281,7 @@ void fomoe_device_fetch(fomoe_device_experts *e, int layer) {
         fomoe_device_read_on(e, layer);
         fomoe_device_lift(e, layer);
         fomoe_device_answer(e, layer);
+        look_ahead(e);
         if (!e->in_flight) break;
         fomoe_device_reap(e, layer);
     }

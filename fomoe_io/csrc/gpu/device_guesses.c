@@ -58,13 +58,14 @@ static fomoe_guess *unused(fomoe_device_experts *e) {
     return NULL;
 }
 
-/* Into a spare that nobody needs now, behind all that somebody waits for; an error is whoever wants the expert's. */
-static void read_ahead(fomoe_device_experts *e, int layer, int expert) {
+/* Into a spare that nobody needs now, behind all that somebody waits for; an error is whoever wants the expert's.  0:
+ * there is no room yet. */
+static int read_ahead(fomoe_device_experts *e, int layer, int expert) {
     fomoe_read reads[FOMOE_MOST_PIECES];
     fomoe_guess *g = e->staged < e->most_staged ? unused(e) : NULL;
     fomoe_buffer *landing = g ? fomoe_device_take_host_spare(e, layer, 1) : NULL;
     uint64_t bytes = 0;
-    if (!landing) return;
+    if (!landing) return 0;
     *g = (fomoe_guess){.layer = layer, .expert = expert, .taker = -1, .landing = landing};
     g->pieces =
         fomoe_device_list_reads(e, layer, expert, landing->address, tag_of(e, g, 0), reads, ranges_of(e, g), &bytes);
@@ -72,11 +73,12 @@ static void read_ahead(fomoe_device_experts *e, int layer, int expert) {
     e->staged++;
     if (e->reader->submit(e->reader->self, reads, g->pieces)) {
         give_back(e, g);
-        return;
+        return 1;
     }
     g->left = g->pieces;
     e->counters.nvme_reads++;
     e->counters.prefetches++;
+    return 1;
 }
 
 /* Whether the device has said what it guesses of this layer in the run at work. */
@@ -90,15 +92,22 @@ static int has_guessed(fomoe_device_experts *e, int layer) {
     return 1;
 }
 
-void fomoe_guesses_look(fomoe_device_experts *e, int layer, int may_read) {
+/* 0: it is to be read, and there is no room yet. */
+static int consider(fomoe_device_experts *e, int layer, int expert) {
     int32_t slot;
-    if (layer >= e->layers || e->guessed_layer == layer || !e->layer[layer].guess || !has_guessed(e, layer)) return;
-    e->guessed_layer = layer;
-    for (int k = 0; k < e->ranks && may_read; k++) {
-        int expert = e->guessed[k];
-        if (expert < 0 || expert >= e->layer[layer].experts) continue; /* a device that makes no sense is told later */
-        if (fomoe_residency_find(e->residency, layer, expert, &slot) == FOMOE_TIER_NVME) read_ahead(e, layer, expert);
+    if (expert < 0 || expert >= e->layer[layer].experts) return 1; /* a device that makes no sense is told later */
+    return fomoe_residency_find(e->residency, layer, expert, &slot) != FOMOE_TIER_NVME || read_ahead(e, layer, expert);
+}
+
+void fomoe_guesses_look(fomoe_device_experts *e, int layer, int may_read) {
+    if (layer < 0 || layer >= e->layers || !e->layer[layer].guess) return;
+    if (e->guessed_layer != layer) {
+        if (!has_guessed(e, layer)) return;
+        e->guessed_layer = layer;
+        e->considered = 0;
     }
+    if (!may_read) e->considered = e->ranks;
+    while (e->considered < e->ranks && consider(e, layer, e->guessed[e->considered])) e->considered++;
 }
 
 void fomoe_guesses_count(fomoe_device_experts *e, int layer) {

@@ -1,10 +1,11 @@
 /* A reader at the pace of a drive: passes reads on to another, faster reader, and holds each completion back until a
  * drive of the given bandwidth and latency would have made it.  The bytes are the other reader's; what is modelled is
- * one drive that serves reads in the order in which they were submitted:
+ * one drive behind a read table (read_table.h), which says what waits and what enters the drive, and the drive serves
+ * pieces in the order in which they entered:
  *
- *     done(r) = max(done(r - 1), submitted(r) + latency) + bytes(r) / bandwidth
+ *     done(r) = max(done(r - 1), entered(r) + latency) + bytes(r) / bandwidth
  *
- * so that reads in flight together hide each other's latency, and never each other's bytes. */
+ * so that pieces in flight together hide each other's latency, and never each other's bytes. */
 #ifndef FOMOE_PACED_READER_H
 #define FOMOE_PACED_READER_H
 
@@ -13,13 +14,13 @@
 typedef struct fomoe_paced_reader fomoe_paced_reader;
 
 typedef struct {
-    uint64_t reads, bytes;
-    uint64_t late; /* completions that the other reader made after their time: it is too slow for this pace */
+    uint64_t late; /* completions seen not to be there after their time: the other reader is too slow for this pace */
     uint64_t late_ns; /* by so much, in all */
 } fomoe_paced_counters;
 
-/* bandwidth in bytes a second, > 0.  `inner` must outlive the result.  NULL when memory runs out. */
-fomoe_paced_reader *fomoe_paced_reader_new(fomoe_reader *inner, double bandwidth, uint64_t latency_ns);
+/* bandwidth in bytes a second, > 0; depth: reads in the drive, as the other reader has.  `inner` must outlive the
+ * result.  NULL when memory runs out. */
+fomoe_paced_reader *fomoe_paced_reader_new(fomoe_reader *inner, double bandwidth, uint64_t latency_ns, int depth);
 void fomoe_paced_reader_free(fomoe_paced_reader *);
 void fomoe_paced_reader_table(fomoe_paced_reader *, fomoe_reader *table);
 const fomoe_paced_counters *fomoe_paced_reader_count(const fomoe_paced_reader *);

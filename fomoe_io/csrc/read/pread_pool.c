@@ -25,6 +25,11 @@ struct fomoe_pread_pool {
     worker *workers;
 };
 
+/* Whoever starts a piece wakes the next. */
+static void wake(fomoe_pread_pool *pool, int drive) {
+    if (fomoe_read_table_ready(pool->table, drive)) pthread_cond_signal(&pool->work[drive]);
+}
+
 static void *worker_main(void *argument) {
     worker *w = argument;
     fomoe_pread_pool *pool = w->pool;
@@ -36,6 +41,7 @@ static void *worker_main(void *argument) {
             continue;
         }
         const fomoe_piece *p = fomoe_read_table_piece(pool->table, index);
+        wake(pool, w->drive); /* one answer or one long read may have made room or work for several */
         pthread_mutex_unlock(&pool->mutex);
         int fd = pool->descriptors[p->file];
         uint8_t *target = p->target + p->done;
@@ -45,8 +51,7 @@ static void *worker_main(void *argument) {
         int32_t result = n < 0 ? -errno : (int32_t)n;
         pthread_mutex_lock(&pool->mutex);
         fomoe_read_table_finish(pool->table, index, result);
-        for (int d = 0; d < pool->drives; d++)
-            if (fomoe_read_table_ready(pool->table, d)) pthread_cond_signal(&pool->work[d]);
+        for (int d = 0; d < pool->drives; d++) wake(pool, d);
         if (fomoe_read_table_done(pool->table)) pthread_cond_signal(&pool->finished);
     }
     pthread_mutex_unlock(&pool->mutex);
@@ -95,6 +100,7 @@ static void promote(void *self, uint64_t tag) {
     fomoe_pread_pool *pool = self;
     pthread_mutex_lock(&pool->mutex);
     fomoe_read_table_promote(pool->table, tag);
+    for (int d = 0; d < pool->drives; d++) wake(pool, d); /* a demand need not wait until the drive is nearly empty */
     pthread_mutex_unlock(&pool->mutex);
 }
 

@@ -10,6 +10,11 @@ enum {
     MOST_TRIES = 100,        /* interrupted, refused or empty answers in a row: then it is an error */
     ERRORS_TO_AVOID_A_FILE = 3, /* in a row: its mirror is asked first from then on */
     FIRST_CAPACITY = 256,
+    /* What prefetches may fill a drive up to, demands counted: what is in a drive can't be called back, and a demand
+     * that comes next waits for it.  1.2 MB keep a drive of 14.5 GB/s and 80 us busy; the rest is for the 200 us in
+     * which nobody may have looked. */
+    PREFETCH_BYTES = 4 << 20,
+    PREFETCH_PIECE_BYTES = PREFETCH_BYTES / 4, /* so that what is left when one is back keeps the drive busy */
 };
 
 typedef struct {
@@ -29,6 +34,7 @@ typedef struct {
     queue waiting[2]; /* operations with bytes to issue: demands, prefetches */
     queue again;      /* pieces that were cut short or moved here from a mirror */
     int in_flight;
+    uint64_t in_flight_bytes;
     uint64_t outstanding_bytes; /* of operations sent here */
 } drive_state;
 
@@ -198,14 +204,19 @@ int fomoe_read_table_submit(fomoe_read_table *t, const fomoe_read *reads, int co
 
 /* ---- pieces start ---- */
 
+static uint32_t next_bytes(const fomoe_read_table *t, const operation *o) {
+    uint32_t most = t->options.piece_bytes, left = o->asked - o->issued;
+    if (o->priority && (!most || most > PREFETCH_PIECE_BYTES)) most = PREFETCH_PIECE_BYTES;
+    return most && left > most ? most : left;
+}
+
 /* The next piece of the read at the head of a queue; the read leaves the queue with its last piece. */
 static int32_t cut(fomoe_read_table *t, queue *q) {
     int32_t index = t->free_pieces;
     operation *o = &t->operations[q->first];
     fomoe_piece *p = &t->pieces[index];
-    uint32_t most = t->options.piece_bytes, asked = o->asked - o->issued, wanted = o->wanted - o->issued;
+    uint32_t asked = next_bytes(t, o), wanted = o->wanted - o->issued;
     t->free_pieces = p->next;
-    if (most && asked > most) asked = most;
     if (wanted > asked) wanted = asked;
     *p = (fomoe_piece){.offset = o->offset + o->issued,
                        .target = o->target + o->issued,
@@ -220,23 +231,29 @@ static int32_t cut(fomoe_read_table *t, queue *q) {
     return index;
 }
 
-int32_t fomoe_read_table_start(fomoe_read_table *t, int drive) {
-    drive_state *d = &t->drives[drive];
-    if (d->in_flight == t->options.depth) return NONE;
-    int32_t piece = pop(t, piece_link, &d->again);
-    for (int priority = 0; priority < 2 && piece < 0; priority++)
-        if (d->waiting[priority].first >= 0 && t->free_pieces >= 0) piece = cut(t, &d->waiting[priority]);
-    if (piece < 0) return NONE;
-    d->in_flight++;
-    t->in_flight++;
-    return piece;
+/* Whether a prefetch is next on a drive, and may start. */
+static int may_prefetch(const fomoe_read_table *t, const drive_state *d) {
+    int32_t next = d->waiting[1].first;
+    if (next < 0 || d->waiting[0].first >= 0) return 0;
+    return !d->in_flight || d->in_flight_bytes + next_bytes(t, &t->operations[next]) <= PREFETCH_BYTES;
 }
 
 int fomoe_read_table_ready(const fomoe_read_table *t, int drive) {
     const drive_state *d = &t->drives[drive];
     if (d->in_flight == t->options.depth) return 0;
-    int waiting = d->waiting[0].first >= 0 || d->waiting[1].first >= 0;
-    return d->again.first >= 0 || (waiting && t->free_pieces >= 0);
+    return d->again.first >= 0 || (t->free_pieces >= 0 && (d->waiting[0].first >= 0 || may_prefetch(t, d)));
+}
+
+int32_t fomoe_read_table_start(fomoe_read_table *t, int drive) {
+    drive_state *d = &t->drives[drive];
+    if (!fomoe_read_table_ready(t, drive)) return NONE;
+    int32_t index = pop(t, piece_link, &d->again);
+    if (index < 0) index = cut(t, &d->waiting[d->waiting[0].first < 0]);
+    const fomoe_piece *p = &t->pieces[index];
+    d->in_flight_bytes += p->asked - p->done;
+    d->in_flight++;
+    t->in_flight++;
+    return index;
 }
 
 fomoe_piece *fomoe_read_table_piece(fomoe_read_table *t, int32_t piece) { return &t->pieces[piece]; }
@@ -284,8 +301,10 @@ static int fail_over(fomoe_read_table *t, fomoe_piece *p) {
 void fomoe_read_table_finish(fomoe_read_table *t, int32_t index, int32_t result) {
     fomoe_piece *p = &t->pieces[index];
     operation *o = &t->operations[p->operation];
+    drive_state *d = &t->drives[t->drive[p->file]];
     int32_t owner = p->operation, error = 0;
-    t->drives[t->drive[p->file]].in_flight--;
+    d->in_flight_bytes -= p->asked - p->done;
+    d->in_flight--;
     t->in_flight--;
     if (result > 0) {
         t->counters.bytes += result;
@@ -359,12 +378,13 @@ void fomoe_read_table_promote(fomoe_read_table *t, uint64_t tag) {
     push(t, operation_link, &d->waiting[0], index);
 }
 
-void fomoe_read_table_cancel(fomoe_read_table *t, uint64_t tag) {
+int fomoe_read_table_cancel(fomoe_read_table *t, uint64_t tag) {
     int32_t index = find_waiting(t, tag, 1);
     if (index < 0) index = find_waiting(t, tag, 0);
-    if (index < 0) return;
+    if (index < 0) return 0;
     give_up(t, index, -ECANCELED);
     close_operation(t, index);
+    return 1;
 }
 
 /* ---- counts ---- */

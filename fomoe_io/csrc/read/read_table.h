@@ -47,7 +47,8 @@ void fomoe_read_table_free(fomoe_read_table *);
 int fomoe_read_table_submit(fomoe_read_table *, const fomoe_read *reads, int count);
 int fomoe_read_table_collect(fomoe_read_table *, fomoe_completion *completions, int max);
 void fomoe_read_table_promote(fomoe_read_table *, uint64_t tag);
-void fomoe_read_table_cancel(fomoe_read_table *, uint64_t tag);
+/* Whether something of it waited, and will not be read. */
+int fomoe_read_table_cancel(fomoe_read_table *, uint64_t tag);
 
 /* The next piece to start on a drive, which then is in flight; -1: nothing waits, or the drive is at its depth. */
 int32_t fomoe_read_table_start(fomoe_read_table *, int drive);

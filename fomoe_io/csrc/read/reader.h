@@ -10,7 +10,8 @@
 
 /* One read.  offset, bytes and target are multiples of the reader's alignment (4096).  A range that
  * passes the end of the file, as the file was when it was opened, is complete when the file's last
- * byte has been delivered.  priority: 0 = demand, 1 = prefetch (submitted only when no demand waits). */
+ * byte has been delivered.  priority: 0 = demand, 1 = prefetch (started only when no demand waits, and
+ * not beyond what keeps the drive busy). */
 typedef struct {
     uint64_t tag;    /* returned with the completion; chosen by the caller, unique while in flight */
     uint64_t offset; /* in the file */
@@ -35,7 +36,7 @@ typedef struct {
     /* Collect up to max completions, waiting until there is at least one when wait != 0 and something
      * is in flight.  Returns their number (0: nothing was in flight, or nothing ready), or a negative errno. */
     int (*reap)(void *self, fomoe_completion *completions, int max, int wait);
-    /* Turn a waiting prefetch into a demand; unknown tags are ignored. */
+    /* Turn a prefetch, or what waits of it, into a demand; unknown tags are ignored. */
     void (*promote)(void *self, uint64_t tag);
     /* Ask for a read to be dropped.  Its completion still arrives (error 0 or -ECANCELED): the target
      * stays in use until then. */

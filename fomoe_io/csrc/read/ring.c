@@ -142,6 +142,7 @@ static int wait_for(void *self, int milliseconds) {
 static void promote(void *self, uint64_t tag) {
     fomoe_ring *r = self;
     fomoe_read_table_promote(r->table, tag);
+    fill(r); /* a demand need not wait until the drive is nearly empty */
 }
 
 static void cancel(void *self, uint64_t tag) {

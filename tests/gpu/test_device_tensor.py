@@ -1,0 +1,89 @@
+"""Several devices compute every layer together (logical ones, on a double): the bits are one device's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fomoe_io import Engine, Tiers
+from fomoe_io.experts.car import CarRule
+from fomoe_io.gpu import device, exchange
+from tests.fake_hip.build import Fake, installed_fake
+from tests.gpu.test_device_chain import read
+from tests.gpu.test_device_engine import TOKENS, settings
+from tests.tiny_model import Tiny, Type, write_tiny
+
+TWO: dict[str, Any] = {"device": "hip:0,0", "split_mode": "tensor"}
+MIXED = Tiny(
+    layers=4, columns=512, heads=4, kv_heads=2, head_columns=64, rotated=32, key_heads=2, value_heads=4,
+    state_columns=64, experts=8, used=3, hidden=256, shared_hidden=256, weights=Type.Q4_K, down=Type.Q6_K,
+)  # fmt: skip
+PLAIN = Tiny(architecture="qwen3moe", layers=3, columns=256, heads=4, kv_heads=2, head_columns=64, experts=16, used=4,
+    hidden=128, shared_hidden=0, rotated=64, weights=Type.F16)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
+    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=10) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a product costs it is divided: so small ones would not be."""
+    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
+    monkeypatch.setattr(exchange, "LEAST_BYTES", 0)
+    monkeypatch.setattr(exchange, "LEAST_ROWS", 0)
+    misuses = fake.misuses()
+    yield
+    fake.fail("", 0)
+    fake.release()
+    assert fake.misuses() == misuses
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    shapes = {"mixed": MIXED, "plain": PLAIN}
+    return {name: write_tiny(folder / f"{name}.gguf", shape, seed=3) for name, shape in shapes.items()}
+
+
+def decoded(path: Path, **how: Any) -> tuple[bytes, dict[str, Any]]:
+    with Engine.open(path, settings(batch_tokens=1, **how)) as engine:
+        session = engine.session()
+        return np.stack([session.decode(int(token)).copy() for token in TOKENS]).tobytes(), engine.statistics()
+
+
+@pytest.mark.parametrize("name", ["mixed", "plain"])
+@pytest.mark.parametrize("how", [{}, {"tiers": Tiers(0.5, 0.25)}], ids=["whole", "tight"])
+def test_tokens(models: dict[str, Path], name: str, how: dict[str, Any]) -> None:
+    expected, counted = decoded(models[name], **how)
+    found, said = decoded(models[name], **how, **TWO)
+    assert found == expected
+    assert said["split"] == {"mode": "tensor", "devices": 2}
+    for key in ("expert_requests", "evictions", "promotions", "demotions"):
+        assert said[key] == counted[key]
+
+
+@pytest.mark.parametrize("devices", ["hip:0,0", "hip:0,0,0,0"])
+def test_whatever_else_is_asked_for(models: dict[str, Path], devices: str) -> None:
+    how = {"tiers": Tiers(0.25, 0.25), "car": CarRule.parse("ratio:0.5,backfill=1"), "lookahead": "on", "kv_type": "f16"}
+    expected, counted = decoded(models["plain"], **how)
+    found, said = decoded(models["plain"], **how, **TWO | {"device": devices})
+    assert found == expected and said["substitutions"] == counted["substitutions"] > 0
+    assert said["prefetch"]["issued"] > 0
+
+
+@pytest.mark.parametrize("name", ["mixed", "plain"])
+@pytest.mark.parametrize(
+    "how", [{}, {"tiers": Tiers(0.5, 0.25)}, {"tiers": Tiers(0.25, 0.25), "batch_tokens": 3}], ids=["whole", "tight", "3"]
+)
+def test_prompts_and_sessions(models: dict[str, Path], name: str, how: dict[str, Any]) -> None:
+    expected, counted = read(models[name], **how)
+    found, said = read(models[name], **how, **TWO)
+    assert found == expected
+    assert said["expert_requests"] == counted["expert_requests"] and said["evictions"] == counted["evictions"]
