@@ -282,6 +282,7 @@ def test_every_row_is_made_once(tmp_path: Path, count: int) -> None:
             assert not rows
     assert divided >= 5 * len(model.experts)
     gathers = [[s for s in d.token.launches(1) if s.kernel.startswith("gather")] for d in devices]
+    assert any(spec.beside for spec in whole) and not any(spec.beside for specs in gathers for spec in specs)
     place = 0
     for same in zip(*gathers, strict=True):
         assert len({s.kernel for s in same}) == 1
@@ -296,11 +297,10 @@ def test_every_row_is_made_once(tmp_path: Path, count: int) -> None:
 
 
 def test_small_products_are_made_by_each_device(tmp_path: Path) -> None:
-    """Two exchanges a layer, of its experts; none runs beside."""
+    """Two exchanges a layer, of its experts."""
     model = check_model(Store.open(write_tiny(tmp_path / "model.gguf", tiny(weights=Type.Q4_K), seed=5)))
     specs = recorded(model, Share(0, 2)).token.launches(1)
     assert [s.kernel for s in specs if s.kernel.startswith("gather")] == ["gather_hidden", "gather_floats"] * 4
-    assert not any(s.beside for s in specs if s.kernel.startswith("gather"))
     assert not any(s.kernel.startswith("gather") for s in recorded(model, Share()).token.launches(1))
     assert recorded(model, Share()).exchange_bytes == 0
 
