@@ -115,12 +115,19 @@ def link_rates(device: str, record: int) -> tuple[float, float]:
     return rates[0], rates[1]
 
 
+def kernel_tuning(text: str) -> tuple[str, int]:
+    """NAME=VALUE of the kernels' tuning.h."""
+    name, _, value = text.partition("=")
+    return name, int(value)
+
+
 def asked_for(options: argparse.Namespace, of: type) -> dict[str, Any]:
     """Fields of a configuration that the command line sets, and that this checkout's has: a baseline's may not."""
     asked = {
         "piece_bytes": options.piece,
         "reads_in_place": options.in_place or None,
         "split_mode": options.sm,
+        "kernel_tuning": tuple(options.kernel) or None,
     }
     known = {field.name for field in dataclasses.fields(of)}
     return {name: value for name, value in asked.items() if value is not None and name in known}
@@ -273,6 +280,8 @@ def main() -> None:
     parser.add_argument("--tiers", default="vram=10%,dram=7%")
     parser.add_argument("--piece", type=parse_bytes, help="bytes of a read of an expert, sent up as it lands")
     parser.add_argument("--in-place", action="store_true", help="kernels read experts of DRAM where they lie")
+    parser.add_argument("--kernel", type=kernel_tuning, action="append", default=[], metavar="NAME=VALUE",
+        help="of fomoe_io/gpu/kernels/tuning.h; may be repeated")  # fmt: skip
     parser.add_argument("--car", default="on", help="the rule of the second run (default: %(default)s)")
     parser.add_argument("--lookahead", nargs="*", choices=("on", "auto"), default=[],
         help="runs with it beside those without")  # fmt: skip

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from box import drive_rate, link_rates
+from box import drive_rate, kernel_tuning, link_rates
 
 from fomoe_io import Engine, EngineConfig
 from fomoe_io.backend import Batch, Span
@@ -147,6 +147,8 @@ def main() -> None:
     parser.add_argument("--in-place", action="store_true", help="kernels read experts of DRAM where they lie")
     parser.add_argument("--signals", choices=("stream", "host"), help="who tells a waiting kernel that a copy has come")
     parser.add_argument("--piece", type=parse_bytes, help="bytes of a read of an expert, sent up as it lands (2M)")
+    parser.add_argument("--kernel", type=kernel_tuning, action="append", default=[], metavar="NAME=VALUE",
+        help="of fomoe_io/gpu/kernels/tuning.h, such as PREFETCH_BYTES=8192; may be repeated")  # fmt: skip
     parser.add_argument("--reader", default="auto", help="pread overlaps on tmpfs, io_uring does not")
     parser.add_argument("--pace", type=Pace.parse, help="of a drive that is not at hand, such as 14.5G,80us")
     parser.add_argument("--lookahead", choices=("off", "on", "auto"), default="off")
@@ -172,6 +174,7 @@ def main() -> None:
             reads_in_place=options.in_place,
             signals_by_stream=None if options.signals is None else options.signals == "stream",
             piece_bytes=options.piece or None,
+            kernel_tuning=tuple(options.kernel),
         ),
     )
     with Engine.open(options.model, config) as engine:
@@ -199,6 +202,7 @@ def measure(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     layer_bytes = (nbytes["dense"] + nbytes["experts"] + nbytes["state"]) / s.layers
     result = {
         "device": str(gpu), "driver": gpu.driver(), "model": engine.model_name, "layers": s.layers,
+        "kernel_tuning": dict(options.kernel),
         "slots": {"vram": int(engine.budgets.slots[0][0]), "dram": int(engine.budgets.slots[0][1])},
         "read_bandwidth_gb_s": bandwidth / 1e9, "token_bytes": nbytes,
         "token_ms": {"median": statistics.median(times) * 1e3, "mean": statistics.mean(times) * 1e3,

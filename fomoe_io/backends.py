@@ -18,7 +18,7 @@ def open_backend(opened: OpenModel) -> Backend:
     if opened.config.device != "cpu":
         from fomoe_io.gpu import device  # a machine without a GPU never gets here
 
-        gpus = device.open_gpus(opened.config.device)
+        gpus = device.open_gpus(opened.config.device, dict(opened.config.tuning.kernel_tuning))
         if len(gpus) > 1 and opened.config.split_mode != "tensor":
             from fomoe_io.gpu.chain import ChainBackend
 

@@ -92,6 +92,8 @@ class Tuning:
     piece_bytes : int or None
         Reads of experts are cut into pieces of about so many bytes, each sent to the device as it lands; None: csrc/gpu
         knows.
+    kernel_tuning : tuple of (str, int)
+        Overrides of gpu/kernels/tuning.h, of what the host need not know.
     """
 
     branches: int | None = None
@@ -100,6 +102,7 @@ class Tuning:
     reads_in_place: bool = False
     signals_by_stream: bool | None = None
     piece_bytes: int | None = None
+    kernel_tuning: tuple[tuple[str, int], ...] = ()
 
 
 MOST_LOOKAHEAD = 16

@@ -16,7 +16,7 @@ import numpy as np
 from fomoe_io import _hip
 from fomoe_io._blaslt import Product
 from fomoe_io._hip import Buffer, Event, Graph, Launch, Registration, Stream
-from fomoe_io.errors import DeviceError
+from fomoe_io.errors import DeviceError, UsageError
 from fomoe_io.gpu import compiler, kernels
 
 T = TypeVar("T")
@@ -182,24 +182,33 @@ def all_devices() -> list[DeviceInfo]:
     return found or list_devices("auto")  # whose error says why
 
 
-def open_gpus(name: str) -> list[Gpu]:
+def open_gpus(name: str, tuning: Mapping[str, int] | None = None) -> list[Gpu]:
     """The devices that ``hip``, ``cuda``, ``auto``, ``hip:1`` or ``hip:0,1`` means; none when ``auto`` finds none.
+
+    `tuning` overrides ``gpu/kernels/tuning.h`` as far as that shapes no grid.
 
     Raises
     ------
     DeviceError
         A device was asked for by its API and there is none, or the one found does not work.
+    UsageError
+        Overrides of what is not there, or shapes grids, which recordings take from ``tuning.h``.
     """
+    if wrong := set(tuning or {}) - kernels.FREE_TUNING:
+        raise UsageError(
+            f"{sorted(wrong)[0]!r} is nothing of the kernels that can be tuned here",
+            hint=", ".join(sorted(kernels.FREE_TUNING)),
+        )
     kind, _, numbers = name.partition(":")
     if numbers:
-        return [Gpu(f"{kind}:{number}") for number in numbers.split(",")]
+        return [Gpu(f"{kind}:{number}", tuning) for number in numbers.split(",")]
     try:
         find_device(name)
     except DeviceError:
         if name == "auto":
             return []
         raise
-    return [Gpu(name)]
+    return [Gpu(name, tuning)]
 
 
 @dataclass(frozen=True, slots=True)

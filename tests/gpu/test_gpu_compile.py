@@ -60,15 +60,18 @@ def test_amd_code_object_with_packages_alone(tmp_path: Path) -> None:
     assert linked.read_bytes()[:4] == b"\x7fELF"
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_cuda_cubin(architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "tuning"),
+    [("sm_80", {}), ("sm_90", {}), pytest.param("sm_90", {"PREFETCH_BYTES": 8192}, marks=pytest.mark.slow)],
+)
+def test_cuda_cubin(architecture: str, tuning: dict[str, int]) -> None:
     try:
         compiler.open_compiler("cuda")
     except DeviceError as problem:
         pytest.skip(problem.message)
     files = kernels.sources()
     headers = {name: text for name, text in files.items() if name != kernels.MAIN_SOURCE}
-    flags = [*compiler.options(architecture), "--ptxas-options=-v"]
+    flags = [*compiler.options(architecture, tuning), "--ptxas-options=-v"]
     image, log = _hip.compile_source(
         files[kernels.MAIN_SOURCE].encode(),
         kernels.MAIN_SOURCE.encode(),

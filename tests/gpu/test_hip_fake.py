@@ -19,7 +19,7 @@ import pytest
 
 from fomoe_io import _hip
 from fomoe_io._hip import Buffer, Launch, Stream
-from fomoe_io.errors import DeviceError
+from fomoe_io.errors import DeviceError, UsageError
 from fomoe_io.gpu import compiler, device, kernels
 from fomoe_io.gpu.device import Gpu, Step
 from tests.fake_hip.build import KINDS, Fake, installed_fake
@@ -250,6 +250,20 @@ def test_two_devices(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = [Gpu(f"hip:{i}") for i in range(2)]
     assert [g.info.ordinal for g in gpus] == [0, 1]
     assert len(device.list_devices("hip")) == 2
+
+
+def test_kernels_are_tuned(provider: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By what shapes no grid: the compiler hears of it."""
+    monkeypatch.setenv("FOMOE_CACHE", str(tmp_path))
+    asked: list[object] = []
+    real = compiler.compile_kernels
+    monkeypatch.setattr(compiler, "compile_kernels", lambda *a: asked.append(a[1]) or real(*a))
+    device.open_gpus("hip", {"PREFETCH_BYTES": 64})
+    device.open_gpus("hip")
+    assert asked == [{"PREFETCH_BYTES": 64}, None]
+    for name in ("MAT_VEC_ROWS", "PREFETCH"):
+        with pytest.raises(UsageError, match=f"'{name}' is nothing of the kernels"):
+            device.open_gpus("hip", {name: 4})
 
 
 def test_waiting_does_not_hold_the_gil(gpu: Gpu) -> None:

@@ -52,6 +52,8 @@ def _read_tuning() -> dict[str, int]:
 
 
 TUNING = _read_tuning()
+FREE_TUNING = set(TUNING) - {"MAT_VEC_ROWS", "MAT_VEC_WARPS", "DOWN_WARPS", "DOWN_ROWS"}
+"""What shapes no grid: a launch is recorded without knowing it."""
 
 
 def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:

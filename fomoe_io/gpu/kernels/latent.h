@@ -226,7 +226,6 @@ DEVICE void multiply_heads(const u8 *weights, const u8 *x, float *y, int heads, 
 #define HEADS_KERNELS(type)                                                                                           \
     RESIDENT_KERNEL(32 * MAT_VEC_WARPS, 6, heads_mat_vec_##type)                                                      \
     (const u8 *weights, const u8 *x, float *y, int heads, int rows, int columns, int split) {                         \
-        start_kernel();                                                                                               \
         mat_vec<type, type::is_quantized ? MAT_VEC_ROWS : 1, 1>(head_matrix<type>(weights, block_y(), rows, columns), \
                                                                 x, y, rows, columns, heads, split, block_x());        \
     }                                                                                                                 \

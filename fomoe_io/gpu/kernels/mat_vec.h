@@ -31,13 +31,18 @@ DEVICE void dot_rows(const u8 *const (&rows)[ROWS], const u8 *x, const u32 (&tok
 }
 
 // x: [tokens] Q8 rows (quantized weights) or float rows; y: [tokens][rows].  `split` warps (a divisor of MAT_VEC_WARPS)
-// share the columns of a row, so that few or long rows still fill the device.
+// share the columns of a row, so that few or long rows still fill the device.  It starts the kernel: the weights are
+// constants of the model, so a warp asks for its rows while the kernel ahead makes x.
 template <class T, int ROWS, int TOKENS>
 DEVICE void mat_vec(const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens, int split, int block) {
     __shared__ float parts[MAT_VEC_WARPS][ROWS][TOKENS];
     const int part = warp_index() % split, first = block_y() * TOKENS;
     const int row = (block * (MAT_VEC_WARPS / split) + warp_index() / split) * ROWS;
     const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
+    if (PREFETCH_BYTES && part == 0 && lane_index() < ROWS && row + lane_index() < rows)
+        prefetch(weights + (u64)(row + lane_index()) * row_bytes,
+                 row_bytes < PREFETCH_BYTES ? row_bytes : PREFETCH_BYTES);
+    start_kernel();
     const u64 x_bytes = activation_row_bytes<T>(columns);
     const u8 *row_data[ROWS];
     u32 token[TOKENS];
@@ -107,7 +112,6 @@ template <class T> DEVICE void expand(const u8 *weights, const int *ids, float *
 #define MAT_VEC_KERNELS(type)                                                                                       \
     KERNEL(32 * MAT_VEC_WARPS, mat_vec_##type)                                                                      \
     (const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens, int split) {                      \
-        start_kernel();                                                                                             \
         mat_vec<type, type::is_quantized ? MAT_VEC_ROWS : 1, 1>(weights, x, y, rows, columns, tokens, split,        \
                                                                 block_x());                                         \
     }                                                                                                               \
@@ -115,7 +119,6 @@ template <class T> DEVICE void expand(const u8 *weights, const int *ids, float *
     KERNEL(32 * MAT_VEC_WARPS, mat_vec_many_##type)                                                                 \
     (const u8 *w0, const u8 *w1, const u8 *w2, const u8 *w3, float *y0, float *y1, float *y2, float *y3, int rows0, \
      int rows1, int rows2, int rows3, const u8 *x, int columns, int tokens, int split) {                            \
-        start_kernel();                                                                                             \
         mat_vec_many<type, type::is_quantized ? MAT_VEC_ROWS : 1>(                                                  \
             {w0, w1, w2, w3}, {y0, y1, y2, y3}, {rows0, rows1, rows2, rows3}, x, columns, tokens, split);           \
     }                                                                                                               \

@@ -211,13 +211,24 @@ struct arriving {
     static DEVICE_MEMBER u8 word1(const void *p) { return system_load1(p); }
 };
 
-// The first statement of every kernel.  A chained launch (NVIDIA from sm_90 on: programmatic dependent launch) may be
-// started while the kernel before it still runs: wait until that one has finished and its writes are seen, then let the
-// next be started, so that no more than one waits.
+// The first statement of every kernel, but for what reads nothing that a kernel writes.  A chained launch (NVIDIA from
+// sm_90 on: programmatic dependent launch) may be started while the kernel before it still runs: wait until that one has
+// finished and its writes are seen, then let the next be started, so that no more than one waits.
 DEVICE void start_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Ask for bytes that no kernel writes into the last cache; before start_kernel(), which is when there is time for it.
+DEVICE void prefetch(const u8 *begin, u64 bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const u64 first = ((u64)begin + 15) & ~15ull, end = ((u64)begin + bytes) & ~15ull;
+    if (first < end)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(first), "r"((u32)(end - first)) : "memory");
+#else
+    (void)begin, (void)bytes;
 #endif
 }
 

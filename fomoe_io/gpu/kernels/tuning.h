@@ -10,6 +10,12 @@
 #define MAT_VEC_WARPS 4
 #endif
 
+// mat_vec: bytes of each row that a chained launch asks into the last cache before the kernel ahead has finished (NVIDIA
+// from sm_90 on); 0: none.
+#ifndef PREFETCH_BYTES
+#define PREFETCH_BYTES 0
+#endif
+
 // experts_gate_up: warps of a block, which makes 32 values; (gate, up) row pairs that a warp reads at once; blocks that
 // a multiprocessor must hold (NVIDIA).
 #ifndef GATE_UP_WARPS
