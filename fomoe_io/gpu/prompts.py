@@ -271,8 +271,10 @@ class PromptRunner:
             waves.append(Wave(inputs + place, inputs + self._inputs.order, count))
             self._run(device, step.gate_up(waves[-1]))
         if len(steps) > 1:
-            self._exchange([step.leave(w) for step, w in zip(steps, waves, strict=True)],
-                           [step.fetch(w) for step, w in zip(steps, waves, strict=True)])
+            self._exchange(
+                [step.leave(w) for step, w in zip(steps, waves, strict=True)],
+                [step.fetch(w) for step, w in zip(steps, waves, strict=True)],
+            )
         for device, step, wave in zip(self._devices, steps, waves, strict=True):
             self._run(device, step.down(wave))
 
