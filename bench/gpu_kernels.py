@@ -134,7 +134,7 @@ class Bench:
             table = self.gpu.upload((self.pool.pointer + chosen * record.nbytes).astype(np.uint64))
             first = self.gpu.prepare(
                 f"experts_gate_up_{gate_type}", kernels.gate_up_grid(FF, picks),
-                table, 0, gate_bytes, x, hidden, None, FF, D_MODEL, picks, None, 0,
+                table, None, None, None, None, 0, gate_bytes, x, hidden, None, FF, D_MODEL, picks, None, 0, 1,
             )  # fmt: skip
             second = self.gpu.prepare(
                 f"experts_down_{down_type}", kernels.down_grid(D_MODEL, 1, self.tuning),

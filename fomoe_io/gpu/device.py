@@ -340,7 +340,10 @@ class Gpu:
         before that one has finished; the kernels themselves wait.  Results are the same.
         """
         stream = stream or self.stream
-        beside, forked, joined = self.new_stream(), self.event(), self.event()
+        # Blocks of the first branch may wait for the host, on every processor of a small device: the second's go first.
+        # HIP's urgent streams share queues with copies, which must not wait for a graph.
+        beside = self.new_stream(is_urgent=self.info.provider == "cuda")
+        forked, joined = self.event(), self.event()
         is_open, last = False, {False: False, True: False}  # last: whether the branch's last step was a launch of ours
         stream.begin_capture()
         try:

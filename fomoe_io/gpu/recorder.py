@@ -394,36 +394,35 @@ class DeviceRecorder(LatentRecorder):
         return q8, floats
 
     def experts_begin(self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int]) -> None:
-        """Gate and up of the picks that are on the device."""
-        rows = x.forms[self._expert_inputs[picks.layer][0]]
-        self._gate_and_up("", picks, [self._records(picks.router.used)], rows, op)
+        """Nothing: the launch that computes what is on the device waits for the rest, too."""
 
-    def _gate_and_up(
-        self, kind: str, picks: Picks[int, DeviceRows], where: list[Any], x: DeviceRows, op: Experts[int]
-    ) -> None:
-        e, hidden, used = self._experts[picks.layer], self.hidden, picks.router.used
+    def _gate_and_up(self, picks: Picks[int, DeviceRows], x: DeviceRows, op: Experts[int]) -> tuple[int, int | None]:
+        """Of all picks, as they come; the launch awaits the rest of them, too, where nothing is to be done before."""
+        e, hidden, used, mail = self._experts[picks.layer], self.hidden, picks.router.used, self._mailbox
         (q8, floats), own = self._hidden(e, used, hidden), self.exchange.share.of(hidden)
+        late, records = self._late(used), self._records(used)
+        exchanged = self.exchange.hidden(q8, floats, hidden, used)
         self._add(
-            f"experts_gate_up_{kind}{e.gate_kernel}", kernels.gate_up_grid(length(own), used), *where,
-            e.device_offset[0], e.device_offset[1], x.address, q8, floats, hidden, x.columns, used,
-            self._expert_form(picks, op), own.start,
+            f"experts_gate_up_{e.gate_kernel}", kernels.gate_up_grid(length(own), used), records, late, e.answer,
+            mail.run, mail.stop, e.device_offset[0], e.device_offset[1], x.address, q8, floats, hidden, x.columns, used,
+            self._expert_form(picks, op), own.start, int(not exchanged),
         )  # fmt: skip
+        if exchanged:  # while down is read
+            self.body.extend(exchanged)
+            misses = self.memory.words("misses", 4)
+            self._add("wait_for_misses", (1, 1, 1), misses, records, e.answer, mail.run, mail.stop, late, used)
+        return q8, floats
 
     def experts_end(
         self, picks: Picks[int, DeviceRows], x: Activation[DeviceRows], op: Experts[int], output: DeviceRows,
         shared: DeviceRows | None, shared_gate: DeviceRows | None,
     ) -> None:  # fmt: skip
-        """Gate and up of the others as they come, if there are any; then the sum, which the next norm adds."""
-        rows, used, hidden = x.forms[self._expert_inputs[picks.layer][0]], picks.router.used, self.hidden
-        e, mail, late, records = self._experts[picks.layer], self._mailbox, self._late(used), self._records(used)
-        self._gate_and_up("late_", picks, [records, late, e.answer, mail.run, mail.stop], rows, op)
-        q8, floats = self._hidden(e, used, hidden)
-        self.body.extend(self.exchange.hidden(q8, floats, hidden, used))  # while down is read
-        misses = self.memory.words("misses", 4)
-        self._add("wait_for_misses", (1, 1, 1), misses, records, e.answer, mail.run, mail.stop, late, used)
+        """Gate and up, of what is not here as it comes; then the sum, which the next norm adds."""
+        e, used, hidden = self._experts[picks.layer], picks.router.used, self.hidden
+        q8, floats = self._gate_and_up(picks, x.forms[self._expert_inputs[picks.layer][0]], op)
         total, own = self.rows("added", output.columns), self.exchange.share.of(output.columns)
         down = self._add(
-            f"experts_down_{e.down_kernel}", kernels.down_grid(length(own)), self._records(used), late,
+            f"experts_down_{e.down_kernel}", kernels.down_grid(length(own)), self._records(used), self._late(used),
             e.device_offset[2], floats or q8, picks.weights.address, shared and shared.address,
             shared_gate and shared_gate.address, total.address, output.columns, hidden, used,
             self._expert_form(picks, op), own.start, length(own),

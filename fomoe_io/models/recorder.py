@@ -380,7 +380,7 @@ class Recorder(Protocol[_Matrix_contra, Vector, Rows]):
         ...
 
     def experts_begin(self, picks: Picks[Vector, Rows], x: Activation[Rows], op: Experts[Vector]) -> None:
-        """Bring the picked experts, and compute what is at hand; x is the norm that named the layer in `experts_of`."""
+        """Bring the picked experts; what is at hand may be computed; x: the norm that has named the layer."""
         ...
 
     def beside(self) -> AbstractContextManager[None]:

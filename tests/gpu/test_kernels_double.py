@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -68,13 +69,17 @@ def test_nobody_waits_when_nothing_is_missing(runner: CpuRunner) -> None:
     assert late.get()[0] == 0
 
 
-@pytest.mark.parametrize("word", ["answer", "stop"])
-def test_late_experts_are_computed_as_they_come(runner: CpuRunner, rng: np.random.Generator, word: str) -> None:
-    """The first pair's kernel waits for its inputs, not for the rest of it, and passes on where it is."""
+@pytest.mark.parametrize("holds", [0, 1])
+@pytest.mark.parametrize("word", ["answer", "stop", "stop before the rest"])
+def test_late_experts_are_computed_as_they_come(
+    runner: CpuRunner, rng: np.random.Generator, word: str, holds: int
+) -> None:
+    """The first pair's blocks wait for its inputs, pass on where it is, and may hold the stream until all is there."""
     records, offsets, _ = cases.make_records(runner, rng, 2, "q4_k", "q4_k", 256, 256)
     x = cases.quantized(runner, cases.normal(rng, 1, 256))
     run, stop = runner.put(np.array([7], np.uint32)), runner.put(np.zeros(1, np.uint32))
     reply, late = runner.put(answer_words([0, 0], 6)), runner.put(np.zeros(2, np.uint64))
+    has_inputs, is_whole = (ctypes.c_uint32.from_address(reply.pointer + place) for place in (2 * 8, 2 * 8 + 2 * 4))
     results = []
     for here in (np.array([records[0].pointer, records[1].pointer], np.uint64), np.array([0, records[1].pointer])):
         hidden, table = (
@@ -82,25 +87,33 @@ def test_late_experts_are_computed_as_they_come(runner: CpuRunner, rng: np.rando
             runner.put(here.astype(np.uint64)),
         )
         shape = (0, offsets["up"], x, hidden, None, 256, 256, 2, None, 0)
-        runner.launch("experts_gate_up_q4_k", kernels.gate_up_grid(256, 2), table, *shape)
-        arguments = (table, late, reply, run, stop, *shape)
+        arguments = (table, late, reply, run, stop, *shape, holds)
         waiter = threading.Thread(
-            target=runner.launch, args=("experts_gate_up_late_q4_k", kernels.gate_up_grid(256, 2), *arguments)
+            target=runner.launch, args=("experts_gate_up_q4_k", kernels.gate_up_grid(256, 2), *arguments)
         )
         waiter.start()
-        waiter.join(0.05)
+        waiter.join(10 if here[0] else 0.05)
         assert waiter.is_alive() == (not here[0])
-        if not here[0] and word == "answer":
+        if not here[0] and word != "stop":
             ctypes.c_uint64.from_address(reply.pointer).value = records[0].pointer
-            ctypes.c_uint32.from_address(reply.pointer + 2 * 8).value = 7
+            has_inputs.value = 7
+            until = time.monotonic() + 10
+            while late.get()[0] != records[0].pointer and time.monotonic() < until:
+                time.sleep(0.01)
+            waiter.join(0.2 if holds else 10)
+            assert waiter.is_alive() == bool(holds)
+            assert late.get()[0] == records[0].pointer
+        if not here[0] and word == "answer":
+            is_whole.value = 7
         elif not here[0]:
             ctypes.c_uint32.from_address(stop.pointer).value = 1
         waiter.join(10)
         assert not waiter.is_alive()
         results.append(hidden.get())
-    assert late.get().tolist() == ([records[0].pointer, 0] if word == "answer" else [0, 0])
+    is_there = word == "answer" or (word != "stop" and not holds)
+    assert late.get().tolist() == ([records[0].pointer, 0] if is_there else [0, 0])
     np.testing.assert_array_equal(results[1][1], results[0][1])
-    assert (results[1][0] == results[0][0]).all() == (word == "answer")
+    assert (results[1][0] == results[0][0]).all() == (word != "stop")
 
 
 @pytest.mark.parametrize("word", ["words", "stop"])

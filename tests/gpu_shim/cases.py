@@ -149,7 +149,7 @@ def check_experts(
     tokens: int,
     is_biased: bool = False,
 ) -> None:
-    """All resident, then some late, then (of one token) some read in place: right, and the same bits.
+    """All resident, then some that have come late, then some read in place: right, and the same bits.
 
     With biases the activation is clamped, too, and the inputs reach its limits.
     """
@@ -169,23 +169,16 @@ def check_experts(
         runner.put(np.zeros(1, np.uint32)),
         runner.put(np.zeros(pairs)),
     )
-    ways = [(np.zeros(pairs, bool), 0), (is_late, 0), (is_late, 1)]
-    for late_mask, in_place in ways if tokens == 1 else ways[:2]:
+    for late_mask, in_place in ((np.zeros(pairs, bool), 0), (is_late, 0), (is_late, 1)):
         here = runner.put(np.where(late_mask, np.uint64(0), addresses))
         late = runner.put(np.where(late_mask, addresses | np.uint64(in_place), np.uint64(0)))
         hidden = runner.put(np.full((pairs, kernels.q8_row_bytes(ff)), 0xAA, np.uint8))
         floats = runner.put(poison(pairs, ff))
         y = runner.put(poison(tokens, columns))
-        for table in (here, late) if late_mask.any() and not in_place else (here,):
-            runner.launch(
-                f"experts_gate_up_{gate_type}", kernels.gate_up_grid(ff, pairs),
-                table, 0, offsets["up"], x, hidden, floats, ff, columns, picks, form, 0,
-            )  # fmt: skip
-        if in_place:
-            runner.launch(
-                f"experts_gate_up_late_{gate_type}", kernels.gate_up_grid(ff, pairs), here, late, reply, run, stop,
-                0, offsets["up"], x, hidden, floats, ff, columns, picks, form, 0,
-            )  # fmt: skip
+        runner.launch(
+            f"experts_gate_up_{gate_type}", kernels.gate_up_grid(ff, pairs), here, late, reply, run, stop,
+            0, offsets["up"], x, hidden, floats, ff, columns, picks, form, 0, in_place,
+        )  # fmt: skip
         runner.launch(
             f"experts_down_{down_type}", kernels.down_grid(columns, tokens),
             here, late, offsets["down"], hidden if down_type in kernels.QUANTIZED_TYPES else floats,

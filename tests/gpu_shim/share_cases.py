@@ -95,8 +95,7 @@ def check_experts_of_shares(
             for rows in (mine, (q8, floats)):
                 shape = (0, up, s.x, *rows, s.ff, s.columns, used, s.form, own.start)
                 grid = kernels.gate_up_grid(own.stop - own.start, used)
-                runner.launch(f"experts_gate_up_{types[0]}", grid, here, *shape)
-                runner.launch(f"experts_gate_up_late_{types[0]}", grid, here, late, reply, run, stop, *shape)
+                runner.launch(f"experts_gate_up_{types[0]}", grid, here, late, reply, run, stop, *shape, 0)
             made.append((mine, handles, here, late, down, out))
         hidden = [[m[0][k].get() for m in made] for k in (0, 1)]
         results = []

@@ -104,8 +104,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         table[f"mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
         table[f"mat_vec_many_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "ppppppppiiiipiii")
         table[f"expand_{name}"] = Kernel(32, "pppi")
-        table[f"experts_gate_up_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pqqpppiiipi")
-        table[f"experts_gate_up_late_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pppppqqpppiiipi")
+        table[f"experts_gate_up_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pppppqqpppiiipii")
         table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiiipii")
     for cache in ("f32", "f16"):
         table[f"latent_prepare_{cache}"] = Kernel(256, "pppppppppppiiiif")

@@ -1,4 +1,4 @@
-// All chosen experts of a layer in two launches.  A pair is (token, rank of the pick): pair = token * picks + rank.
+// All chosen experts of a layer in two launches, those that are not on the device as they come.  A pair is (token, rank of the pick): pair = token * picks + rank.
 // records[pair]: where the expert's record lies on the device, 0 when it is not there (yet).
 #pragma once
 #include "mat_vec.h"
@@ -35,11 +35,11 @@ DEVICE float hidden_of(const expert_form *form, float gate, float up, int pair, 
 // A device that has a share of every expert (gather.h) makes fewer: row i of its records is row first + i of `rows`.
 // x: [tokens] Q8 or float rows; hidden: [pairs] Q8 rows.  Grid (own rows / 32, pairs).
 template <class T, class L>
-DEVICE void gate_up(const u8 *record, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats,
-                    int rows, int columns, int picks, const expert_form *form, int first) {
+DEVICE void gate_up(const u8 *record, int pair, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,
+                    float *hidden_floats, int rows, int columns, int picks, const expert_form *form, int first) {
     const int ROWS = 32 / GATE_UP_WARPS, PAIRS = gate_up_pairs<T>;
     __shared__ float gates[32], ups[32];
-    const int pair = block_y(), own = 32 * block_x() + warp_index() * ROWS;
+    const int own = 32 * block_x() + warp_index() * ROWS;
     const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
     const u32 token[1] = {0};
     x += (u64)(pair / picks) * activation_row_bytes<T>(columns);
@@ -80,14 +80,27 @@ DEVICE answer answer_at(const void *reply, int pairs) {
     return {record, words, words + pairs};
 }
 
+// Which of a token's pairs the blocks of its n-th row compute: first those that are on the device, in the router's
+// order, so that no block waits in the place of one that has work; then the others.
+DEVICE int pair_in_turn(const u64 *records, int picks) {
+    const int turn = block_y() % picks, base = block_y() - turn;
+    int seen = 0, found = base;
+    for (int others = 0; others < 2; ++others)
+#pragma unroll 8
+        for (int i = 0; i < picks; ++i)
+            if ((records[base + i] == 0) == others && seen++ == turn) found = base + i;
+    return found;
+}
+
 // Where the pair's record is, once gate and up are there; 0 when the host has told the device to stop.  late: of this
-// layer, 0 until somebody knows, odd where the record is read in place, in the host's memory.  The first block of a
-// pair asks the host, over the link; the others hear it from that one, and ask now and then themselves, because nobody
-// promises that it runs beside them.  A whole block calls it.
-DEVICE const u8 *await_record(u64 *late, const void *reply, const replayed *run, const void *stop, int pairs) {
+// layer, 0 until somebody knows, odd where the record is read in place, in the host's memory; null: nobody will.  The
+// first block of a pair asks the host, over the link; the others hear it from that one, and ask now and then themselves,
+// because nobody promises that it runs beside them.  A whole block calls it.
+DEVICE u64 await_record(u64 *late, const void *reply, const replayed *run, const void *stop, int pairs, int pair) {
     __shared__ u64 found;
+    if (!late) return 0;
     if (thread_index() == 0) {
-        const int pair = block_y(), is_first = block_x() == 0;
+        const bool is_first = block_x() == 0;
         const answer a = answer_at(reply, pairs);
         const u32 number = now(run);
         u64 record = system_load8(late + pair);
@@ -110,7 +123,22 @@ DEVICE const u8 *await_record(u64 *late, const void *reply, const replayed *run,
         found = record;
     }
     sync_block();
-    return (const u8 *)(found & ~1ull);
+    return found;
+}
+
+// Until the host says that all of the pair's record is there: what follows in the stream may read it.  When it says stop
+// before that, the record is none, and what is computed from it is NaN.
+DEVICE void await_whole(u64 *late, const void *reply, const replayed *run, const void *stop, int pairs, int pair) {
+    const answer a = answer_at(reply, pairs);
+    const u32 number = now(run);
+    bool is_whole = false;
+    for (u32 is_over = 0; !is_whole && !is_over;) {
+        is_over = system_load4(stop);
+        is_whole = system_load4(a.is_whole + pair) == number;
+        if (!is_whole && !is_over) pause_thread();
+    }
+    fence_system();
+    system_store8(late + pair, is_whole ? system_load8(a.record + pair) : 0);
 }
 
 // What a block of `down` knows of its token's picks.
@@ -212,30 +240,27 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
     }
 }
 
-#define EXPERT_KERNELS(type)                                                                                          \
-    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_##type)                                     \
-    (const u64 *records, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows,     \
-     int columns, int picks, const expert_form *form, int first) {                                                    \
-        start_kernel();                                                                                               \
-        const u8 *record = (const u8 *)records[block_y()];                                                            \
-        if (!record) return; /* another launch will do it */                                                          \
-        gate_up<type, settled>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks, form,  \
-                               first);                                                                                \
-    }                                                                                                                 \
-    EXPORT_KERNEL(experts_gate_up_##type)                                                                             \
-    /* of one token's pairs that the launch above has left alone, each as soon as it has come */                      \
-    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_late_##type)                                \
-    (const u64 *records, u64 *late, const void *reply, const replayed *run, const void *stop, u64 gate_offset,        \
-     u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows, int columns, int picks,                  \
-     const expert_form *form, int first) {                                                                            \
-        start_kernel();                                                                                               \
-        if (records[block_y()]) return;                                                                               \
-        const u8 *record = await_record(late, reply, run, stop, picks);                                               \
-        if (!record) return;                                                                                          \
-        gate_up<type, arriving>(record, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks, form, \
-                                first);                                                                               \
-    }                                                                                                                 \
-    EXPORT_KERNEL(experts_gate_up_late_##type)                                                                        \
+#define EXPERT_KERNELS(type)                                                                                           \
+    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_##type)                                      \
+    (const u64 *records, u64 *late, const void *reply, const replayed *run, const void *stop, u64 gate_offset,         \
+     u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows, int columns, int picks,                   \
+     const expert_form *form, int first, int holds) {                                                                  \
+        start_kernel();                                                                                                \
+        const int pair = pair_in_turn(records, picks);                                                                 \
+        u64 record = records[pair];                                                                                    \
+        if (record) {                                                                                                  \
+            gate_up<type, settled>((const u8 *)record, pair, gate_offset, up_offset, x, hidden, hidden_floats, rows,   \
+                                   columns, picks, form, first);                                                       \
+            return;                                                                                                    \
+        }                                                                                                              \
+        record = await_record(late, reply, run, stop, picks, pair);                                                    \
+        if (!record) return;                                                                                           \
+        gate_up<type, arriving>((const u8 *)(record & ~1ull), pair, gate_offset, up_offset, x, hidden, hidden_floats,  \
+                                rows, columns, picks, form, first);                                                    \
+        if (holds && !(record & 1) && block_x() == 0 && thread_index() == 0)                                           \
+            await_whole(late, reply, run, stop, picks, pair);                                                          \
+    }                                                                                                                  \
+    EXPORT_KERNEL(experts_gate_up_##type)                                                                              \
     KERNEL(32 * DOWN_WARPS, experts_down_##type)                                                                      \
     (const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,                    \
      const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks,                \

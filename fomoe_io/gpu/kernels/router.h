@@ -350,25 +350,14 @@ KERNEL(ROUTER_THREADS, substitute_and_resolve)
 EXPORT_KERNEL(substitute_and_resolve)
 
 // late[pair]: the records that the host has put in place, 0 for those that were there before.  Holds the stream until
-// all of them are whole (not at all when nothing was missing), or the host says stop: then what has not come is 0, and
-// what is computed from it is NaN.  reply, stop: in host memory.  Grid (1).
+// all of them are whole (not at all when nothing was missing), or the host says stop; where something is to be done
+// between gate and up and that.  reply, stop: in host memory.  Grid (1).
 KERNEL(256, wait_for_misses)
 (const replayed *misses, const u64 *records, const void *reply, const replayed *run, const void *stop, u64 *late,
  int pairs) {
     start_kernel();
     if (!now(misses)) return;
-    const answer a = answer_at(reply, pairs);
-    const u32 number = now(run);
-    for (int pair = thread_index(); pair < pairs; pair += 256) {
-        if (records[pair] || late[pair] & 1) continue;
-        bool is_whole = false;
-        for (u32 is_over = 0; !is_whole && !is_over;) {
-            is_over = system_load4(stop);
-            is_whole = system_load4(a.is_whole + pair) == number;
-            if (!is_whole && !is_over) pause_thread();
-        }
-        fence_system();
-        late[pair] = is_whole ? system_load8(a.record + pair) : 0;
-    }
+    for (int pair = thread_index(); pair < pairs; pair += 256)
+        if (!records[pair] && !(late[pair] & 1)) await_whole(late, reply, run, stop, pairs, pair);
 }
 EXPORT_KERNEL(wait_for_misses)
