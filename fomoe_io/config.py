@@ -191,6 +191,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "lookahead": (_lookahead, '"auto", "on", "off" or an integer'),
     "logit_rows": (_integer, "an integer"),
     "direct": (_is_true, "True or False"),
+    "peer_memory": (_is_true, "True or False"),
     "tiers": (_tiers, 'Tiers, or a text such as "vram=20%,dram=15%"'),
     "car": (_car, 'a CarRule, or a text such as "on" or "regret:0.03"'),
     "pace": (_pace, 'a Pace, or a text such as "14.5G,80us"'),
@@ -198,7 +199,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "profile": (_profile, 'a path or "learned"'),
     "trace": (_path, "a path"),
 }
-_NEEDED = ("cache_disk_bytes", "sessions", "lookahead", "logit_rows", "direct")
+_NEEDED = ("cache_disk_bytes", "sessions", "lookahead", "logit_rows", "direct", "peer_memory")
 """None is no choice."""
 
 
@@ -254,6 +255,9 @@ class EngineConfig:
     split_mode : {"layer", "pingpong", "tensor"}
         How several devices share a model: whole runs of layers, layer by layer in turn, or every layer together, each
         device an equal share of the rows of its products.
+    peer_memory : bool
+        Devices that compute every layer together exchange what they have made by each other's memory, where a test at
+        opening finds that it arrives whole; else by the host's.
     tensor_split : tuple of float or None
         How much of it each takes; None: all the same.
     cache_bytes : int or None
@@ -298,6 +302,7 @@ class EngineConfig:
     device: str = "cpu"
     vram_bytes: int | tuple[int, ...] | None = None
     split_mode: str = "layer"
+    peer_memory: bool = False
     tensor_split: tuple[float, ...] | None = None
     cache_bytes: int | None = 0
     cache_disk_bytes: int = 0

@@ -136,6 +136,8 @@ def add_engine_options(parser: Parser) -> None:
     group.add_argument("-sm", "--split-mode", type=checked(_split_mode), default="layer", metavar="MODE",
         help="several devices: layer (each computes a run of layers), tensor (all compute every layer, of each product "
         "some rows), pingpong (layers in turn), or none (the first alone)")  # fmt: skip
+    group.add_argument("--peer-memory", action="store_true",
+        help="-sm tensor of two devices: exchange by each other's memory, if a test finds that whole")  # fmt: skip
     group.add_argument("-ts", "--tensor-split", type=checked(_tensor_split), metavar="N,N",
         help="how much of the model each device takes (default: all the same)")  # fmt: skip
     group.add_argument("--list-devices", action=_ListDevices, nargs=0, help="list the devices and exit")
@@ -223,6 +225,7 @@ def engine_config(options: argparse.Namespace, path: Path | None = None) -> Engi
             device=options.device.split(",")[0] if options.split_mode == "none" else options.device,
             vram_bytes=options.vram,
             split_mode="layer" if options.split_mode == "none" else options.split_mode,
+            peer_memory=options.peer_memory,
             tensor_split=options.tensor_split,
         )
 

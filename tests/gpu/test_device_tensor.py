@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine, Tiers
+from fomoe_io.errors import DeviceError, UsageError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import device, exchange
 from tests.fake_hip.build import Fake, installed_fake
@@ -77,6 +78,20 @@ def test_whatever_else_is_asked_for(models: dict[str, Path], devices: str) -> No
     found, said = decoded(models["plain"], **how, **TWO | {"device": devices})
     assert found == expected and said["substitutions"] == counted["substitutions"] > 0
     assert said["prefetch"]["issued"] > 0
+
+
+def test_by_each_other_s_memory(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For those who ask for it, where kernels reach it; else it is said which does not."""
+    tight = {"tiers": Tiers(0.5, 0.25)}
+    expected = [decoded(models["mixed"], **tight)[0], read(models["mixed"], **tight)[0]]
+    monkeypatch.setenv("FAKE_HIP_DEVICES", "2")
+    two = TWO | {"device": "hip:0,1", "peer_memory": True}
+    assert [decoded(models["mixed"], **tight, **two)[0], read(models["mixed"], **tight, **two)[0]] == expected
+    with pytest.raises(UsageError, match="by twos, not by 4"):
+        Engine.open(models["plain"], settings(**two | {"device": "hip:0,1,0,1"}))
+    monkeypatch.setenv("FAKE_HIP_PEER", "0")
+    with pytest.raises(DeviceError, match="hip:0 does not reach the memory of hip:1"):
+        Engine.open(models["mixed"], settings(**two))
 
 
 @pytest.mark.parametrize("name", ["mixed", "plain"])
