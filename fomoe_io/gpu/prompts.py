@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from fomoe_io.models.shape import Shape
 
 Handed = dict[int, list[np.ndarray]]
+TILE_WORDS = _gpu.TILE_BYTES // 8
+"""Of a tile, whose first says where the record lies."""
+
 KEPT_PROGRAMS = 2
 """A long prompt's full batches and its last one."""
 
@@ -121,11 +124,11 @@ class PromptRunner:
     def _words(self, offset: int, count: int, dtype: Any) -> np.ndarray:
         return self._host[offset:].view()[: count * np.dtype(dtype).itemsize].view(dtype)
 
-    def _send(self, offset: int, nbytes: int, device: OnDevice | None = None) -> None:
-        """Part of the inputs, to one device or all."""
-        for each in [device] if device else self._devices:
-            to = each.recorded.inputs_address + offset
-            each.gpu.stream.copy_in(to, self._host.ctypes.data + offset, nbytes)
+    def _send(self, offset: int, nbytes: int) -> None:
+        """Part of the inputs, to all devices."""
+        for device in self._devices:
+            to = device.recorded.inputs_address + offset
+            device.gpu.stream.copy_in(to, self._host.ctypes.data + offset, nbytes)
 
     def _program(self, tokens: int, uses_products: bool) -> list[_Program]:
         key = (tokens, uses_products)
@@ -266,7 +269,7 @@ class PromptRunner:
         """The products of a wave's experts, whose tiles lie at a place of the inputs."""
         waves = []
         for device, step in zip(self._devices, steps, strict=True):
-            self._send(place, _gpu.TILE_BYTES * count, device)
+            self._send_tiles(device, place, count)
             inputs = device.recorded.inputs_address
             waves.append(Wave(inputs + place, inputs + self._inputs.order, count))
             self._run(device, step.gate_up(waves[-1]))
@@ -277,6 +280,15 @@ class PromptRunner:
             )
         for device, step, wave in zip(self._devices, steps, waves, strict=True):
             self._run(device, step.down(wave))
+
+    def _send_tiles(self, device: OnDevice, place: int, count: int) -> None:
+        """To a device, with the places that its records have."""
+        found = self._words(place, count * TILE_WORDS, np.uint64)
+        words = device.shared.part("inputs", place, found.nbytes).view(np.uint64)
+        words[:] = found
+        if device is not self._first:
+            words[::TILE_WORDS] += np.uint64((device.vram - self._first.vram) % 2**64)
+        device.gpu.stream.copy_in(device.recorded.inputs_address + place, words.ctypes.data, words.nbytes)
 
     def _exchange(self, leave: Sequence[LaunchSpec], fetch: Sequence[LaunchSpec]) -> None:
         """Every device leaves what it has made; each fetches the others' when all have."""

@@ -90,7 +90,7 @@ def test_lookahead_changes_no_bit(model: Path, car: str | None) -> None:
 
 
 @pytest.mark.parametrize("how", [{}, LIMITED, LIMITED | {"car": "regret:0.05"}], ids=["all", "limited", "car"])
-@pytest.mark.parametrize("mode", ["layer", "pingpong"])
+@pytest.mark.parametrize("mode", ["layer", "pingpong", "tensor"])
 @pytest.mark.parametrize("devices", ["0,0", "0,0,0", "0,1", "0,1,2,3"])
 def test_the_bits_are_one_devices(provider: str, model: Path, devices: str, mode: str, how: dict[str, Any]) -> None:
     needed = 1 + max(int(number) for number in devices.split(","))

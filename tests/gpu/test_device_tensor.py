@@ -71,12 +71,8 @@ def test_tokens(models: dict[str, Path], name: str, how: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("devices", ["hip:0,0", "hip:0,0,0,0"])
 def test_whatever_else_is_asked_for(models: dict[str, Path], devices: str) -> None:
-    how = {
-        "tiers": Tiers(0.25, 0.25),
-        "car": CarRule.parse("ratio:0.5,backfill=1"),
-        "lookahead": "on",
-        "kv_type": "f16",
-    }
+    how = {"tiers": Tiers(0.25, 0.25), "car": CarRule.parse("ratio:0.5,backfill=1"), "lookahead": "on"}
+    how |= {"kv_type": "f16"}
     expected, counted = decoded(models["plain"], **how)
     found, said = decoded(models["plain"], **how, **TWO | {"device": devices})
     assert found == expected and said["substitutions"] == counted["substitutions"] > 0
@@ -87,7 +83,7 @@ def test_whatever_else_is_asked_for(models: dict[str, Path], devices: str) -> No
 @pytest.mark.parametrize(
     "how",
     [{}, {"tiers": Tiers(0.5, 0.25)}, {"tiers": Tiers(0.25, 0.25), "batch_tokens": 3}],
-    ids=["whole", "tight", "3"],
+    ids=["whole", "tight", "batches of 3"],
 )
 def test_prompts_and_sessions(models: dict[str, Path], name: str, how: dict[str, Any]) -> None:
     expected, counted = read(models[name], **how)

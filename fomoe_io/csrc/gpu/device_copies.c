@@ -54,13 +54,25 @@ static int wait_for(fomoe_device_copies *d, int which, uint64_t ticket) {
     return 1;
 }
 
+/* A device's stream of one lane goes on only after another's of a lane. */
+static void follow(fomoe_device_copies *d, int which, int device, int other, int of, uint64_t ticket) {
+    void *stream = d->lane[which].stream[device], *event = event_of(&d->lane[other], of, ticket);
+    if (which == other && device == of) return;
+    fomoe_use_device(d, device);
+    fomoe_device_check(d, d->calls.stream_wait_event(stream, event, 0), "hipStreamWaitEvent");
+}
+
 void fomoe_lane_follow(fomoe_device_copies *d, int which, int other, uint64_t ticket) {
     if (which == other || fomoe_lane_has_done(d, other, ticket) || d->error) return;
-    for (int r = 0; r < d->devices; r++) {
-        void *stream = d->lane[which].stream[r], *event = event_of(&d->lane[other], r, ticket);
-        fomoe_use_device(d, r);
-        fomoe_device_check(d, d->calls.stream_wait_event(stream, event, 0), "hipStreamWaitEvent");
-    }
+    for (int device = 0; device < d->devices; device++) follow(d, which, device, other, device, ticket);
+}
+
+/* Each device's after those of all: of a buffer of the host one device may have what is another's share of the next
+ * expert, for experts do not begin at the same place of it. */
+static void follow_all(fomoe_device_copies *d, int which, int other, uint64_t ticket) {
+    if ((which == other && d->devices == 1) || fomoe_lane_has_done(d, other, ticket) || d->error) return;
+    for (int device = 0; device < d->devices; device++)
+        for (int of = 0; of < d->devices; of++) follow(d, which, device, other, of, ticket);
 }
 
 /* An event is used again only when nobody can ask for its last ticket. */
@@ -86,7 +98,7 @@ uint64_t fomoe_copy(fomoe_device_copies *d, int which, fomoe_buffer *host, fomoe
     assert(which < FOMOE_COPY_LANES && host != device);
     if (d->error) return 0;
     for (int other = 0; other < FOMOE_LANES; other++) {
-        fomoe_lane_follow(d, which, other, host->touched[other]);
+        follow_all(d, which, other, host->touched[other]);
         fomoe_lane_follow(d, which, other, device->touched[other]);
     }
     for (int i = 0; i < pieces; i++, piece++) {
