@@ -144,17 +144,17 @@ def test_a_gather_waits_for_late_words(runner: CpuRunner, word: str) -> None:
 def test_every_kernel_waits_for_the_one_before_it() -> None:
     """A chained launch starts early: whatever its kernel did before start_kernel() could meet unfinished work.
 
-    Products of matrices begin with weights, which are constant, and ask for nothing else before.
+    Products of matrices and norms begin with weights, which are constant, and ask for nothing else before.
     """
     text = "".join(kernels.sources().values())
     group = r"\((?:[^()]|\([^()]*\))*\)"
     starts = re.findall(rf"\b(?:RESIDENT_)?KERNEL{group}[\s\\]*{group}[\s\\]*{{[\s\\]*(\w+)[<(]", text)
     assert len(starts) == text.count("EXPORT_KERNEL(") - text.count("#define EXPORT_KERNEL(")
-    assert set(starts) == {"start_kernel", "mat_vec", "mat_vec_many"}
-    source = kernels.sources()["mat_vec.h"]
-    before = {name: source.partition(f"DEVICE void {name}(")[2] for name in ("mat_vec", "mat_vec_many")}
-    assert re.findall(
-        r"\b(\w*(?:load|dot|now|fresh|prefetch)\w*)\(", before["mat_vec"].partition("start_kernel();")[0]
-    ) == ["prefetch"]
-    body = before["mat_vec_many"].partition("\n}")[0]
-    assert "mat_vec<T, ROWS, 1>(" in body and not re.search(r"\bx\[|load|fresh|now\(", body)
+    assert set(starts) == {"start_kernel", "mat_vec", "mat_vec_many", "norm_row", "norm_heads"}
+    asked = {"mat_vec": ["prefetch"], "norm_row": ["constant_quad"], "norm_heads": ["constant_quad"]}
+    for name, calls in asked.items():
+        before = text.partition(f"DEVICE void {name}(")[2].partition("start_kernel();")[0]
+        assert re.findall(r"\b(\w*(?:load|dot|now|fresh|prefetch|quad)\w*)\(", before) == calls
+        assert not re.search(r"\b(?:x|residual|gate|y)\[|\*\(", before)
+    chooses = text.partition("DEVICE void mat_vec_many(")[2].partition("\n}")[0]  # of its arguments, for mat_vec
+    assert "mat_vec<T, ROWS, 1>(" in chooses and not re.search(r"\bx\[|load|fresh|now\(|\*\(", chooses)

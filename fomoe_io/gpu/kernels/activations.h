@@ -24,7 +24,13 @@ struct alignas(16) quad {
     float v[4];
 };
 
-// The same for eight neighbouring lanes that hold four elements each, the first at `first`.
+// Four weights, which no kernel writes: they may be asked for before start_kernel().
+DEVICE quad constant_quad(const float *p) {
+    const u32x4 v = load16(p);
+    return {{as_float(v.x), as_float(v.y), as_float(v.z), as_float(v.w)}};
+}
+
+// As store_q8_group, for eight neighbouring lanes that hold four elements each, the first at `first`.
 DEVICE void store_q8_quad(const quad &value, u8 *row, int columns, int first) {
     float most = 0.f;
     for (int i = 0; i < 4; ++i) most = larger(most, magnitude(value.v[i]));

@@ -119,32 +119,29 @@ DELTA_KERNEL(64)
 DELTA_KERNEL(128)
 
 // y = x / sqrt(mean(x^2) + eps) * weight * silu(gate), over each head; as floats and as Q8 rows (each may be null).
-// x, gate, y: [tokens][heads][dim]; dim a multiple of 32.  Grid (heads / 4 up, tokens).
+// x, gate, y: [tokens][heads][dim]; dim 32, 64, 96 or 128: a warp a head.  It starts the kernel, as norm_row does.
+DEVICE void norm_heads(const float *x, const float *gate, const float *weight, float *y, u8 *q8, int heads, int dim,
+                       float eps) {
+    const int head = block_x() * 4 + warp_index(), token = block_y(), i = 4 * lane_index();
+    const bool is_here = head < heads && i < dim;
+    const u64 place = ((u64)token * heads + head) * dim + i;
+    quad v = {}, g = {}, w = {}, value = {};
+    if (is_here) w = constant_quad(weight + i);
+    start_kernel();
+    if (head >= heads) return;
+    if (is_here) v = *(const quad *)(x + place), g = *(const quad *)(gate + place);
+    float squares = 0.f;
+    for (int j = 0; j < 4; ++j) squares = fused(v.v[j], v.v[j], squares);
+    const float scale = 1.f / square_root(warp_sum(squares) / (float)dim + eps);
+    for (int j = 0; j < 4; ++j) value.v[j] = v.v[j] * scale * w.v[j] * silu(g.v[j]);
+    if (y && is_here) *(quad *)(y + place) = value;
+    // lanes past the head's end store nothing: their place is past the row's end, too
+    if (q8)
+        store_q8_quad(value, q8 + token * q8_row_bytes(heads * dim), heads * dim,
+                      is_here ? head * dim + i : heads * dim);
+}
 KERNEL(128, gated_norm)
 (const float *x, const float *gate, const float *weight, float *y, u8 *q8, int heads, int dim, float eps) {
-    start_kernel();
-    const int head = block_x() * 4 + warp_index(), token = block_y();
-    if (head >= heads) return;
-    const u64 row = ((u64)token * heads + head) * dim;
-    float squares = 0.f;
-    for (int i = 4 * lane_index(); i < dim; i += 128) {
-        const quad v = *(const quad *)(x + row + i);
-        for (int j = 0; j < 4; ++j) squares = fused(v.v[j], v.v[j], squares);
-    }
-    const float scale = 1.f / square_root(warp_sum(squares) / (float)dim + eps);
-    for (int first = 0; first < dim; first += 128) {
-        const int i = first + 4 * lane_index();
-        quad value = {};
-        if (i < dim) {
-            const quad v = *(const quad *)(x + row + i), g = *(const quad *)(gate + row + i);
-            const quad w = *(const quad *)(weight + i);
-            for (int j = 0; j < 4; ++j) value.v[j] = v.v[j] * scale * w.v[j] * silu(g.v[j]);
-            if (y) *(quad *)(y + row + i) = value;
-        }
-        // lanes past the head's end (i >= dim) store nothing: their place is past the row's end, too
-        if (q8)
-            store_q8_quad(value, q8 + token * q8_row_bytes(heads * dim), heads * dim,
-                          i < dim ? head * dim + i : heads * dim);
-    }
+    norm_heads(x, gate, weight, y, q8, heads, dim, eps);  // Grid (heads / 4 up, tokens)
 }
 EXPORT_KERNEL(gated_norm)

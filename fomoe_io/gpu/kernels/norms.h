@@ -16,15 +16,21 @@ template <int WARPS> DEVICE float block_sum(float v) {
 
 #define NORM_THREADS 512
 #define NORM_ROUNDS 8  // quads of a thread: NORM_MOST_COLUMNS / (4 * NORM_THREADS)
+#define NORM_EARLY 2   // those whose weights are asked for early: more would cost a second block its registers
 
 // x += residual (when given), then y = x / sqrt(mean(x^2) + eps) * weight, as floats and as Q8 rows (each may be null).
-// x, residual, y: [tokens][columns]; columns a multiple of 32, at most 16384: a row stays in registers.  Grid (tokens).
-KERNEL(NORM_THREADS, rms_norm)
-(float *x, const float *residual, const float *weight, float *y, u8 *q8, int columns, float eps) {
-    start_kernel();
+// x, residual, y: [tokens][columns]; columns a multiple of 32, at most 16384: a row stays in registers.  It starts the
+// kernel: the weights are on their way while the one ahead ends.
+DEVICE void norm_row(float *x, const float *residual, const float *weight, float *y, u8 *q8, int columns, float eps) {
     const u64 row = (u64)block_x() * columns;
-    quad values[NORM_ROUNDS];
+    quad values[NORM_ROUNDS], weights[NORM_EARLY];
     float squares = 0.f;
+#pragma unroll
+    for (int r = 0; r < NORM_EARLY; ++r) {
+        const int i = 4 * (thread_index() + r * NORM_THREADS);
+        if (i < columns) weights[r] = constant_quad(weight + i);
+    }
+    start_kernel();
 #pragma unroll
     for (int r = 0; r < NORM_ROUNDS; ++r) {
         const int i = 4 * (thread_index() + r * NORM_THREADS);
@@ -44,12 +50,16 @@ KERNEL(NORM_THREADS, rms_norm)
         if (i - 4 * lane_index() >= columns) break; // whole warps leave: the others exchange
         quad value = {};
         if (i < columns) {
-            const quad w = *(const quad *)(weight + i);
+            const quad w = r < NORM_EARLY ? weights[r < NORM_EARLY ? r : 0] : constant_quad(weight + i);
             for (int j = 0; j < 4; ++j) value.v[j] = values[r].v[j] * scale * w.v[j];
             if (y) *(quad *)(y + row + i) = value;
         }
         if (q8) store_q8_quad(value, q8 + block_x() * q8_row_bytes(columns), columns, i);
     }
+}
+KERNEL(NORM_THREADS, rms_norm)
+(float *x, const float *residual, const float *weight, float *y, u8 *q8, int columns, float eps) {
+    norm_row(x, residual, weight, y, q8, columns, eps);  // Grid (tokens)
 }
 EXPORT_KERNEL(rms_norm)
 
@@ -105,24 +115,26 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
     const int head = is_query ? block_x() : (block_x() - heads) % kv_heads;
     const u64 kv_row = ((u64)token * kv_heads + head) * dim;
     const float *row = is_query ? q + ((u64)token * heads + head) * q_stride : (is_key ? k : v) + kv_row;
+    const u32 position = now(positions + token);
     float x = i < dim ? row[i] : 0.f;
     const float *norm = is_query ? q_norm : is_key ? k_norm : (const float *)0;
+    const float weight = norm && i < dim ? norm[i] : 1.f;
+    // the turn is on its way while the head is summed
+    const int half = rotary / 2, j = i < half ? i : i - half;
+    const bool is_turned = (is_query || is_key) && i < rotary;
+    const float *turn = cos_sin + ((u64)position * half + j) * 2;
+    const float cosine = is_turned ? turn[0] : 1.f, sine = is_turned ? turn[1] : 0.f;
     if (norm) {
         const float squares = block_sum<8>(x * x);
-        if (i < dim) x = x / square_root(squares / (float)dim + eps) * norm[i];
+        if (i < dim) x = x / square_root(squares / (float)dim + eps) * weight;
     }
     if (is_query || is_key) {
         values[i] = x;
         sync_block();
-        if (i < rotary) {
-            const int half = rotary / 2, j = i < half ? i : i - half;
-            const float *turn = cos_sin + ((u64)now(positions + token) * half + j) * 2;
-            x = i < half ? fused(x, turn[0], -(values[i + half] * turn[1]))
-                         : fused(x, turn[0], values[i - half] * turn[1]);
-        }
+        if (is_turned)
+            x = i < half ? fused(x, cosine, -(values[i + half] * sine)) : fused(x, cosine, values[i - half] * sine);
     }
     if (i >= dim) return;
-    const u32 position = now(positions + token);
     const u64 place = ((u64)(ring ? position % (u32)ring : position) * kv_heads + head) * dim + i;
     if (is_query)
         q_out[((u64)token * heads + head) * dim + i] = x;

@@ -21,14 +21,15 @@ DEVICE void post_word(void *place, u32 run, u32 value) { system_store8(place, (u
 #define IN_DRAM 1
 
 // ids -> records[pair] (0: not on the device), late[pair] (0: not known yet, odd: in DRAM), the post, and *misses for
-// the wait.  A whole block calls it.
+// the wait.  The first warp does it, so that nobody waits for the others.
 // ids: what will be computed; picks: what the router wanted, and with which weight.  All may lie in shared memory.
-// run: the number of this replay of the program, which tells one post from the last.
+// number: of this replay of the program, which tells one post from the last; read when a kernel starts, for it takes a
+// while.
 DEVICE void resolve(const int *ids, const int *picks, const float *weights, const u64 *record_of, u64 *records,
-                    u64 *late, u64 *post, const replayed *run, replayed *misses, int pairs) {
-    const u32 number = now(run);
+                    u64 *late, u64 *post, u32 number, replayed *misses, int pairs) {
     float absent = 0.f;
-    for (int pair = thread_index(); pair < pairs; pair += ROUTER_THREADS) {
+    if (warp_index() > 0) return;
+    for (int pair = lane_index(); pair < pairs; pair += 32) {
         const u64 record = record_of[ids[pair]];
         records[pair] = record & IN_DRAM ? 0 : record;
         late[pair] = record > IN_DRAM && record & IN_DRAM ? record : 0;
@@ -36,10 +37,16 @@ DEVICE void resolve(const int *ids, const int *picks, const float *weights, cons
         post_word(post + 1 + pairs + pair, number, as_bits(weights[pair]));
         absent += record > IN_DRAM ? 0.f : 1.f;
     }
-    absent = block_sum<ROUTER_THREADS / 32>(absent);
-    if (thread_index() > 0) return;
+    absent = warp_sum(absent);
+    if (lane_index() > 0) return;
     misses->word = (u32)absent;
     post_word(post, number, (u32)absent);
+}
+
+// A word that is larger for a larger value, and of two equal ones for the lower place; not for NaN.
+DEVICE u64 standing(float value, int place) {
+    const u32 bits = as_bits(value + 0.f);  // no zero below another
+    return (u64)(bits >> 31 ? ~bits : bits | 0x80000000u) << 32 | ~(u32)place;
 }
 
 // chosen[0 ..]: where the `wanted` (1 to ROUTER_GROUPS) largest values are, descending, the lower place first where two
@@ -50,7 +57,8 @@ DEVICE void resolve(const int *ids, const int *picks, const float *weights, cons
 // counts.
 DEVICE int largest(const float *values, int count, int wanted, int *chosen) {
     __shared__ float best_of[ROUTER_GROUPS], least;
-    __shared__ int candidates[ROUTER_EXPERTS], passed;
+    __shared__ u64 candidates[ROUTER_EXPERTS];
+    __shared__ int passed;
     float best = -infinity();
     for (int i = thread_index(); i < count; i += ROUTER_THREADS) best = larger(best, values[i]);
     best = larger(best, exchange_float<1>(best));
@@ -68,20 +76,18 @@ DEVICE int largest(const float *values, int count, int wanted, int *chosen) {
         if (before == wanted - 1) least = mine;
     }
     sync_block();
-    for (int i = thread_index(); i < count; i += ROUTER_THREADS)
-        if (values[i] >= least && values[i] > -infinity()) candidates[take_place(&passed)] = i;
+    for (int i = thread_index(); i < count; i += ROUTER_THREADS) {
+        const float value = values[i];
+        if (value >= least && value > -infinity()) candidates[take_place(&passed)] = standing(value, i);
+    }
     sync_block();
     const int found = passed;
     for (int i = thread_index(); i < found; i += ROUTER_THREADS) {
-        const int place = candidates[i];
-        const float mine = values[place];
+        const u64 mine = candidates[i];
         int before = 0;
 #pragma unroll 4
-        for (int j = 0; j < found; ++j) {
-            const int other = candidates[j];
-            before += values[other] > mine || (values[other] == mine && other < place);
-        }
-        if (before < wanted) chosen[before] = place;
+        for (int j = 0; j < found; ++j) before += candidates[j] > mine;
+        if (before < wanted) chosen[before] = (int)~(u32)mine;
     }
     sync_block();
     return found < wanted ? found : wanted;
@@ -91,7 +97,7 @@ DEVICE int largest(const float *values, int count, int wanted, int *chosen) {
 // `normalise`, times scale.  values, ids, weights: in shared memory; values: out, the logits.
 DEVICE void pick(const float *logits, float *values, int *ids, float *weights, int experts, int picks, int normalise,
                  float scale) {
-    __shared__ float most_of[ROUTER_THREADS / 32], chosen[MOST_PICKS];
+    __shared__ float most_of[ROUTER_THREADS / 32], sum_of[ROUTER_THREADS / 32], chosen[MOST_PICKS];
     float most = -infinity(), sum = 0.f;
     for (int e = thread_index(); e < experts; e += ROUTER_THREADS) {
         values[e] = logits[e];
@@ -105,11 +111,16 @@ DEVICE void pick(const float *logits, float *values, int *ids, float *weights, i
 #pragma unroll
     for (int i = 0; i < ROUTER_THREADS / 32; ++i) most = larger(most, most_of[i]);
     for (int e = thread_index(); e < experts; e += ROUTER_THREADS) sum += exponential(values[e] - most);
-    sum = block_sum<ROUTER_THREADS / 32>(sum);
+    sum = warp_sum(sum);
+    if (lane_index() == 0) sum_of[warp_index()] = sum;
     const int found = largest(values, experts, picks, ids);
-    if (thread_index() < picks)
+    if (thread_index() < picks) {
+        sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < ROUTER_THREADS / 32; ++i) sum += sum_of[i];
         chosen[thread_index()] =
             thread_index() < found ? exponential(values[ids[thread_index()]] - most) / sum : not_a_number();
+    }
     sync_block();
     if (thread_index() < picks) {
         float total = 0.f;
@@ -267,7 +278,7 @@ KERNEL(ROUTER_THREADS, resolve_picks)
 (const int *ids, const float *weights, const u64 *record_of, u64 *records, u64 *late, void *post, const replayed *run,
  replayed *misses, int pairs) {
     start_kernel();
-    resolve(ids, ids, weights, record_of, records, late, (u64 *)post, run, misses, pairs);
+    resolve(ids, ids, weights, record_of, records, late, (u64 *)post, now(run), misses, pairs);
 }
 EXPORT_KERNEL(resolve_picks)
 
@@ -319,12 +330,21 @@ KERNEL(ROUTER_THREADS, route_and_resolve)
     start_kernel();
     __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS];
     __shared__ int block_ids[MOST_PICKS];
-    __shared__ u64 table[ROUTER_EXPERTS];  // on its way while the picks are made
+    __shared__ u64 table[ROUTER_EXPERTS];
     const int i = thread_index();
-    for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e];
+    const u32 number = now(run);  // it and the table are on their way while the picks are made
+    u64 entries[ROUTER_EXPERTS / ROUTER_THREADS];
+#pragma unroll
+    for (int r = 0; r < ROUTER_EXPERTS / ROUTER_THREADS; ++r) {
+        const int e = i + r * ROUTER_THREADS;
+        entries[r] = e < experts ? record_of[e] : 0;
+    }
     pick(logits, values, block_ids, block_weights, experts, picks, normalise, scale);
+#pragma unroll
+    for (int r = 0; r < ROUTER_EXPERTS / ROUTER_THREADS; ++r) table[i + r * ROUTER_THREADS] = entries[r];
     if (i < picks) ids[i] = block_ids[i], weights[i] = block_weights[i];
-    resolve(block_ids, block_ids, block_weights, table, records, late, (u64 *)post, run, misses, picks);
+    sync_block();
+    resolve(block_ids, block_ids, block_weights, table, records, late, (u64 *)post, number, misses, picks);
 }
 EXPORT_KERNEL(route_and_resolve)
 
@@ -339,13 +359,14 @@ KERNEL(ROUTER_THREADS, substitute_and_resolve)
     __shared__ int block_ids[MOST_PICKS], wanted[MOST_PICKS];
     __shared__ u64 table[ROUTER_EXPERTS];
     const int i = thread_index();
+    const u32 number = now(run), may_substitute = now(run + 1);
     for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e], values[e] = chosen_by[e];
     if (i < picks) block_ids[i] = wanted[i] = ids[i], block_weights[i] = wanted_weights[i] = weights[i];
     sync_block();
-    if (now(run + 1))
+    if (may_substitute)
         substitute(*(const fomoe_car *)rule, values, p, table, block_ids, block_weights, experts, picks, normalise);
     if (i < picks) ids[i] = block_ids[i], weights[i] = block_weights[i];
-    resolve(block_ids, wanted, wanted_weights, table, records, late, (u64 *)post, run, misses, picks);
+    resolve(block_ids, wanted, wanted_weights, table, records, late, (u64 *)post, number, misses, picks);
 }
 EXPORT_KERNEL(substitute_and_resolve)
 
