@@ -21,7 +21,7 @@ _CHOICES = {
     "kernels": ("auto", "ggml", "portable"),
     "activations": ("quantized", "float32"),
     "kv_type": ("f32", "f16"),
-    "split_mode": ("layer", "pingpong", "tensor"),
+    "split_mode": ("auto", "layer", "pingpong", "tensor"),
     "policy": ("lru", "lfu", "decayed", "lfru"),
 }
 
@@ -252,9 +252,9 @@ class EngineConfig:
         share the processor's memory are taken by number only; of the others, the one with the most memory.
     vram_bytes : int, tuple of int or None
         Bound of the device memory, of each device; None takes what is free.
-    split_mode : {"layer", "pingpong", "tensor"}
+    split_mode : {"auto", "layer", "pingpong", "tensor"}
         How several devices share a model: whole runs of layers, layer by layer in turn, or every layer together, each
-        device an equal share of the rows of its products.
+        device an equal share of the rows of its products; "auto" takes the last where equal devices win by it.
     peer_memory : bool
         Devices that compute every layer together exchange what they have made by each other's memory, where a test at
         opening finds that it arrives whole; else by the host's.
@@ -301,7 +301,7 @@ class EngineConfig:
     tiers: Tiers | None = None
     device: str = "cpu"
     vram_bytes: int | tuple[int, ...] | None = None
-    split_mode: str = "layer"
+    split_mode: str = "auto"
     peer_memory: bool = False
     tensor_split: tuple[float, ...] | None = None
     cache_bytes: int | None = 0

@@ -12,7 +12,7 @@ import pytest
 from fomoe_io import Engine, Tiers
 from fomoe_io.errors import DeviceError, UsageError
 from fomoe_io.experts.car import CarRule
-from fomoe_io.gpu import device, exchange
+from fomoe_io.gpu import device, exchange, split
 from tests.fake_hip.build import Fake, installed_fake
 from tests.gpu.test_device_chain import read
 from tests.gpu.test_device_engine import TOKENS, settings
@@ -105,3 +105,21 @@ def test_prompts_and_sessions(models: dict[str, Path], name: str, how: dict[str,
     found, said = read(models[name], **how, **TWO)
     assert found == expected
     assert said["expert_requests"] == counted["expert_requests"] and said["evictions"] == counted["evictions"]
+
+
+def test_auto_takes_what_pays(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow memory is worth the exchanges, fast memory is not, and unequal parts are runs of layers."""
+    found = {}
+    for name, rate, how in (
+        ("slow", 1e9, {}),
+        ("fast", 1e13, {}),
+        ("measured", None, {}),
+        ("unequal", 1e9, {"tensor_split": "3,1"}),
+    ):
+        if rate is not None:
+            monkeypatch.setattr(split, "read_bandwidth", lambda gpu, rate=rate: rate)
+        with Engine.open(models["mixed"], settings(device="hip:0,0", batch_tokens=1, **how)) as engine:
+            found[name] = engine.statistics()["split"]["mode"]
+        monkeypatch.undo()
+        monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
+    assert found == {"slow": "tensor", "fast": "layer", "measured": "tensor", "unequal": "layer"}
