@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--pace", type=Pace.parse, help="of a drive that is not at hand, such as 14.5G,80us")
     parser.add_argument("--lookahead", choices=("off", "on", "auto"), default="off")
     parser.add_argument("--sm", choices=("layer", "pingpong", "tensor"), default="layer")
+    parser.add_argument("--peer-memory", action="store_true", help="two devices exchange by each other's memory")
     parser.add_argument("--resident-ms", type=float, help="of a token that misses nothing, from an unlimited run")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
@@ -168,6 +169,7 @@ def main() -> None:
         pace=options.pace,
         lookahead=options.lookahead,
         split_mode=options.sm,
+        peer_memory=options.peer_memory,
         tuning=Tuning(
             branches=options.branches,
             chained_launches=not options.unchained,

@@ -19,10 +19,14 @@ def open_backend(opened: OpenModel) -> Backend:
         from fomoe_io.gpu import device  # a machine without a GPU never gets here
 
         gpus = device.open_gpus(opened.config.device, dict(opened.config.tuning.kernel_tuning))
-        if len(gpus) > 1 and opened.config.split_mode != "tensor":
+        if len(gpus) > 1:
             from fomoe_io.gpu.chain import ChainBackend
+            from fomoe_io.gpu.split import choose
 
-            return ChainBackend(opened, gpus)
+            mode = opened.config.split_mode
+            mode = choose(opened, gpus) if mode == "auto" else mode
+            if mode != "tensor":
+                return ChainBackend(opened, gpus, mode)
         if gpus:
             from fomoe_io.gpu.backend import GpuBackend
 

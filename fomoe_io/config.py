@@ -21,7 +21,7 @@ _CHOICES = {
     "kernels": ("auto", "ggml", "portable"),
     "activations": ("quantized", "float32"),
     "kv_type": ("f32", "f16"),
-    "split_mode": ("layer", "pingpong", "tensor"),
+    "split_mode": ("auto", "layer", "pingpong", "tensor"),
     "policy": ("lru", "lfu", "decayed", "lfru"),
 }
 
@@ -191,6 +191,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "lookahead": (_lookahead, '"auto", "on", "off" or an integer'),
     "logit_rows": (_integer, "an integer"),
     "direct": (_is_true, "True or False"),
+    "peer_memory": (_is_true, "True or False"),
     "tiers": (_tiers, 'Tiers, or a text such as "vram=20%,dram=15%"'),
     "car": (_car, 'a CarRule, or a text such as "on" or "regret:0.03"'),
     "pace": (_pace, 'a Pace, or a text such as "14.5G,80us"'),
@@ -198,7 +199,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "profile": (_profile, 'a path or "learned"'),
     "trace": (_path, "a path"),
 }
-_NEEDED = ("cache_disk_bytes", "sessions", "lookahead", "logit_rows", "direct")
+_NEEDED = ("cache_disk_bytes", "sessions", "lookahead", "logit_rows", "direct", "peer_memory")
 """None is no choice."""
 
 
@@ -251,9 +252,12 @@ class EngineConfig:
         share the processor's memory are taken by number only; of the others, the one with the most memory.
     vram_bytes : int, tuple of int or None
         Bound of the device memory, of each device; None takes what is free.
-    split_mode : {"layer", "pingpong", "tensor"}
+    split_mode : {"auto", "layer", "pingpong", "tensor"}
         How several devices share a model: whole runs of layers, layer by layer in turn, or every layer together, each
-        device an equal share of the rows of its products.
+        device an equal share of the rows of its products; "auto" takes the last where equal devices win by it.
+    peer_memory : bool
+        Devices that compute every layer together exchange what they have made by each other's memory, where a test at
+        opening finds that it arrives whole; else by the host's.
     tensor_split : tuple of float or None
         How much of it each takes; None: all the same.
     cache_bytes : int or None
@@ -297,7 +301,8 @@ class EngineConfig:
     tiers: Tiers | None = None
     device: str = "cpu"
     vram_bytes: int | tuple[int, ...] | None = None
-    split_mode: str = "layer"
+    split_mode: str = "auto"
+    peer_memory: bool = False
     tensor_split: tuple[float, ...] | None = None
     cache_bytes: int | None = 0
     cache_disk_bytes: int = 0

@@ -133,9 +133,12 @@ def add_engine_options(parser: Parser) -> None:
         help="bound of device memory, or one a device: 12G,16G (default: what is free)")  # fmt: skip
     group.add_argument("-dev", "--device", type=checked(_device), default="auto", metavar="NAME",
         help="auto (a GPU if there is one), cpu, hip, cuda, or some by number: hip:1, cuda:0,1")  # fmt: skip
-    group.add_argument("-sm", "--split-mode", type=checked(_split_mode), default="layer", metavar="MODE",
+    group.add_argument("-sm", "--split-mode", type=checked(_split_mode), default="auto", metavar="MODE",
         help="several devices: layer (each computes a run of layers), tensor (all compute every layer, of each product "
-        "some rows), pingpong (layers in turn), or none (the first alone)")  # fmt: skip
+        "some rows), pingpong (layers in turn), none (the first alone), or auto (tensor where equal devices win by it, "
+        "else layer)")  # fmt: skip
+    group.add_argument("--peer-memory", action="store_true",
+        help="-sm tensor of two devices: exchange by each other's memory, if a test finds that whole")  # fmt: skip
     group.add_argument("-ts", "--tensor-split", type=checked(_tensor_split), metavar="N,N",
         help="how much of the model each device takes (default: all the same)")  # fmt: skip
     group.add_argument("--list-devices", action=_ListDevices, nargs=0, help="list the devices and exit")
@@ -222,7 +225,8 @@ def engine_config(options: argparse.Namespace, path: Path | None = None) -> Engi
             trace=options.trace,
             device=options.device.split(",")[0] if options.split_mode == "none" else options.device,
             vram_bytes=options.vram,
-            split_mode="layer" if options.split_mode == "none" else options.split_mode,
+            split_mode="auto" if options.split_mode == "none" else options.split_mode,
+            peer_memory=options.peer_memory,
             tensor_split=options.tensor_split,
         )
 
@@ -236,8 +240,8 @@ def _lookahead(text: str) -> int | str:
 
 
 def _split_mode(text: str) -> str:
-    if text not in ("none", "layer", "pingpong", "tensor", "row"):
-        raise UsageError(f"unknown split {text!r}", hint="-sm layer, tensor, pingpong or none")
+    if text not in ("auto", "none", "layer", "pingpong", "tensor", "row"):
+        raise UsageError(f"unknown split {text!r}", hint="-sm auto, layer, tensor, pingpong or none")
     return "tensor" if text == "row" else text
 
 

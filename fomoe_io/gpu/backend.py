@@ -16,6 +16,7 @@ from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import slot_layout
 from fomoe_io.gpu import device, kernels
 from fomoe_io.gpu.arena import F32, Q8, WHOLE, Part
+from fomoe_io.gpu.boxes import HostBox, PeerBoxes
 from fomoe_io.gpu.budget import check_shape, native_device_layers, pool_places, record_layout, size_classes
 from fomoe_io.gpu.device import Gpu
 from fomoe_io.gpu.embedding import EmbeddingReader
@@ -23,7 +24,6 @@ from fomoe_io.gpu.on_device import OnDevice
 from fomoe_io.gpu.prompts import Handed, PromptRunner
 from fomoe_io.gpu.recordings import ModelSource
 from fomoe_io.gpu.runs import run_batch
-from fomoe_io.gpu.shared import SharedMemory
 from fomoe_io.gpu.sharing import DRAM, VRAM, Sharing
 from fomoe_io.gpu.token import TokenRunner
 from fomoe_io.gpu.weights import load_weights
@@ -184,10 +184,11 @@ class GpuBackend:
         self._pool_registration = self.gpu.register(np.frombuffer(self.pool.view, np.uint8))
         opened.reader.register_buffers(self.pool.address, max(b.pool_bytes, LEAST_BLOCK_BYTES))
         if len(self._gpus) > 1:
-            self._exchange = SharedMemory(self.gpu, sharing.sketch.exchange_bytes)
+            boxes = PeerBoxes if opened.config.peer_memory else HostBox
+            self._boxes = boxes(self._gpus, sharing.sketch.exchange_bytes)
         for i, gpu in enumerate(self._gpus):
-            exchange = self._exchange.pointer_on(gpu) if len(self._gpus) > 1 else 0
-            self.devices.append(OnDevice(gpu, opened, sharing, i, exchange))
+            places = self._boxes.places(i) if len(self._gpus) > 1 else (0, 0)
+            self.devices.append(OnDevice(gpu, opened, sharing, i, places))
         self.recorded = r = self.devices[0].recorded
         self._experts = self._device_experts()
         self._set_up(self._experts)
@@ -401,10 +402,10 @@ class GpuBackend:
                 registration.close()
         for device_ in devices:
             device_.close()
-        for name in ("pool", "_exchange"):
+        for name in ("pool", "_boxes"):
             owner = self.__dict__.pop(name, None)
             if owner is not None:
                 owner.close()
 
 
-_ON_DEVICE = ("_experts", "tokens", "_prompts", "recorded", "_pool_registration", "devices", "pool", "_exchange")
+_ON_DEVICE = ("_experts", "tokens", "_prompts", "recorded", "_pool_registration", "devices", "pool", "_boxes")

@@ -108,14 +108,16 @@ class ChainBackend:
     opened : OpenModel
     gpus : sequence of Gpu
         Two or more, of one provider; the same device may come twice.
+    mode : {"layer", "pingpong"}
+        See `owners`.
     """
 
     threads = 1
 
-    def __init__(self, opened: OpenModel, gpus: Sequence[Gpu]) -> None:
-        config, shape = opened.config, opened.shape
+    def __init__(self, opened: OpenModel, gpus: Sequence[Gpu], mode: str) -> None:
+        config, shape, self._mode = opened.config, opened.shape, mode
         weights = config.tensor_split or tuple(1.0 for _ in gpus)
-        self._owner = owners(shape.layers, weights, config.split_mode)
+        self._owner = owners(shape.layers, weights, mode)
         if len(weights) != len(gpus) or len(set(self._owner)) < len(gpus):
             raise UsageError(
                 f"{len(gpus)} devices, and a split that gives layers to {len(set(self._owner))} of them",
@@ -125,7 +127,7 @@ class ChainBackend:
         self._trace: Trace | None = None
         self._traces: list[Trace] = []
         # layers in turn: a device would need the rows of several batches at once
-        self._batches = BATCHES_A_DEVICE * len(gpus) if config.split_mode == "layer" else 1
+        self._batches = BATCHES_A_DEVICE * len(gpus) if mode == "layer" else 1
         self._states, self._failures = StatePool(config.sessions), list[BaseException]()
         self._lookahead = Lookahead(config.lookahead_mode)
         self._threads = ThreadPoolExecutor(len(gpus) - 1, "fomoe-device")
@@ -181,7 +183,7 @@ class ChainBackend:
     @property
     def computed_by(self) -> str:
         """What computes, for the banner."""
-        return f"{self.device_name} ({self._opened.config.split_mode})"
+        return f"{self.device_name} ({self._mode})"
 
     @property
     def kernels(self) -> str:
@@ -345,7 +347,7 @@ class ChainBackend:
             guessed = self._by_layer([stage.guessed for stage in self.stages])
             result["prefetch"] |= {"is_on": self._lookahead.is_on, "recall": recall_of(guessed)}
         counts = [sum(i == k for i in self._owner) for k in range(len(self.stages))]
-        result["split"] = {"mode": self._opened.config.split_mode, "layers": counts}
+        result["split"] = {"mode": self._mode, "layers": counts}
         for stage in self.stages[1:]:
             for name, value in stage.reader_counters().items():
                 if isinstance(result["reader"].get(name), int):

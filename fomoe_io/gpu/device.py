@@ -321,9 +321,7 @@ class Gpu:
         The launch keeps the buffers alive.  ``run(stream)`` may be called any number of times, and captured.
         """
         function, kernel = self.function(name), self.table[name]
-        missing = len(kernel.signature) - len(arguments)
-        left_out = (0,) * missing if missing <= kernel.optional else ()
-        return Launch(function, grid, kernel.threads, kernel.signature, *arguments, *left_out)
+        return Launch(function, grid, kernel.threads, kernel.signature, *arguments)
 
     def capture(self, launches: Sequence[Launch | Product], stream: Stream | None = None) -> Graph:
         """The launches, in order, as one graph."""

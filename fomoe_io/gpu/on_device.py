@@ -34,8 +34,8 @@ class OnDevice:
         The sizes of everything.
     index : int
         Which device of those that compute a layer together.
-    exchange : int
-        Address, as this one sees it, of the memory by which they do.
+    boxes : (int, int)
+        Where it leaves what the others want, and finds what they have left.
 
     Attributes
     ----------
@@ -52,8 +52,10 @@ class OnDevice:
         Of experts, up and down.
     """
 
-    def __init__(self, gpu: Gpu, opened: OpenModel, sharing: Sharing, index: int = 0, exchange: int = 0) -> None:
-        self.gpu, self._opened, self._index, self._exchange = gpu, opened, index, exchange
+    def __init__(
+        self, gpu: Gpu, opened: OpenModel, sharing: Sharing, index: int = 0, boxes: tuple[int, int] = (0, 0)
+    ) -> None:
+        self.gpu, self._opened, self._index, self._boxes = gpu, opened, index, boxes
         self._buffers: list[Buffer] = []
         self.shared = SharedWords(gpu, part_sizes(sharing.sketch, opened.shape, sharing.batch_tokens))
         try:
@@ -69,8 +71,8 @@ class OnDevice:
             self._buffers.append(gpu.allocate(max(size, 256)))
         self.held_bytes = sum(buffer.nbytes for buffer in self._buffers)
         weights, activations, self.states, self.vram = (buffer.pointer for buffer in self._buffers)
-        box = self._exchange
-        places = Addresses(weights, activations, self.states, mail=self.shared.device, outbox=box, inbox=box)
+        outbox, inbox = self._boxes
+        places = Addresses(weights, activations, self.states, mail=self.shared.device, outbox=outbox, inbox=inbox)
         self.recorded = r = sharing.recordings(places, device=self._index)
         self.products: DenseProducts | None = None
         if sharing.scratch_bytes:

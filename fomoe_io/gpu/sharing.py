@@ -166,7 +166,8 @@ class Sharing:
         s, fixed, limit = self._shape, self.sketch.fixed_bytes, self._vram_limit()
         slot_bytes = {i: r.slot_bytes[VRAM] for i, r in self._records.items()}
         most = self._most_slots(self._config.tiers.vram if self._config.tiers else 1.0, s.used)
-        slots = share_slots(slot_bytes, most, limit - sum(fixed) - self._spare_bytes(VRAM), s.used)
+        taken = sum(fixed) + self._spare_bytes(VRAM) + (self.sketch.exchange_bytes if self._config.peer_memory else 0)
+        slots = share_slots(slot_bytes, most, limit - taken, s.used)
         if slots is None:
             raise self._too_small(limit)
         table = np.zeros((s.layers, 2), np.int32)
@@ -174,7 +175,8 @@ class Sharing:
             table[layer, VRAM] = count
         devices = len(self._gpus)
         host_bytes = devices * shared_bytes(part_sizes(self.sketch, s, self.batch_tokens))
-        host_bytes += round_up(self.sketch.exchange_bytes, LEAST_BLOCK_BYTES)
+        if not self._config.peer_memory:
+            host_bytes += round_up(self.sketch.exchange_bytes, LEAST_BLOCK_BYTES)
         ram_limit, kept = self._share_host(table, host_bytes)
         pools = [pool_places(self._records, table, self.spares, tier)[2] for tier in (VRAM, DRAM)]
         self.vram_pool_bytes = pools[VRAM]

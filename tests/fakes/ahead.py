@@ -83,8 +83,8 @@ class Drive:
 def drives(mode: str) -> Iterator[list[Drive]]:
     """Those of the engines that are opened meanwhile.
 
-    mode: "pass", "hold" until somebody waits, "spoil" some of those then, "fail" at once, "refuse", or "behind": what is
-    asked for takes until something is read ahead, or somebody sleeps.
+    mode: "pass", "hold" until somebody waits, "spoil" some of those then, "fail" at once, "refuse", or "behind": what
+    is asked for takes until something is read ahead, or somebody sleeps.
     """
     made: list[Drive] = []
 

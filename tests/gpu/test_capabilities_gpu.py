@@ -90,15 +90,18 @@ def test_lookahead_changes_no_bit(model: Path, car: str | None) -> None:
 
 
 @pytest.mark.parametrize("how", [{}, LIMITED, LIMITED | {"car": "regret:0.05"}], ids=["all", "limited", "car"])
-@pytest.mark.parametrize("mode", ["layer", "pingpong", "tensor"])
+@pytest.mark.parametrize("mode", ["layer", "pingpong", "tensor", "peers"])
 @pytest.mark.parametrize("devices", ["0,0", "0,0,0", "0,1", "0,1,2,3"])
 def test_the_bits_are_one_devices(provider: str, model: Path, devices: str, mode: str, how: dict[str, Any]) -> None:
     needed = 1 + max(int(number) for number in devices.split(","))
     if len(device.list_devices(provider)) < needed:
         pytest.skip(f"fewer than {needed} devices")
+    if (mode in ("tensor", "peers") and devices == "0,0,0") or (mode == "peers" and devices == "0,1,2,3"):
+        pytest.skip("no equal shares, or more than two that write to one another")
+    how = how | {"split_mode": "tensor", "peer_memory": True} if mode == "peers" else how | {"split_mode": mode}
     how = how | ({"car": CarRule.parse(how["car"])} if "car" in how else {})
     alone, said = read(model, **how)
-    found, counted = read(model, device=f"{provider}:{devices}", split_mode=mode, **how)
+    found, counted = read(model, device=f"{provider}:{devices}", **how)
     assert found == alone
     for name in ("expert_requests", "substitutions", "evictions"):
         assert counted[name] == said[name]

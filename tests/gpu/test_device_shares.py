@@ -14,9 +14,11 @@ import pytest
 
 from fomoe_io.errors import FormatError
 from fomoe_io.gpu import exchange, kernels
-from fomoe_io.gpu.arena import ALIGNMENT_BYTES, F32, Q8, LaunchSpec, Share
+from fomoe_io.gpu import launches as make
+from fomoe_io.gpu.arena import ALIGNMENT_BYTES, F32, Q8, DeviceMatrix, LaunchSpec, Mailbox, Share
 from fomoe_io.gpu.batch_recorder import ExchangeRows, PostPicks, ServeExperts, Wave
 from fomoe_io.gpu.budget import RecordLayout
+from fomoe_io.gpu.exchange import Exchange
 from fomoe_io.gpu.recordings import Addresses, ModelSource, Recordings
 from fomoe_io.gpu.weights import kernel_of
 from fomoe_io.models import check_model
@@ -280,6 +282,7 @@ def test_every_row_is_made_once(tmp_path: Path, count: int) -> None:
             assert not rows
     assert divided >= 5 * len(model.experts)
     gathers = [[s for s in d.token.launches(1) if s.kernel.startswith("gather")] for d in devices]
+    assert any(spec.beside for spec in whole) and not any(spec.beside for specs in gathers for spec in specs)
     place = 0
     for same in zip(*gathers, strict=True):
         assert len({s.kernel for s in same}) == 1
@@ -294,11 +297,10 @@ def test_every_row_is_made_once(tmp_path: Path, count: int) -> None:
 
 
 def test_small_products_are_made_by_each_device(tmp_path: Path) -> None:
-    """Two exchanges a layer, of its experts; none runs beside."""
+    """Two exchanges a layer, of its experts."""
     model = check_model(Store.open(write_tiny(tmp_path / "model.gguf", tiny(weights=Type.Q4_K), seed=5)))
     specs = recorded(model, Share(0, 2)).token.launches(1)
     assert [s.kernel for s in specs if s.kernel.startswith("gather")] == ["gather_hidden", "gather_floats"] * 4
-    assert not any(s.beside for s in specs if s.kernel.startswith("gather"))
     assert not any(s.kernel.startswith("gather") for s in recorded(model, Share()).token.launches(1))
     assert recorded(model, Share()).exchange_bytes == 0
 
@@ -307,3 +309,26 @@ def test_widths_that_are_no_multiple_are_refused(tmp_path: Path) -> None:
     model = check_model(Store.open(write_tiny(tmp_path / "model.gguf", tiny(), seed=5)))
     with pytest.raises(FormatError, match="3 devices can't share experts of expert width 256: it is no multiple of 96"):
         recorded(model, Share(0, 3))
+
+
+def test_sums_keep_the_order_of_the_whole_matrix() -> None:
+    """Few rows' columns are shared among warps; half of many rows are not few."""
+    many, few = (DeviceMatrix(1 << 20, "q4_k", rows, 4096) for rows in (kernels.MANY_ROWS, 512))
+    half = slice(512, 1024)
+    for whole in (many, few):
+        own = half if whole is many else slice(256, 512)
+        specs = [make.mat_vec(make.Product(whole, 0, 0, rows)) for rows in (None, own)]
+        assert specs[0].arguments[-1] == specs[1].arguments[-1] == (1 if whole is many else 2)
+        assert specs[1].arguments[0] == whole.address + own.start * 4096 // 256 * 144
+    together = [[make.Product(many, 0, 0, rows), make.Product(few, 0, 0)] for rows in (None, half)]
+    assert [make.mat_vec_many(products).arguments[-1] for products in together] == [1, 1]
+
+
+def test_which_products_are_divided() -> None:
+    """Those that are worth an exchange: not a router's few rows, nor what is small, but for small ones beside them."""
+    query, key, odd = (DeviceMatrix(0, "q4_k", rows, 4096) for rows in (8192, 512, 1001))
+    router, small = DeviceMatrix(0, "f32", 512, 4096), DeviceMatrix(0, "q4_k", 2048, 512)
+    second = Exchange(Share(1, 2), Mailbox(0, 0))
+    assert second.own_rows([query, key, odd]) == [slice(4096, 8192), slice(256, 512), slice(0, 1001)]
+    assert second.own_rows([router]) == [slice(0, 512)] and second.own_rows([small]) == [slice(0, 2048)]
+    assert Exchange(Share(0, 1), Mailbox(0, 0)).own_rows([query]) == [slice(0, 8192)]

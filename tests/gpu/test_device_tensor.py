@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine, Tiers
+from fomoe_io.errors import DeviceError, UsageError
 from fomoe_io.experts.car import CarRule
-from fomoe_io.gpu import device, exchange
+from fomoe_io.gpu import device, exchange, split
 from tests.fake_hip.build import Fake, installed_fake
 from tests.gpu.test_device_chain import read
 from tests.gpu.test_device_engine import TOKENS, settings
@@ -79,6 +80,20 @@ def test_whatever_else_is_asked_for(models: dict[str, Path], devices: str) -> No
     assert said["prefetch"]["issued"] > 0
 
 
+def test_by_each_other_s_memory(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For those who ask for it, where kernels reach it; else it is said which does not."""
+    tight = {"tiers": Tiers(0.5, 0.25)}
+    expected = [decoded(models["mixed"], **tight)[0], read(models["mixed"], **tight)[0]]
+    monkeypatch.setenv("FAKE_HIP_DEVICES", "2")
+    two = TWO | {"device": "hip:0,1", "peer_memory": True}
+    assert [decoded(models["mixed"], **tight, **two)[0], read(models["mixed"], **tight, **two)[0]] == expected
+    with pytest.raises(UsageError, match="by twos, not by 4"):
+        Engine.open(models["plain"], settings(**two | {"device": "hip:0,1,0,1"}))
+    monkeypatch.setenv("FAKE_HIP_PEER", "0")
+    with pytest.raises(DeviceError, match="hip:0 does not reach the memory of hip:1"):
+        Engine.open(models["mixed"], settings(**two))
+
+
 @pytest.mark.parametrize("name", ["mixed", "plain"])
 @pytest.mark.parametrize(
     "how",
@@ -90,3 +105,21 @@ def test_prompts_and_sessions(models: dict[str, Path], name: str, how: dict[str,
     found, said = read(models[name], **how, **TWO)
     assert found == expected
     assert said["expert_requests"] == counted["expert_requests"] and said["evictions"] == counted["evictions"]
+
+
+def test_auto_takes_what_pays(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow memory is worth the exchanges, fast memory is not, and unequal parts are runs of layers."""
+    found = {}
+    for name, rate, how in (
+        ("slow", 1e9, {}),
+        ("fast", 1e13, {}),
+        ("measured", None, {}),
+        ("unequal", 1e9, {"tensor_split": "3,1"}),
+    ):
+        if rate is not None:
+            monkeypatch.setattr(split, "read_bandwidth", lambda gpu, rate=rate: rate)
+        with Engine.open(models["mixed"], settings(device="hip:0,0", batch_tokens=1, **how)) as engine:
+            found[name] = engine.statistics()["split"]["mode"]
+        monkeypatch.undo()
+        monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
+    assert found == {"slow": "tensor", "fast": "layer", "measured": "tensor", "unequal": "layer"}

@@ -116,6 +116,31 @@ def test_late_experts_are_computed_as_they_come(
     assert (results[1][0] == results[0][0]).all() == (word != "stop")
 
 
+@pytest.mark.parametrize("word", ["words", "stop"])
+def test_a_gather_waits_for_late_words(runner: CpuRunner, word: str) -> None:
+    """Of several blocks; what has come when the host says stop is there, the rest is as it was."""
+    count, run, stop = 1100, runner.put(np.array([7], np.uint32)), runner.put(np.zeros(1, np.uint32))
+    there = np.full((2, count), np.uint64(6) << np.uint64(32), np.uint64)  # words of the run before
+    there[1] |= np.arange(count, dtype=np.float32).view(np.uint32)
+    vector, slots = runner.put(np.full((2, count), 5, np.float32)), runner.put(there)
+    grid = kernels.gather_grid(count)
+    arguments = (vector, None, None, None, count, 0, 0, 0, slots, slots, run, stop, 0, 2, grid[0])
+    waiter = threading.Thread(target=runner.launch, args=("gather_floats", grid, *arguments))
+    waiter.start()
+    waiter.join(0.05)
+    assert waiter.is_alive()
+    late = [600, *range(600), *range(601, count)]  # not in their order
+    for i in late if word == "words" else late[:10]:
+        ctypes.c_uint64.from_address(slots.pointer + 8 * (count + i)).value = int(there[1, i]) + (1 << 32)
+    if word == "stop":
+        ctypes.c_uint32.from_address(stop.pointer).value = 1
+    waiter.join(10)
+    assert not waiter.is_alive()
+    found = vector.get()
+    assert (found[0] == 5).all() and found[1, 600] == 600
+    assert (found[1] == np.arange(count)).all() or (word == "stop" and (found[1, 610:] == 5).all())
+
+
 def test_every_kernel_waits_for_the_one_before_it() -> None:
     """A chained launch starts early: whatever its kernel did before start_kernel() could meet unfinished work.
 

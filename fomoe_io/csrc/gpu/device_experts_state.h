@@ -126,8 +126,8 @@ struct fomoe_device_experts {
     int has_read, has_moved; /* has_moved: some were not in VRAM */
 
     /* lookahead: experts that the device guesses of a layer (0: off), spares that may hold such, and do; the last layer
-     * of the run whose guesses have been seen, those, and how many of them have been read or need not be; the layer that
-     * may be read ahead of the one at work (-1: none) */
+     * of the run whose guesses have been seen, those, and how many of them have been read or need not be; the layer
+     * that may be read ahead of the one at work (-1: none) */
     int ranks, most_staged, staged, guess_count, guessed_layer, considered, ahead;
     int32_t *guessed;
     fomoe_guess *guesses;

@@ -34,12 +34,10 @@ class Kernel:
     ----------
     threads : threads of a block (the kernels know their own block size)
     signature : a letter an argument: p pointer, q 64-bit integer, i 32-bit integer, f float
-    optional : the last so many arguments may be left out: 0
     """
 
     threads: int
     signature: str
-    optional: int = 0
 
 
 def sources() -> dict[str, str]:
@@ -99,8 +97,8 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         table[f"expand_half_{name}"] = Kernel(256, "ppq")
     for name in TYPES:
         table[f"mat_mul_{name}"] = Kernel(128, "pppiii")
-        table[f"group_gate_up_{name}"] = Kernel(128, "ppqqpppiiipi", optional=1)
-        table[f"group_down_{name}"] = Kernel(128, "ppqppiiii", optional=2)
+        table[f"group_gate_up_{name}"] = Kernel(128, "ppqqpppiiipi")
+        table[f"group_down_{name}"] = Kernel(128, "ppqppiiii")
         table[f"heads_mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
         table[f"heads_mat_mul_{name}"] = Kernel(128, "pppiiii")
         table[f"mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")

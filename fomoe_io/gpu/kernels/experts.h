@@ -1,9 +1,10 @@
-// All chosen experts of a layer in two launches, those that are not on the device as they come.  A pair is (token, rank of the pick): pair = token * picks + rank.
+// All chosen experts of a layer in two launches, those that are not on the device as they come.  A pair is (token, rank
+// of the pick): pair = token * picks + rank.
 // records[pair]: where the expert's record lies on the device, 0 when it is not there (yet).
 #pragma once
 #include "mat_vec.h"
 
-#define MOST_PICKS 64  // the most experts a token may have
+#define MOST_PICKS 64 // the most experts a token may have
 
 template <class T> constexpr int gate_up_pairs = GATE_UP_PAIRS;
 template <> constexpr int gate_up_pairs<q6_k> = GATE_UP_PAIRS_Q6_K;
@@ -103,8 +104,8 @@ DEVICE int pair_in_turn(const u64 *records, int picks) {
 
 // Where the pair's record is, once gate and up are there; 0 when the host has told the device to stop.  late: of this
 // layer, 0 until somebody knows, odd where the record is read in place, in the host's memory; null: nobody will.  The
-// first block of a pair asks the host, over the link; the others hear it from that one, and ask now and then themselves,
-// because nobody promises that it runs beside them.  A whole block calls it.
+// first block of a pair asks the host, over the link; the others hear it from that one, and ask now and then
+// themselves, because nobody promises that it runs beside them.  A whole block calls it.
 DEVICE u64 await_record(u64 *late, const void *reply, const replayed *run, const void *stop, int pairs, int pair) {
     __shared__ u64 found;
     if (!late) return 0;
@@ -135,8 +136,8 @@ DEVICE u64 await_record(u64 *late, const void *reply, const replayed *run, const
     return found;
 }
 
-// Until the host says that all of the pair's record is there: what follows in the stream may read it.  When it says stop
-// before that, the record is none, and what is computed from it is NaN.
+// Until the host says that all of the pair's record is there: what follows in the stream may read it.  When it says
+// stop before that, the record is none, and what is computed from it is NaN.
 DEVICE void await_whole(u64 *late, const void *reply, const replayed *run, const void *stop, int pairs, int pair) {
     const answer a = answer_at(reply, pairs);
     const u32 number = now(run);
@@ -153,7 +154,7 @@ DEVICE void await_whole(u64 *late, const void *reply, const replayed *run, const
 // What a block of `down` knows of its token's picks.
 struct down_picks {
     u64 record[MOST_PICKS];
-    float weight[MOST_PICKS];  // NaN: there is no record
+    float weight[MOST_PICKS]; // NaN: there is no record
 };
 
 // total[r] += this lane's share of row r of all picks' products.
@@ -249,28 +250,28 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
     }
 }
 
-#define EXPERT_KERNELS(type)                                                                                           \
-    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_##type)                                      \
-    (const u64 *records, u64 *late, const void *reply, const replayed *run, const void *stop, u64 gate_offset,         \
-     u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows, int columns, int picks,                   \
-     const expert_form *form, int first, int holds) {                                                                  \
-        start_kernel();                                                                                                \
-        const int pair = pair_in_turn(records, picks);                                                                 \
-        u64 record = records[pair];                                                                                    \
-        if (record) {                                                                                                  \
-            gate_up<type, settled>((const u8 *)record, pair, gate_offset, up_offset, x, hidden, hidden_floats, rows,   \
-                                   columns, picks, form, first);                                                       \
-            return;                                                                                                    \
-        }                                                                                                              \
-        record = await_record(late, reply, run, stop, picks, pair);                                                    \
-        if (!record) return;                                                                                           \
-        gate_up<type, arriving>((const u8 *)(record & ~1ull), pair, gate_offset, up_offset, x, hidden, hidden_floats,  \
-                                rows, columns, picks, form, first);                                                    \
-        /* asked once more, because a register is dear meanwhile */                                                    \
-        if (holds && block_x() == 0 && thread_index() == 0 && !(system_load8(late + pair) & 1))                        \
-            await_whole(late, reply, run, stop, picks, pair);                                                          \
-    }                                                                                                                  \
-    EXPORT_KERNEL(experts_gate_up_##type)                                                                              \
+#define EXPERT_KERNELS(type)                                                                                          \
+    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_##type)                                     \
+    (const u64 *records, u64 *late, const void *reply, const replayed *run, const void *stop, u64 gate_offset,        \
+     u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows, int columns, int picks,                  \
+     const expert_form *form, int first, int holds) {                                                                 \
+        start_kernel();                                                                                               \
+        const int pair = pair_in_turn(records, picks);                                                                \
+        u64 record = records[pair];                                                                                   \
+        if (record) {                                                                                                 \
+            gate_up<type, settled>((const u8 *)record, pair, gate_offset, up_offset, x, hidden, hidden_floats, rows,  \
+                                   columns, picks, form, first);                                                      \
+            return;                                                                                                   \
+        }                                                                                                             \
+        record = await_record(late, reply, run, stop, picks, pair);                                                   \
+        if (!record) return;                                                                                          \
+        gate_up<type, arriving>((const u8 *)(record & ~1ull), pair, gate_offset, up_offset, x, hidden, hidden_floats, \
+                                rows, columns, picks, form, first);                                                   \
+        /* asked once more, because a register is dear meanwhile */                                                   \
+        if (holds && block_x() == 0 && thread_index() == 0 && !(system_load8(late + pair) & 1))                       \
+            await_whole(late, reply, run, stop, picks, pair);                                                         \
+    }                                                                                                                 \
+    EXPORT_KERNEL(experts_gate_up_##type)                                                                             \
     KERNEL(32 * DOWN_WARPS, experts_down_##type)                                                                      \
     (const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,                    \
      const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks,                \

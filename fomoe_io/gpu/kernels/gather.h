@@ -5,34 +5,54 @@
 #include "tile.h"
 
 #define GATHER_THREADS 512
+#define GATHER_LOOKS 16 // more than an exchange takes where nobody is late
+
+// Whether a word is this run's by the last of so many looks.
+DEVICE bool has_come(const u64 *word, u32 number, int looks, u32 &value) {
+    for (; looks > 0; --looks) {
+        const u64 found = system_load8(word);
+        value = (u32)found;
+        if ((u32)(found >> 32) == number) return true;
+        pause_thread();
+    }
+    return false;
+}
 
 // Where words travel: 64 bits each, the run's number in the upper half as in a post (router.h), so that nobody waits
 // for a fence and nothing is ever reset.  A device's words follow one another, `count` of them, device after device.
 // Every block is there at once (GATHER_BLOCKS are few enough for any device) and leaves its words before it waits for
 // others', so devices can't hold each other up.
 //
+// A look is a transfer over the link, which the copies of experts need.  So when words are late, of each block one
+// thread looks for one of them, and the others when it has come; `stop` is looked at more rarely still.
+//
 // words.load(i): this device's own; words.store(device, i, value).  A whole block calls it.
 template <class WORDS>
 DEVICE void gather(const WORDS &words, int count, void *out, const void *in, const replayed *run, const void *stop,
                    int rank, int ranks, int blocks) {
+    __shared__ volatile int is_over;
     const u32 number = now(run);
-    const int first = block_x() * GATHER_THREADS + thread_index(), step = blocks * GATHER_THREADS;
-    for (int i = first; i < count; i += step)
+    const int begin = block_x() * GATHER_THREADS, step = blocks * GATHER_THREADS;
+    if (thread_index() == 0) is_over = 0;
+    for (int i = begin + thread_index(); i < count; i += step)
         system_store8((u64 *)out + (u64)rank * count + i, (u64)number << 32 | words.load(i));
     sync_block();
-    bool is_over = false;
     for (int other = 1; other < ranks; ++other) {
         const int device = (rank + other) % ranks;
-        for (int i = first; i < count && !is_over; i += step) {
-            const u64 *from = (const u64 *)in + (u64)device * count + i;
-            u64 word = system_load8(from);
-            // a look at `stop` is a transfer over the link, which the words need
-            for (u32 looks = 1; (u32)(word >> 32) != number && !is_over; ++looks) {
-                pause_thread();
-                is_over = looks % 1024 == 0 && system_load4(stop);
-                word = system_load8(from);
+        for (int first = begin; first < count; first += step) {
+            const u64 *from = (const u64 *)in + (u64)device * count + first;
+            const int i = first + thread_index();
+            u32 value, ignored;
+            bool is_there = i >= count || has_come(from + thread_index(), number, GATHER_LOOKS, value);
+            if (thread_index() == 0)
+                while (!is_over && !has_come(from, number, 2 * GATHER_LOOKS, ignored))
+                    is_over = system_load4(stop) != 0;
+            sync_block();
+            while (!is_there && !is_over) {
+                is_there = has_come(from + thread_index(), number, 64 * GATHER_LOOKS, value);
+                if (!is_there && system_load4(stop)) is_over = 1;
             }
-            if (!is_over) words.store(device, i, (u32)word);
+            if (is_there && i < count) words.store(device, i, value);
         }
     }
 }

@@ -272,19 +272,20 @@ DEVICE void group_gate_up(const tile *tiles, const int *order, u64 gate_offset, 
     }
 }
 
-// out[pair][first + row] = down[row] . hidden[pair] for `count` rows (0: all).  Grid (count / 64 up, tiles).
+// out[pair][first + row] = down[row] . hidden[pair] for `count` rows: a device's share of `rows`.
+// Grid (count / 64 up, tiles).
 template <class T>
 DEVICE void group_down(const tile *tiles, const int *order, u64 down_offset, const u8 *hidden, float *out, int rows,
                        int columns, int first, int count) {
     __shared__ int pairs[TILE_TOKENS];
-    const int begin = TILE_ROWS * block_x(), own = count ? count : rows;
+    const int begin = TILE_ROWS * block_x();
     const tile t = tiles[block_y()];
     load_pairs(t, order, pairs);
-    const tile_rows r = rows_from<T>((const u8 *)t.record + down_offset, begin, own, columns);
+    const tile_rows r = rows_from<T>((const u8 *)t.record + down_offset, begin, count, columns);
     __shared__ typename step_of<T::is_quantized>::type s;
     float sums[4][2];
     multiply_tile<T>(s, r, hidden, pairs, columns, sums);
-    store_sums(sums, out + first, pairs, begin, own, rows);
+    store_sums(sums, out + first, pairs, begin, count, rows);
 }
 
 // y[token] = sum over ranks, in order, of weight * (out[pair] [+ bias]), + sigmoid(shared_gate) * shared where a shared

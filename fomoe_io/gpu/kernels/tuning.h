@@ -10,10 +10,11 @@
 #define MAT_VEC_WARPS 4
 #endif
 
-// mat_vec: bytes of each row that a chained launch asks into the last cache before the kernel ahead has finished (NVIDIA
-// from sm_90 on); 0: none.
+// mat_vec: bytes of each row that a chained launch asks into the last cache before the kernel ahead has finished
+// (NVIDIA from sm_90 on); 0: none.  On an H100 a layer of the 35B's shape takes 4 % less with it, one of the 397B's the
+// same.
 #ifndef PREFETCH_BYTES
-#define PREFETCH_BYTES 0
+#define PREFETCH_BYTES 16384
 #endif
 
 // experts_gate_up: warps of a block, which makes 32 values; (gate, up) row pairs that a warp reads at once; blocks that

@@ -1,0 +1,65 @@
+"""How several devices share a model where nobody has said it: by arithmetic, from what is measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fomoe_io.errors import FormatError
+from fomoe_io.gpu.exchange import check_share
+
+if TYPE_CHECKING:
+    from fomoe_io.gpu.device import Gpu
+    from fomoe_io.open_model import OpenModel
+
+EXCHANGES = 4
+"""Of a layer whose rows are divided: what attention reads, what it gives, what gate and up make, what down makes."""
+
+EXCHANGE_US, PEER_EXCHANGE_US = 5.0, 2.5
+"""Of one: through the host's memory as a token took longer by it on two H200s (bench/results/2026-11-two-cards.md), and
+by each other's memory as much less as the exchange alone did there."""
+
+MEASURED_BYTES, ROUNDS = 256 << 20, 3
+
+
+def choose(opened: OpenModel, gpus: Sequence[Gpu]) -> str:
+    """`tensor` where reading some of a layer's rows saves more than the exchanges cost, else `layer`.
+
+    Unlike devices, other shares than equal ones and a model whose rows cannot be divided take `layer`.
+    """
+    kinds = {(gpu.info.name, gpu.info.memory_bytes) for gpu in gpus}
+    if len(kinds) > 1 or len(set(opened.config.tensor_split or (1.0,))) > 1:
+        return "layer"
+    try:
+        check_share(opened.shape, len(gpus))
+    except FormatError:
+        return "layer"
+    saved_us = 1e6 * layer_bytes(opened) * (1 - 1 / len(gpus)) / read_bandwidth(gpus[0])
+    each_us = PEER_EXCHANGE_US if opened.config.peer_memory else EXCHANGE_US
+    return "tensor" if saved_us > EXCHANGES * each_us else "layer"
+
+
+def layer_bytes(opened: OpenModel) -> float:
+    """What a token reads of a layer: its experts and the weights that stay, without those at the model's ends."""
+    experts = opened.model.experts
+    chosen = sum(opened.shape.used * int(layer.extents[0, :, 2].sum()) for layer in experts.values())
+    dense = sum(tensor.bytes for name, tensor in opened.model.resident.items() if name.startswith("blk."))
+    return (chosen + dense) / opened.shape.layers
+
+
+def read_bandwidth(gpu: Gpu) -> float:
+    """Bytes a second of plain loads."""
+    nbytes = min(MEASURED_BYTES, gpu.free_bytes() // 4) // 16 * 16
+    blocks = 8 * max(1, gpu.info.multiprocessors)
+    pool, out = gpu.allocate(nbytes), gpu.allocate(32 * blocks)
+    launch = gpu.prepare("read_memory", (blocks, 1, 1), pool, nbytes, out, blocks)
+    begin, end, best = gpu.event(is_timed=True), gpu.event(is_timed=True), 0.0
+    for _ in range(ROUNDS):
+        gpu.stream.record(begin)
+        launch.run(gpu.stream)
+        gpu.stream.record(end)
+        end.synchronize()
+        best = max(best, nbytes / max(end.milliseconds_since(begin), 1e-6) * 1e3)
+    pool.free()
+    out.free()
+    return best
