@@ -31,6 +31,33 @@ DEVICE float hidden_of(const expert_form *form, float gate, float up, int pair, 
     return gate / (1.f + exponential(-1.702f * gate)) * (up + 1.f);
 }
 
+#define GATE_UP_ROWS (32 / GATE_UP_WARPS)  // of a warp
+
+// gates[0 ..], ups[0 ..]: rows first, first + 1, ... of both matrices times x, of one warp.
+template <class T, class L>
+DEVICE void gate_up_rows(const u8 *gate, const u8 *up, const u8 *x, int columns, int first, float *gates, float *ups) {
+    const int PAIRS = gate_up_pairs<T>;
+    const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
+    const u32 token[1] = {0};
+#pragma unroll 1
+    for (int row = 0; row < GATE_UP_ROWS; row += PAIRS) {
+        const u8 *row_data[2 * PAIRS];
+        float sums[2 * PAIRS][1];
+#pragma unroll
+        for (int r = 0; r < PAIRS; ++r) {
+            row_data[2 * r] = gate + (u64)(first + row + r) * row_bytes;
+            row_data[2 * r + 1] = up + (u64)(first + row + r) * row_bytes;
+            sums[2 * r][0] = sums[2 * r + 1][0] = 0.f;
+        }
+        dot_rows<T, 2 * PAIRS, 1, L>(row_data, x, token, columns, lane_index(), 32, sums);
+#pragma unroll
+        for (int r = 0; r < PAIRS; ++r) {
+            const float of_gate = warp_sum(sums[2 * r][0]), of_up = warp_sum(sums[2 * r + 1][0]);
+            if (lane_index() == 0) gates[row + r] = of_gate, ups[row + r] = of_up;
+        }
+    }
+}
+
 // hidden[pair] = Q8(silu(gate x) * (up x)), or what else the form says.  A block makes 32 of the pair's `rows` values:
 // one Q8 group, so nothing but the quantized result leaves it.
 // A device that has a share of every expert (gather.h) makes fewer: row i of its records is row first + i of `rows`.
@@ -38,29 +65,11 @@ DEVICE float hidden_of(const expert_form *form, float gate, float up, int pair, 
 template <class T, class L>
 DEVICE void gate_up(const u8 *record, int pair, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,
                     float *hidden_floats, int rows, int columns, int picks, const expert_form *form, int first) {
-    const int ROWS = 32 / GATE_UP_WARPS, PAIRS = gate_up_pairs<T>;
     __shared__ float gates[32], ups[32];
-    const int own = 32 * block_x() + warp_index() * ROWS;
-    const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
-    const u32 token[1] = {0};
+    const int of_warp = warp_index() * GATE_UP_ROWS, own = 32 * block_x() + of_warp;
+    const u8 *gate = record + gate_offset, *up = record + up_offset;
     x += (u64)(pair / picks) * activation_row_bytes<T>(columns);
-#pragma unroll 1
-    for (int row = 0; row < ROWS; row += PAIRS) {
-        const u8 *row_data[2 * PAIRS];
-        float sums[2 * PAIRS][1];
-#pragma unroll
-        for (int r = 0; r < PAIRS; ++r) {
-            row_data[2 * r] = record + gate_offset + (u64)(own + row + r) * row_bytes;
-            row_data[2 * r + 1] = record + up_offset + (u64)(own + row + r) * row_bytes;
-            sums[2 * r][0] = sums[2 * r + 1][0] = 0.f;
-        }
-        dot_rows<T, 2 * PAIRS, 1, L>(row_data, x, token, columns, lane_index(), 32, sums);
-#pragma unroll
-        for (int r = 0; r < PAIRS; ++r) {
-            const float gate = warp_sum(sums[2 * r][0]), up = warp_sum(sums[2 * r + 1][0]);
-            if (lane_index() == 0) gates[warp_index() * ROWS + row + r] = gate, ups[warp_index() * ROWS + row + r] = up;
-        }
-    }
+    gate_up_rows<T, L>(gate, up, x, columns, own, gates + of_warp, ups + of_warp);
     sync_block();
     if (warp_index() > 0) return;
     const int lane = lane_index(), row = first + 32 * block_x() + lane;
@@ -258,7 +267,8 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
         if (!record) return;                                                                                          \
         gate_up<type, arriving>((const u8 *)(record & ~1ull), pair, gate_offset, up_offset, x, hidden, hidden_floats, \
                                 rows, columns, picks, form, first);                                                   \
-        if (holds && !(record & 1) && block_x() == 0 && thread_index() == 0)                                          \
+        /* asked once more, because a register is dear meanwhile */                                                   \
+        if (holds && block_x() == 0 && thread_index() == 0 && !(system_load8(late + pair) & 1))                       \
             await_whole(late, reply, run, stop, picks, pair);                                                         \
     }                                                                                                                 \
     EXPORT_KERNEL(experts_gate_up_##type)                                                                             \

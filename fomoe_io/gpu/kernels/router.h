@@ -43,12 +43,6 @@ DEVICE void resolve(const int *ids, const int *picks, const float *weights, cons
     post_word(post, number, (u32)absent);
 }
 
-// A word that is larger for a larger value, and of two equal ones for the lower place; not for NaN.
-DEVICE u64 standing(float value, int place) {
-    const u32 bits = as_bits(value + 0.f);  // no zero below another
-    return (u64)(bits >> 31 ? ~bits : bits | 0x80000000u) << 32 | ~(u32)place;
-}
-
 // chosen[0 ..]: where the `wanted` (1 to ROUTER_GROUPS) largest values are, descending, the lower place first where two
 // are equal; minus infinity and NaN are never chosen.  Returns how many there are.  A whole block calls it.
 //
@@ -57,8 +51,7 @@ DEVICE u64 standing(float value, int place) {
 // counts.
 DEVICE int largest(const float *values, int count, int wanted, int *chosen) {
     __shared__ float best_of[ROUTER_GROUPS], least;
-    __shared__ u64 candidates[ROUTER_EXPERTS];
-    __shared__ int passed;
+    __shared__ int candidates[ROUTER_EXPERTS], passed;
     float best = -infinity();
     for (int i = thread_index(); i < count; i += ROUTER_THREADS) best = larger(best, values[i]);
     best = larger(best, exchange_float<1>(best));
@@ -70,24 +63,26 @@ DEVICE int largest(const float *values, int count, int wanted, int *chosen) {
     if (thread_index() < ROUTER_GROUPS) {
         const float mine = best_of[thread_index()];
         int before = 0;
-#pragma unroll 16
+#pragma unroll 8  // 16 take more scalar registers than an AMD wave has
         for (int other = 0; other < ROUTER_GROUPS; ++other)
             before += best_of[other] > mine || (best_of[other] == mine && other < thread_index());
         if (before == wanted - 1) least = mine;
     }
     sync_block();
-    for (int i = thread_index(); i < count; i += ROUTER_THREADS) {
-        const float value = values[i];
-        if (value >= least && value > -infinity()) candidates[take_place(&passed)] = standing(value, i);
-    }
+    for (int i = thread_index(); i < count; i += ROUTER_THREADS)
+        if (values[i] >= least && values[i] > -infinity()) candidates[take_place(&passed)] = i;
     sync_block();
     const int found = passed;
     for (int i = thread_index(); i < found; i += ROUTER_THREADS) {
-        const u64 mine = candidates[i];
+        const int place = candidates[i];
+        const float mine = values[place];
         int before = 0;
 #pragma unroll 4
-        for (int j = 0; j < found; ++j) before += candidates[j] > mine;
-        if (before < wanted) chosen[before] = (int)~(u32)mine;
+        for (int j = 0; j < found; ++j) {
+            const int other = candidates[j];
+            before += values[other] > mine || (values[other] == mine && other < place);
+        }
+        if (before < wanted) chosen[before] = place;
     }
     sync_block();
     return found < wanted ? found : wanted;
