@@ -25,7 +25,9 @@ def open_backend(opened: OpenModel) -> Backend:
 
             mode = opened.config.split_mode
             mode = choose(opened, gpus) if mode == "auto" else mode
-            if mode != "tensor":
+            if mode == "none":
+                gpus = gpus[:1]
+            elif mode != "tensor":
                 return ChainBackend(opened, gpus, mode)
         if gpus:
             from fomoe_io.gpu.backend import GpuBackend

@@ -248,8 +248,9 @@ class EngineConfig:
     tiers : Tiers or None
         Most experts in VRAM and in DRAM; on a CPU both are simulated.
     device : str
-        "cpu"; "auto" takes a GPU when there is one; "hip" or "cuda" one of its devices, "hip:1" that one.  Devices that
-        share the processor's memory are taken by number only; of the others, the one with the most memory.
+        "cpu"; "auto" takes a GPU when there is one, and all that equal it where that pays (`split_mode`); "hip" or
+        "cuda" one of its devices, "hip:1" that one.  Devices that share the processor's memory are taken by number
+        only; of the others, the one with the most memory.
     vram_bytes : int, tuple of int or None
         Bound of the device memory, of each device; None takes what is free.
     split_mode : {"auto", "layer", "pingpong", "tensor"}

@@ -132,7 +132,7 @@ def add_engine_options(parser: Parser) -> None:
     group.add_argument("--vram", type=checked(_device_sizes), metavar="SIZE",
         help="bound of device memory, or one a device: 12G,16G (default: what is free)")  # fmt: skip
     group.add_argument("-dev", "--device", type=checked(_device), default="auto", metavar="NAME",
-        help="auto (a GPU if there is one), cpu, hip, cuda, or some by number: hip:1, cuda:0,1")  # fmt: skip
+        help="auto (GPUs if there are any, equal ones all), cpu, hip, cuda, or by number: hip:1, cuda:0,1")  # fmt: skip
     group.add_argument("-sm", "--split-mode", type=checked(_split_mode), default="auto", metavar="MODE",
         help="several devices: layer (each computes a run of layers), tensor (all compute every layer, of each product "
         "some rows), pingpong (layers in turn), none (the first alone), or auto (tensor where equal devices win by it, "

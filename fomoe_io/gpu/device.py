@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from fomoe_io import _hip
+from fomoe_io import _gpu, _hip
 from fomoe_io._blaslt import Product
 from fomoe_io._hip import Buffer, Event, Graph, Launch, Registration, Stream
 from fomoe_io.errors import DeviceError, UsageError
@@ -183,7 +183,8 @@ def all_devices() -> list[DeviceInfo]:
 
 
 def open_gpus(name: str, tuning: Mapping[str, int] | None = None) -> list[Gpu]:
-    """The devices that ``hip``, ``cuda``, ``auto``, ``hip:1`` or ``hip:0,1`` means; none when ``auto`` finds none.
+    """The devices that ``hip``, ``cuda``, ``auto``, ``hip:1`` or ``hip:0,1`` means; none when ``auto`` finds none, and
+    all that equal the best one when it finds some.
 
     `tuning` overrides ``gpu/kernels/tuning.h`` as far as that shapes no grid.
 
@@ -202,13 +203,16 @@ def open_gpus(name: str, tuning: Mapping[str, int] | None = None) -> list[Gpu]:
     kind, _, numbers = name.partition(":")
     if numbers:
         return [Gpu(f"{kind}:{number}", tuning) for number in numbers.split(",")]
+    if name != "auto":
+        return [Gpu(name, tuning)]
     try:
-        find_device(name)
+        _, best = find_device(name)
     except DeviceError:
-        if name == "auto":
-            return []
-        raise
-    return [Gpu(name, tuning)]
+        return []
+    found = [describe(i) for i in range(_hip.device_count())]
+    wanted = (found[best].name, found[best].memory_bytes, False)
+    equal = [d for d in found if (d.name, d.memory_bytes, d.is_integrated) == wanted]
+    return [Gpu(d.option, tuning) for d in equal[: _gpu.MOST_DEVICES]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,24 +19,40 @@ EXCHANGE_US, PEER_EXCHANGE_US = 5.0, 2.5
 """Of one: through the host's memory as a token took longer by it on two H200s (bench/results/2026-11-two-cards.md), and
 by each other's memory as much less as the exchange alone did there."""
 
+LEAST_FREE_SHARE = 0.8
+"""Of what is free: the rest is for sessions' state, activations and what the driver takes later."""
+
 MEASURED_BYTES, ROUNDS = 256 << 20, 3
 
 
 def choose(opened: OpenModel, gpus: Sequence[Gpu]) -> str:
     """`tensor` where reading some of a layer's rows saves more than the exchanges cost, else `layer`.
 
-    Unlike devices, other shares than equal ones and a model whose rows cannot be divided take `layer`.
+    Unlike devices, other shares than equal ones and a model whose rows cannot be divided take `layer`.  Where nobody
+    has named the devices and the first has room for the whole model, that is `none`: the first alone.
     """
+    if _pays(opened, gpus):
+        return "tensor"
+    has_room = _model_bytes(opened) < LEAST_FREE_SHARE * gpus[0].free_bytes()
+    return "none" if opened.config.device == "auto" and has_room else "layer"
+
+
+def _pays(opened: OpenModel, gpus: Sequence[Gpu]) -> bool:
     kinds = {(gpu.info.name, gpu.info.memory_bytes) for gpu in gpus}
     if len(kinds) > 1 or len(set(opened.config.tensor_split or (1.0,))) > 1:
-        return "layer"
+        return False
     try:
         check_share(opened.shape, len(gpus))
     except FormatError:
-        return "layer"
+        return False
     saved_us = 1e6 * layer_bytes(opened) * (1 - 1 / len(gpus)) / read_bandwidth(gpus[0])
     each_us = PEER_EXCHANGE_US if opened.config.peer_memory else EXCHANGE_US
-    return "tensor" if saved_us > EXCHANGES * each_us else "layer"
+    return saved_us > EXCHANGES * each_us
+
+
+def _model_bytes(opened: OpenModel) -> int:
+    experts = sum(int(layer.extents[..., 2].sum()) for layer in opened.model.experts.values())
+    return experts + sum(tensor.bytes for tensor in opened.model.resident.values())
 
 
 def layer_bytes(opened: OpenModel) -> float:

@@ -107,19 +107,23 @@ def test_prompts_and_sessions(models: dict[str, Path], name: str, how: dict[str,
     assert said["expert_requests"] == counted["expert_requests"] and said["evictions"] == counted["evictions"]
 
 
-def test_auto_takes_what_pays(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slow memory is worth the exchanges, fast memory is not, and unequal parts are runs of layers."""
-    found = {}
-    for name, rate, how in (
-        ("slow", 1e9, {}),
-        ("fast", 1e13, {}),
-        ("measured", None, {}),
-        ("unequal", 1e9, {"tensor_split": "3,1"}),
-    ):
-        if rate is not None:
-            monkeypatch.setattr(split, "read_bandwidth", lambda gpu, rate=rate: rate)
-        with Engine.open(models["mixed"], settings(device="hip:0,0", batch_tokens=1, **how)) as engine:
-            found[name] = engine.statistics()["split"]["mode"]
-        monkeypatch.undo()
-        monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
-    assert found == {"slow": "tensor", "fast": "layer", "measured": "tensor", "unequal": "layer"}
+@pytest.mark.parametrize(
+    ("rate", "how", "mode"),
+    [
+        (1e9, {}, "tensor"),  # slow memory is worth the exchanges
+        (1e13, {}, "layer"),
+        (None, {}, "tensor"),  # the double's
+        (1e9, {"tensor_split": "3,1"}, "layer"),
+        (1e9, {"device": "auto"}, "tensor"),
+        (1e13, {"device": "auto"}, None),  # the first alone: it has room for all
+    ],
+)
+def test_auto_takes_what_pays(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, rate: float | None, how: dict[str, Any], mode: str | None
+) -> None:
+    monkeypatch.setenv("FAKE_HIP_DEVICES", "2")
+    monkeypatch.setitem(device.PROVIDERS, "auto", ("hip",))
+    if rate is not None:
+        monkeypatch.setattr(split, "read_bandwidth", lambda _: rate)
+    with Engine.open(models["mixed"], settings(**{"device": "hip:0,1", "batch_tokens": 1} | how)) as engine:
+        assert engine.statistics().get("split", {}).get("mode") == mode
