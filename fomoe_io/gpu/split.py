@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 EXCHANGES = 4
 """Of a layer whose rows are divided: what attention reads, what it gives, what gate and up make, what down makes."""
 
-EXCHANGE_US, PEER_EXCHANGE_US = 5.0, 2.5
-"""Of one: through the host's memory as a token took longer by it on two H200s (bench/results/2026-11-two-cards.md), and
-by each other's memory as much less as the exchange alone did there."""
+EXCHANGE_US, PEER_EXCHANGE_US = 6.4, 2.3
+"""Of one, through the host's memory and by each other's: by so much a layer of the 397B's shape took longer on two
+H200s than half of its reading saves (bench/results/2026-11-two-cards.md)."""
 
 LEAST_FREE_SHARE = 0.8
 """Of what is free: the rest is for sessions' state, activations and what the driver takes later."""

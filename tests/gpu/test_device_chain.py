@@ -161,7 +161,7 @@ def test_memory_of_each(model: Path) -> None:
     for how, said in (
         ({"vram_bytes": "1G,1G,1G"}, "vram_bytes is for 3 devices, and hip:0,0 names 2"),
         ({"tensor_split": "1,0"}, "expected positive numbers"),
-        ({"split_mode": "row"}, "expected one of layer, pingpong"),
+        ({"split_mode": "row"}, "expected one of auto, layer, pingpong"),
     ):
         with pytest.raises(UsageError, match=said):
             settings(**{**SPLITS["layer"], **how})

@@ -31,7 +31,7 @@ DEVICE float hidden_of(const expert_form *form, float gate, float up, int pair, 
     return gate / (1.f + exponential(-1.702f * gate)) * (up + 1.f);
 }
 
-#define GATE_UP_ROWS (32 / GATE_UP_WARPS)  // of a warp
+#define GATE_UP_ROWS (32 / GATE_UP_WARPS) // of a warp
 
 // gates[0 ..], ups[0 ..]: rows first, first + 1, ... of both matrices times x, of one warp.
 template <class T, class L>

@@ -59,7 +59,7 @@ DEVICE void norm_row(float *x, const float *residual, const float *weight, float
 }
 KERNEL(NORM_THREADS, rms_norm)
 (float *x, const float *residual, const float *weight, float *y, u8 *q8, int columns, float eps) {
-    norm_row(x, residual, weight, y, q8, columns, eps);  // Grid (tokens)
+    norm_row(x, residual, weight, y, q8, columns, eps); // Grid (tokens)
 }
 EXPORT_KERNEL(rms_norm)
 
