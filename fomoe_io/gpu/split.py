@@ -22,19 +22,39 @@ H200s than half of its reading saves (bench/results/2026-11-two-cards.md)."""
 LEAST_FREE_SHARE = 0.8
 """Of what is free: the rest is for sessions' state, activations and what the driver takes later."""
 
+MOST_WEIGHTS_SHARE = 8
+"""One part in so many of a device's memory may go to weights that it would not have with layers of its own: of the 397B
+on cards of 16 GB it would be a fifth, and the experts that it displaces cost more reads than the rows save."""
+
 MEASURED_BYTES, ROUNDS = 256 << 20, 3
 
 
 def choose(opened: OpenModel, gpus: Sequence[Gpu]) -> str:
     """`tensor` where reading some of a layer's rows saves more than the exchanges cost, else `layer`.
 
-    Unlike devices, other shares than equal ones and a model whose rows cannot be divided take `layer`.  Where nobody
-    has named the devices and the first has room for the whole model, that is `none`: the first alone.
+    Unlike devices, other shares than equal ones, a model whose rows cannot be divided and one whose weights, of which
+    every device would have all, would leave few experts room take `layer`.  Where nobody has named the devices and the
+    first has room for the whole model, that is `none`: the first alone.
     """
-    if _pays(opened, gpus):
+    if _pays(opened, gpus) and _leaves_room(opened, gpus):
         return "tensor"
-    has_room = _model_bytes(opened) < LEAST_FREE_SHARE * gpus[0].free_bytes()
-    return "none" if opened.config.device == "auto" and has_room else "layer"
+    is_alone = opened.config.device == "auto" and _has_room(opened, gpus[0], 1)
+    return "none" if is_alone else "layer"
+
+
+def _has_room(opened: OpenModel, gpu: Gpu, devices: int) -> bool:
+    """Whether a device holds its share of all experts, beside all that stays."""
+    experts = sum(int(layer.extents[..., 2].sum()) for layer in opened.model.experts.values())
+    return experts // devices + _resident_bytes(opened) < LEAST_FREE_SHARE * gpu.free_bytes()
+
+
+def _leaves_room(opened: OpenModel, gpus: Sequence[Gpu]) -> bool:
+    more = _resident_bytes(opened) * (1 - 1 / len(gpus))
+    return _has_room(opened, gpus[0], len(gpus)) or more < gpus[0].free_bytes() / MOST_WEIGHTS_SHARE
+
+
+def _resident_bytes(opened: OpenModel) -> int:
+    return sum(tensor.bytes for tensor in opened.model.resident.values())
 
 
 def _pays(opened: OpenModel, gpus: Sequence[Gpu]) -> bool:
@@ -48,11 +68,6 @@ def _pays(opened: OpenModel, gpus: Sequence[Gpu]) -> bool:
     saved_us = 1e6 * layer_bytes(opened) * (1 - 1 / len(gpus)) / read_bandwidth(gpus[0])
     each_us = PEER_EXCHANGE_US if opened.config.peer_memory else EXCHANGE_US
     return saved_us > EXCHANGES * each_us
-
-
-def _model_bytes(opened: OpenModel) -> int:
-    experts = sum(int(layer.extents[..., 2].sum()) for layer in opened.model.experts.values())
-    return experts + sum(tensor.bytes for tensor in opened.model.resident.values())
 
 
 def layer_bytes(opened: OpenModel) -> float:

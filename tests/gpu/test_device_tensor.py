@@ -116,6 +116,7 @@ def test_prompts_and_sessions(models: dict[str, Path], name: str, how: dict[str,
         (1e9, {"tensor_split": "3,1"}, "layer"),
         (1e9, {"device": "auto"}, "tensor"),
         (1e13, {"device": "auto"}, None),  # the first alone: it has room for all
+        (1e9, {"device": "auto", "free": "little"}, "layer"),  # weights on both would leave experts no room
     ],
 )
 def test_auto_takes_what_pays(
@@ -125,5 +126,10 @@ def test_auto_takes_what_pays(
     monkeypatch.setitem(device.PROVIDERS, "auto", ("hip",))
     if rate is not None:
         monkeypatch.setattr(split, "read_bandwidth", lambda _: rate)
+    how = dict(how)
+    free = how.pop("free", None)
+    if free:
+        monkeypatch.setattr(split, "_has_room", lambda *_: False)
+        monkeypatch.setattr(split, "_resident_bytes", lambda _: 1 << 60)
     with Engine.open(models["mixed"], settings(**{"device": "hip:0,1", "batch_tokens": 1} | how)) as engine:
         assert engine.statistics().get("split", {}).get("mode") == mode
