@@ -70,8 +70,9 @@ def test_tokens(models: dict[str, Path], name: str, how: dict[str, Any]) -> None
         assert said[key] == counted[key]
 
 
-@pytest.mark.parametrize("devices", ["hip:0,0", "hip:0,0,0,0"])
-def test_whatever_else_is_asked_for(models: dict[str, Path], devices: str) -> None:
+@pytest.mark.parametrize("devices", ["hip:0,0", "hip:0,1,2,3"])
+def test_whatever_else_is_asked_for(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, devices: str) -> None:
+    monkeypatch.setenv("FAKE_HIP_DEVICES", "4")
     how = {"tiers": Tiers(0.25, 0.25), "car": CarRule.parse("ratio:0.5,backfill=1"), "lookahead": "on"}
     how |= {"kv_type": "f16"}
     expected, counted = decoded(models["plain"], **how)

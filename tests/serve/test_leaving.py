@@ -38,7 +38,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("architecture", ["qwen3moe", "qwen35moe"])
 def test_a_long_batch(serve: Any, impatient: None, tmp_path: Path, architecture: str) -> None:
     want = serve(engine=opens(tmp_path, architecture)).post("/completion", PROMPT).json()["content"]
-    live = serve(engine=opens(tmp_path, architecture, ring_depth=1, pace="1G,40ms"), piece_tokens=BATCH)
+    live = serve(engine=opens(tmp_path, architecture, ring_depth=1, pace="1G,8ms"), piece_tokens=BATCH)
     started = time.monotonic()
     with request(live, PROMPT):
         wait_for(lambda: slot(live)["n_prompt_tokens_processed"] == BATCH)
@@ -52,7 +52,7 @@ def test_a_long_batch(serve: Any, impatient: None, tmp_path: Path, architecture:
 
 
 def test_the_end_of_the_server(serve: Any, impatient: None, tmp_path: Path) -> None:
-    live = serve(engine=opens(tmp_path, "qwen35moe", ring_depth=1, pace="1G,100ms"))
+    live = serve(engine=opens(tmp_path, "qwen35moe", ring_depth=1, pace="1G,10ms"))
     answers: list[httpx.Response] = []
     client = threading.Thread(target=lambda: answers.append(live.post("/completion", PROMPT)))
     client.start()

@@ -65,7 +65,7 @@ def test_texts_mean_what_they_mean_to_the_commands(name: str, value: Any, want: 
     [
         ("ram_bytes", "much"), ("ram_bytes", 1.5), ("ram_bytes", 0), ("vram_bytes", -1), ("vram_bytes", True),
         ("threads", 0), ("threads", "2"), ("threads", 2.0), ("threads", True), ("context_tokens", 0),
-        ("batch_tokens", 0), ("batch_tokens", None), ("ring_depth", 0), ("lookahead", -1), ("lookahead", None),
+        ("batch_tokens", 0), ("ring_depth", 0), ("lookahead", -1), ("lookahead", None),
         ("lookahead", "3"), ("direct", 1), ("direct", "no"), ("kernels", None), ("kernels", "fast"), ("reader", 3),
         ("device", "tpu"), ("policy", []), ("car", "often"), ("car", True), ("tiers", "vram=90%,dram=90%"),
         ("tiers", (0.5, 0.5)), ("tiers", "half"), ("profile", 3), ("trace", 3), ("calibration", 3),
