@@ -18,8 +18,8 @@ from tests.tiny_model import Tiny, write_tiny
 
 BATCH = 64
 PROMPT = {"prompt": [50 + i % 199 for i in range(2 * BATCH)], "n_predict": 4, "ignore_eos": True}
-BATCH_SECONDS = 1.0
-"""What one takes at least from a drive of 40 ms a read, one after the other."""
+BATCH_SECONDS = 0.5
+"""What one takes at least from a drive of 4 ms a read, one after the other."""
 
 
 def opens(folder: Path, architecture: str, **how: Any) -> Callable[[], Engine]:
@@ -38,7 +38,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("architecture", ["qwen3moe", "qwen35moe"])
 def test_a_long_batch(serve: Any, impatient: None, tmp_path: Path, architecture: str) -> None:
     want = serve(engine=opens(tmp_path, architecture)).post("/completion", PROMPT).json()["content"]
-    live = serve(engine=opens(tmp_path, architecture, ring_depth=1, pace="1G,8ms"), piece_tokens=BATCH)
+    live = serve(engine=opens(tmp_path, architecture, ring_depth=1, pace="1G,4ms"), piece_tokens=BATCH)
     started = time.monotonic()
     with request(live, PROMPT):
         wait_for(lambda: slot(live)["n_prompt_tokens_processed"] == BATCH)
