@@ -14,7 +14,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -147,6 +146,8 @@ def translated(extensions: list[Extension]) -> list[Extension]:
         for extension, c in zip(extensions, brought, strict=True):
             extension.sources = [str(c)]
         return extensions
+    from Cython.Build import cythonize  # not there where nothing is to be translated (tools/build_backend.py)
+
     directives = {"language_level": 3, "embedsignature": True, "show_performance_hints": False}
     made: list[Extension] = cythonize(extensions, compiler_directives=directives)
     return made

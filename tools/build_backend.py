@@ -1,0 +1,48 @@
+"""setuptools' build backend, which asks for Cython only where the C that Cython makes is missing.
+
+An sdist brings that C, and an installation from it would spend a tenth of its processor's time on fetching and
+unpacking Cython for nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from setuptools.build_meta import (
+    build_editable,
+    build_sdist,
+    build_wheel,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
+
+CYTHON = "Cython>=3.1,<4"
+
+
+def _translator() -> list[str]:
+    """What translates the .pyx files, where setup.py will want that: the same question is asked in `translated`."""
+    folder = Path("fomoe_io")
+    made = [path.with_suffix(".c") for path in folder.glob("*.pyx")]
+    youngest = max(path.stat().st_mtime for kind in ("pyx", "pxd", "pxi") for path in folder.glob(f"*.{kind}"))
+    is_there = Path("PKG-INFO").exists() and all(c.exists() and c.stat().st_mtime >= youngest for c in made)
+    return [] if is_there else [CYTHON]
+
+
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    """Beside `build-system.requires`."""
+    return _translator()
+
+
+get_requires_for_build_sdist = get_requires_for_build_editable = get_requires_for_build_wheel
