@@ -95,11 +95,14 @@ def test_by_each_other_s_memory(models: dict[str, Path], monkeypatch: pytest.Mon
         Engine.open(models["mixed"], settings(**two))
 
 
-@pytest.mark.parametrize("name", ["mixed", "plain"])
 @pytest.mark.parametrize(
-    "how",
-    [{}, {"tiers": Tiers(0.5, 0.25)}, {"tiers": Tiers(0.25, 0.25), "batch_tokens": 3}],
-    ids=["whole", "tight", "batches of 3"],
+    ("name", "how"),
+    [
+        ("mixed", {}),
+        ("mixed", {"tiers": Tiers(0.25, 0.25), "batch_tokens": 3}),
+        ("plain", {"tiers": Tiers(0.5, 0.25)}),
+    ],
+    ids=["whole", "batches of 3", "tight"],
 )
 def test_prompts_and_sessions(models: dict[str, Path], name: str, how: dict[str, Any]) -> None:
     expected, counted = read(models[name], **how)

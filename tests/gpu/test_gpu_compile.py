@@ -25,8 +25,8 @@ def clang() -> str:
     return found
 
 
-# one of two that are alike is compiled every time (gfx1030 has the waves and registers of gfx1100): each takes 20 s
-OTHERS = ("gfx942", "gfx1030", "gfx1200")
+# one of each kind of wave is compiled every time, of 64 lanes and of 32: each takes 20 s
+OTHERS = ("gfx942", "gfx1030", "gfx1100", "gfx1200")
 
 
 @pytest.mark.parametrize("architecture", [pytest.param(a, marks=pytest.mark.slow) if a in OTHERS else a for a in AMD])
