@@ -17,6 +17,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))  # who runs this file need not be the backend
+from build_backend import brings_c
+
 CORE = Path("fomoe_io/csrc")
 # -ffp-contract=off keeps float results the same whichever instruction set a function is cloned for.
 COMMON = ["-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=default", "-fPIC", "-pthread"]
@@ -140,13 +143,11 @@ def translated(extensions: list[Extension]) -> list[Extension]:
 
     cythonize() would make it anew, for what it includes of Cython's own is as young as Cython's installation.
     """
-    brought = [Path(extension.sources[0]).with_suffix(".c") for extension in extensions]
-    named = [path.stat().st_mtime for pattern in ("*.pyx", "*.pxd", "*.pxi") for path in Path("fomoe_io").glob(pattern)]
-    if Path("PKG-INFO").exists() and all(c.exists() and c.stat().st_mtime >= max(named) for c in brought):
-        for extension, c in zip(extensions, brought, strict=True):
-            extension.sources = [str(c)]
+    if brings_c():
+        for extension in extensions:
+            extension.sources = [str(Path(extension.sources[0]).with_suffix(".c"))]
         return extensions
-    from Cython.Build import cythonize  # not there where nothing is to be translated (tools/build_backend.py)
+    from Cython.Build import cythonize  # not there where nothing is to be translated
 
     directives = {"language_level": 3, "embedsignature": True, "show_performance_hints": False}
     made: list[Extension] = cythonize(extensions, compiler_directives=directives)

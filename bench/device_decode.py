@@ -30,31 +30,12 @@ from fomoe_io.config import Tiers, Tuning
 from fomoe_io.experts.car import CarRule
 from fomoe_io.experts.slots import slot_layout
 from fomoe_io.gpu.backend import GpuBackend
-from fomoe_io.gpu.device import Gpu
+from fomoe_io.gpu.split import read_bandwidth
 from fomoe_io.storage.pace import Pace
 from fomoe_io.units import parse_bytes
 
 REPLAYS = 15
 POOL_BYTES = 4 << 30
-
-
-def read_bandwidth(gpu: Gpu) -> float:
-    """Bytes a second of plain loads over several times the last cache; the best of a few grids."""
-    pool = gpu.allocate(min(POOL_BYTES, gpu.free_bytes() // 2))
-    best = 0.0
-    for per_processor in (4, 8, 16):
-        blocks = per_processor * gpu.info.multiprocessors
-        out = gpu.allocate(32 * blocks)
-        nbytes = pool.nbytes // 16 * 16
-        launch = gpu.prepare("read_memory", (blocks, 1, 1), pool, nbytes, out, blocks)
-        begin, end = gpu.event(is_timed=True), gpu.event(is_timed=True)
-        for _ in range(5):
-            gpu.stream.record(begin)
-            launch.run(gpu.stream)
-            gpu.stream.record(end)
-            end.synchronize()
-            best = max(best, nbytes / end.milliseconds_since(begin) * 1e3)
-    return best
 
 
 def gpu_of(engine: Engine) -> GpuBackend:
@@ -106,7 +87,7 @@ def profile(engine: Engine) -> dict[str, dict[str, float]]:
     """Microseconds of each kernel of a token, each launch timed alone (so without its overlap with neighbours)."""
     gpu = gpu_of(engine).gpu
     launches = [(s, gpu.prepare(s.kernel, s.grid, *s.arguments)) for s in gpu_of(engine).recorded.token.launches(1)]
-    skipped = ("wait_for_misses",)
+    skipped = ("wait_for_misses", "gather_")  # nobody would answer
     begin, end = gpu.event(is_timed=True), gpu.event(is_timed=True)
     total: dict[str, list[float]] = defaultdict(list)
     for spec, launch in launches:
@@ -199,7 +180,7 @@ def measure(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     statistics_ = engine.statistics()
     bare = decode(engine, tokens[options.warmup :], 0)
     nbytes = token_bytes(engine)
-    bandwidth = read_bandwidth(gpu)
+    bandwidth = max(read_bandwidth(gpu, POOL_BYTES, blocks) for blocks in (4, 8, 16))
     layer_us = statistics.median(bare) / s.layers * 1e6
     layer_bytes = (nbytes["dense"] + nbytes["experts"] + nbytes["state"]) / s.layers
     result = {

@@ -21,7 +21,7 @@ _CHOICES = {
     "kernels": ("auto", "ggml", "portable"),
     "activations": ("quantized", "float32"),
     "kv_type": ("f32", "f16"),
-    "split_mode": ("auto", "layer", "pingpong", "tensor"),
+    "split_mode": ("auto", "layer", "pingpong", "tensor", "none"),
     "policy": ("lru", "lfu", "decayed", "lfru"),
 }
 
@@ -253,9 +253,10 @@ class EngineConfig:
         only; of the others, the one with the most memory.
     vram_bytes : int, tuple of int or None
         Bound of the device memory, of each device; None takes what is free.
-    split_mode : {"auto", "layer", "pingpong", "tensor"}
+    split_mode : {"auto", "layer", "pingpong", "tensor", "none"}
         How several devices share a model: whole runs of layers, layer by layer in turn, or every layer together, each
         device an equal share of the rows of its products; "auto" takes the last where equal devices win by it.
+        "none": the first device alone.
     peer_memory : bool
         Devices that compute every layer together exchange what they have made by each other's memory, where a test at
         opening finds that it arrives whole; else by the host's.

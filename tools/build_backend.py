@@ -31,18 +31,17 @@ __all__ = [
 CYTHON = "Cython>=3.1,<4"
 
 
-def _translator() -> list[str]:
-    """What translates the .pyx files, where setup.py will want that: the same question is asked in `translated`."""
+def brings_c() -> bool:
+    """Whether this is an sdist with the C of its .pyx files, none older than what it was made of."""
     folder = Path("fomoe_io")
     made = [path.with_suffix(".c") for path in folder.glob("*.pyx")]
     youngest = max(path.stat().st_mtime for kind in ("pyx", "pxd", "pxi") for path in folder.glob(f"*.{kind}"))
-    is_there = Path("PKG-INFO").exists() and all(c.exists() and c.stat().st_mtime >= youngest for c in made)
-    return [] if is_there else [CYTHON]
+    return Path("PKG-INFO").exists() and all(c.exists() and c.stat().st_mtime >= youngest for c in made)
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
     """Beside `build-system.requires`."""
-    return _translator()
+    return [] if brings_c() else [CYTHON]
 
 
 get_requires_for_build_sdist = get_requires_for_build_editable = get_requires_for_build_wheel

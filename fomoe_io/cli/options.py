@@ -225,7 +225,7 @@ def engine_config(options: argparse.Namespace, path: Path | None = None) -> Engi
             trace=options.trace,
             device=options.device.split(",")[0] if options.split_mode == "none" else options.device,
             vram_bytes=options.vram,
-            split_mode="auto" if options.split_mode == "none" else options.split_mode,
+            split_mode=options.split_mode,
             peer_memory=options.peer_memory,
             tensor_split=options.tensor_split,
         )

@@ -26,7 +26,7 @@ MOST_WEIGHTS_SHARE = 8
 """One part in so many of a device's memory may go to weights that it would not have with layers of its own: of the 397B
 on cards of 16 GB it would be a fifth, and the experts that it displaces cost more reads than the rows save."""
 
-MEASURED_BYTES, ROUNDS = 256 << 20, 3
+MEASURED_BYTES, ROUNDS = 256 << 20, 5
 
 
 def choose(opened: OpenModel, gpus: Sequence[Gpu]) -> str:
@@ -78,10 +78,10 @@ def layer_bytes(opened: OpenModel) -> float:
     return (chosen + dense) / opened.shape.layers
 
 
-def read_bandwidth(gpu: Gpu) -> float:
-    """Bytes a second of plain loads."""
-    nbytes = min(MEASURED_BYTES, gpu.free_bytes() // 4) // 16 * 16
-    blocks = 8 * max(1, gpu.info.multiprocessors)
+def read_bandwidth(gpu: Gpu, nbytes: int = MEASURED_BYTES, per_processor: int = 8) -> float:
+    """Bytes a second of plain loads of so many bytes (at most a part of what is free), by blocks a multiprocessor."""
+    nbytes = min(nbytes, gpu.free_bytes() // 4) // 16 * 16
+    blocks = per_processor * max(1, gpu.info.multiprocessors)
     pool, out = gpu.allocate(nbytes), gpu.allocate(32 * blocks)
     launch = gpu.prepare("read_memory", (blocks, 1, 1), pool, nbytes, out, blocks)
     begin, end, best = gpu.event(is_timed=True), gpu.event(is_timed=True), 0.0

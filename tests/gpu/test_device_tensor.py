@@ -120,6 +120,7 @@ def test_prompts_and_sessions(models: dict[str, Path], name: str, how: dict[str,
         (1e9, {"tensor_split": "3,1"}, "layer"),
         (1e9, {"device": "auto"}, "tensor"),
         (1e13, {"device": "auto"}, None),  # the first alone: it has room for all
+        (1e9, {"device": "auto", "split_mode": "none"}, None),
         (1e9, {"device": "auto", "free": "little"}, "layer"),  # weights on both would leave experts no room
     ],
 )
