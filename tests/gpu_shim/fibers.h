@@ -26,6 +26,8 @@
 // Set by the double of the device: where system_* and fresh_* calls find what plain ones do not see.
 extern "C" {
 __attribute__((visibility("default"))) char *(*fibers_reach)(const void *) = nullptr;
+// How often a kernel has looked for something that was not there yet.
+__attribute__((visibility("default"))) long fibers_pauses = 0;
 }
 
 namespace fibers {
@@ -228,7 +230,10 @@ DEVICE int block_z() { return fibers::now()->z; }
 DEVICE void sync_block() { fibers::sync_all(); }
 DEVICE void fence_system() { __sync_synchronize(); }
 DEVICE int take_place(int *counter) { return (*counter)++; }
-DEVICE void pause_thread() { sched_yield(); }
+DEVICE void pause_thread() {
+    __atomic_fetch_add(&fibers_pauses, 1, __ATOMIC_RELAXED);
+    sched_yield();
+}
 DEVICE float from_half(u16 h) { return _cvtsh_ss(h); }
 DEVICE u16 to_half(float f) { return _cvtss_sh(f, 0); }
 DEVICE float as_float(u32 v) {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import time
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import pytest
 
+from fomoe_io.kept.timeline import Timeline
 from fomoe_io.serve import machine
 from fomoe_io.serve.expert_map import ExpertMap
 from tests.serve.conftest import Live
@@ -54,14 +57,24 @@ def test_the_map_is_kept_up_to_date_while_somebody_watches(live: Live, monkeypat
     assert len(seen) <= 2  # before it, and at its end
 
 
-def test_a_look_never_waits_for_the_engine(live: Live) -> None:
-    with live.http.stream("POST", "/completion", json={"prompt": "A", "n_predict": 300, "stream": True,
-                                                       "ignore_eos": True}) as response:  # fmt: skip
-        next(response.iter_lines())
-        started = time.monotonic()
-        found = [live.get("/machine").json() for _ in range(5)]
-        assert time.monotonic() - started < 5
-        assert found[0]["at_work"] == 1
+def test_a_look_never_waits_for_the_engine(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is in the middle of a token, for as long as it takes."""
+    is_at_work, may_go_on, decode = threading.Event(), threading.Event(), Timeline.decode
+
+    def held(self: Timeline, token: int) -> np.ndarray:
+        is_at_work.set()
+        assert may_go_on.wait(60)
+        return decode(self, token)
+
+    monkeypatch.setattr(Timeline, "decode", held)
+    with ThreadPoolExecutor(1) as other:
+        answer = other.submit(live.post, "/completion", {"prompt": "A", "n_predict": 3, "ignore_eos": True})
+        try:
+            assert is_at_work.wait(60)
+            assert [live.get("/machine").json()["at_work"] for _ in range(5)] == [1] * 5
+        finally:
+            may_go_on.set()
+        assert answer.result().status_code == 200
     live.wait_until_idle()
 
 

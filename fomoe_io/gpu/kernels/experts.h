@@ -102,10 +102,14 @@ DEVICE int pair_in_turn(const u64 *records, int picks) {
     return found;
 }
 
-// Where the pair's record is, once gate and up are there; 0 when the host has told the device to stop.  late: of this
-// layer, 0 until somebody knows, odd where the record is read in place, in the host's memory; null: nobody will.  The
-// first block of a pair asks the host, over the link; the others hear it from that one, and ask now and then
-// themselves, because nobody promises that it runs beside them.  A whole block calls it.
+// Of late[pair], a layer's records that are not on the device when it is routed: 0 until somebody knows, odd where the
+// record is read in place, in the host's memory; or this, when the host has told the device to stop.
+#define NOWHERE 2
+DEVICE u64 late_record(u64 word) { return word == NOWHERE ? 0 : word; }
+
+// Where the pair's record is, once gate and up are there; 0 when the host has told the device to stop.  late: null where
+// nobody will know.  The first block of a pair asks the host, over the link; the others hear it from that one, and ask
+// now and then themselves, because nobody promises that it runs beside them.  A whole block calls it.
 DEVICE u64 await_record(u64 *late, const void *reply, const replayed *run, const void *stop, int pairs, int pair) {
     __shared__ u64 found;
     if (!late) return 0;
@@ -123,14 +127,17 @@ DEVICE u64 await_record(u64 *late, const void *reply, const replayed *run, const
                     record = system_load8(a.record + pair);
                     break;
                 }
-                if (is_over) break;
+                if (is_over) {
+                    record = NOWHERE; // for all blocks: thousands of looks each before the next one begins take seconds
+                    break;
+                }
             }
             pause_thread();
             record = system_load8(late + pair);
         }
-        if (is_first && record) system_store8(late + pair, record);
+        if (is_first || record == NOWHERE) system_store8(late + pair, record);
         fence_system();
-        found = record;
+        found = late_record(record);
     }
     sync_block();
     return found;
@@ -148,7 +155,7 @@ DEVICE void await_whole(u64 *late, const void *reply, const replayed *run, const
         if (!is_whole && !is_over) pause_thread();
     }
     fence_system();
-    system_store8(late + pair, is_whole ? system_load8(a.record + pair) : 0);
+    system_store8(late + pair, is_whole ? system_load8(a.record + pair) : NOWHERE);
 }
 
 // What a block of `down` knows of its token's picks.
@@ -214,7 +221,7 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
     sync_block();
     for (int i = thread_index(); i < picks; i += 32 * DOWN_WARPS) {
         const int pair = token * picks + i;
-        const u64 here = records[pair], record = here ? here : late ? late[pair] : 0;
+        const u64 here = records[pair], record = here ? here : late ? late_record(late[pair]) : 0;
         // An absent record: some address that can be read, and a weight that shows.
         p.record[i] = record ? (record & ~1ull) + down_offset : (u64)hidden;
         p.weight[i] = record ? weights[pair] : not_a_number();
