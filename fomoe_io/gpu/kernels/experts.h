@@ -108,8 +108,8 @@ DEVICE int pair_in_turn(const u64 *records, int picks) {
 DEVICE u64 late_record(u64 word) { return word == NOWHERE ? 0 : word; }
 
 // Where the pair's record is, once gate and up are there; 0 when the host has told the device to stop.  late: null
-// where nobody will know.  The first block of a pair asks the host, over the link; the others hear it from that one, and
-// ask now and then themselves, because nobody promises that it runs beside them.  A whole block calls it.
+// where nobody will know.  The first block of a pair asks the host, over the link; the others hear it from that one,
+// and ask now and then themselves, because nobody promises that it runs beside them.  A whole block calls it.
 DEVICE u64 await_record(u64 *late, const void *reply, const replayed *run, const void *stop, int pairs, int pair) {
     __shared__ u64 found;
     if (!late) return 0;
