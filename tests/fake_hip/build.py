@@ -46,6 +46,10 @@ class Fake:
         """From now on every call fails; code 0: none."""
         self.library.fake_hip_lose(code)
 
+    def new_queues(self) -> None:
+        """Streams from now on share no hardware queue with those of before."""
+        self.library.fake_hip_new_queues()
+
     def misuses(self) -> int:
         """How often something was done that a real driver may crash on."""
         return self.library.fake_hip_misuses()
@@ -58,6 +62,12 @@ class Fake:
 
 PATIENCE_SECONDS = 60
 """A processor that plays the device beside a dozen busy processes is slow, and yet it does not hang."""
+
+
+def begin_test() -> None:
+    """What earlier tests have given up is not in the way of the next one."""
+    if _BUILT and _BUILT[0].exists():
+        Fake(_BUILT[0]).new_queues()
 
 
 @contextmanager

@@ -11,7 +11,8 @@
  * device's.  FAKE_HIP_QUEUES: hardware queues of a priority (4).  FAKE_HIP_DELAY: microseconds that a stream sleeps before
  * each piece of work (0).  FAKE_HIP_CODE: the library that the "compiler" hands out.
  * fake_hip_fail() makes a later call fail, fake_hip_lose() all of them, fake_hip_hang() makes its work never end;
- * fake_hip_live() counts what has not been given back, fake_hip_misuses() what the real one may crash on. */
+ * fake_hip_new_queues() makes new hardware queues for streams from then on; fake_hip_live() counts what has not been
+ * given back, fake_hip_misuses() what the real one may crash on. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <elf.h>
@@ -97,13 +98,13 @@ typedef struct {
 } hardware_queue;
 
 enum { MOST_DEVICES = 8, MOST_QUEUES = 16, PRIORITIES = 2 };
-static hardware_queue queues[MOST_DEVICES][PRIORITIES][MOST_QUEUES];
+static hardware_queue (*queues)[PRIORITIES][MOST_QUEUES]; /* by device */
 
 /* As ROCclr: a new one while there are fewer than allowed, then the one with the fewest users. */
 static hardware_queue *take_queue(int device, int is_urgent) {
-    hardware_queue *pool = queues[device][is_urgent], *best = pool;
     int most = (int)setting("FAKE_HIP_QUEUES", 4);
     pthread_mutex_lock(&lock);
+    hardware_queue *pool = queues[device][is_urgent], *best = pool;
     for (int i = 1; i < most && i < MOST_QUEUES; i++)
         if (pool[i].users < best->users) best = &pool[i];
     best->users++;
@@ -115,13 +116,18 @@ static void leave_queue(hardware_queue *q) {
     q->users--;
     pthread_mutex_unlock(&lock);
 }
-__attribute__((constructor)) static void make_queues(void) {
-    for (int i = 0; i < MOST_DEVICES * PRIORITIES * MOST_QUEUES; i++) {
-        hardware_queue *q = &queues[0][0][0] + i;
+/* As in a process of its own: streams that a test has given up hold no place in these. */
+API void fake_hip_new_queues(void) {
+    hardware_queue *all = calloc(MOST_DEVICES * PRIORITIES * MOST_QUEUES, sizeof *all);
+    for (hardware_queue *q = all; q < all + MOST_DEVICES * PRIORITIES * MOST_QUEUES; q++) {
         pthread_mutex_init(&q->lock, NULL);
         pthread_cond_init(&q->moved, NULL);
     }
+    pthread_mutex_lock(&lock);
+    queues = (void *)all; /* who is in one of the others stays there */
+    pthread_mutex_unlock(&lock);
 }
+__attribute__((constructor)) static void make_queues(void) { fake_hip_new_queues(); }
 static void await_turn(hardware_queue *q, uint64_t ticket) {
     pthread_mutex_lock(&q->lock);
     while (q->served != ticket) pthread_cond_wait(&q->moved, &q->lock);

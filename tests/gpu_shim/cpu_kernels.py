@@ -32,7 +32,7 @@ def build(folder: Path) -> Path:
         pytest.skip("g++ is not installed")
     library = folder / "libkernels.so"
     source = Path(kernels.__file__).parent
-    command = ["g++", "-x", "c++", "-DFOMOE_GPU_ON_CPU", f"-I{SHIM}", f"-I{source}", "-O1", "-std=c++17", "-mavx2"]
+    command = ["g++", "-x", "c++", "-DFOMOE_GPU_ON_CPU", f"-I{SHIM}", f"-I{source}", "-O2", "-std=c++17", "-mavx2"]
     command += ["-mfma", "-mf16c", "-fvisibility=hidden", "-shared", "-fPIC", str(source / kernels.MAIN_SOURCE)]
     with kept("kernels", repr(command), [*SHIM.glob("*.h"), *source.iterdir()]) as (place, is_built):
         if not is_built:

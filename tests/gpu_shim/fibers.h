@@ -110,8 +110,8 @@ static __attribute__((noinline)) void sync_all() {
     block_met(b);
     wait_for(b, index(), &b->generation, generation);
 }
-// Two boards in turn: a lane can be one exchange ahead of its neighbours, not two.
-static __attribute__((noinline)) uint32_t exchange(uint32_t v, int mask) {
+// What all lanes have brought.  Two boards in turn: a lane can be one exchange ahead of its neighbours, not two.
+static __attribute__((noinline)) const uint32_t *meet(uint32_t v) {
     block *b = now();
     const int lane = index(), warp = lane / LANES;
     const unsigned long generation = b->warp_generation[warp];
@@ -120,7 +120,7 @@ static __attribute__((noinline)) uint32_t exchange(uint32_t v, int mask) {
     b->warp_arrived[warp]++;
     warp_met(b, warp);
     wait_for(b, lane, &b->warp_generation[warp], generation);
-    return board[lane ^ mask];
+    return board + warp * LANES;
 }
 
 static void enter() {
@@ -246,7 +246,10 @@ DEVICE u32 as_bits(float f) {
     memcpy(&v, &f, 4);
     return v;
 }
-template <int MASK> DEVICE u32 exchange(u32 v) { return fibers::exchange(v, MASK); }
+template <int MASK> DEVICE u32 exchange(u32 v) {
+    const u32 *board = fibers::meet(v);
+    return board[(fibers::index() & (fibers::LANES - 1)) ^ MASK];
+}
 DEVICE u32x4 load16(const void *p) {
     fibers::check_alignment(p, 16);
     u32x4 v;
@@ -290,6 +293,25 @@ DEVICE float nearest(float x) { return std::nearbyint(x); }
 DEVICE float magnitude(float x) { return std::fabs(x); }
 DEVICE float larger(float a, float b) { return std::fmax(a, b); }
 DEVICE int dot4(int a, int b, int c) {
-    for (int i = 0; i < 4; ++i) c += (int)(i8)(a >> (8 * i)) * (int)(i8)(b >> (8 * i));
-    return c;
+    const __m128i products =
+        _mm_madd_epi16(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(a)), _mm_cvtepi8_epi16(_mm_cvtsi32_si128(b)));
+    return c + _mm_cvtsi128_si32(products) + _mm_extract_epi32(products, 1);
+}
+DEVICE int dot16(const u32x4 &a, const u32x4 &b, int sum) {
+    const __m256i left = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)&a));
+    const __m256i right = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)&b));
+    const __m256i pairs = _mm256_madd_epi16(left, right);
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return sum + _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
+}
+// What five exchanges make of it, the furthest lanes first.
+DEVICE float warp_sum(float v) {
+    const float *lane = (const float *)fibers::meet(as_bits(v));
+    const __m256 first = _mm256_add_ps(_mm256_loadu_ps(lane), _mm256_loadu_ps(lane + 16));
+    const __m256 second = _mm256_add_ps(_mm256_loadu_ps(lane + 8), _mm256_loadu_ps(lane + 24));
+    const __m256 eight = _mm256_add_ps(first, second);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(two) + _mm_cvtss_f32(_mm_shuffle_ps(two, two, 1));
 }

@@ -250,6 +250,7 @@ DEVICE float not_a_number() { return as_float(0x7fc00000u); }
 
 // Butterflies: every lane ends with the same bits, and they do not depend on which lane asks.
 template <int MASK> DEVICE float exchange_float(float v) { return as_float(exchange<MASK>(as_bits(v))); }
+#ifndef FOMOE_GPU_ON_CPU  // which has these two in one step each, with the same bits
 DEVICE float warp_sum(float v) {
     v += exchange_float<16>(v);
     v += exchange_float<8>(v);
@@ -257,6 +258,13 @@ DEVICE float warp_sum(float v) {
     v += exchange_float<2>(v);
     return v + exchange_float<1>(v);
 }
+DEVICE int dot16(const u32x4 &a, const u32x4 &b, int sum) {
+    sum = dot4((int)a.x, (int)b.x, sum);
+    sum = dot4((int)a.y, (int)b.y, sum);
+    sum = dot4((int)a.z, (int)b.z, sum);
+    return dot4((int)a.w, (int)b.w, sum);
+}
+#endif
 DEVICE float warp_max(float v) {
     v = larger(v, exchange_float<16>(v));
     v = larger(v, exchange_float<8>(v));

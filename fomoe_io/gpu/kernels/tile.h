@@ -86,13 +86,6 @@ DEVICE void load_activations(quantized_step &s, const u8 *x, const int *token_ro
     }
 }
 
-DEVICE int dot16(const u32x4 &a, const u32x4 &b, int sum) {
-    sum = dot4((int)a.x, (int)b.x, sum);
-    sum = dot4((int)a.y, (int)b.y, sum);
-    sum = dot4((int)a.z, (int)b.z, sum);
-    return dot4((int)a.w, (int)b.w, sum);
-}
-
 template <class T> DEVICE void add_step(const quantized_step &s, float (&sums)[4][2]) {
 #pragma unroll 1
     for (int g = 0; g < TILE_QUANTS / 32; ++g) {
