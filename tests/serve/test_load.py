@@ -135,6 +135,7 @@ def crowd(model: Path, folder: Path, requests: int, clients: int, rounds: int, *
         assert code == 0 and "note" not in said
 
 
+@pytest.mark.slow  # the one at once does all that this does
 @pytest.mark.timeout(300)
 def test_a_small_crowd(demo_model: Path, tmp_path: Path) -> None:
     crowd(demo_model, tmp_path, 24, 8, 1)
