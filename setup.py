@@ -18,7 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))  # who runs this file need not be the backend
-from build_backend import brings_c
+from build_backend import SHARED_UTILITIES, brings_c
 
 CORE = Path("fomoe_io/csrc")
 # -ffp-contract=off keeps float results the same whichever instruction set a function is cloned for.
@@ -53,7 +53,7 @@ SOURCES = {
 
 def sources_of(extension: str) -> list[Path]:
     """The files of the core that an extension is linked with."""
-    return [path for pattern in SOURCES[extension] for path in sorted(CORE.glob(pattern))]
+    return [path for pattern in SOURCES.get(extension, []) for path in sorted(CORE.glob(pattern))]
 
 
 def ask_pkg_config(*flags: str) -> list[str]:
@@ -139,19 +139,28 @@ LIBURING = [f'-DFOMOE_LIBURING_VERSION="{ask_pkg_config("--modversion")[0]}"', *
 
 
 def translated(extensions: list[Extension]) -> list[Extension]:
-    """Cython's C: of an sdist that which it brings.
+    """Cython's C, and one module of what several of them need of Cython; of an sdist that which it brings.
 
     cythonize() would make it anew, for what it includes of Cython's own is as young as Cython's installation.
     """
+    shared = extension(SHARED_UTILITIES.stem)
+    shared.sources = [str(SHARED_UTILITIES)]
     if brings_c():
-        for extension in extensions:
-            extension.sources = [str(Path(extension.sources[0]).with_suffix(".c"))]
-        return extensions
-    from Cython.Build import cythonize  # not there where nothing is to be translated
+        for each in extensions:
+            each.sources = [str(Path(each.sources[0]).with_suffix(".c"))]
+        return [*extensions, shared]
+    import Cython  # not there where nothing is to be translated
+    from Cython.Build import cythonize
 
+    of_cython, target = Path(Cython.__file__).stat().st_mtime, SHARED_UTILITIES
+    is_new = not target.exists() or target.stat().st_mtime < max(of_cython, Path("setup.py").stat().st_mtime)
+    if is_new:
+        subprocess.run([sys.executable, "-m", "cython", "--generate-shared", str(target)], check=True)
     directives = {"language_level": 3, "embedsignature": True, "show_performance_hints": False}
-    made: list[Extension] = cythonize(extensions, compiler_directives=directives)
-    return made
+    made: list[Extension] = cythonize(
+        extensions, compiler_directives=directives, force=is_new, shared_utility_qualified_name=shared.name
+    )
+    return [*made, shared]
 
 
 setup(

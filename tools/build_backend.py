@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 CYTHON = "Cython>=3.1,<4"
+SHARED_UTILITIES = Path("fomoe_io/_cyutility.c")
+"""Cython's memory views and the like, which would be compiled once for each extension otherwise."""
 
 
 def brings_c() -> bool:
@@ -36,6 +38,7 @@ def brings_c() -> bool:
     folder = Path("fomoe_io")
     made = [path.with_suffix(".c") for path in folder.glob("*.pyx")]
     youngest = max(path.stat().st_mtime for kind in ("pyx", "pxd", "pxi") for path in folder.glob(f"*.{kind}"))
+    made.append(SHARED_UTILITIES)
     return Path("PKG-INFO").exists() and all(c.exists() and c.stat().st_mtime >= youngest for c in made)
 
 
