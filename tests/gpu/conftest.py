@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-from tests.fake_hip.build import begin_test
+from tests.fake_hip.build import Fake, begin_test, installed_fake
+
+
+@pytest.fixture(scope="module")
+def fake(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
+    """The double of a module's tests; DELAY_US there: microseconds that its streams sleep before each piece of work."""
+    delay_us = getattr(request.module, "DELAY_US", 30)
+    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=delay_us) as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from fomoe_io.gpu.pipeline import Piece
 from fomoe_io.session import read_together
 from fomoe_io.trace.simulator import replay
 from fomoe_io.trace.trace import Trace
-from tests.fake_hip.build import Fake, installed_fake
+from tests.fake_hip.build import Fake
 from tests.gpu.test_device_engine import TOKENS, settings, tiny
 from tests.tiny_model import Type, write_tiny
 
@@ -34,12 +34,6 @@ SPLITS: dict[str, dict[str, Any]] = {
     "three": {"device": "hip:0,0,0", "split_mode": "pingpong"},
     "tensor": {"device": "hip:0,0", "split_mode": "tensor"},
 }
-
-
-@pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
-    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=30) as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)

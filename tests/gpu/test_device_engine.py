@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from fomoe_io.system import direct_io
 from fomoe_io.trace.simulator import replay
 from fomoe_io.trace.trace import Trace
 from layout_tool.main import main as layout
-from tests.fake_hip.build import Fake, installed_fake
+from tests.fake_hip.build import Fake
 from tests.gguf_edit import Keys, Tensors, edited
 from tests.tiny_model import Tiny, Type, write_tiny
 
@@ -34,12 +33,6 @@ BASE = Tiny(
 def tiny(**changes: Any) -> Tiny:
     """The base shape with changes."""
     return Tiny(**({name: getattr(BASE, name) for name in BASE.__dataclass_fields__} | changes))
-
-
-@pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
-    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=30) as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)

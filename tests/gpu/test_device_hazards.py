@@ -23,7 +23,7 @@ from fomoe_io.gpu.device import Gpu, Step
 from fomoe_io.gpu.latent_recorder import ATTENTION_BYTES
 from fomoe_io.gpu.recordings import Addresses
 from fomoe_io.session import Session
-from tests.fake_hip.build import PATIENCE_SECONDS, Fake, installed_fake
+from tests.fake_hip.build import PATIENCE_SECONDS, Fake
 from tests.tiny_model import Tiny, Type, write_tiny
 
 MODEL = Tiny(
@@ -31,12 +31,6 @@ MODEL = Tiny(
     state_columns=64, experts=16, used=3, hidden=256, shared_hidden=256, weights=Type.Q4_K,
 )  # fmt: skip
 TOKENS = (3, 141, 59, 26, 5, 35)
-
-
-@pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
-    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=30) as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)

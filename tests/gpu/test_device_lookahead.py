@@ -18,7 +18,7 @@ from fomoe_io.gpu import device
 from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.trace.simulator import replay
 from fomoe_io.trace.trace import Trace
-from tests.fake_hip.build import Fake, installed_fake
+from tests.fake_hip.build import Fake
 from tests.fakes.ahead import drives
 from tests.tiny_model import Tiny, write_tiny
 
@@ -26,10 +26,7 @@ TOKENS = np.random.default_rng(5).integers(0, 300, 10)
 MODEL = Tiny(architecture="qwen3moe", layers=3, columns=64, heads=2, kv_heads=1, head_columns=32, experts=16, used=3)
 
 
-@pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
-    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=10) as found:
-        yield found
+DELAY_US = 10  # of the double
 
 
 @pytest.fixture(autouse=True)

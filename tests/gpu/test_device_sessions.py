@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,11 @@ from fomoe_io import Engine, Tiers
 from fomoe_io.errors import BudgetError
 from fomoe_io.gpu import device
 from fomoe_io.session import decode_together, read_together
-from tests.fake_hip.build import Fake, installed_fake
+from tests.fake_hip.build import Fake
 from tests.gpu.test_device_engine import TOKENS, evaluate, nmse, settings, tiny
 from tests.tiny_model import Type, write_tiny
 
 PARTS = [TOKENS[:3], TOKENS[2:9], TOKENS[5:6]]
-
-
-@pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
-    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=30) as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)

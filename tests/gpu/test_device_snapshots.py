@@ -10,7 +10,7 @@ import pytest
 
 from fomoe_io import Engine, EngineConfig, Session
 from fomoe_io.gpu import device
-from tests.fake_hip.build import installed_fake
+from tests.fake_hip.build import Fake
 from tests.tiny_model import Tiny, write_tiny
 
 TOKENS = [3, 141, 59, 26, 5, 35, 89, 79]
@@ -21,15 +21,9 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=30):
-        yield
-
-
 @pytest.fixture(params=SHAPES)
 def session(
-    request: pytest.FixtureRequest, fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Session]:
     monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
     path = write_tiny(tmp_path / "tiny.gguf", SHAPES[request.param], 3)
@@ -84,7 +78,7 @@ def test_attention_alone_can_be_cut_anywhere(session: Session) -> None:
     np.testing.assert_array_equal(answer(session), want)
 
 
-def test_a_helper_between_two_turns(fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_helper_between_two_turns(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `fomoe_io.kept` does with these: tests/engine/test_kept.py."""
     monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
     path = write_tiny(tmp_path / "tiny.gguf", WIDE, 3)

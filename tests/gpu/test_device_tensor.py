@@ -13,7 +13,7 @@ from fomoe_io import Engine, Tiers
 from fomoe_io.errors import DeviceError, UsageError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import device, exchange, split
-from tests.fake_hip.build import Fake, installed_fake
+from tests.fake_hip.build import Fake
 from tests.gpu.test_device_chain import read
 from tests.gpu.test_device_engine import TOKENS, settings
 from tests.tiny_model import Tiny, Type, write_tiny
@@ -27,10 +27,7 @@ PLAIN = Tiny(architecture="qwen3moe", layers=3, columns=256, heads=4, kv_heads=2
     hidden=128, shared_hidden=0, rotated=64, weights=Type.F16)  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
-    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=10) as found:
-        yield found
+DELAY_US = 10  # of the double
 
 
 @pytest.fixture(autouse=True)

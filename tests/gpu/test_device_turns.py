@@ -15,21 +15,15 @@ import pytest
 from fomoe_io import Engine, EngineConfig
 from fomoe_io.errors import UsageError
 from fomoe_io.gpu import device
-from tests.fake_hip.build import installed_fake
+from tests.fake_hip.build import Fake
 from tests.tiny_model import Tiny, write_tiny
 
 TOKENS = [3, 141, 59, 26, 5, 35, 89, 79]
 SHAPE = Tiny(columns=256, head_columns=64, rotated=32, state_columns=64, hidden=256, shared_hidden=256)
 
 
-@pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=30):
-        yield
-
-
 @pytest.fixture
-def engine(fake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+def engine(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
     path = write_tiny(tmp_path / "tiny.gguf", SHAPE, 3)
     with Engine.open(path, EngineConfig(context_tokens=64, device="hip", batch_tokens=4, threads=1)) as engine:

@@ -11,15 +11,12 @@ from fomoe_io import _hip
 from fomoe_io.cli.doctor import main
 from fomoe_io.errors import DeviceError
 from fomoe_io.gpu import device, hop_test, self_test
-from tests.fake_hip.build import Fake, installed_fake
+from tests.fake_hip.build import Fake
 
 NAMES = ["device", "queues", "replays", "copied under", "copies", "round trip", "hops", "peers"]
 
 
-@pytest.fixture(scope="module")
-def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
-    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=0) as found:
-        yield found
+DELAY_US = 0  # of the double
 
 
 @pytest.fixture(autouse=True)
