@@ -69,10 +69,6 @@ int copies_copy(int lane, int host_buffer, int device_buffer, int begin, int sha
     for (int d = 0; d < copies.devices; d++) pieces[d] = (fomoe_piece){begin + d * share_bytes, 0, share_bytes, d};
     return fomoe_copy(&copies, lane, &host[host_buffer], &device[device_buffer], pieces, copies.devices) != 0;
 }
-int copies_mark(int lane, int device_buffer) {
-    uint64_t ticket = fomoe_lane_mark(&copies, lane);
-    return (device[device_buffer].touched[lane] = ticket) != 0;
-}
 /* All that has been asked for is done. */
 void copies_complete(void) {
     for (size_t i = 0; i < sizeof is_done; i++) is_done[i] = 1;

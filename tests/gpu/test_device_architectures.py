@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,14 @@ from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import device
 from fomoe_io.trace.simulator import replay
 from fomoe_io.trace.trace import Trace
-from tests.fake_hip.build import installed_fake
+from tests.fake_hip.build import Fake
 from tests.gpu.test_device_engine import TOKENS, evaluate, nmse, settings, tiny
 from tests.tiny_model import Type, write_tiny
 
 PART = 40
 """Tokens of the fixtures: enough for every part of the equations, on a double that takes its time."""
+
+DELAY_US = 0  # of the double
 
 MXFP4 = {"weights": Type.MXFP4, "down": None}
 LATENT = {"architecture": "deepseek2", "query_rank": 32, "dense_layers": 1, "rotated": 16, "latent": 96}
@@ -28,11 +29,9 @@ GROUPS = (("expert_group_count", 4), ("expert_group_used_count", 2))
 YARN = (("rope.scaling.type", "yarn"), ("rope.scaling.factor", 4.0))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def provider(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=0), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(device.PROVIDERS, "hip", ("hip",))
-        yield
+@pytest.fixture(autouse=True)
+def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from tests.tiny_model import Tiny, write_tiny
 TOKENS = np.random.default_rng(5).integers(0, 300, 10)
 MODEL = Tiny(architecture="qwen3moe", layers=3, columns=64, heads=2, kv_heads=1, head_columns=32, experts=16, used=3)
 
-
 DELAY_US = 10  # of the double
 
 

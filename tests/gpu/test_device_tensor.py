@@ -26,7 +26,6 @@ MIXED = Tiny(
 PLAIN = Tiny(architecture="qwen3moe", layers=3, columns=256, heads=4, kv_heads=2, head_columns=64, experts=16, used=4,
     hidden=128, shared_hidden=0, rotated=64, weights=Type.F16)  # fmt: skip
 
-
 DELAY_US = 10  # of the double
 
 

@@ -15,7 +15,6 @@ from tests.fake_hip.build import Fake
 
 NAMES = ["device", "queues", "replays", "copied under", "copies", "round trip", "hops", "peers"]
 
-
 DELAY_US = 0  # of the double
 
 

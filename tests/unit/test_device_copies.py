@@ -12,9 +12,9 @@ import pytest
 
 from tests.fakes import HERE, ROOT, compile_library
 
-UP, DOWN, COMPUTE = 0, 1, 2
+UP, DOWN = 0, 1
 COPY_IN, COPY_OUT, RECORD, WAIT = range(4)
-BUFFERS, MOST_DEVICES = 8, 8
+MOST_DEVICES = 8
 
 
 class Entry(ctypes.Structure):
