@@ -20,8 +20,7 @@ from fomoe_io.gpu.arena import (
     length,
 )
 from fomoe_io.gpu.kernels import up
-from fomoe_io.gpu.latent_recorder import attention_parts
-from fomoe_io.gpu.launches import attend, merge, route
+from fomoe_io.gpu.launches import attend_prompt, route
 from fomoe_io.gpu.recorder import DeviceRecorder
 from fomoe_io.models.recorder import Activation, Attention, Experts, KvCache, Picks, Router
 
@@ -256,16 +255,9 @@ class BatchRecorder(DeviceRecorder):
     def _attend(
         self, query: DeviceRows, turned: DeviceRows, output: DeviceRows, cache: KvCache, op: Attention[int]
     ) -> None:
-        """A few tokens at a time: the parts that are merged take room for each position range."""
-        splits = kernels.attention_splits(self.context_tokens)
-        parts, most = attention_parts(self.memory, op.heads * splits * (cache.columns + 2))
-        for first in range(0, self.tokens, most):
-            tokens, positions = min(most, self.tokens - first), self.positions + 4 * first
-            states = None if self.states is None else self.states + 8 * first
-            shape = (tokens, splits, cache, op)
-            self.body.append(attend(turned.address + first * turned.stride_bytes, parts, positions, states, *shape))
-            asked, made = query.address + first * query.stride_bytes, output.address + first * output.stride_bytes
-            self.body.append(merge(parts, positions, (asked, query.columns), made, None, *shape))
+        """All tokens at once, and no parts to merge."""
+        batch = (self.positions, self.states, self.tokens)
+        self.body.append(attend_prompt(query, turned, output, *batch, cache, op))
 
     def _multiply_heads(self, matrix: DeviceMatrix, heads: int, x: int | None, output: DeviceRows) -> None:
         rows, columns = matrix.rows // heads, matrix.columns

@@ -113,6 +113,22 @@ def merge(
     )  # fmt: skip
 
 
+def attend_prompt(
+    query: DeviceRows, turned: DeviceRows, output: DeviceRows, positions: int, states: int | None, tokens: int,
+    cache: KvCache, op: Attention[int],
+) -> LaunchSpec:  # fmt: skip
+    """The attention of so many tokens, and what their gates make of it."""
+    return LaunchSpec(
+        f"attention_prompt_{cache.type.suffix}_{cache.columns}",
+        kernels.attention_prompt_grid(op.heads, cache.heads, tokens),
+        [
+            turned.address, cache.keys, cache.values, positions, states,
+            query.address + 4 * cache.columns if op.gated else None, op.sinks, output.address, tokens, op.heads,
+            cache.heads, query.columns // op.heads, cache.columns**-0.5, op.window, cache.ring,
+        ],
+    )  # fmt: skip
+
+
 def is_plain(r: Router[int]) -> bool:
     """Whether it is softmax alone, for which routing and resolving are one launch."""
     return r.score == Score.SOFTMAX and r.bias is None and r.logit_bias is None and r.groups == 1

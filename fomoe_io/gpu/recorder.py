@@ -28,7 +28,7 @@ from fomoe_io.gpu.arena import (
 )
 from fomoe_io.gpu.exchange import Exchange
 from fomoe_io.gpu.kernels import up
-from fomoe_io.gpu.latent_recorder import LatentRecorder, attention_parts
+from fomoe_io.gpu.latent_recorder import LatentRecorder
 from fomoe_io.models.recorder import (
     Activation,
     Attention,
@@ -303,7 +303,7 @@ class DeviceRecorder(LatentRecorder):
     ) -> None:
         """output = softmax(turned k^T / sqrt(d)) v, times sigmoid(gate) where the query rows carry one."""
         splits = kernels.attention_splits(self.context_tokens)
-        parts = attention_parts(self.memory, op.heads * splits * (cache.columns + 2))[0]
+        parts = self.memory.words("attention", 4 * op.heads * splits * (cache.columns + 2))
         shape = (self.tokens, splits, cache, op)
         self.body.append(make.attend(turned.address, parts, self.positions, self.states, *shape))
         asked = (query.address, query.columns)

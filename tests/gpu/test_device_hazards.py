@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from fomoe_io.config import Tiers, Tuning
 from fomoe_io.errors import BudgetError, DeviceError, UsageError
 from fomoe_io.experts import learned_profile
 from fomoe_io.experts.profile import Profile
-from fomoe_io.gpu import device
+from fomoe_io.gpu import device, kernels
 from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.gpu.device import Gpu, Step
-from fomoe_io.gpu.latent_recorder import ATTENTION_BYTES
 from fomoe_io.gpu.recordings import Addresses
 from fomoe_io.session import Session
 from tests.fake_hip.build import PATIENCE_SECONDS, Fake
@@ -395,15 +395,16 @@ def test_a_context_that_no_device_holds_names_one_that_fits(model: Path, monkeyp
         assert engine.context_tokens > 1024
 
 
-def test_attention_of_a_long_context_takes_bounded_room(model: Path) -> None:
+def test_attention_of_a_long_context_takes_the_room_of_one_token(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "model.gguf", replace(MODEL, layers=4), seed=3)  # the fourth has attention
     with opened(model) as engine:
         assert isinstance(engine.backend, GpuBackend)
         sizes = [
-            sum(engine.backend.sharing.recordings(Addresses(), context_tokens=n).fixed_bytes[1:2])
-            for n in (1 << 20, 2 << 20)
+            engine.backend.sharing.recordings(Addresses(), context_tokens=n).fixed_bytes[1] for n in (1 << 20, 2 << 20)
         ]
-    rope = 4 * 32 * (1 << 20)
-    assert sizes[1] - sizes[0] - rope < ATTENTION_BYTES
+    rope = 4 * MODEL.rotated * (1 << 20)
+    parts = 4 * MODEL.heads * kernels.attention_splits(1 << 20) * (MODEL.head_columns + 2)
+    assert sizes[1] - sizes[0] == rope + parts
 
 
 def test_what_the_router_picked_is_kept_once(model: Path, tmp_path: Path) -> None:

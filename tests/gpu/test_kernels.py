@@ -12,7 +12,7 @@ from fomoe_io.errors import DeviceError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.device import Gpu
-from tests.gpu_shim import cases, latent_cases, router_cases, share_cases, tile_cases
+from tests.gpu_shim import cases, latent_cases, prompt_cases, router_cases, share_cases, tile_cases
 from tests.gpu_shim.cases import Runner
 from tests.gpu_shim.cpu_kernels import CpuRunner, build
 from tests.gpu_shim.device_runner import DeviceRunner
@@ -248,6 +248,36 @@ def test_attention_with_sinks_and_a_window(
     cases.check_attention(runner, rng, cache, 64, 6, 2, positions, 64, False, window)
     cases.check_attention(runner, rng, cache, 32, 4, 2, positions, 32, False, window)
     cases.check_attention(runner, rng, cache, 32, 4, 2, positions, 32, False, window, window + len(positions) - 1)
+
+
+PROMPTS = [
+    prompt_cases.Prompt(1, 1, 32, ((0, 0, 1),)),
+    prompt_cases.Prompt(8, 8, 64, ((0, 20, 45),), is_gated=True),  # 32 tokens a block, over borders of tiles
+    prompt_cases.Prompt(16, 2, 256, ((0, 61, 6),), is_gated=True),
+    prompt_cases.Prompt(7, 1, 128, ((0, 94, 11),), has_sinks=True),
+    prompt_cases.Prompt(12, 2, 32, ((1, 0, 3), (0, 40, 2), (2, 31, 4), (1, 64, 1)), is_gated=True),
+    prompt_cases.Prompt(6, 1, 64, ((0, 0, 9), (1, 63, 3)), window=5, has_sinks=True),
+    prompt_cases.Prompt(4, 2, 32, ((0, 70, 20),), window=33, ring=52, has_sinks=True),
+    prompt_cases.Prompt(40, 1, 32, ((0, 30, 5),), window=1, ring=5),  # more heads a key head than a block has rows
+]
+
+
+@any_cache
+@sized(
+    "prompt",
+    PROMPTS,
+    [prompt_cases.Prompt(32, 2, 256, ((0, 1400, 300),)), prompt_cases.Prompt(64, 8, 64, ((0, 0, 700),), 128)],
+)
+def test_prompt_attention(runner: Runner, rng: np.random.Generator, cache: str, prompt: prompt_cases.Prompt) -> None:
+    prompt_cases.check_prompt_attention(runner, rng, cache, prompt)
+
+
+@any_cache
+@sized("prompt", [PROMPTS[1], *PROMPTS[4:7]], [PROMPTS[2], PROMPTS[3]])
+def test_prompt_attention_beside_others(
+    runner: Runner, rng: np.random.Generator, cache: str, prompt: prompt_cases.Prompt
+) -> None:
+    prompt_cases.check_prompt_neighbours(runner, rng, cache, prompt)
 
 
 @any_cache

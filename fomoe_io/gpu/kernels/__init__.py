@@ -112,6 +112,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         table[f"attention_prepare_{cache}"] = Kernel(256, "pppppppppppiiiiifi")
         for dim in HEAD_SIZES:
             table[f"attention_{cache}_{dim}"] = Kernel(256, "ppppppiiifii")
+            table[f"attention_prompt_{cache}_{dim}"] = Kernel(128, "ppppppppiiiifii")
     for dim in (64, 128):
         table[f"delta_step_{dim}"] = Kernel(128, "ppppppppiiiiif")
     return table
@@ -220,6 +221,14 @@ def attention_grid(heads: int, kv_heads: int, splits: int, tokens: int = 1) -> t
 def attention_splits(positions: int) -> int:
     """Parts into which the attention over so many positions is cut."""
     return up(positions, ATTENTION_SPLIT)
+
+
+PROMPT_ROWS = 32  # prompt_attention.h: (token, query head) pairs of a block
+
+
+def attention_prompt_grid(heads: int, kv_heads: int, tokens: int) -> tuple[int, int, int]:
+    """Grid of ``attention_prompt_*``."""
+    return kv_heads, up(tokens * (heads // kv_heads), PROMPT_ROWS), 1
 
 
 LATENT_HEADS, LATENT_SPLIT = 16, 128  # latent.h: query heads and positions of a block

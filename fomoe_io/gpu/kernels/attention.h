@@ -1,7 +1,7 @@
 // Attention of one token over its cache, in two steps: every block takes 32 positions of one key head for up to
 // ATTENTION_WARPS of its query heads, then the parts are merged.  The cut depends on the position alone, so the bits do
 // too.  A block keeps its keys, then its values, in shared memory: a warp is a head, and while scores are computed a
-// lane is a position.
+// lane is a position.  A prompt's tokens have prompt_attention.h.
 #pragma once
 #include "norms.h"
 #include "tuning.h"

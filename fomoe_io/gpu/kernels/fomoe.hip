@@ -8,6 +8,7 @@
 #include "experts.h"
 #include "norms.h"
 #include "attention.h"
+#include "prompt_attention.h"
 #include "delta.h"
 #include "router.h"
 #include "groups.h"

@@ -81,8 +81,12 @@ KERNEL(256, ungroup)(const float *x, float *y, int groups, int stride, int first
 }
 EXPORT_KERNEL(ungroup)
 
+// packed: four elements as they lie in memory.
 struct cache_f32 {
     typedef float element;
+    typedef quad packed;
+    static DEVICE_MEMBER quad get_packed(const float *p) { return *(const quad *)p; }
+    static DEVICE_MEMBER quad unpack(const quad &q) { return q; }
     static DEVICE_MEMBER quad get_quad(const float *p) { return *(const quad *)p; }
     static DEVICE_MEMBER float put(float v) { return v; }
 };
@@ -91,10 +95,12 @@ struct alignas(8) half_quad {
 };
 struct cache_f16 {
     typedef u16 element;
-    static DEVICE_MEMBER quad get_quad(const u16 *p) {
-        const half_quad h = *(const half_quad *)p;
+    typedef half_quad packed;
+    static DEVICE_MEMBER half_quad get_packed(const u16 *p) { return *(const half_quad *)p; }
+    static DEVICE_MEMBER quad unpack(const half_quad &h) {
         return {{from_half(h.v[0]), from_half(h.v[1]), from_half(h.v[2]), from_half(h.v[3])}};
     }
+    static DEVICE_MEMBER quad get_quad(const u16 *p) { return unpack(get_packed(p)); }
     static DEVICE_MEMBER u16 put(float v) { return to_half(v); }
 };
 
