@@ -67,7 +67,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "ungroup": Kernel(256, "ppiiiiii"),
         "attention_merge": Kernel(256, "pppppiiiipi"),
         "latent_merge": Kernel(256, "ppppiii"),
-        "conv_step": Kernel(64, "pppppiii"),
+        "conv_step": Kernel(128, "pppppiii"),
         "gated_norm": Kernel(128, "pppppiif"),
         "route": Kernel(512, "pppiiif"),
         "route_by": Kernel(512, "pppppiiiifp"),
