@@ -13,6 +13,7 @@ import pytest
 from fomoe_io import Engine
 from fomoe_io.gpu import device
 from fomoe_io.gpu.backend import GpuBackend
+from fomoe_io.gpu.chain import ChainBackend
 from tests.fake_hip.build import Fake
 from tests.gpu.test_device_engine import settings, tiny
 from tests.tiny_model import Type, write_tiny
@@ -28,7 +29,7 @@ def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("models") / "m.gguf", tiny(weights=Type.Q8_0, layers=1), seed=3)
+    return write_tiny(tmp_path_factory.mktemp("models") / "m.gguf", tiny(weights=Type.Q8_0, layers=2), seed=3)
 
 
 @pytest.fixture
@@ -40,9 +41,10 @@ def engine(fake: Fake, model: Path) -> Iterator[Engine]:
 
 
 def runners_logits(engine: Engine) -> np.ndarray:
-    """Where the device leaves logits that somebody copies on."""
-    assert isinstance(engine.backend, GpuBackend)
-    return engine.backend.tokens._logits
+    """Where the device that makes logits leaves those that somebody copies on."""
+    backend = engine.backend.stages[-1] if isinstance(engine.backend, ChainBackend) else engine.backend
+    assert isinstance(backend, GpuBackend)
+    return backend.tokens._logits
 
 
 def test_a_tokens_logits_are_copied_once(engine: Engine) -> None:
@@ -59,12 +61,10 @@ def test_a_tokens_logits_are_copied_once(engine: Engine) -> None:
     np.testing.assert_array_equal(first, kept)
 
 
-@pytest.mark.parametrize("devices", ["hip", "hip:0,0"])
-def test_memory_that_cannot_be_registered_gets_a_copy(fake: Fake, model: Path, devices: str) -> None:
+@pytest.mark.parametrize(("devices", "mode"), [("hip", "auto"), ("hip:0,0", "tensor"), ("hip:0,0", "layer")])
+def test_memory_that_cannot_be_registered_gets_a_copy(fake: Fake, model: Path, devices: str, mode: str) -> None:
     before, found = fake.live(), []
-    with Engine.open(
-        model, settings(sessions=2, device=devices, split_mode="tensor" if "," in devices else "auto")
-    ) as engine:
+    with Engine.open(model, settings(sessions=2, device=devices, split_mode=mode)) as engine:
         for code in (0, 2):
             fake.fail("hipHostRegister", code)
             session = engine.session()
