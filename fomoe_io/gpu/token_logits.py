@@ -41,7 +41,8 @@ class TokenLogits:
         """
         if place not in self._rows:
             assert self._gpu is not None
-            memory = np.frombuffer(mmap.mmap(-1, 4 * self._vocabulary), np.uint8)
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # a fork has its own
+            memory = np.frombuffer(mmap.mmap(-1, 4 * self._vocabulary, flags=flags), np.uint8)
             self._rows[place] = memory, self._gpu.register(memory)
         return self._rows[place][0].view(np.float32).reshape(1, -1)
 
