@@ -215,7 +215,7 @@ DEVICE void delta(const float *mixed, const float *alpha, const float *beta, con
 }
 
 #define DELTA_KERNEL(dim)                                                                                       \
-    KERNEL(32 * DELTA_WARPS, delta_step_##dim)                                                                  \
+    RESIDENT_KERNEL(32 * DELTA_WARPS, 4, delta_step_##dim)                                                      \
     (const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a,                \
      const replayed *states, float *place, float *y, int key_heads, int value_heads, int v_dim, int is_grouped, \
      int tokens, float eps) {                                                                                   \
