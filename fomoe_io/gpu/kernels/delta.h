@@ -2,32 +2,90 @@
 #pragma once
 #include "norms.h"
 
+#define CONV_MOST_TAPS 8
+#define CONV_WARPS 4
+#define CONV_TOKENS 4 // that follow one another in a thread
+
+// A channel of a convolution: its inputs of this batch, and what each session has kept of it.
+struct conv_channel {
+    const float *x;
+    const replayed *states;
+    float *place;
+    int channels, taps;
+};
+
+// The last inputs before token t of the session that begins at `base`, oldest first: those of this batch, and before
+// them the session's, whose newest is the last.  What is further back than `taps` is 0, and so are its weights.
+DEVICE void load_window(const conv_channel &c, int t, u64 base, float (&window)[CONV_MOST_TAPS - 1]) {
+    int here = c.states ? 0 : t; // inputs of this batch
+    while (c.states && here < c.taps - 1 && here < t && state_base(c.states, t - here - 1) == base) ++here;
+    const float *state = in_state(base, c.place);
+#pragma unroll
+    for (int j = 0; j < CONV_MOST_TAPS - 1; ++j) {
+        const int back = CONV_MOST_TAPS - 1 - j;
+        window[j] = back >= c.taps ? 0.f
+                    : back <= here ? c.x[(u64)(t - back) * c.channels]
+                                   : state[(u64)(c.taps - 1 - (back - here)) * c.channels];
+    }
+}
+
 // y[c] = silu(sum_j weight[c][j] * v_j), v_0.. = the channel's last taps - 1 inputs (oldest first), then this token's.
-// x, y: [tokens][channels]; state: [taps - 1][channels] of each token's session, moved on by every token.
-// Grid (channels / 128 up).
-KERNEL(128, conv_step)
+// x, y: [tokens][channels]; state: [taps - 1][channels] of each token's session, moved on by every token, whose tokens
+// follow one another.  taps <= CONV_MOST_TAPS.  A lane is a channel; tokens are shared among the warps.
+// Grid (channels / 32 up).
+KERNEL(32 * CONV_WARPS, conv_step)
 (const float *weight, const float *x, const replayed *states, float *place, float *y, int channels, int taps,
  int tokens) {
     start_kernel();
-    const int c = block_x() * 128 + thread_index();
-    if (c >= channels) return;
-    for (int t = 0; t < tokens; ++t) {
-        float *state = in_state(state_base(states, t), place);
-        const float now = x[(u64)t * channels + c];
-        float sum = 0.f;
-        for (int j = 0; j < taps - 1; ++j) {
-            const float before = state[(u64)j * channels + c];
-            sum = fused(weight[c * taps + j], before, sum);
-            if (j > 0) state[(u64)(j - 1) * channels + c] = before;
+    const int lane = 32 * block_x() + lane_index();
+    const bool is_here = lane < channels;
+    const int i = is_here ? lane : 0;
+    const conv_channel c = {x + i, states, place + i, channels, taps};
+    float weights[CONV_MOST_TAPS], window[CONV_MOST_TAPS - 1];
+#pragma unroll
+    for (int j = 0; j < CONV_MOST_TAPS; ++j) {
+        const int tap = j - (CONV_MOST_TAPS - taps);
+        weights[j] = tap < 0 ? 0.f : weight[i * taps + tap];
+    }
+    for (int begin = CONV_TOKENS * warp_index(); begin < tokens; begin += CONV_TOKENS * CONV_WARPS) {
+        u64 base = state_base(states, begin);
+        float values[CONV_TOKENS];
+#pragma unroll
+        for (int k = 0; k < CONV_TOKENS; ++k) // all at once, past the end the last one again
+            values[k] = c.x[(u64)(begin + k < tokens ? begin + k : tokens - 1) * channels];
+        load_window(c, begin, base, window);
+#pragma unroll
+        for (int k = 0; k < CONV_TOKENS; ++k) {
+            const int t = begin + k;
+            if (t >= tokens) break;
+            if (states && state_base(states, t) != base) load_window(c, t, base = state_base(states, t), window);
+            float sum = 0.f;
+#pragma unroll
+            for (int j = 0; j < CONV_MOST_TAPS - 1; ++j) sum = fused(weights[j], window[j], sum);
+            if (is_here) y[(u64)t * channels + i] = silu(fused(weights[CONV_MOST_TAPS - 1], values[k], sum));
+#pragma unroll
+            for (int j = 0; j < CONV_MOST_TAPS - 2; ++j) window[j] = window[j + 1];
+            window[CONV_MOST_TAPS - 2] = values[k];
         }
-        if (taps > 1) state[(u64)(taps - 2) * channels + c] = now;
-        y[(u64)t * channels + c] = silu(fused(weight[c * taps + taps - 1], now, sum));
+    }
+    sync_block(); // all have read what sessions have kept
+    for (int t = states ? warp_index() : tokens - 1 + warp_index(); t < tokens; t += CONV_WARPS) {
+        const u64 base = state_base(states, t);
+        if (t + 1 < tokens && state_base(states, t + 1) == base) continue; // not its session's last
+        load_window(c, t + 1, base, window);
+        float *state = in_state(base, c.place);
+#pragma unroll
+        for (int j = 0; j < CONV_MOST_TAPS - 1; ++j) {
+            const int kept = j - (CONV_MOST_TAPS - taps);
+            if (is_here && kept >= 0) state[(u64)kept * channels] = window[j];
+        }
     }
 }
 EXPORT_KERNEL(conv_step)
 
 #define DELTA_WARPS 4
 #define DELTA_ROWS 4
+#define DELTA_STEP 16 // tokens whose queries, keys and values lie in shared memory at once
 
 template <int PER_LANE> DEVICE void load_rows(const float *state, float (&memory)[DELTA_ROWS][PER_LANE]) {
 #pragma unroll
@@ -42,6 +100,64 @@ template <int PER_LANE> DEVICE void store_rows(const float (&memory)[DELTA_ROWS]
         for (int i = 0; i < PER_LANE; ++i) state[32 * (r * PER_LANE + i)] = memory[r][i];
 }
 
+// What a block wants of DELTA_STEP tokens of a session: queries and keys of its head as they meet the state, its rows'
+// values.
+template <int K_DIM> struct delta_inputs {
+    float q[DELTA_STEP][K_DIM], k[DELTA_STEP][K_DIM], v[DELTA_STEP][DELTA_WARPS * DELTA_ROWS];
+    float decay[DELTA_STEP], rate[DELTA_STEP];
+};
+
+// Vectors of a head, made as long as they should be: |q| = 1 / sqrt(k_dim), |k| = 1.  A warp calls it.
+template <int PER_LANE>
+DEVICE void load_vectors(const float *q_from, const float *k_from, float eps, float *q_to, float *k_to) {
+    float q[PER_LANE], k[PER_LANE], q_squares = 0.f, k_squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+        q[i] = q_from[32 * i + lane_index()], k[i] = k_from[32 * i + lane_index()];
+        q_squares = fused(q[i], q[i], q_squares);
+        k_squares = fused(k[i], k[i], k_squares);
+    }
+    const float q_scale = 1.f / (square_root(warp_sum(q_squares) + eps) * square_root(32.f * PER_LANE));
+    const float k_scale = 1.f / square_root(warp_sum(k_squares) + eps);
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+        q_to[32 * i + lane_index()] = q[i] * q_scale;
+        k_to[32 * i + lane_index()] = k[i] * k_scale;
+    }
+}
+
+// A token moves a warp's rows on.  out: what its query finds, of which each lane has a part; what the lanes' parts of
+// the token before add up to goes to y_before, with the same exchanges: lane i ends with the sum of parts[i / 4].
+template <int PER_LANE>
+DEVICE void delta_token(float (&memory)[DELTA_ROWS][PER_LANE], const float *q, const float *k, const float *v,
+                        float decay, float rate, float (&out)[DELTA_ROWS], float *y_before) {
+    const int lane = lane_index();
+    float keys[PER_LANE], parts[2 * DELTA_ROWS];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) keys[i] = k[32 * i + lane];
+#pragma unroll
+    for (int r = 0; r < DELTA_ROWS; ++r) {
+        parts[r] = 0.f, parts[DELTA_ROWS + r] = out[r], out[r] = 0.f;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) {
+            memory[r][i] *= decay;
+            parts[r] = fused(memory[r][i], keys[i], parts[r]);
+        }
+    }
+    const float sum = warp_sum_of_8(parts), mine = rate * (v[lane >> 2 & 3] - sum);
+    if (y_before && (lane & 19) == 16) y_before[lane >> 2 & 3] = sum;
+    const float change[DELTA_ROWS] = {from_lane<0>(mine), from_lane<4>(mine), from_lane<8>(mine), from_lane<12>(mine)};
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+        const float query = q[32 * i + lane];
+#pragma unroll
+        for (int r = 0; r < DELTA_ROWS; ++r) {
+            memory[r][i] = fused(change[r], keys[i], memory[r][i]);
+            out[r] = fused(memory[r][i], query, out[r]);
+        }
+    }
+}
+
 // Per value head h, with q and k of unit length and q / sqrt(k_dim):
 //   state *= exp(softplus(alpha + dt) * a);  delta = sigmoid(beta) * (v - state k);  state += delta k^T;  y = state q.
 // Rows of the state (one a value element) do not meet, so a warp keeps DELTA_ROWS of them in registers for all tokens.
@@ -53,59 +169,53 @@ template <int PER_LANE>
 DEVICE void delta(const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a,
                   const replayed *states, float *place, float *y, int key_heads, int value_heads, int v_dim,
                   int is_grouped, int tokens, float eps) {
-    const int k_dim = 32 * PER_LANE, head = block_y(), lane = lane_index();
-    const int first = (block_x() * DELTA_WARPS + warp_index()) * DELTA_ROWS;
+    const int k_dim = 32 * PER_LANE, rows = DELTA_WARPS * DELTA_ROWS, head = block_y(), lane = lane_index();
+    const int first = block_x() * rows + warp_index() * DELTA_ROWS;
     const int key_head = is_grouped ? head / (value_heads / key_heads) : head % key_heads;
     const u64 mixed_columns = 2 * (u64)key_heads * k_dim + (u64)value_heads * v_dim;
+    __shared__ delta_inputs<32 * PER_LANE> s;
     place += ((u64)head * v_dim + first) * k_dim + lane;
     u64 base = state_base(states, 0);
-    float memory[DELTA_ROWS][PER_LANE];
+    float memory[DELTA_ROWS][PER_LANE], out[DELTA_ROWS] = {0.f, 0.f, 0.f, 0.f}, *y_before = 0;
     load_rows<PER_LANE>(in_state(base, place), memory);
-    for (int t = 0; t < tokens; ++t) {
-        const u64 base_now = state_base(states, t);
-        if (base_now != base) {
+    for (int begin = 0, count; begin < tokens; begin += count) {
+        const u64 now = state_base(states, begin);
+        if (now != base) {
             store_rows<PER_LANE>(memory, in_state(base, place));
-            load_rows<PER_LANE>(in_state(base_now, place), memory);
-            base = base_now;
+            load_rows<PER_LANE>(in_state(base = now, place), memory);
         }
-        const float *now = mixed + t * mixed_columns, *v = now + 2 * key_heads * k_dim + head * v_dim + first;
-        float q[PER_LANE], k[PER_LANE], q_squares = 0.f, k_squares = 0.f;
+        count = tokens - begin < DELTA_STEP ? tokens - begin : DELTA_STEP;
+        // a session's tokens follow one another: what the last one has, all have
+        if (states && state_base(states, begin + count - 1) != base) count = 1;
+        if (begin) sync_block(); // the last step has been used
 #pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) {
-            q[i] = now[key_head * k_dim + 32 * i + lane];
-            k[i] = now[(key_heads + key_head) * k_dim + 32 * i + lane];
-            q_squares = fused(q[i], q[i], q_squares);
-            k_squares = fused(k[i], k[i], k_squares);
+        for (int i = 0; i < DELTA_STEP; i += DELTA_WARPS) {
+            const int t = i + warp_index();
+            if (t >= count) break;
+            const u64 at = (u64)(begin + t) * value_heads + head;
+            const float *q = mixed + (begin + t) * mixed_columns + key_head * k_dim;
+            load_vectors<PER_LANE>(q, q + key_heads * k_dim, eps, s.q[t], s.k[t]);
+            const float decay = exponential(softplus(alpha[at] + dt[head]) * a[head]), rate = sigmoid(beta[at]);
+            if (!lane) s.decay[t] = decay, s.rate[t] = rate;
         }
-        const float q_scale = 1.f / (square_root(warp_sum(q_squares) + eps) * square_root((float)k_dim));
-        const float k_scale = 1.f / square_root(warp_sum(k_squares) + eps);
-        const float decay = exponential(softplus(alpha[t * value_heads + head] + dt[head]) * a[head]);
-        const float rate = sigmoid(beta[t * value_heads + head]);
-#pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) q[i] *= q_scale, k[i] *= k_scale;
-#pragma unroll
-        for (int r = 0; r < DELTA_ROWS; ++r) {
-            float recalled = 0.f, out = 0.f;
-#pragma unroll
-            for (int i = 0; i < PER_LANE; ++i) {
-                memory[r][i] *= decay;
-                recalled = fused(memory[r][i], k[i], recalled);
-            }
-            const float change = rate * (v[r] - warp_sum(recalled));
-#pragma unroll
-            for (int i = 0; i < PER_LANE; ++i) {
-                memory[r][i] = fused(change, k[i], memory[r][i]);
-                out = fused(memory[r][i], q[i], out);
-            }
-            out = warp_sum(out);
-            if (lane == 0) y[((u64)t * value_heads + head) * v_dim + first + r] = out;
+        for (int i = thread_index(); i < count * rows; i += 32 * DELTA_WARPS) {
+            const float *v = mixed + (begin + i / rows) * mixed_columns + 2 * key_heads * k_dim + head * v_dim;
+            s.v[i / rows][i % rows] = v[block_x() * rows + i % rows];
+        }
+        sync_block();
+        for (int t = 0; t < count; ++t) {
+            const float *v = s.v[t] + warp_index() * DELTA_ROWS;
+            delta_token<PER_LANE>(memory, s.q[t], s.k[t], v, s.decay[t], s.rate[t], out, y_before);
+            y_before = y + ((u64)(begin + t) * value_heads + head) * v_dim + first;
         }
     }
     store_rows<PER_LANE>(memory, in_state(base, place));
+    const float sum = warp_sum_of_4(out);
+    if (!(lane & 7)) y_before[lane >> 3] = sum;
 }
 
 #define DELTA_KERNEL(dim)                                                                                       \
-    KERNEL(32 * DELTA_WARPS, delta_step_##dim)                                                                  \
+    RESIDENT_KERNEL(32 * DELTA_WARPS, 4, delta_step_##dim)                                                      \
     (const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a,                \
      const replayed *states, float *place, float *y, int key_heads, int value_heads, int v_dim, int is_grouped, \
      int tokens, float eps) {                                                                                   \

@@ -4,6 +4,7 @@
 // bits depend neither on how a prompt is cut nor on the rows beside it.
 #pragma once
 #include "norms.h"
+#include "tuning.h"
 
 #define PROMPT_ROWS 32 // of a block
 #define PROMPT_WARPS 4
@@ -220,7 +221,7 @@ DEVICE void attend_run(prompt_block<CACHE, PER_LANE> &s, prompt_chunks<CACHE, PE
                        int end, prompt_sums<PER_LANE> &sums) {
     typedef prompt_chunks<CACHE, PER_LANE> of;
     const int of_warp = PROMPT_WARP_ROWS * warp_index(), of_lane = of_warp + PROMPT_HALF_ROWS * (lane_index() & 1);
-    const int unrolled = PER_LANE < 2 ? 2 : 1; // more would cost registers that there are not
+    const int unrolled = PER_LANE < 2 ? 2 : PROMPT_UNROLLED;
     const prompt_span &here = s.spans[warp_index()];
     quad *weights = s.weights[warp_index()];
     chunks.ask_keys(begin, 0);
@@ -303,6 +304,7 @@ DEVICE void attend_prompt(const float *q, const typename CACHE::element *k_cache
         chunks.stride = kv_heads * of::dim, chunks.ring = ring, chunks.last = all.any_length - 1;
         attend_run(s, chunks, run, all.any_first / PROMPT_TILE * PROMPT_TILE, all.any_length, sums);
     }
+    sync_block(); // the last factors have been used
 #pragma unroll
     for (int r = 0; r < PROMPT_HALF_ROWS; ++r) {
         const float weight_sum = rows_sum(sums.weight[r]);
@@ -339,8 +341,8 @@ DEVICE void attend_prompt(const float *q, const typename CACHE::element *k_cache
 PROMPT_ATTENTION_KERNEL(f32, 32, 4)
 PROMPT_ATTENTION_KERNEL(f32, 64, 4)
 PROMPT_ATTENTION_KERNEL(f32, 128, 3)
-PROMPT_ATTENTION_KERNEL(f32, 256, 3)
+PROMPT_ATTENTION_KERNEL(f32, 256, PROMPT_RESIDENT)
 PROMPT_ATTENTION_KERNEL(f16, 32, 4)
 PROMPT_ATTENTION_KERNEL(f16, 64, 4)
 PROMPT_ATTENTION_KERNEL(f16, 128, 4)
-PROMPT_ATTENTION_KERNEL(f16, 256, 3)
+PROMPT_ATTENTION_KERNEL(f16, 256, PROMPT_RESIDENT)

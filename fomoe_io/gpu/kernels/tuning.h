@@ -45,3 +45,23 @@
 #ifndef DOWN_BATCH_Q6_K
 #define DOWN_BATCH_Q6_K 4
 #endif
+
+// tile.h: quantized products of many tokens by matrix units, where the kernels know them (NVIDIA from sm_80 on); 0: by
+// dot4, to the same bits.
+#ifndef BYTE_MATRICES
+#define BYTE_MATRICES 1
+#endif
+
+// tile.h: blocks that a multiprocessor must hold (NVIDIA); with 6 two kernels spill a word.
+#ifndef TILE_RESIDENT
+#define TILE_RESIDENT 5
+#endif
+
+// attention_prompt: of heads of 256 columns, blocks that a multiprocessor must hold (NVIDIA); of 64 and more, quads of
+// columns whose products with queries fly together.  With 2 blocks there are registers for 4 quads.
+#ifndef PROMPT_RESIDENT
+#define PROMPT_RESIDENT 3
+#endif
+#ifndef PROMPT_UNROLLED
+#define PROMPT_UNROLLED 1
+#endif
