@@ -126,7 +126,8 @@ class GpuBackend:
         budget = ram or RamBudget(opened.store.model_name, opened.shape, opened.config, opened.peak_bytes_before)
         self.sharing = Sharing(gpus, opened, source, self.layouts, budget)
         self.budgets = self.sharing.budgets
-        self._states, self._lookahead = StatePool(opened.config.sessions), Lookahead(opened.config.lookahead_mode)
+        self._states = StatePool(opened.config.sessions)
+        self._lookahead = Lookahead(opened.config.lookahead_mode if self.budgets.lookahead_bytes else "off")
         self.devices: list[OnDevice] = []
         try:
             self._allocate()
@@ -214,7 +215,7 @@ class GpuBackend:
                 logits_bytes=4 * (token.own_logits.stop - token.own_logits.start),
             )  # fmt: skip
         if self.sharing.guesses:
-            experts.look_ahead(self.sharing.guesses, self.sharing.guesses)
+            experts.look_ahead(self.sharing.guesses, self.sharing.staged)
         if config.car is not None:
             experts.back_fill(config.car.backfill)
         if tuning.piece_bytes is not None:
@@ -279,7 +280,7 @@ class GpuBackend:
         """(error, logits), as :meth:`TokenRunner.run` has them."""
         return self.tokens.run(
             number, span.ids, span.position, self._enter(span.state), span.outputs, may_substitute=may_substitute,
-            looks_ahead=looks_ahead,
+            looks_ahead=looks_ahead and self.sharing.guesses > 0,
         )  # fmt: skip
 
     def allow(self) -> None:
