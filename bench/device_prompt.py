@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from box import drive_rate
+from box import drive_rate, kernel_tuning
 from device_decode import decode, gpu_of
 
 from fomoe_io import Engine, EngineConfig
@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--tiers", type=Tiers.parse)
     parser.add_argument("--decodes", type=int, default=32, help="tokens read one by one for comparison, 0: none")
     parser.add_argument("--without-library", action="store_true", help="our own kernels for dense products, too")
+    parser.add_argument("--kernel", type=kernel_tuning, action="append", default=[], metavar="NAME=VALUE",
+                        help="of gpu/kernels/tuning.h, such as BYTE_MATRICES=0")  # fmt: skip
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     tokens, runs = None, []
@@ -79,7 +81,7 @@ def main() -> None:
             tiers=options.tiers,
             batch_tokens=batch,
             context_tokens=4096,
-            tuning=Tuning(library_products=not options.without_library),
+            tuning=Tuning(library_products=not options.without_library, kernel_tuning=tuple(options.kernel)),
         )
         with Engine.open(options.model, config) as engine:
             if tokens is None:

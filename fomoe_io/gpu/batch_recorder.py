@@ -25,8 +25,8 @@ from fomoe_io.gpu.launches import attend, merge, route
 from fomoe_io.gpu.recorder import DeviceRecorder
 from fomoe_io.models.recorder import Activation, Attention, Experts, KvCache, Picks, Router
 
-LOGITS_TOKENS = kernels.TILE_TOKENS
-"""Tokens whose logits are computed at once: one reading of the output matrix."""
+LOGITS_TOKENS = 16
+"""Tokens whose logits are computed at once, by one reading of the output matrix: 16 MB of a vocabulary of 248,320."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,7 @@ def check_shape(s: Shape) -> None:
         limits.append(("head size", s.head_columns, kernels.HEAD_SIZES))
     if s.state_columns:
         limits.append(("delta-rule head size", s.state_columns, (64, 128)))
+        limits.append(("taps of a convolution:", s.conv_taps, range(1, kernels.CONV_MOST_TAPS + 1)))
     for name, value, allowed in limits:
         if value not in allowed:
             raise FormatError(f"the GPU kernels do not take a model with {name} {value}", hint="--device cpu")

@@ -81,15 +81,15 @@ def test_mat_vec_of_long_rows(runner: Runner, rng: np.random.Generator, name: st
 
 
 @any_type
-@sized("rows,blocks,tokens", [(1, 1, 1), (70, 2, 17), (130, 3, 5)], [(4096, 16, 128)])
+@sized("rows,blocks,tokens", [(1, 1, 1), (70, 2, 43), (130, 3, 5)], [(4096, 16, 128)])
 def test_mat_mul(runner: Runner, rng: np.random.Generator, name: str, rows: int, blocks: int, tokens: int) -> None:
     tile_cases.check_mat_mul(runner, rng, name, rows, columns_of(name, blocks), tokens)
 
 
 @sized(
     "gate_type,down_type,ff,columns,tokens,experts,used",
-    [("q4_k", "q6_k", 256, 256, 19, 3, 2), ("q5_k", "q8_0", 96, 256, 5, 4, 1), ("q6_k", "q4_k", 256, 512, 3, 2, 2),
-     ("q8_0", "q5_k", 256, 96, 4, 3, 2), ("f32", "bf16", 64, 96, 18, 2, 1), ("bf16", "f16", 32, 32, 3, 3, 3)],
+    [("q4_k", "q6_k", 256, 256, 53, 3, 2), ("q5_k", "q8_0", 96, 256, 5, 4, 1), ("q6_k", "q4_k", 256, 512, 3, 2, 2),
+     ("q8_0", "q5_k", 256, 96, 4, 3, 2), ("f32", "bf16", 64, 96, 70, 2, 1), ("bf16", "f16", 32, 32, 3, 3, 3)],
     [("q4_k", "q4_k", 1024, 2048, 128, 16, 4), ("q5_k", "q5_k", 1024, 2048, 64, 8, 4),
      ("q6_k", "q6_k", 1024, 2048, 64, 8, 4)],
 )  # fmt: skip
@@ -271,21 +271,30 @@ def test_heads_products(
     latent_cases.check_heads_products(runner, rng, name, heads, rows, columns, tokens)
 
 
-@sized("channels,taps,tokens", [(130, 4, 1), (64, 4, 7), (33, 2, 3)], [(12288, 4, 7)])
-def test_conv(runner: Runner, rng: np.random.Generator, channels: int, taps: int, tokens: int) -> None:
-    cases.check_conv(runner, rng, channels, taps, tokens)
+@sized(
+    "channels,taps,runs",
+    [(130, 4, [1]), (64, 4, [7]), (33, 2, [3]), (40, 8, [19]), (70, 1, [9]), (65, 4, [11, 1, 17])],
+    [(12288, 4, [7])],
+)
+def test_conv(runner: Runner, rng: np.random.Generator, channels: int, taps: int, runs: list[int]) -> None:
+    cases.check_conv(runner, rng, channels, taps, runs)
 
 
 @sized(
-    "k_dim,v_dim,key_heads,value_heads,is_grouped,tokens",
-    [(128, 128, 2, 4, False, 1), (64, 32, 3, 6, True, 4)],
-    [(128, 128, 16, 64, False, 1), (128, 128, 2, 4, True, 9)],
+    "k_dim,v_dim,key_heads,value_heads,is_grouped,runs",
+    [
+        (128, 128, 2, 4, False, [1]),
+        (64, 32, 3, 6, True, [4]),
+        (64, 32, 1, 2, False, [37]),
+        (64, 32, 1, 1, False, [3, 18]),
+    ],
+    [(128, 128, 16, 64, False, [1]), (128, 128, 2, 4, True, [9]), (128, 128, 16, 32, False, [200])],
 )
 def test_delta(
     runner: Runner, rng: np.random.Generator, k_dim: int, v_dim: int, key_heads: int, value_heads: int,
-    is_grouped: bool, tokens: int,
+    is_grouped: bool, runs: list[int],
 ) -> None:  # fmt: skip
-    cases.check_delta(runner, rng, k_dim, v_dim, key_heads, value_heads, is_grouped, tokens)
+    cases.check_delta(runner, rng, k_dim, v_dim, key_heads, value_heads, is_grouped, runs)
 
 
 # ---- routing ----

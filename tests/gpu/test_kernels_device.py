@@ -50,6 +50,20 @@ def test_same_input_same_bits(runner: DeviceRunner, rng: np.random.Generator) ->
     assert len(results) == 1
 
 
+@pytest.mark.parametrize("name", kernels.QUANTIZED_TYPES)
+def test_matrix_units_change_no_bit(runner: DeviceRunner, rng: np.random.Generator, name: str) -> None:
+    plain = DeviceRunner(Gpu(tuning={"BYTE_MATRICES": 0}))
+    rows, columns, tokens = 257, 2048, 77
+    data, _ = cases.ref.random_weights(rng, name, rows, columns)
+    values, found = cases.normal(rng, tokens, columns), []
+    for each in (runner, plain):
+        x, y = cases.quantized(each, values), each.put(cases.poison(tokens, rows))
+        grid = kernels.mat_mul_grid(rows, tokens)
+        each.launch(f"mat_mul_{name}", grid, each.put(data), x, y, rows, columns, tokens)
+        found.append(y.get())
+    np.testing.assert_array_equal(*found)
+
+
 def test_a_miss_is_served_without_a_synchronisation(gpu: Gpu, rng: np.random.Generator) -> None:
     """The device posts its picks to host memory and waits; the host sees them, answers, and the stream goes on."""
     words = np.frombuffer(mmap.mmap(-1, 4096), np.uint32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -324,15 +325,26 @@ def check_attention(
     np.testing.assert_array_equal(q8.get(), quantized(runner, y.get()).get())
 
 
-def check_conv(runner: Runner, rng: np.random.Generator, channels: int, taps: int, tokens: int) -> None:
-    weight, x, state = normal(rng, channels, taps), normal(rng, tokens, channels), normal(rng, taps - 1, channels)
-    device_state, y = runner.put(state), runner.put(poison(tokens, channels))
-    grid = (kernels.up(channels, 128), 1, 1)
-    runner.launch("conv_step", grid, runner.put(weight), runner.put(x), None, device_state, y, channels, taps, tokens)
-    row = np.concatenate([state, x]).astype(np.float64)
-    want = ref.silu(np.stack([(row[t : t + taps].T * weight).sum(axis=1) for t in range(tokens)]))
-    assert ref.error(y.get(), want) < CLOSE
-    np.testing.assert_array_equal(device_state.get(), row[tokens:].astype(np.float32))
+def states_of(runner: Runner, state: Handle, runs: Sequence[int]) -> Handle:
+    """Where each token's session has its state, `runs` tokens of each in turn."""
+    each = state.get().nbytes // len(runs)
+    return runner.put(np.repeat([state.pointer + i * each for i in range(len(runs))], runs).astype(np.uint64))
+
+
+def check_conv(runner: Runner, rng: np.random.Generator, channels: int, taps: int, runs: Sequence[int]) -> None:
+    weight, state = normal(rng, channels, taps), normal(rng, len(runs), taps - 1, channels)
+    x = normal(rng, sum(runs), channels)
+    device_state, y = runner.put(state), runner.put(poison(len(x), channels))
+    states, place = (states_of(runner, device_state, runs), None) if len(runs) > 1 else (None, device_state)
+    grid = (kernels.up(channels, 64), 1, 1)
+    runner.launch("conv_step", grid, runner.put(weight), runner.put(x), states, place, y, channels, taps, len(x))
+    for before, after, now, found in zip(
+        state, device_state.get(), *(np.split(a, np.cumsum(runs)[:-1]) for a in (x, y.get())), strict=True
+    ):
+        row = np.concatenate([before, now]).astype(np.float64)
+        want = ref.silu(np.stack([(row[t : t + taps].T * weight).sum(axis=1) for t in range(len(now))]))
+        assert ref.error(found, want) < CLOSE
+        np.testing.assert_array_equal(after, row[len(now) :].astype(np.float32))
 
 
 def check_delta(
@@ -343,17 +355,18 @@ def check_delta(
     key_heads: int,
     value_heads: int,
     is_grouped: bool,
-    tokens: int,
+    runs: Sequence[int],
 ) -> None:
-    width = 2 * key_heads * k_dim + value_heads * v_dim
-    mixed, state = normal(rng, tokens, width), normal(rng, value_heads, v_dim, k_dim)
+    width, tokens = 2 * key_heads * k_dim + value_heads * v_dim, sum(runs)
+    mixed, state = normal(rng, tokens, width), normal(rng, len(runs), value_heads, v_dim, k_dim)
     alpha, beta = 5 * normal(rng, tokens, value_heads), normal(rng, tokens, value_heads)
     dt, a = normal(rng, value_heads), -np.exp(normal(rng, value_heads))
     alpha[0, 0] = 30  # softplus is the identity there
     device_state, y = runner.put(state), runner.put(poison(tokens, value_heads, v_dim))
+    states, place = (states_of(runner, device_state, runs), None) if len(runs) > 1 else (None, device_state)
     runner.launch(
         f"delta_step_{k_dim}", (v_dim // 16, value_heads, 1),
-        runner.put(mixed), runner.put(alpha), runner.put(beta), runner.put(dt), runner.put(a), None, device_state, y,
+        runner.put(mixed), runner.put(alpha), runner.put(beta), runner.put(dt), runner.put(a), states, place, y,
         key_heads, value_heads, v_dim, int(is_grouped), tokens, 1e-6,
     )  # fmt: skip
     wide = mixed.astype(np.float64)
@@ -362,9 +375,11 @@ def check_delta(
     heads = np.arange(value_heads)
     key_head_of = heads // (value_heads // key_heads) if is_grouped else heads % key_heads
     want_state = state.astype(np.float64)
-    want = ref.delta_rule(
-        q, k, v, alpha.astype(np.float64), beta.astype(np.float64), dt, a, want_state, key_head_of, 1e-6
-    )
+    rows = [np.split(x, np.cumsum(runs)[:-1]) for x in (q, k, v, alpha.astype(np.float64), beta.astype(np.float64))]
+    want = np.concatenate([
+        ref.delta_rule(*now, dt, a, of_session, key_head_of, 1e-6)
+        for *now, of_session in zip(*rows, want_state, strict=True)
+    ])  # fmt: skip
     assert ref.error(y.get(), want) < CLOSE
     assert ref.error(device_state.get(), want_state) < CLOSE
 

@@ -315,3 +315,11 @@ DEVICE float warp_sum(float v) {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(two) + _mm_cvtss_f32(_mm_shuffle_ps(two, two, 1));
 }
+DEVICE float warp_sum_of_4(const float (&v)[4]) {
+    const float sums[4] = {warp_sum(v[0]), warp_sum(v[1]), warp_sum(v[2]), warp_sum(v[3])};
+    return sums[(fibers::index() & (fibers::LANES - 1)) / 8];
+}
+DEVICE void spread_4(float v, float (&all)[4]) {
+    const float *lane = (const float *)fibers::meet(as_bits(v));
+    for (int r = 0; r < 4; r++) all[r] = lane[8 * r];
+}

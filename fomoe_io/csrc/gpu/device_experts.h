@@ -75,7 +75,7 @@ int fomoe_device_experts_serve(fomoe_device_experts *, uint32_t run, void *const
                                volatile uint32_t *const *stop);
 
 /* A tile of a batch (kernels/tile.h): up to FOMOE_TILE_PAIRS pairs (token * used + rank) of one expert. */
-enum { FOMOE_TILE_PAIRS = 16 };
+enum { FOMOE_TILE_PAIRS = 32 };
 typedef struct {
     uint64_t record; /* where the expert lies on the first device */
     uint32_t first, count; /* its pairs: order[first .. first + count) */

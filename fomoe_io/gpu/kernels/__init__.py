@@ -67,7 +67,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "ungroup": Kernel(256, "ppiiiiii"),
         "attention_merge": Kernel(256, "pppppiiiipi"),
         "latent_merge": Kernel(256, "ppppiii"),
-        "conv_step": Kernel(128, "pppppiii"),
+        "conv_step": Kernel(64, "pppppiii"),
         "gated_norm": Kernel(128, "pppppiif"),
         "route": Kernel(512, "pppiiif"),
         "route_by": Kernel(512, "pppppiiiifp"),
@@ -154,9 +154,10 @@ def mat_vec_rows(name: str, split: int = 1, tuning: Mapping[str, int] | None = N
     return size["MAT_VEC_WARPS"] // split * (size["MAT_VEC_ROWS"] if name in QUANTIZED_TYPES else 1)
 
 
-TILE_TOKENS = 16
+TILE_TOKENS = 32
 MAT_VEC_MANY = 4  # mat_vec.h: matrices of a mat_vec_many launch
 NORM_MOST_COLUMNS = 16384  # norms.h
+CONV_MOST_TAPS = 8  # delta.h
 
 
 def mat_mul_grid(rows: int, tokens: int) -> tuple[int, int, int]:

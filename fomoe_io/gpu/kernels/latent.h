@@ -206,7 +206,7 @@ LATENT_KERNELS(f32)
 LATENT_KERNELS(f16)
 
 // y[row] = W_head x[row], row = token * heads + head: each head has its own `rows` rows of the matrix, its own input
-// and its own output.  One token: grid (blocks of rows, heads).  Many: grid (rows / 64 up, tokens / 16 up, heads).
+// and its own output.  One token: grid (blocks of rows, heads).  Many: grid (rows / 64 up, tokens / 32 up, heads).
 template <class T> DEVICE const u8 *head_matrix(const u8 *weights, int head, int rows, int columns) {
     return weights + (u64)head * rows * ((u64)(columns / T::block_elements) * T::block_bytes);
 }
@@ -214,12 +214,13 @@ template <class T> DEVICE const u8 *head_matrix(const u8 *weights, int head, int
 template <class T>
 DEVICE void multiply_heads(const u8 *weights, const u8 *x, float *y, int heads, int rows, int columns, int tokens) {
     __shared__ int token_rows[TILE_TOKENS];
-    __shared__ typename step_of<T::is_quantized>::type s;
+    __shared__ typename tile_sums<T>::step s;
     const int first = TILE_ROWS * block_x(), token = TILE_TOKENS * block_y() + thread_index(), head = block_z();
+    const int left = tokens - TILE_TOKENS * block_y(), count = left < TILE_TOKENS ? left : TILE_TOKENS;
     if (thread_index() < TILE_TOKENS) token_rows[thread_index()] = token < tokens ? token * heads + head : -1;
     const tile_rows matrix = rows_from<T>(head_matrix<T>(weights, head, rows, columns), first, rows, columns);
-    float sums[4][2];
-    multiply_tile<T>(s, matrix, x, token_rows, columns, sums);
+    tile_sums<T> sums;
+    multiply_tile<T>(s, matrix, x, token_rows, count, columns, sums);
     store_sums(sums, y, token_rows, first, rows, rows);
 }
 

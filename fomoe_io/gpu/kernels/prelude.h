@@ -183,6 +183,22 @@ DEVICE float nearest(float x) { return rintf(x); }
 DEVICE float magnitude(float x) { return fabsf(x); }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DEVICE int dot4(int a, int b, int c) { return __dp4a(a, b, c); }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define CAN_MULTIPLY_BYTES 1
+// sums += a b of 16 rows and 8 columns, 32 (16) signed bytes each; which lane holds what: PTX ISA, "Matrix Fragments
+// for mma.m16n8k32" ("... m16n8k16").  A lane has rows lane / 4 (upper) and 8 more (lower) of a, column lane / 4 of b.
+DEVICE void multiply_bytes_32(u32 upper, u32 lower, u32 upper_16, u32 lower_16, u32 b, u32 b_16, int (&sums)[4]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(upper), "r"(lower), "r"(upper_16), "r"(lower_16), "r"(b), "r"(b_16));
+}
+DEVICE void multiply_bytes_16(u32 upper, u32 lower, u32 b, int (&sums)[4]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(upper), "r"(lower), "r"(b));
+}
+#endif
 
 #else
 #error "kernels are compiled by hipRTC, clang -x hip, NVRTC or nvcc"
@@ -250,13 +266,32 @@ DEVICE float not_a_number() { return as_float(0x7fc00000u); }
 
 // Butterflies: every lane ends with the same bits, and they do not depend on which lane asks.
 template <int MASK> DEVICE float exchange_float(float v) { return as_float(exchange<MASK>(as_bits(v))); }
-#ifndef FOMOE_GPU_ON_CPU  // which has these two in one step each, with the same bits
+#ifndef FOMOE_GPU_ON_CPU  // which has these in a step or four, with the same bits
 DEVICE float warp_sum(float v) {
     v += exchange_float<16>(v);
     v += exchange_float<8>(v);
     v += exchange_float<4>(v);
     v += exchange_float<2>(v);
     return v + exchange_float<1>(v);
+}
+// Four sums at once, with the bits of warp_sum: lane i has that of v[i / 8].  The first two steps halve what a lane
+// still has to add up, so there are 6 exchanges, not 20.
+DEVICE float warp_sum_of_4(const float (&v)[4]) {
+    const bool is_upper = thread_index() & 16, is_odd = thread_index() & 8;
+    const float first = (is_upper ? v[2] : v[0]) + exchange_float<16>(is_upper ? v[0] : v[2]);
+    const float second = (is_upper ? v[3] : v[1]) + exchange_float<16>(is_upper ? v[1] : v[3]);
+    float sum = (is_odd ? second : first) + exchange_float<8>(is_odd ? first : second);
+    sum += exchange_float<4>(sum);
+    sum += exchange_float<2>(sum);
+    return sum + exchange_float<1>(sum);
+}
+// all[r] = what lanes 8 r to 8 r + 7 have.
+DEVICE void spread_4(float v, float (&all)[4]) {
+    const bool is_upper = thread_index() & 16, is_odd = thread_index() & 8;
+    const float beside = exchange_float<8>(v), even = is_odd ? beside : v, odd = is_odd ? v : beside;
+    const float other_even = exchange_float<16>(even), other_odd = exchange_float<16>(odd);
+    all[0] = is_upper ? other_even : even, all[1] = is_upper ? other_odd : odd;
+    all[2] = is_upper ? even : other_even, all[3] = is_upper ? odd : other_odd;
 }
 DEVICE int dot16(const u32x4 &a, const u32x4 &b, int sum) {
     sum = dot4((int)a.x, (int)b.x, sum);

@@ -1,15 +1,21 @@
-// Products of many tokens: a block makes 64 rows for up to 16 tokens, so that every weight is read once for all of
-// them. Weights are unpacked into shared memory a step of columns at a time.  A thread makes four rows for two tokens;
-// each of its sums runs over the columns in their order, so what a token gets does not depend on who else is in the
-// tile.
+// Products of many tokens: a block makes 64 rows for up to 32 tokens, so that every weight is read once for all of
+// them. Weights are unpacked into shared memory a step of columns at a time.  Each sum is one thread's and runs over
+// the columns in their order, so what a token gets does not depend on who else is in the tile.  The sums of 32 (or 16)
+// products of bytes are whole numbers: whether matrix units make them or dot4 does, the bits are the same.
 #pragma once
 #include "experts.h"
 
 #define TILE_THREADS 128
 #define TILE_ROWS 64
-#define TILE_TOKENS 16
+#define TILE_TOKENS 32
 #define TILE_QUANTS 256 // columns of a step of quantized weights: a block of the K types
 #define TILE_FLOATS 64 // columns of a step of float weights
+
+#if BYTE_MATRICES && defined(CAN_MULTIPLY_BYTES)
+#define HAS_BYTE_MATRICES 1
+#else
+#define HAS_BYTE_MATRICES 0
+#endif
 
 // Up to TILE_TOKENS pairs of one expert: order[first .. first + count).  csrc/gpu/device_experts.h has the same.
 struct tile {
@@ -28,17 +34,38 @@ struct tile_rows {
     }
 };
 
-// This thread's sums, [4][2]: rows first_row() + 16 r, tokens first_token() + 8 t.
-DEVICE int first_row() { return thread_index() & 15; }
-DEVICE int first_token() { return thread_index() >> 4; }
-
-// A step of quantized weights and activations.  Rows are 16 bytes longer than a step, so that eight of them read in one
-// go touch every bank once.
-struct quantized_step {
-    u32x4 weights[TILE_ROWS][TILE_QUANTS / 16 + 1], values[TILE_TOKENS][TILE_QUANTS / 16 + 1];
-    float scale[TILE_ROWS][2 * TILE_QUANTS / 32 + 1]; // of 32 weights: (scale, minimum), or two scales of 16
-    float pair[TILE_TOKENS][2 * TILE_QUANTS / 32]; // of 32 activations: (d, d * sum)
+// Which rows and tokens of the tile a thread sums up, sums[rows][tokens]: the same of every eight tokens, so that eight
+// that are not there are left out by all threads.
+struct by_threads {
+    static const int rows = 4, tokens = 4, tokens_of_eight = 1;
+    static DEVICE_MEMBER int row(int r) { return (thread_index() & 15) + 16 * r; }
+    static DEVICE_MEMBER int token(int t) { return (thread_index() >> 4) + 8 * t; }
 };
+// A warp makes 16 rows; as the results of mma.m16n8k32 lie in its lanes (PTX ISA, "Matrix Fragments for mma.m16n8k32").
+struct by_matrices {
+    static const int rows = 2, tokens = 8, tokens_of_eight = 2;
+    static DEVICE_MEMBER int row(int r) { return 16 * warp_index() + (lane_index() >> 2) + 8 * r; }
+    static DEVICE_MEMBER int token(int t) { return 2 * (lane_index() & 3) + (t & 1) + 8 * (t >> 1); }
+};
+
+// A step of quantized weights and activations.  Rows are 16 (or 8) bytes longer than a step, so that eight of them read
+// in one go touch every bank once.
+struct quantized_step {
+#if HAS_BYTE_MATRICES
+    typedef by_matrices layout;
+#else
+    typedef by_threads layout;
+#endif
+    static const int columns = TILE_QUANTS;
+    alignas(16) u32x4 weights[TILE_ROWS][TILE_QUANTS / 16 + 1];
+    alignas(16) u32x4 values[TILE_TOKENS][TILE_QUANTS / 16 + 1];
+    alignas(8) float scale[TILE_ROWS][2 * TILE_QUANTS / 32 + 2]; // of 32 weights: (scale, minimum), or two scales of 16
+    alignas(8) float pair[TILE_TOKENS][2 * TILE_QUANTS / 32 + 2]; // of 32 activations: (d, d * sum)
+};
+struct alignas(8) float_pair {
+    float first, second;
+};
+DEVICE float_pair pair_of(const float *row, int group) { return *(const float_pair *)(row + 2 * group); }
 
 // Four numbers of 6 bits as four signed bytes, 32 less each: the sign of the difference is bit 5, flipped.
 DEVICE u32 less_32(u32 word) {
@@ -71,54 +98,105 @@ template <class T> DEVICE void load_weights(quantized_step &s, const tile_rows &
     }
 }
 
+// Tokens are loaded and multiplied by eights.
+DEVICE int up_to_eight(int count) { return (count + 7) & ~7; }
+
 // token_rows[t]: the activation row of the tile's token t, -1 for none.
-DEVICE void load_activations(quantized_step &s, const u8 *x, const int *token_rows, int column, int columns) {
-    const int chunks = TILE_QUANTS / 16;
-    for (int i = thread_index(); i < TILE_TOKENS * chunks; i += TILE_THREADS) {
+DEVICE void load_activations(quantized_step &s, const u8 *x, const int *token_rows, int count, int column,
+                             int columns) {
+    const int chunks = TILE_QUANTS / 16, tokens = up_to_eight(count);
+    for (int i = thread_index(); i < tokens * chunks; i += TILE_THREADS) {
         const int t = i / chunks, chunk = i % chunks, row = token_rows[t];
         const u8 *from = x + (u64)row * q8_row_bytes(columns) + column + 16 * chunk;
         s.values[t][chunk] = row >= 0 && column + 16 * chunk < columns ? fresh16(from) : u32x4{0, 0, 0, 0};
     }
-    for (int i = thread_index(); i < TILE_TOKENS * TILE_QUANTS / 16; i += TILE_THREADS) {
+    for (int i = thread_index(); i < tokens * TILE_QUANTS / 16; i += TILE_THREADS) {
         const int t = i / (TILE_QUANTS / 16), j = i % (TILE_QUANTS / 16), row = token_rows[t];
         const float *from = (const float *)(x + (u64)row * q8_row_bytes(columns) + columns) + column / 16 + j;
         s.pair[t][j] = row >= 0 && column + 16 * j < columns ? *from : 0.f;
     }
 }
 
-template <class T> DEVICE void add_step(const quantized_step &s, float (&sums)[4][2]) {
-#pragma unroll 1
+// What 32 products add to a sum; for types with two scales, twice 16 do.
+template <class T>
+DEVICE float add_group(const float_pair &row, const float_pair &token, int dot, int high, float sum) {
+    sum = fused(row.first * token.first, (float)dot, sum);
+    if constexpr (T::group_elements == 16) return fused(row.second * token.first, (float)high, sum);
+    if constexpr (T::has_minimum) return fused(-row.second, token.second, sum);
+    return sum;
+}
+
+#if HAS_BYTE_MATRICES
+template <class T> DEVICE void add_step(const quantized_step &s, int count, float (&sums)[2][8]) {
+    const int part = lane_index() & 3;
+#pragma unroll 2
     for (int g = 0; g < TILE_QUANTS / 32; ++g) {
-        u32x4 x[2][2];
-        float d[2], total[2];
+        u32 low[2], high[2]; // of a row: columns 4 part and 16 + 4 part
+        float_pair row[2];
 #pragma unroll
-        for (int t = 0; t < 2; ++t) {
-            const int token = first_token() + 8 * t;
-            x[t][0] = s.values[token][2 * g], x[t][1] = s.values[token][2 * g + 1];
-            d[t] = s.pair[token][2 * g], total[t] = s.pair[token][2 * g + 1];
+        for (int r = 0; r < 2; ++r) {
+            const u32 *words = &s.weights[by_matrices::row(r)][2 * g].x + part;
+            low[r] = words[0], high[r] = words[4];
+            row[r] = pair_of(s.scale[by_matrices::row(r)], g);
         }
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            const int row = first_row() + 16 * r;
-            const u32x4 low = s.weights[row][2 * g], high = s.weights[row][2 * g + 1];
-            const float scale = s.scale[row][2 * g], other = s.scale[row][2 * g + 1];
+        for (int n = 0; n < TILE_TOKENS / 8; ++n) {
+            if (8 * n >= count) break;
+            const u32 *words = &s.values[8 * n + (lane_index() >> 2)][2 * g].x + part;
+            int dots[4] = {0, 0, 0, 0}, highs[4] = {0, 0, 0, 0};
+            if constexpr (T::group_elements == 16) {
+                multiply_bytes_16(low[0], low[1], words[0], dots);
+                multiply_bytes_16(high[0], high[1], words[4], highs);
+            } else {
+                multiply_bytes_32(low[0], low[1], high[0], high[1], words[0], words[4], dots);
+            }
 #pragma unroll
-            for (int t = 0; t < 2; ++t) {
-                float &sum = sums[r][t];
-                if constexpr (T::group_elements == 16) {
-                    sum = fused(scale * d[t], (float)dot16(low, x[t][0], 0), sum);
-                    sum = fused(other * d[t], (float)dot16(high, x[t][1], 0), sum);
-                } else {
-                    sum = fused(scale * d[t], (float)dot16(high, x[t][1], dot16(low, x[t][0], 0)), sum);
-                    if constexpr (T::has_minimum) sum = fused(-other, total[t], sum);
+            for (int j = 0; j < 2; ++j) {
+                const float_pair token = pair_of(s.pair[by_matrices::token(2 * n + j)], g);
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    float &sum = sums[r][2 * n + j];
+                    sum = add_group<T>(row[r], token, dots[2 * r + j], highs[2 * r + j], sum);
                 }
             }
         }
     }
 }
+#else
+template <class T> DEVICE void add_step(const quantized_step &s, int count, float (&sums)[4][4]) {
+#pragma unroll 1
+    for (int g = 0; g < TILE_QUANTS / 32; ++g) {
+        u32x4 low[4], high[4];
+        float_pair row[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const int i = by_threads::row(r);
+            low[r] = s.weights[i][2 * g], high[r] = s.weights[i][2 * g + 1], row[r] = pair_of(s.scale[i], g);
+        }
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            if (8 * t >= count) break;
+            const int i = by_threads::token(t);
+            const u32x4 first = s.values[i][2 * g], second = s.values[i][2 * g + 1];
+            const float_pair token = pair_of(s.pair[i], g);
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                int dot = dot16(low[r], first, 0), more = 0;
+                if constexpr (T::group_elements == 16)
+                    more = dot16(high[r], second, 0);
+                else
+                    dot = dot16(high[r], second, dot);
+                sums[r][t] = add_group<T>(row[r], token, dot, more, sums[r][t]);
+            }
+        }
+    }
+}
+#endif
 
 // A step of float weights and activations, with rows that begin in different banks.
 struct float_step {
+    typedef by_threads layout;
+    static const int columns = TILE_FLOATS;
     quad weights[TILE_ROWS][TILE_FLOATS / 4 + 1], values[TILE_TOKENS][TILE_FLOATS / 4 + 1];
 };
 
@@ -136,9 +214,9 @@ template <class T> DEVICE void load_weights(float_step &s, const tile_rows &rows
     }
 }
 
-DEVICE void load_activations(float_step &s, const u8 *x, const int *token_rows, int column, int columns) {
+DEVICE void load_activations(float_step &s, const u8 *x, const int *token_rows, int count, int column, int columns) {
     const int quads = TILE_FLOATS / 4;
-    for (int i = thread_index(); i < TILE_TOKENS * quads; i += TILE_THREADS) {
+    for (int i = thread_index(); i < up_to_eight(count) * quads; i += TILE_THREADS) {
         const int t = i / quads, j = i % quads, row = token_rows[t];
         const u8 *from = x + 4 * ((u64)row * columns + column + 4 * j);
         const u32x4 v = row >= 0 && column + 4 * j < columns ? fresh16(from) : u32x4{0, 0, 0, 0};
@@ -146,50 +224,62 @@ DEVICE void load_activations(float_step &s, const u8 *x, const int *token_rows, 
     }
 }
 
-template <class T> DEVICE void add_step(const float_step &s, float (&sums)[4][2]) {
-    float part[4][2];
-#pragma unroll
-    for (int r = 0; r < 4; ++r) part[r][0] = part[r][1] = 0.f;
-#pragma unroll 2
-    for (int c = 0; c < TILE_FLOATS / 4; ++c)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            const quad w = s.weights[first_row() + 16 * r][c];
-#pragma unroll
-            for (int t = 0; t < 2; ++t) {
-                const quad v = s.values[first_token() + 8 * t][c];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) part[r][t] = fused(w.v[j], v.v[j], part[r][t]);
-            }
-        }
+template <class T> DEVICE void add_step(const float_step &s, int count, float (&sums)[4][4]) {
+    float part[4][4];
 #pragma unroll
     for (int r = 0; r < 4; ++r)
 #pragma unroll
-        for (int t = 0; t < 2; ++t) sums[r][t] += part[r][t];
+        for (int t = 0; t < 4; ++t) part[r][t] = 0.f;
+#pragma unroll 2
+    for (int c = 0; c < TILE_FLOATS / 4; ++c) {
+        quad w[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) w[r] = s.weights[by_threads::row(r)][c];
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            if (8 * t >= count) break;
+            const quad v = s.values[by_threads::token(t)][c];
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) part[r][t] = fused(w[r].v[j], v.v[j], part[r][t]);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r)
+#pragma unroll
+        for (int t = 0; t < 4; ++t) sums[r][t] += part[r][t];
 }
 
 template <bool IS_QUANTIZED> struct step_of {
     typedef quantized_step type;
-    static const int columns = TILE_QUANTS;
 };
 template <> struct step_of<false> {
     typedef float_step type;
-    static const int columns = TILE_FLOATS;
 };
 
-// All sums of the tile.  s, token_rows: in shared memory.  A whole block calls it.
+// A tile's sums of weights of a type.
+template <class T> struct tile_sums {
+    typedef typename step_of<T::is_quantized>::type step;
+    typedef typename step::layout layout;
+    float of[layout::rows][layout::tokens];
+};
+
+// All sums of the tile's first `count` tokens.  s, token_rows: in shared memory.  A whole block calls it.
 template <class T>
-DEVICE void multiply_tile(typename step_of<T::is_quantized>::type &s, const tile_rows &rows, const u8 *x,
-                          const int *token_rows, int columns, float (&sums)[4][2]) {
-    typedef step_of<T::is_quantized> step;
+DEVICE void multiply_tile(typename tile_sums<T>::step &s, const tile_rows &rows, const u8 *x, const int *token_rows,
+                          int count, int columns, tile_sums<T> &sums) {
+    typedef typename tile_sums<T>::layout layout;
 #pragma unroll
-    for (int r = 0; r < 4; ++r) sums[r][0] = sums[r][1] = 0.f;
-    for (int column = 0; column < columns; column += step::columns) {
+    for (int r = 0; r < layout::rows; ++r)
+#pragma unroll
+        for (int t = 0; t < layout::tokens; ++t) sums.of[r][t] = 0.f;
+    for (int column = 0; column < columns; column += tile_sums<T>::step::columns) {
         sync_block(); // the last step has been used, and token_rows are there
         load_weights<T>(s, rows, column, columns);
-        load_activations(s, x, token_rows, column, columns);
+        load_activations(s, x, token_rows, count, column, columns);
         sync_block();
-        add_step<T>(s, sums);
+        add_step<T>(s, count, sums.of);
     }
 }
 
@@ -200,15 +290,17 @@ template <class T> DEVICE tile_rows rows_from(const u8 *weights, int first, int 
 }
 
 // y[token_rows[t]][first + row] for what is there of `count` rows; y's own are `rows` long.
-DEVICE void store_sums(const float (&sums)[4][2], float *y, const int *token_rows, int first, int count, int rows) {
+template <class T>
+DEVICE void store_sums(const tile_sums<T> &sums, float *y, const int *token_rows, int first, int count, int rows) {
+    typedef typename tile_sums<T>::layout layout;
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-        const int row = first + first_row() + 16 * r;
+    for (int r = 0; r < layout::rows; ++r) {
+        const int row = first + layout::row(r);
         if (row >= count) break;
 #pragma unroll
-        for (int t = 0; t < 2; ++t) {
-            const int out = token_rows[first_token() + 8 * t];
-            if (out >= 0) y[(u64)out * rows + row] = sums[r][t];
+        for (int t = 0; t < layout::tokens; ++t) {
+            const int out = token_rows[layout::token(t)];
+            if (out >= 0) y[(u64)out * rows + row] = sums.of[r][t];
         }
     }
 }
@@ -219,14 +311,15 @@ DEVICE void load_pairs(const tile &t, const int *order, int *pairs) {
         pairs[thread_index()] = (u32)thread_index() < t.count ? order[t.first + thread_index()] : -1;
 }
 
-// y[token][row] = weights[row] . x[token].  Grid (rows / 64 up, tokens / 16 up).
+// y[token][row] = weights[row] . x[token].  Grid (rows / 64 up, tokens / 32 up).
 template <class T> DEVICE void multiply(const u8 *weights, const u8 *x, float *y, int rows, int columns, int tokens) {
     __shared__ int token_rows[TILE_TOKENS];
     const int first = TILE_ROWS * block_x(), token = TILE_TOKENS * block_y() + thread_index();
+    const int left = tokens - TILE_TOKENS * block_y(), count = left < TILE_TOKENS ? left : TILE_TOKENS;
     if (thread_index() < TILE_TOKENS) token_rows[thread_index()] = token < tokens ? token : -1;
-    __shared__ typename step_of<T::is_quantized>::type s;
-    float sums[4][2];
-    multiply_tile<T>(s, rows_from<T>(weights, first, rows, columns), x, token_rows, columns, sums);
+    __shared__ typename tile_sums<T>::step s;
+    tile_sums<T> sums;
+    multiply_tile<T>(s, rows_from<T>(weights, first, rows, columns), x, token_rows, count, columns, sums);
     store_sums(sums, y, token_rows, first, rows, rows);
 }
 
@@ -238,7 +331,7 @@ DEVICE void group_gate_up(const tile *tiles, const int *order, u64 gate_offset, 
                           float *hidden_floats, int rows, int columns, int picks, const expert_form *form, int first) {
     __shared__ int pairs[TILE_TOKENS], token_rows[TILE_TOKENS];
     __shared__ union {
-        typename step_of<T::is_quantized>::type step;
+        typename tile_sums<T>::step step;
         float products[TILE_TOKENS][TILE_ROWS]; // gate's, then up's
     } s;
     const tile t = tiles[block_y()];
@@ -248,13 +341,14 @@ DEVICE void group_gate_up(const tile *tiles, const int *order, u64 gate_offset, 
     const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
     const u8 *rows_here = (const u8 *)t.record + 32 * block_x() * row_bytes;
     const tile_rows r = {rows_here + gate_offset, rows_here + up_offset, TILE_ROWS, row_bytes};
-    float sums[4][2];
-    multiply_tile<T>(s.step, r, x, token_rows, columns, sums);
+    typedef typename tile_sums<T>::layout layout;
+    tile_sums<T> sums;
+    multiply_tile<T>(s.step, r, x, token_rows, t.count, columns, sums);
     sync_block(); // the last step has been used
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < layout::rows; ++i)
 #pragma unroll
-        for (int j = 0; j < 2; ++j) s.products[first_token() + 8 * j][first_row() + 16 * i] = sums[i][j];
+        for (int j = 0; j < layout::tokens; ++j) s.products[layout::token(j)][layout::row(i)] = sums.of[i][j];
     sync_block();
     for (int i = warp_index(); i < TILE_TOKENS; i += TILE_THREADS / 32) {
         if (pairs[i] < 0) break;
@@ -275,9 +369,9 @@ DEVICE void group_down(const tile *tiles, const int *order, u64 down_offset, con
     const tile t = tiles[block_y()];
     load_pairs(t, order, pairs);
     const tile_rows r = rows_from<T>((const u8 *)t.record + down_offset, begin, count, columns);
-    __shared__ typename step_of<T::is_quantized>::type s;
-    float sums[4][2];
-    multiply_tile<T>(s, r, hidden, pairs, columns, sums);
+    __shared__ typename tile_sums<T>::step s;
+    tile_sums<T> sums;
+    multiply_tile<T>(s, r, hidden, pairs, t.count, columns, sums);
     store_sums(sums, out + first, pairs, begin, count, rows);
 }
 

@@ -45,3 +45,9 @@
 #ifndef DOWN_BATCH_Q6_K
 #define DOWN_BATCH_Q6_K 4
 #endif
+
+// tile.h: quantized products of many tokens by matrix units, where the kernels know them (NVIDIA from sm_80 on); 0: by
+// dot4, to the same bits.
+#ifndef BYTE_MATRICES
+#define BYTE_MATRICES 1
+#endif
