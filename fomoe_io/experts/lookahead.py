@@ -143,7 +143,8 @@ def spare_buffers(
     if (is_all and room >= most) or not any(layer + 1 in layers for layer in layers):
         return 0
     free = max(room - most, (room + elsewhere) // SLOTS_SHARE)
-    return max(0, min(ranks, min(free, room - least) // buffer_bytes))
+    count = min(ranks, min(free, room - least) // buffer_bytes)
+    return count if count > 0 and 2 * count >= ranks else 0  # for a read or two a layer nothing is given up
 
 
 def recall_of(guessed: np.ndarray) -> list[float | None]:
