@@ -59,7 +59,7 @@ def token_bytes(engine: Engine) -> dict[str, int]:
 def decode(engine: Engine, tokens: np.ndarray, outputs: int) -> list[float]:
     """Seconds of each token."""
     times, state = [], engine.backend.new_state()
-    logits = np.empty((outputs, engine.shape.vocabulary), np.float32)
+    logits = state.token_logits(engine.shape.vocabulary)[:outputs]  # a session's: the device copies to it
     for i in range(len(tokens)):
         started = time.perf_counter()
         span = Span(state, tokens[i : i + 1].astype(np.int32), i, outputs)

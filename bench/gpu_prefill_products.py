@@ -1,4 +1,4 @@
-"""Dense products of a prompt's tokens: by matrix units (hipBLASLt, cuBLASLt), and by our own kernels.
+"""Dense products of a prompt's tokens: by the vendor's library (hipBLASLt, cuBLASLt), and by our own kernels.
 
 Times are microseconds of one product of all tokens with one matrix, medians over replays of a captured graph whose
 launches rotate through a pool of weights several times the last cache.  "expand" is what it costs to make halves of the
@@ -26,6 +26,7 @@ from fomoe_io.units import parse_bytes
 SHAPES = (
     ("q4_k", 12288, 4096), ("q6_k", 12288, 4096), ("q8_0", 12288, 4096), ("f16", 12288, 4096),
     ("q4_k", 4096, 4096), ("q4_k", 4096, 8192), ("q4_k", 1024, 4096), ("q4_k", 512, 4096),
+    ("f32", 16, 2048), ("f32", 64, 2048), ("f32", 256, 2048), ("f32", 512, 4096),
 )  # fmt: skip
 MOST_MATRICES = 40
 
@@ -40,14 +41,15 @@ def weights(bench: Bench, name: str, rows: int, columns: int) -> tuple[int, list
     ]
 
 
-def by_matrix_units(bench: Bench, matrices: list[DeviceMatrix], tokens: int, scratch_bytes: int) -> dict[str, float]:
+def by_library(bench: Bench, matrices: list[DeviceMatrix], tokens: int, scratch_bytes: int) -> dict[str, float]:
     """Microseconds of the whole and of its parts."""
     gpu, rows, columns = bench.gpu, matrices[0].rows, matrices[0].columns
     memory = gpu.allocate(WORKSPACE_BYTES + scratch_bytes)
     products = DenseProducts(gpu, memory.pointer, memory.pointer + WORKSPACE_BYTES, scratch_bytes)
-    halves = gpu.upload(bench.rng.standard_normal((padded(tokens), columns)).astype(np.float16))
+    kept = np.float32 if matrices[0].kernel == "f32" else np.float16
+    x = gpu.upload(bench.rng.standard_normal((padded(tokens), columns)).astype(kept))
     y = gpu.allocate(4 * padded(tokens) * rows)
-    steps = [step for m in matrices for step in products.launches(m, halves.pointer, y.pointer, tokens)]
+    steps = [step for m in matrices for step in products.launches(m, x.pointer, y.pointer, tokens)]
     is_product = [hasattr(step, "shape") for step in steps]
     parts = {
         "whole": steps,
@@ -86,7 +88,7 @@ def main() -> None:
         for tokens in map(int, options.tokens.split(",")):
             own = by_own_kernels(bench, matrices, tokens)
             for scratch_bytes in map(parse_bytes, options.scratch.split(",")):
-                us = by_matrix_units(bench, matrices, tokens, scratch_bytes)
+                us = by_library(bench, matrices, tokens, scratch_bytes)
                 rate = 2e-6 * rows * columns * tokens / us["whole"]
                 results.append({"type": name, "rows": rows, "columns": columns, "bytes": nbytes, "tokens": tokens,
                                 "scratch_bytes": scratch_bytes, "mat_mul_us": round(own, 2)}

@@ -1,9 +1,13 @@
 from fomoe_io._hip import Library, Stream
+from fomoe_io.errors import DeviceError
 
 NAMES: tuple[str, ...]
+KNOWS_NONE: dict[str, tuple[int, ...]]
 
 def use_blas_library(provider: str, library: Library) -> None: ...
 def numbers() -> dict[str, int]: ...
+
+class NoProductError(DeviceError): ...
 
 class Blas:
     device: int
@@ -17,7 +21,10 @@ class MatMul:
     rows: int
     columns: int
     y_stride: int
-    def __init__(self, blas: Blas, tokens: int, rows: int, columns: int, y_stride: int) -> None: ...
+    is_float32: bool
+    def __init__(
+        self, blas: Blas, tokens: int, rows: int, columns: int, y_stride: int, is_float32: bool = False
+    ) -> None: ...
 
 class Product:
     shape: MatMul

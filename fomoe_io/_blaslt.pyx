@@ -58,6 +58,14 @@ STATUS = {
                  13: "EXECUTION_FAILED", 14: "INTERNAL_ERROR", 15: "NOT_SUPPORTED", 16: "LICENSE_ERROR"},
 }
 
+# How a library says that it has no kernel for a shape, a type or a device: NOT_SUPPORTED, ARCH_MISMATCH, INVALID_VALUE
+# (hipBLASLt where it has none of the device's at all).
+KNOWS_NONE = {"hipblasLt": (3, 7, 8), "cublasLt": (7, 8, 15)}
+
+
+class NoProductError(DeviceError):
+    """The library has no algorithm for a shape."""
+
 
 def use_blas_library(str provider, Library library):
     """Fill the table of calls; a library that is in use already stays as it is."""
@@ -85,7 +93,8 @@ def use_blas_library(str provider, Library library):
 
 def numbers():
     """What is passed as a number, for the test that compares it with the vendor's."""
-    return {"MATMUL_DESC_TRANSA": transpose_a, "OP_T": transpose, "COMPUTE_32F": compute_float32,
+    return {"R_32F": FLOAT32, "R_16F": FLOAT16,
+            "MATMUL_DESC_TRANSA": transpose_a, "OP_T": transpose, "COMPUTE_32F": compute_float32,
             "MATMUL_PREF_MAX_WORKSPACE_BYTES": MOST_WORKSPACE, "result_bytes": 8 * RESULT_WORDS}
 
 
@@ -93,7 +102,9 @@ cdef int check_blas(int code, str call) except -1:
     missing = pending_exception()
     if code == 0 and missing is None:
         return 0
-    raise DeviceError(f"{prefix}{call} failed: {missing or STATUS[prefix].get(code, 'error')} ({code})")
+    knows_none = missing is None and call == "MatmulAlgoGetHeuristic" and code in KNOWS_NONE[prefix]
+    kind = NoProductError if knows_none else DeviceError
+    raise kind(f"{prefix}{call} failed: {missing or STATUS[prefix].get(code, 'error')} ({code})")
 
 
 # A library's handle on one device, and the workspace that its products share: they must follow one another.
@@ -124,26 +135,30 @@ cdef class Blas:
 
 
 # One shape: y[tokens, rows] (float32, y_stride elements from token to token) = x[tokens, columns] W[rows, columns]^T
-# (both float16), sums in float32.  The algorithm is asked for once, here.
+# (both float16, or both float32, of which nothing is rounded away), sums in float32.  The algorithm is asked for once,
+# here.
 cdef class MatMul:
     cdef readonly Blas blas
     cdef readonly int tokens, rows, columns, y_stride
+    cdef readonly bint is_float32
     cdef void *desc
     cdef void *a
     cdef void *b
     cdef void *d
     cdef uint64_t algorithm[RESULT_WORDS]
 
-    def __cinit__(self, Blas owner, int tokens, int rows, int columns, int y_stride):
+    def __cinit__(self, Blas owner, int tokens, int rows, int columns, int y_stride, bint is_float32=False):
         cdef int32_t value = transpose
+        cdef int type = FLOAT32 if is_float32 else FLOAT16
         if min(tokens, rows, columns) < 1 or y_stride < rows:
             raise ValueError(f"no product has the shape {tokens} x {columns} by {rows} rows, {y_stride} apart")
         self.blas, self.tokens, self.rows, self.columns, self.y_stride = owner, tokens, rows, columns, y_stride
+        self.is_float32 = is_float32
         memset(self.algorithm, 0, sizeof(self.algorithm))
         check_blas(blas.desc_create(&self.desc, compute_float32, FLOAT32), "MatmulDescCreate")
         check_blas(blas.desc_set(self.desc, transpose_a, &value, sizeof(value)), "MatmulDescSetAttribute")
-        check_blas(blas.layout_create(&self.a, FLOAT16, columns, rows, columns), "MatrixLayoutCreate")
-        check_blas(blas.layout_create(&self.b, FLOAT16, columns, tokens, columns), "MatrixLayoutCreate")
+        check_blas(blas.layout_create(&self.a, type, columns, rows, columns), "MatrixLayoutCreate")
+        check_blas(blas.layout_create(&self.b, type, columns, tokens, columns), "MatrixLayoutCreate")
         check_blas(blas.layout_create(&self.d, FLOAT32, rows, tokens, y_stride), "MatrixLayoutCreate")
         self.choose()
 
@@ -167,8 +182,9 @@ cdef class MatMul:
         finally:
             blas.preference_destroy(preference)
         if found < 1:
-            raise DeviceError(f"{prefix}MatmulAlgoGetHeuristic knows no product of {self.tokens} x {self.columns} "
-                              f"by {self.rows} rows")
+            kind = "float32" if self.is_float32 else "float16"
+            raise NoProductError(f"{prefix}MatmulAlgoGetHeuristic knows no {kind} product of {self.tokens} x "
+                                 f"{self.columns} by {self.rows} rows")
         return 0
 
     def __dealloc__(self):

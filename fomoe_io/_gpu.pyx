@@ -1,7 +1,7 @@
 # Replays a model on a GPU: one graph a batch, the routed experts served beside it, without the GIL.
 # Thin on purpose: what is launched is recorded in fomoe_io/gpu/recorder.py, how experts are served is in
 # csrc/gpu/device_experts.c.
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int8_t, int32_t, int64_t, intptr_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
@@ -271,14 +271,17 @@ cdef class DeviceExperts:
             error = fomoe_device_batch_next(self.c, layer, out, &count)
         return self.checked(error), count
 
-    def run(self, list streams not None, list graphs not None, unsigned int number, bint wants_logits):
-        """One replay: the devices' graphs, which begin by fetching header and changed tables, and their logits out.
+    def run(self, list streams not None, list graphs not None, unsigned int number, bint wants_logits,
+            uintptr_t logits=0):
+        """One replay: the devices' graphs, which begin by fetching header and changed tables, and their logits out, to
+        where the first device's are bound or to `logits`, which the devices must reach.
 
         0 or a negative errno: of a read, or ECANCELED.  After `allow`, in which the graphs of a run that was given up
         come to their end: then what they read may be written again.
         """
         cdef int code = 0, drained = 0, served = 0, which = 0
         cdef void *compute[8]
+        cdef intptr_t moved = <intptr_t>(logits - <uintptr_t>self.logits_to[0]) if logits else 0
         cdef fomoe_device_copies *copies = fomoe_device_experts_copies(self.c)
         self.begin()
         self.handles(streams, compute)
@@ -292,7 +295,7 @@ cdef class DeviceExperts:
             if code == 0 and wants_logits and self.logits_bytes[which]:
                 call = "hipMemcpyDtoHAsync"
                 with nogil:
-                    code = api.hipMemcpyDtoHAsync(self.logits_to[which], self.logits_from[which],
+                    code = api.hipMemcpyDtoHAsync(<uint8_t *>self.logits_to[which] + moved, self.logits_from[which],
                                                   self.logits_bytes[which], compute[which])
             if code:
                 break

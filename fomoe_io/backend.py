@@ -181,6 +181,9 @@ class State(Protocol):
     def load_recurrent(self, saved: np.ndarray) -> None:
         """Put back what `save_recurrent` gave."""
 
+    def token_logits(self, vocabulary: int) -> np.ndarray:
+        """float32 [1, vocabulary] that logits of single tokens come to soonest; its own until it is closed."""
+
     def close(self) -> None:
         """Give it back.  Idempotent."""
 
@@ -405,6 +408,10 @@ class PooledState:
     def __init__(self, pool: StatePool) -> None:
         self._pool, self.place = pool, pool.take()
         self._is_open = True
+
+    def token_logits(self, vocabulary: int) -> np.ndarray:
+        """float32 [1, vocabulary] for its single tokens."""
+        return np.empty((1, vocabulary), np.float32)
 
     def _release(self) -> None:
         """Give memory of its own back."""

@@ -68,7 +68,7 @@ class Session:
     def __init__(self, backend: Backend, gate: Gate, shape: Shape, context_tokens: int, usage: Usage) -> None:
         self._backend, self._gate, self._shape, self._usage = backend, gate, shape, usage
         self._state = backend.new_state()
-        self._decode_logits = np.empty((1, shape.vocabulary), np.float32)
+        self._decode_logits = self._state.token_logits(shape.vocabulary)
         self._broken = self._is_closed = False
         self.position = 0
         self.context_tokens = context_tokens
@@ -211,7 +211,7 @@ class Session:
         self._broken = True
         self._backend.run(batch, logits)
         self._broken = False
-        self.position += sum(len(span.ids) for span in batch.spans)
+        self.position += len(batch.spans[0].ids)  # its own
 
     def _span(self, ids: np.ndarray, outputs: int, prompt_tokens: int = 1) -> Span:
         return Span(self._state, ids, self.position, outputs, prompt_tokens)
@@ -257,7 +257,7 @@ class Session:
         return logits[0]
 
     def decode(self, token: int) -> np.ndarray:
-        """Read one token; float32 [vocabulary], valid until the next call.
+        """Read one token; float32 [vocabulary], valid until the next call or the session is closed.
 
         The only step in which cache-aware routing (`EngineConfig.car`) may act: batches are exact.
         """
@@ -446,6 +446,8 @@ def token_ids(tokens: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndarray
     UsageError
         There is none, or one is no integer of 0..vocabulary - 1: the message names the first.
     """
+    if type(tokens) is list and len(tokens) == 1 and type(tokens[0]) is int and 0 <= tokens[0] < vocabulary:
+        return np.array(tokens, np.int32)  # what every step of decoding asks: a seventh of the time of what follows
     try:
         ids = np.asarray(tokens)
     except ValueError:  # sequences of several lengths

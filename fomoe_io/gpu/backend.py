@@ -26,6 +26,7 @@ from fomoe_io.gpu.recordings import ModelSource
 from fomoe_io.gpu.runs import run_batch
 from fomoe_io.gpu.sharing import DRAM, VRAM, Sharing
 from fomoe_io.gpu.token import TokenRunner
+from fomoe_io.gpu.token_logits import TokenLogits
 from fomoe_io.gpu.weights import load_weights
 from fomoe_io.models.recorder import KvType
 from fomoe_io.open_model import OpenModel
@@ -51,8 +52,10 @@ class GpuState(PooledState):
     """
 
     is_clear = False
+    _logits_address = 0
 
-    def __init__(self, pool: StatePool, devices: Sequence[OnDevice]) -> None:
+    def __init__(self, pool: StatePool, devices: Sequence[OnDevice], logits: TokenLogits) -> None:
+        self._logits = logits
         self._copies = [device.state_copies() for device in devices]
         parts = self._copies[0].parts
         self.row_bytes, self.recurrent_bytes = parts.row_bytes, parts.recurrent_bytes
@@ -62,6 +65,18 @@ class GpuState(PooledState):
     def clear(self) -> None:
         """Before its next token: the device may be at work for another session now."""
         self.is_clear = False
+
+    def token_logits(self, vocabulary: int) -> np.ndarray:
+        """Memory that the device copies to; where it can't, the host copies as into any other."""
+        with suppress(DeviceError):
+            row = self._logits.row(self.place)
+            self._logits_address = row.ctypes.data
+            return row
+        return super().token_logits(vocabulary)
+
+    def reached(self, logits: np.ndarray) -> int:
+        """The address of logits that the device may copy to by itself: those of `token_logits`.  0: others."""
+        return self._logits_address if logits.size and logits.ctypes.data == self._logits_address else 0
 
     def save_rows(self, first: int, count: int) -> np.ndarray:
         """KV of tokens."""
@@ -126,6 +141,7 @@ class GpuBackend:
         budget = ram or RamBudget(opened.store.model_name, opened.shape, opened.config, opened.peak_bytes_before)
         self.sharing = Sharing(gpus, opened, source, self.layouts, budget)
         self.budgets = self.sharing.budgets
+        self._logits = TokenLogits(self.gpu, opened.shape.vocabulary)
         self._states = StatePool(opened.config.sessions)
         self._lookahead = Lookahead(opened.config.lookahead_mode if self.budgets.lookahead_bytes else "off")
         self.devices: list[OnDevice] = []
@@ -259,7 +275,7 @@ class GpuBackend:
 
     def new_state(self) -> GpuState:
         """Memory for another session."""
-        return GpuState(self._states, self.devices)
+        return GpuState(self._states, self.devices, self._logits)
 
     def run(self, batch: Batch, logits: np.ndarray) -> None:
         """See :func:`run_batch`."""
@@ -269,23 +285,28 @@ class GpuBackend:
         """One token."""
         self._number = self._number % 0xFFFFFFFF + 1  # 0 is what posts and answers hold before the first run
         self.allow()
-        error, found = self.token(self._number, span, may_substitute, self._lookahead.begin())
+        assert isinstance(span.state, GpuState)
+        address = span.state.reached(logits)
+        error, found = self.token(self._number, span, may_substitute, self._lookahead.begin(), address)
         self.check(error)
         self._lookahead.end()
-        logits[:] = found
+        if not address:
+            logits[:] = found
         if picks is not None:
             picks[:, 0] = self.tokens.posted_picks()
 
-    def token(self, number: int, span: Span, may_substitute: bool, looks_ahead: bool) -> tuple[int, np.ndarray]:
+    def token(
+        self, number: int, span: Span, may_substitute: bool, looks_ahead: bool, logits_address: int = 0
+    ) -> tuple[int, np.ndarray]:
         """(error, logits), as :meth:`TokenRunner.run` has them."""
         return self.tokens.run(
             number, span.ids, span.position, self._enter(span.state), span.outputs, may_substitute=may_substitute,
-            looks_ahead=looks_ahead and self.sharing.guesses > 0,
+            looks_ahead=looks_ahead and self.sharing.guesses > 0, logits_address=logits_address,
         )  # fmt: skip
 
     def allow(self) -> None:
         """Before a run: its kernels wait for the host, and for other devices; a run that was given up has ended."""
-        self.check(self._experts.allow([gpu.stream for gpu in self._gpus]))
+        self.check(self._experts.allow(self.tokens.streams))
 
     def pass_on(self) -> None:
         """From any thread: kernels of the run at work wait no more."""
@@ -397,6 +418,9 @@ class GpuBackend:
         for name in ("tokens", "_prompts", "recorded", "_experts", "devices"):
             self.__dict__.pop(name, None)
         self._opened.reader.close()
+        logits = self.__dict__.pop("_logits", None)
+        if logits is not None:
+            logits.close()
         registration = self.__dict__.pop("_pool_registration", None)
         if registration is not None:
             with suppress(DeviceError):  # a lost device gives nothing back, and has been reported
@@ -409,4 +433,6 @@ class GpuBackend:
                 owner.close()
 
 
-_ON_DEVICE = ("_experts", "tokens", "_prompts", "recorded", "_pool_registration", "devices", "pool", "_boxes")
+_ON_DEVICE = (
+    "_experts", "tokens", "_prompts", "recorded", "_pool_registration", "_logits", "devices", "pool", "_boxes",
+)  # fmt: skip

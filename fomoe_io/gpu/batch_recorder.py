@@ -21,7 +21,7 @@ from fomoe_io.gpu.arena import (
 )
 from fomoe_io.gpu.kernels import up
 from fomoe_io.gpu.latent_recorder import attention_parts
-from fomoe_io.gpu.launches import attend, merge, route
+from fomoe_io.gpu.launches import Product, attend, mat_vec, merge, route
 from fomoe_io.gpu.recorder import DeviceRecorder
 from fomoe_io.models.recorder import Activation, Attention, Experts, KvCache, Picks, Router
 
@@ -31,7 +31,7 @@ LOGITS_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class DenseProduct:
-    """y = x matrix^T through the vendor's library; x are halves, y floats."""
+    """y = x matrix^T through the vendor's library; x are halves, floats for a matrix of floats; y floats."""
 
     matrix: DeviceMatrix
     x: int
@@ -184,7 +184,7 @@ class BatchRecorder(DeviceRecorder):
     tokens : int
         At most ``memory.batch_tokens``.
     uses_products : bool
-        Dense products of quantized and half weights go through the vendor's library, whose launches are the runner's.
+        Dense products go through the vendor's library where it takes their weights; its launches are the runner's.
     **settings
         Those of :class:`DeviceRecorder`.
     """
@@ -210,7 +210,7 @@ class BatchRecorder(DeviceRecorder):
     # ---- dense ----
 
     def form_of(self, matrix: DeviceMatrix) -> int:
-        """Halves for what the library multiplies."""
+        """Halves for what the library multiplies as halves."""
         return HALF if self._uses_products and matrix.kernel in kernels.HALF_TYPES else matrix.activation_type
 
     def _forms(self, name: str, columns: int, wanted: Iterable[int]) -> dict[int, DeviceRows]:
@@ -230,9 +230,13 @@ class BatchRecorder(DeviceRecorder):
     def mat_mul(self, products: Sequence[tuple[DeviceMatrix, Activation[DeviceRows], DeviceRows]]) -> None:
         """output = matrix @ input, for each."""
         for matrix, activation, y in products:
-            form = self.form_of(matrix)
-            x = activation.forms[form].address
-            if form == HALF:
+            x = activation.forms[self.form_of(matrix)].address
+            is_small = matrix.kernel in kernels.FLOAT_TYPES and matrix.rows < kernels.FEW_ROWS
+            if self.form_of(matrix) == HALF:
+                self.body.append(DenseProduct(matrix, x, y.address))
+            elif is_small:
+                self.body.append(mat_vec(Product(matrix, x, y.address), self.tokens))
+            elif self._uses_products and matrix.kernel in kernels.PRODUCT_TYPES:
                 self.body.append(DenseProduct(matrix, x, y.address))
             else:
                 self.body.append(self._tiled(matrix, x, y.address, self.tokens))

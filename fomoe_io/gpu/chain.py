@@ -60,10 +60,10 @@ def owners(layers: int, weights: Sequence[float], mode: str) -> tuple[int, ...]:
 
 
 class ChainState(PooledState):
-    """A session's memory, a part on each device."""
+    """A session's memory, a part on each device; the `last` one's makes logits."""
 
-    def __init__(self, pool: StatePool, parts: list[GpuState]) -> None:
-        self.parts = parts
+    def __init__(self, pool: StatePool, parts: list[GpuState], last: int) -> None:
+        self.parts, self.last = parts, parts[last]
         self.row_bytes = sum(part.row_bytes for part in parts)
         self.recurrent_bytes = sum(part.recurrent_bytes for part in parts)
         super().__init__(pool)
@@ -72,6 +72,10 @@ class ChainState(PooledState):
         """Zero what the next token would see of earlier ones."""
         for part in self.parts:
             part.clear()
+
+    def token_logits(self, vocabulary: int) -> np.ndarray:
+        """Memory that the device copies to, whose logits they are."""
+        return self.last.token_logits(vocabulary)
 
     def save_rows(self, first: int, count: int) -> np.ndarray:
         """KV of tokens, a device's after another's."""
@@ -210,7 +214,7 @@ class ChainBackend:
 
     def new_state(self) -> ChainState:
         """Memory for another session."""
-        return ChainState(self._states, [stage.new_state() for stage in self.stages])
+        return ChainState(self._states, [stage.new_state() for stage in self.stages], self._owner[-1])
 
     # ---- running ----
 
@@ -231,15 +235,19 @@ class ChainBackend:
         self._number = self._number % 0xFFFFFFFF + 1
         for stage in self.stages:
             stage.allow()
-        looks_ahead = self._lookahead.begin()
+        assert isinstance(span.state, ChainState)
+        looks_ahead, address = self._lookahead.begin(), span.state.last.reached(logits)
 
         def stage_token(i: int) -> np.ndarray:
-            error, found = self.stages[i].token(self._number, self._of_stage(span, i), may_substitute, looks_ahead)
+            of_stage, place = self._of_stage(span, i), address if i == self._owner[-1] else 0
+            error, found = self.stages[i].token(self._number, of_stage, may_substitute, looks_ahead, place)
             self.stages[i].check(error)
             return found
 
-        logits[:] = self._at_once(stage_token)[self._owner[-1]]
+        found = self._at_once(stage_token)[self._owner[-1]]
         self._lookahead.end()
+        if not address:
+            logits[:] = found
         if picks is not None:
             for stage in self.stages:
                 posted = stage.tokens.posted_picks()

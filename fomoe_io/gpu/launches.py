@@ -58,12 +58,12 @@ class Product:
         return self.y + 4 * self.first
 
 
-def mat_vec(product: Product) -> LaunchSpec:
-    """One token's product with a matrix."""
+def mat_vec(product: Product, tokens: int = 1) -> LaunchSpec:
+    """One token's product with a matrix; of several tokens with all its rows."""
     m, rows = product.matrix, product.rows
     split = kernels.split_of(m.kernel, m.columns, m.rows)
-    grid = kernels.mat_vec_grid(m.kernel, rows, split)
-    arguments = [product.weights, product.x, product.output, rows, m.columns, 1, split]
+    grid = kernels.mat_vec_grid(m.kernel, rows, split, tokens)
+    arguments = [product.weights, product.x, product.output, rows, m.columns, tokens, split]
     return LaunchSpec(f"mat_vec_{m.kernel}", grid, arguments)
 
 

@@ -1,4 +1,4 @@
-"""Dense products of many tokens by the GPU's matrix units: weights expanded to halves, then hipBLASLt or cuBLASLt.
+"""Dense products of many tokens by hipBLASLt or cuBLASLt: of weights expanded to halves by matrix units, of floats.
 
 What a token's row becomes does not depend on its batch: every product has TOKENS rows of activations, whatever their
 number (the last ones are filled up with what lies there), and the algorithm belongs to the matrix's shape.
@@ -82,7 +82,7 @@ def padded(tokens: int) -> int:
 
 
 class DenseProducts:
-    """Products of activations with weight matrices, float16 with float32 sums.
+    """Products of activations with weight matrices, float16 with float32 sums, or float32 where the weights are.
 
     A quantized matrix is expanded a tile of rows at a time into scratch memory that all products share, so the
     products of one object must follow one another on a stream.  What the library allocates it allocates here.
@@ -111,39 +111,51 @@ class DenseProducts:
         open_blas(gpu.info.provider)
         self.gpu, self.scratch, self.scratch_bytes = gpu, scratch, scratch_bytes
         self._blas = _blaslt.Blas(gpu.info.ordinal, workspace, WORKSPACE_BYTES)
-        self._shapes: dict[tuple[int, int, int], _blaslt.MatMul] = {}
+        self._shapes: dict[tuple[int, int, int, bool], _blaslt.MatMul] = {}
 
-    def launches(self, matrix: DeviceMatrix, x_halves: int, y: int, tokens: int) -> list[Launch | Product]:
-        """The launches of y = x W^T.
+    def launches(self, matrix: DeviceMatrix, x: int, y: int, tokens: int) -> list[Launch | Product]:
+        """The launches of y = x W^T: our own kernel's for floats where the library has none for them.
 
         Parameters
         ----------
         matrix : DeviceMatrix
-            Of a format in ``kernels.HALF_TYPES``.
-        x_halves : int
-            Address of float16 rows, [padded(tokens)][matrix.columns] (kernel ``to_halves``).
+            Of a format in ``kernels.PRODUCT_TYPES``.
+        x : int
+            Address of rows, [padded(tokens)][matrix.columns]: float32 for a matrix of those, else float16 (kernel
+            ``to_halves``).
         y : int
             Address of float32 rows, [padded(tokens)][matrix.rows]; those behind the last token become anything.
         tokens : int
         """
-        if matrix.kernel not in kernels.HALF_TYPES:
-            raise DeviceError(f"there is no product by halves for {matrix.kernel} weights")
-        if (matrix.address | x_halves | y | self.scratch) % ALIGNMENT_BYTES:
-            raise DeviceError(f"products by halves need addresses that are multiples of {ALIGNMENT_BYTES}")
+        if matrix.kernel not in kernels.PRODUCT_TYPES:
+            raise DeviceError(f"the library multiplies no {matrix.kernel} weights")
+        if (matrix.address | x | y | self.scratch) % ALIGNMENT_BYTES:
+            raise DeviceError(f"the library's products need addresses that are multiples of {ALIGNMENT_BYTES}")
+        try:
+            return self._by_library(matrix, x, y, tokens)
+        except _blaslt.NoProductError:
+            if matrix.kernel in kernels.HALF_TYPES:
+                raise
+        grid, sizes = kernels.mat_mul_grid(matrix.rows, tokens), (matrix.rows, matrix.columns, tokens)
+        return [self.gpu.prepare(f"mat_mul_{matrix.kernel}", grid, matrix.address, x, y, *sizes)]
+
+    def _by_library(self, matrix: DeviceMatrix, x: int, y: int, tokens: int) -> list[Launch | Product]:
         steps: list[Launch | Product] = []
+        is_float32 = matrix.kernel == "f32"
+        row_bytes = (4 if is_float32 else 2) * matrix.columns
         for first, rows in self.tiles(matrix):
             weights = matrix.address
             if matrix.kernel in kernels.EXPANDED_TYPES:
                 steps.append(self._expand(matrix, first, rows))
                 weights = self.scratch
-            shape = self._shape(rows, matrix.columns, matrix.rows)
+            shape = self._shape(rows, matrix.columns, matrix.rows, is_float32)
             for token in range(0, tokens, TOKENS):
-                x = x_halves + 2 * token * matrix.columns
-                steps.append(_blaslt.Product(shape, x, weights, y + 4 * (token * matrix.rows + first)))
+                result = y + 4 * (token * matrix.rows + first)
+                steps.append(_blaslt.Product(shape, x + token * row_bytes, weights, result))
         return steps
 
     def tiles(self, matrix: DeviceMatrix) -> list[tuple[int, int]]:
-        """(first row, rows) of each tile: as few as fit the scratch memory; float16 rows are used where they lie."""
+        """(first row, rows) of each tile: as few as fit the scratch memory; floats are used where they lie."""
         most = self.scratch_bytes // (2 * matrix.columns) // TILE_ROWS * TILE_ROWS
         if matrix.kernel not in kernels.EXPANDED_TYPES:
             most = matrix.rows
@@ -158,8 +170,8 @@ class DenseProducts:
         grid = kernels.expand_half_grid(matrix.kernel, elements)
         return self.gpu.prepare(f"expand_half_{matrix.kernel}", grid, weights, self.scratch, elements)
 
-    def _shape(self, rows: int, columns: int, y_stride: int) -> _blaslt.MatMul:
-        key = (rows, columns, y_stride)
+    def _shape(self, rows: int, columns: int, y_stride: int, is_float32: bool) -> _blaslt.MatMul:
+        key = (rows, columns, y_stride, is_float32)
         if key not in self._shapes:
             self._shapes[key] = _blaslt.MatMul(self._blas, TOKENS, *key)
         return self._shapes[key]

@@ -316,7 +316,7 @@ class DeviceRecorder(LatentRecorder):
         """Causal convolution over each channel, then silu."""
         state = self._kept.take(4 * (taps - 1) * x.columns, zeroed=True)
         output = self.rows(name, x.columns)
-        grid = (up(x.columns, 64), 1, 1)
+        grid = (up(x.columns, 32), 1, 1)
         self._add(
             "conv_step", grid, weight, x.address, self.states, state, output.address, x.columns, taps,
             self.tokens,

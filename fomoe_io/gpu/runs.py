@@ -36,9 +36,8 @@ def run_batch(runner: Runner, batch: Batch, logits: np.ndarray) -> None:
     UsageError
         Something is to be recorded that stays on the device.
     """
-    unknown = sorted(set(batch.records) - {"experts"})
-    if unknown:
-        raise UsageError(f"a GPU records experts alone, not {', '.join(unknown)}")
+    if batch.records.keys() - {"experts"}:
+        raise UsageError(f"a GPU records experts alone, not {', '.join(sorted(set(batch.records) - {'experts'}))}")
     place, picks, most = 0, batch.records.get("experts"), runner.budgets.batch_tokens
     if batch.may_substitute or most == 1:
         for span in batch.spans:

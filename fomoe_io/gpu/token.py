@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from fomoe_io.models.shape import Shape
 
 
+class _Header:
+    """What a device's graph fetches first, in the memory of the host: looked up once, written for each token."""
+
+    def __init__(self, device: OnDevice) -> None:
+        h, part = device.recorded.header, device.shared.part
+        self.run = part("header", 0, 8).view(np.uint32)
+        self.position = part("header", h.positions, 4).view(np.int32)
+        self.state = part("header", h.states, 8).view(np.uint64)
+        self.embedding = part("header", h.embedding, device.recorded.embedding.row_bytes)
+
+
 class TokenRunner:
     """The tokens of a backend.
 
@@ -29,6 +40,11 @@ class TokenRunner:
     embedding : EmbeddingReader
     shape : Shape
     config : EngineConfig
+
+    Attributes
+    ----------
+    streams : list of Stream
+        Of the devices' kernels.
     """
 
     def __init__(
@@ -41,7 +57,10 @@ class TokenRunner:
     ) -> None:
         self._devices, self._experts, self._embedding = devices, experts, embedding
         self._shape, self._config = shape, config
-        self._streams = [device.gpu.stream for device in devices]
+        self.streams = [device.gpu.stream for device in devices]
+        self._headers = [_Header(device) for device in devices]
+        self._rows = self._headers[0].embedding.reshape(1, -1)
+        self._logits = devices[0].shared.part("logits", 0, 4 * shape.vocabulary).view(np.float32).reshape(1, -1)
         self._graphs: dict[tuple[int, bool], list[Graph]] = {}
 
     def all_graphs(self) -> list[Graph]:
@@ -78,22 +97,18 @@ class TokenRunner:
     def _fill_headers(
         self, number: int, ids: np.ndarray, position: int, states: Sequence[int], may_substitute: bool
     ) -> None:
-        car, first = self._config.car, self._devices[0]
+        car = self._config.car
         may_swap = may_substitute and car is not None and position >= car.warmup
-        h, row_bytes = first.recorded.header, first.recorded.embedding.row_bytes
-        rows = first.shared.part("header", h.embedding, row_bytes).reshape(1, -1)
-        self._embedding.read(ids, rows)
-        for device, state in zip(self._devices, states, strict=True):
-            words = device.shared
-            words.part("header", 0, 8).view(np.uint32)[:] = number, may_swap
-            words.part("header", h.positions, 4).view(np.int32)[0] = position
-            words.part("header", h.states, 8).view(np.uint64)[0] = state
-            if device is not first:
-                words.part("header", h.embedding, row_bytes)[:] = rows[0]
+        self._embedding.read(ids, self._rows)
+        for header, state in zip(self._headers, states, strict=True):
+            header.run[:] = number, may_swap
+            header.position[0], header.state[0] = position, state
+            if header is not self._headers[0]:
+                header.embedding[:] = self._rows[0]
 
     def run(
         self, number: int, ids: np.ndarray, position: int, states: Sequence[int], outputs: int, *,
-        may_substitute: bool, looks_ahead: bool,
+        may_substitute: bool, looks_ahead: bool, logits_address: int = 0,
     ) -> tuple[int, np.ndarray]:  # fmt: skip
         """Replay a token's graphs.
 
@@ -113,19 +128,20 @@ class TokenRunner:
             Cache-aware routing may act.
         looks_ahead : bool
             Picks are guessed a layer ahead.
+        logits_address : int
+            Where the host has memory for the logits that the device reaches; 0: they come to the runner's own.
 
         Returns
         -------
         error : int
             0, or the negative errno of a read.
         logits : numpy.ndarray
-            float32 [outputs, vocabulary], valid until the next run.
+            float32 [outputs, vocabulary], valid until the next run: those of the runner.
         """
-        s, graphs, shared = self._shape, self.graphs(outputs, looks_ahead), self._devices[0].shared
+        graphs = self.graphs(outputs, looks_ahead)
         self._fill_headers(number, ids, position, states, may_substitute)
-        error = self._experts.run(self._streams, graphs, number, outputs > 0)
-        logits = shared.part("logits", 0, 4 * s.vocabulary * outputs).view(np.float32)
-        return error, logits.reshape(outputs, s.vocabulary)
+        error = self._experts.run(self.streams, graphs, number, outputs > 0, logits_address)
+        return error, self._logits[:outputs]
 
     def posted_picks(self) -> np.ndarray:
         """int32 [layers, used]: the router's picks in the last token's run."""

@@ -1,5 +1,5 @@
-/* A double of libhipblaslt on host memory: the one product that fomoe_io asks for (A transposed, halves, float sums),
- * done in the order of the streams of the double of libamdhip64.  Calls fail by fake_hip_fail() as HIP's do. */
+/* A double of libhipblaslt on host memory: the products that fomoe_io asks for (A transposed, both halves or both
+ * floats, float sums), done in the order of the streams of the double of libamdhip64.  Calls fail by fake_hip_fail() as HIP's do. */
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -67,9 +67,10 @@ API int hipblasLtMatmulPreferenceSetAttribute(void *p, int attribute, const void
 }
 
 static int is_known(const desc *m, const layout *a, const layout *b, const layout *d) {
-    return m->compute == COMPUTE_FLOAT32 && m->transpose_a == TRANSPOSE && m->transpose_b == 111 && a->type == FLOAT16 &&
-           b->type == FLOAT16 && d->type == FLOAT32 && a->rows == b->rows && a->columns == d->rows &&
-           b->columns == d->columns;
+    return m->compute == COMPUTE_FLOAT32 && m->transpose_a == TRANSPOSE && m->transpose_b == 111 &&
+           (a->type == FLOAT16 || a->type == FLOAT32) && b->type == a->type && d->type == FLOAT32 &&
+           a->rows == b->rows && a->columns == d->rows && b->columns == d->columns && a->stride >= (int64_t)a->rows &&
+           b->stride >= (int64_t)b->rows && d->stride >= (int64_t)d->rows;
 }
 API int hipblasLtMatmulAlgoGetHeuristic(void *handle, const desc *m, const layout *a, const layout *b, const layout *c,
                                         const layout *d, const uint64_t *workspace, int wanted, void *results,
@@ -81,10 +82,13 @@ API int hipblasLtMatmulAlgoGetHeuristic(void *handle, const desc *m, const layou
 }
 
 typedef struct {
-    const uint16_t *a, *b;
+    const void *a, *b;
     float *d;
     layout la, lb, ld;
 } product;
+static float element(const layout *l, const void *data, uint64_t i) {
+    return l->type == FLOAT16 ? _cvtsh_ss(((const uint16_t *)data)[i]) : ((const float *)data)[i];
+}
 static void multiply(void *payload, void *stream) {
     product p;
     memcpy(&p, payload, sizeof p); /* a task's payload need not be aligned */
@@ -92,7 +96,7 @@ static void multiply(void *payload, void *stream) {
         for (uint64_t i = 0; i < p.ld.rows; ++i) {
             float sum = 0.f;
             for (uint64_t k = 0; k < p.la.rows; ++k)
-                sum += _cvtsh_ss(p.a[i * p.la.stride + k]) * _cvtsh_ss(p.b[j * p.lb.stride + k]);
+                sum += element(&p.la, p.a, i * p.la.stride + k) * element(&p.lb, p.b, j * p.lb.stride + k);
             p.d[j * p.ld.stride + i] = sum;
         }
 }

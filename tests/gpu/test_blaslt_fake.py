@@ -41,17 +41,37 @@ def gpu(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return Gpu("hip")
 
 
-@pytest.mark.parametrize("name", kernels.HALF_TYPES)
+@pytest.mark.parametrize("name", kernels.PRODUCT_TYPES)
 @pytest.mark.parametrize(("rows", "columns", "tokens"), [(7, 256, 3), (300, 512, 130)])
 def test_product(gpu: Gpu, name: str, rows: int, columns: int, tokens: int) -> None:
     check_product(gpu, np.random.default_rng(rows + len(name)), name, rows, columns, tokens)
 
 
-def test_results_do_not_depend_on_the_batch(gpu: Gpu) -> None:
-    check_independence(gpu, np.random.default_rng(3), "q4_k", 40, 256)
+@pytest.mark.parametrize("name", ["q4_k", "f32"])
+def test_results_do_not_depend_on_the_batch(gpu: Gpu, name: str) -> None:
+    check_independence(gpu, np.random.default_rng(3), name, 40, 256)
 
 
-@pytest.mark.parametrize(("name", "tokens", "launches"), [("q4_k", 1, 6), ("q4_k", 257, 12), ("f16", 257, 3)])
+@pytest.mark.parametrize("code", [3, 7, 8])
+def test_floats_that_the_library_has_nothing_for_are_multiplied_all_the_same(gpu: Gpu, fake: Fake, code: int) -> None:
+    """As on cards for which it was built without float32: our own kernel's, whose rows are other halves' or none's."""
+    before = fake.live()
+    fake.fail("hipblasLtMatmulAlgoGetHeuristic", code)
+    with opened(gpu) as products:
+        [launch] = products.launches(DeviceMatrix(0, "f32", 20, 256), 0, 0, 130)
+        assert not hasattr(launch, "shape")
+        fake.fail("hipblasLtMatmulAlgoGetHeuristic", code)
+        with pytest.raises(DeviceError, match="hipblasLtMatmulAlgoGetHeuristic failed"):
+            products.launches(DeviceMatrix(0, "f16", 20, 256), 0, 0, 130)
+    del products, launch
+    assert fake.live() == before
+    fake.fail("hipblasLtMatmulAlgoGetHeuristic", code)
+    check_product(gpu, np.random.default_rng(code), "f32", 20, 256, 130)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "launches"), [("q4_k", 1, 6), ("q4_k", 257, 12), ("f16", 257, 3), ("f32", 257, 3)]
+)
 def test_a_tile_is_expanded_once(gpu: Gpu, name: str, tokens: int, launches: int) -> None:
     with opened(gpu, 128 * 2 * 256) as products:
         matrix = DeviceMatrix(1 << 20, name, 300, 256)
@@ -116,8 +136,8 @@ def test_a_library_that_is_too_old(fake: Fake, monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_it_cannot_multiply(gpu: Gpu) -> None:
     with opened(gpu, 4096) as products:
-        for name in ("f32", "bf16"):
-            with pytest.raises(DeviceError, match=f"no product by halves for {name}"):
+        for name in ("bf16", "mxfp4"):
+            with pytest.raises(DeviceError, match=f"the library multiplies no {name} weights"):
                 products.launches(DeviceMatrix(0, name, 4, 256), 0, 0, 1)
         with pytest.raises(DeviceError, match="4096 bytes do not hold 128 rows of 256 halves"):
             products.launches(DeviceMatrix(0, "q4_k", 4, 256), 0, 0, 1)
@@ -128,10 +148,12 @@ def test_what_it_cannot_multiply(gpu: Gpu) -> None:
 def test_numbers_are_the_vendors(fake: Fake) -> None:
     if importlib.util.find_spec("rocm") is None:
         pytest.skip("hip-python is not installed (pip install hip-python)")
-    from rocm.bindings import hipblas, hipblaslt
+    from rocm.bindings import hip, hipblas, hipblaslt
 
     open_blas("hip")
     want = {
+        "R_32F": hip.hipDataType.HIP_R_32F.value,
+        "R_16F": hip.hipDataType.HIP_R_16F.value,
         "MATMUL_DESC_TRANSA": hipblaslt.hipblasLtMatmulDescAttributes_t.HIPBLASLT_MATMUL_DESC_TRANSA.value,
         "OP_T": hipblas.hipblasOperation_t.HIPBLAS_OP_T.value,
         "COMPUTE_32F": hipblas.hipblasComputeType_t.HIPBLAS_COMPUTE_32F.value,
@@ -141,6 +163,9 @@ def test_numbers_are_the_vendors(fake: Fake) -> None:
     }
     numbers = _blaslt.numbers()
     assert {name: numbers[name] for name in want} == want
+    names = ("INVALID_VALUE", "NOT_SUPPORTED", "ARCH_MISMATCH")
+    known = tuple(getattr(hipblas.hipblasStatus_t, f"HIPBLAS_STATUS_{name}").value for name in names)
+    assert _blaslt.KNOWS_NONE["hipblasLt"] == known
     assert numbers["result_bytes"] >= hipblaslt._hipblasLtMatmulHeuristicResult_t().c_sizeof()
 
 

@@ -24,13 +24,15 @@ def gpu() -> Gpu:
     return gpu
 
 
-@pytest.mark.parametrize("name", kernels.HALF_TYPES)
-@pytest.mark.parametrize(("rows", "columns", "tokens"), [(1, 256, 1), (517, 4096, 64), (4096, 1024, 200)])
+@pytest.mark.parametrize("name", kernels.PRODUCT_TYPES)
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"), [(1, 256, 1), (16, 2048, 9), (517, 4096, 64), (4096, 1024, 200)]
+)
 def test_product(gpu: Gpu, name: str, rows: int, columns: int, tokens: int) -> None:
     check_product(gpu, np.random.default_rng(rows + len(name)), name, rows, columns, tokens)
 
 
-@pytest.mark.parametrize("name", ["q4_k", "f16"])
+@pytest.mark.parametrize("name", ["q4_k", "f16", "f32"])
 @pytest.mark.parametrize(("rows", "columns"), [(32, 4096), (512, 4096), (4096, 1024), (4096, 8192), (12288, 4096)])
 def test_results_do_not_depend_on_the_batch(gpu: Gpu, name: str, rows: int, columns: int) -> None:
     check_independence(gpu, np.random.default_rng(rows + columns), name, rows, columns)

@@ -13,7 +13,9 @@ from fomoe_io.config import Tiers, Tuning
 from fomoe_io.errors import BudgetError, DeviceError, FomoeError, FormatError, ReadError, UsageError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import device
+from fomoe_io.gpu.arena import LaunchSpec
 from fomoe_io.gpu.backend import GpuBackend
+from fomoe_io.gpu.batch_recorder import DenseProduct
 from fomoe_io.system import direct_io
 from fomoe_io.trace.simulator import replay
 from fomoe_io.trace.trace import Trace
@@ -114,9 +116,11 @@ def test_bits_do_not_depend_on_memory(model: Path) -> None:
         assert (hits["dram"] > 0) == (dram > 0)
 
 
-def test_long_prompts_use_the_vendors_library(model: Path) -> None:
+@pytest.mark.parametrize(("weights", "most"), [({"weights": Type.Q4_K, "down": Type.Q6_K}, 2e-3), ({}, 1e-9)])
+def test_long_prompts_use_the_vendors_library(tmp_path: Path, weights: dict[str, Any], most: float) -> None:
     """Their bits depend neither on memory nor on the batch; another arithmetic, the same model."""
     tokens = np.random.default_rng(8).integers(0, 300, 40)
+    model = write_tiny(tmp_path / "model.gguf", tiny(**weights), seed=3)
 
     def logits(**changes: Any) -> np.ndarray:
         with Engine.open(model, settings(**changes)) as engine:
@@ -129,7 +133,20 @@ def test_long_prompts_use_the_vendors_library(model: Path) -> None:
     for changes in ({"batch_tokens": 7}, {"batch_tokens": 33, "tiers": Tiers(0.19, 0.2)}):
         np.testing.assert_array_equal(logits(**changes), expected)
     ours = logits(batch_tokens=64, tuning=Tuning(library_products=False))
-    assert 0 < nmse(ours, expected) < 2e-3
+    assert 0 < nmse(ours, expected) < most
+
+
+@pytest.mark.parametrize("by_library", [True, False])
+def test_which_kernels_multiply_a_prompts_floats(model: Path, by_library: bool) -> None:
+    """The router's 16 rows go through the library, or tiles; a row alone, the shared expert's gate, fills no tile."""
+    with Engine.open(model, settings(batch_tokens=64)) as engine:
+        body = engine.backend.recorded.batch(40, by_library).finished_body()
+    floats = {step.matrix.rows for step in body if isinstance(step, DenseProduct) and step.matrix.kernel == "f32"}
+    assert floats == ({16} if by_library else set())
+    launches = [step for step in body if isinstance(step, LaunchSpec)]
+    assert sum(step.kernel == "mat_mul_f32" for step in launches) == (0 if by_library else 4)
+    gates = [step for step in launches if step.kernel == "mat_vec_f32"]
+    assert [(step.grid[1], step.arguments[3]) for step in gates] == 4 * [(40, 1)]
 
 
 def test_policies_and_readers_give_the_same_bits(model: Path) -> None:

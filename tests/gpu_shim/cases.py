@@ -336,7 +336,7 @@ def check_conv(runner: Runner, rng: np.random.Generator, channels: int, taps: in
     x = normal(rng, sum(runs), channels)
     device_state, y = runner.put(state), runner.put(poison(len(x), channels))
     states, place = (states_of(runner, device_state, runs), None) if len(runs) > 1 else (None, device_state)
-    grid = (kernels.up(channels, 64), 1, 1)
+    grid = (kernels.up(channels, 32), 1, 1)
     runner.launch("conv_step", grid, runner.put(weight), runner.put(x), states, place, y, channels, taps, len(x))
     for before, after, now, found in zip(
         state, device_state.get(), *(np.split(a, np.cumsum(runs)[:-1]) for a in (x, y.get())), strict=True

@@ -250,6 +250,7 @@ template <int MASK> DEVICE u32 exchange(u32 v) {
     const u32 *board = fibers::meet(v);
     return board[(fibers::index() & (fibers::LANES - 1)) ^ MASK];
 }
+template <int LANE> DEVICE u32 broadcast(u32 v) { return fibers::meet(v)[LANE]; }
 DEVICE u32x4 load16(const void *p) {
     fibers::check_alignment(p, 16);
     u32x4 v;
@@ -315,11 +316,10 @@ DEVICE float warp_sum(float v) {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(two) + _mm_cvtss_f32(_mm_shuffle_ps(two, two, 1));
 }
-DEVICE float warp_sum_of_4(const float (&v)[4]) {
-    const float sums[4] = {warp_sum(v[0]), warp_sum(v[1]), warp_sum(v[2]), warp_sum(v[3])};
-    return sums[(fibers::index() & (fibers::LANES - 1)) / 8];
+template <int COUNT> DEVICE float warp_sum_of(const float (&v)[COUNT]) {
+    float sums[COUNT];
+    for (int i = 0; i < COUNT; i++) sums[i] = warp_sum(v[i]);
+    return sums[(fibers::index() & (fibers::LANES - 1)) / (fibers::LANES / COUNT)];
 }
-DEVICE void spread_4(float v, float (&all)[4]) {
-    const float *lane = (const float *)fibers::meet(as_bits(v));
-    for (int r = 0; r < 4; r++) all[r] = lane[8 * r];
-}
+DEVICE float warp_sum_of_4(const float (&v)[4]) { return warp_sum_of(v); }
+DEVICE float warp_sum_of_8(const float (&v)[8]) { return warp_sum_of(v); }

@@ -26,12 +26,13 @@ def opened(gpu: Gpu, scratch_bytes: int = SCRATCH_BYTES) -> Iterator[DenseProduc
 def multiply(products: DenseProducts, matrix: DeviceMatrix, x: np.ndarray, *, is_captured: bool = False) -> np.ndarray:
     """The product with float32 rows; the rows behind them are NaN."""
     gpu, tokens = products.gpu, len(x)
-    device_x = gpu.upload(x)
+    floats = gpu.upload(np.concatenate([x, np.full((padded(tokens) - tokens, matrix.columns), np.nan, np.float32)]))
     halves = gpu.upload(np.full((padded(tokens), matrix.columns), np.nan, np.float16))
+    is_float32 = matrix.kernel == "f32"
     y = gpu.upload(np.full((padded(tokens), matrix.rows), np.nan, np.float32))
     steps = [
-        gpu.prepare("to_halves", kernels.to_halves_grid(x.size), device_x, halves, x.size),
-        *products.launches(matrix, halves.pointer, y.pointer, tokens),
+        gpu.prepare("to_halves", kernels.to_halves_grid(x.size), floats, halves, x.size),
+        *products.launches(matrix, (floats if is_float32 else halves).pointer, y.pointer, tokens),
     ]
     if is_captured:
         gpu.capture_steps([Step(step) for step in steps]).launch(gpu.stream)
@@ -46,8 +47,9 @@ def check_product(gpu: Gpu, rng: np.random.Generator, name: str, rows: int, colu
     data, weights = ref.random_weights(rng, name, rows, columns)
     x = rng.standard_normal((tokens, columns)).astype(np.float32)
     x[-1] *= 1e3
-    half_x, half_weights = (v.astype(np.float16).astype(np.float64) for v in (x, weights.astype(np.float32)))
-    want, summed = half_x @ half_weights.T, np.abs(half_x) @ np.abs(half_weights).T
+    kept = np.float32 if name == "f32" else np.float16
+    kept_x, kept_weights = (v.astype(kept).astype(np.float64) for v in (x, weights.astype(np.float32)))
+    want, summed = kept_x @ kept_weights.T, np.abs(kept_x) @ np.abs(kept_weights).T
     stored = gpu.upload(data)
     matrix = DeviceMatrix(stored.pointer, name, rows, columns)
     for scratch_bytes in (SCRATCH_BYTES, 2 * columns * 128):

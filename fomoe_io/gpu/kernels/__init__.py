@@ -16,6 +16,7 @@ FLOAT_TYPES = ("f16", "bf16", "f32")
 TYPES = QUANTIZED_TYPES + FLOAT_TYPES
 EXPANDED_TYPES = ("q4_k", "q5_k", "q6_k", "q8_0")  # half.h
 HALF_TYPES = (*EXPANDED_TYPES, "f16")  # gpu/products.py: those that lose little as halves
+PRODUCT_TYPES = (*HALF_TYPES, "f32")  # gpu/products.py: those that the vendor's library multiplies
 UNIT_ELEMENTS = {"q4_k": 64, "q5_k": 64, "q6_k": 32, "q8_0": 32, "mxfp4": 32, "f16": 8, "bf16": 8, "f32": 4}  # units.h
 
 HEAD_SIZES = (32, 64, 128, 256)  # attention.h
@@ -67,7 +68,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "ungroup": Kernel(256, "ppiiiiii"),
         "attention_merge": Kernel(256, "pppppiiiipi"),
         "latent_merge": Kernel(256, "ppppiii"),
-        "conv_step": Kernel(64, "pppppiii"),
+        "conv_step": Kernel(128, "pppppiii"),
         "gated_norm": Kernel(128, "pppppiif"),
         "route": Kernel(512, "pppiiif"),
         "route_by": Kernel(512, "pppppiiiifp"),
@@ -155,6 +156,8 @@ def mat_vec_rows(name: str, split: int = 1, tuning: Mapping[str, int] | None = N
 
 
 TILE_TOKENS = 32
+FEW_ROWS = 16
+"""Float matrices of fewer rows are multiplied by `mat_vec_*` for many tokens, too: tiles of 64 rows would be empty."""
 MAT_VEC_MANY = 4  # mat_vec.h: matrices of a mat_vec_many launch
 NORM_MOST_COLUMNS = 16384  # norms.h
 CONV_MOST_TAPS = 8  # delta.h

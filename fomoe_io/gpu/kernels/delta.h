@@ -3,79 +3,83 @@
 #include "norms.h"
 
 #define CONV_MOST_TAPS 8
-#define CONV_STEP 8 // tokens whose inputs are asked for at once
+#define CONV_WARPS 4
+#define CONV_TOKENS 4 // that follow one another in a thread
 
-// A channel's last inputs, oldest first; those further back than `taps` are 0, and so are their weights.
-DEVICE void load_window(const float *state, int channels, int taps, float (&window)[CONV_MOST_TAPS - 1]) {
+// A channel of a convolution: its inputs of this batch, and what each session has kept of it.
+struct conv_channel {
+    const float *x;
+    const replayed *states;
+    float *place;
+    int channels, taps;
+};
+
+// The last inputs before token t of the session that begins at `base`, oldest first: those of this batch, and before
+// them the session's, whose newest is the last.  What is further back than `taps` is 0, and so are its weights.
+DEVICE void load_window(const conv_channel &c, int t, u64 base, float (&window)[CONV_MOST_TAPS - 1]) {
+    int here = c.states ? 0 : t; // inputs of this batch
+    while (c.states && here < c.taps - 1 && here < t && state_base(c.states, t - here - 1) == base) ++here;
+    const float *state = in_state(base, c.place);
 #pragma unroll
     for (int j = 0; j < CONV_MOST_TAPS - 1; ++j) {
-        const int place = j - (CONV_MOST_TAPS - taps);
-        window[j] = place < 0 ? 0.f : state[(u64)place * channels];
-    }
-}
-DEVICE void store_window(const float (&window)[CONV_MOST_TAPS - 1], int channels, int taps, float *state) {
-#pragma unroll
-    for (int j = 0; j < CONV_MOST_TAPS - 1; ++j) {
-        const int place = j - (CONV_MOST_TAPS - taps);
-        if (place >= 0) state[(u64)place * channels] = window[j];
-    }
-}
-
-// The next COUNT tokens of a channel, whose inputs are asked for at once.
-template <int COUNT>
-DEVICE void convolve(const float *x, float *y, int channels, const float (&weights)[CONV_MOST_TAPS],
-                     float (&window)[CONV_MOST_TAPS - 1]) {
-    float values[COUNT];
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) values[i] = x[(u64)i * channels];
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        float sum = 0.f;
-#pragma unroll
-        for (int j = 0; j < CONV_MOST_TAPS - 1; ++j) sum = fused(weights[j], window[j], sum);
-        y[(u64)i * channels] = silu(fused(weights[CONV_MOST_TAPS - 1], values[i], sum));
-#pragma unroll
-        for (int j = 0; j < CONV_MOST_TAPS - 2; ++j) window[j] = window[j + 1];
-        window[CONV_MOST_TAPS - 2] = values[i];
+        const int back = CONV_MOST_TAPS - 1 - j;
+        window[j] = back >= c.taps ? 0.f
+                    : back <= here ? c.x[(u64)(t - back) * c.channels]
+                                   : state[(u64)(c.taps - 1 - (back - here)) * c.channels];
     }
 }
 
 // y[c] = silu(sum_j weight[c][j] * v_j), v_0.. = the channel's last taps - 1 inputs (oldest first), then this token's.
 // x, y: [tokens][channels]; state: [taps - 1][channels] of each token's session, moved on by every token, whose tokens
-// follow one another.  taps <= CONV_MOST_TAPS.  Grid (channels / 64 up).
-KERNEL(64, conv_step)
+// follow one another.  taps <= CONV_MOST_TAPS.  A lane is a channel; tokens are shared among the warps.
+// Grid (channels / 32 up).
+KERNEL(32 * CONV_WARPS, conv_step)
 (const float *weight, const float *x, const replayed *states, float *place, float *y, int channels, int taps,
  int tokens) {
     start_kernel();
-    const int c = block_x() * 64 + thread_index();
-    if (c >= channels) return;
+    const int lane = 32 * block_x() + lane_index();
+    const bool is_here = lane < channels;
+    const int i = is_here ? lane : 0;
+    const conv_channel c = {x + i, states, place + i, channels, taps};
     float weights[CONV_MOST_TAPS], window[CONV_MOST_TAPS - 1];
 #pragma unroll
     for (int j = 0; j < CONV_MOST_TAPS; ++j) {
         const int tap = j - (CONV_MOST_TAPS - taps);
-        weights[j] = tap < 0 ? 0.f : weight[c * taps + tap];
+        weights[j] = tap < 0 ? 0.f : weight[i * taps + tap];
     }
-    place += c, x += c, y += c;
-    u64 base = state_base(states, 0);
-    load_window(in_state(base, place), channels, taps, window);
-    for (int t = 0; t < tokens;) {
-        const u64 now = state_base(states, t);
-        if (now != base) {
-            store_window(window, channels, taps, in_state(base, place));
-            base = now;
-            load_window(in_state(base, place), channels, taps, window);
-        }
-        const u64 at = (u64)t * channels;
-        // a session's tokens follow one another: what the last one has, all have
-        if (t + CONV_STEP <= tokens && state_base(states, t + CONV_STEP - 1) == base) {
-            convolve<CONV_STEP>(x + at, y + at, channels, weights, window);
-            t += CONV_STEP;
-        } else {
-            convolve<1>(x + at, y + at, channels, weights, window);
-            t += 1;
+    for (int begin = CONV_TOKENS * warp_index(); begin < tokens; begin += CONV_TOKENS * CONV_WARPS) {
+        u64 base = state_base(states, begin);
+        float values[CONV_TOKENS];
+#pragma unroll
+        for (int k = 0; k < CONV_TOKENS; ++k) // all at once, past the end the last one again
+            values[k] = c.x[(u64)(begin + k < tokens ? begin + k : tokens - 1) * channels];
+        load_window(c, begin, base, window);
+#pragma unroll
+        for (int k = 0; k < CONV_TOKENS; ++k) {
+            const int t = begin + k;
+            if (t >= tokens) break;
+            if (states && state_base(states, t) != base) load_window(c, t, base = state_base(states, t), window);
+            float sum = 0.f;
+#pragma unroll
+            for (int j = 0; j < CONV_MOST_TAPS - 1; ++j) sum = fused(weights[j], window[j], sum);
+            if (is_here) y[(u64)t * channels + i] = silu(fused(weights[CONV_MOST_TAPS - 1], values[k], sum));
+#pragma unroll
+            for (int j = 0; j < CONV_MOST_TAPS - 2; ++j) window[j] = window[j + 1];
+            window[CONV_MOST_TAPS - 2] = values[k];
         }
     }
-    store_window(window, channels, taps, in_state(base, place));
+    sync_block(); // all have read what sessions have kept
+    for (int t = states ? warp_index() : tokens - 1 + warp_index(); t < tokens; t += CONV_WARPS) {
+        const u64 base = state_base(states, t);
+        if (t + 1 < tokens && state_base(states, t + 1) == base) continue; // not its session's last
+        load_window(c, t + 1, base, window);
+        float *state = in_state(base, c.place);
+#pragma unroll
+        for (int j = 0; j < CONV_MOST_TAPS - 1; ++j) {
+            const int kept = j - (CONV_MOST_TAPS - taps);
+            if (is_here && kept >= 0) state[(u64)kept * channels] = window[j];
+        }
+    }
 }
 EXPORT_KERNEL(conv_step)
 
@@ -96,11 +100,11 @@ template <int PER_LANE> DEVICE void store_rows(const float (&memory)[DELTA_ROWS]
         for (int i = 0; i < PER_LANE; ++i) state[32 * (r * PER_LANE + i)] = memory[r][i];
 }
 
-// What a block wants of DELTA_STEP tokens: queries and keys of its head as they meet the state, its rows' values.
+// What a block wants of DELTA_STEP tokens of a session: queries and keys of its head as they meet the state, its rows'
+// values.
 template <int K_DIM> struct delta_inputs {
     float q[DELTA_STEP][K_DIM], k[DELTA_STEP][K_DIM], v[DELTA_STEP][DELTA_WARPS * DELTA_ROWS];
     float decay[DELTA_STEP], rate[DELTA_STEP];
-    u64 base[DELTA_STEP];
 };
 
 // Vectors of a head, made as long as they should be: |q| = 1 / sqrt(k_dim), |k| = 1.  A warp calls it.
@@ -122,24 +126,27 @@ DEVICE void load_vectors(const float *q_from, const float *k_from, float eps, fl
     }
 }
 
-// A token moves a warp's rows on; y: of these rows.
+// A token moves a warp's rows on.  out: what its query finds, of which each lane has a part; what the lanes' parts of
+// the token before add up to goes to y_before, with the same exchanges: lane i ends with the sum of parts[i / 4].
 template <int PER_LANE>
 DEVICE void delta_token(float (&memory)[DELTA_ROWS][PER_LANE], const float *q, const float *k, const float *v,
-                        float decay, float rate, float *y) {
+                        float decay, float rate, float (&out)[DELTA_ROWS], float *y_before) {
     const int lane = lane_index();
-    float keys[PER_LANE], recalled[DELTA_ROWS], change[DELTA_ROWS], out[DELTA_ROWS];
+    float keys[PER_LANE], parts[2 * DELTA_ROWS];
 #pragma unroll
     for (int i = 0; i < PER_LANE; ++i) keys[i] = k[32 * i + lane];
 #pragma unroll
     for (int r = 0; r < DELTA_ROWS; ++r) {
-        recalled[r] = 0.f, out[r] = 0.f;
+        parts[r] = 0.f, parts[DELTA_ROWS + r] = out[r], out[r] = 0.f;
 #pragma unroll
         for (int i = 0; i < PER_LANE; ++i) {
             memory[r][i] *= decay;
-            recalled[r] = fused(memory[r][i], keys[i], recalled[r]);
+            parts[r] = fused(memory[r][i], keys[i], parts[r]);
         }
     }
-    spread_4(rate * (v[lane >> 3] - warp_sum_of_4(recalled)), change);
+    const float sum = warp_sum_of_8(parts), mine = rate * (v[lane >> 2 & 3] - sum);
+    if (y_before && (lane & 19) == 16) y_before[lane >> 2 & 3] = sum;
+    const float change[DELTA_ROWS] = {from_lane<0>(mine), from_lane<4>(mine), from_lane<8>(mine), from_lane<12>(mine)};
 #pragma unroll
     for (int i = 0; i < PER_LANE; ++i) {
         const float query = q[32 * i + lane];
@@ -149,8 +156,6 @@ DEVICE void delta_token(float (&memory)[DELTA_ROWS][PER_LANE], const float *q, c
             out[r] = fused(memory[r][i], query, out[r]);
         }
     }
-    const float sum = warp_sum_of_4(out);
-    if (!(lane & 7)) y[lane >> 3] = sum;
 }
 
 // Per value head h, with q and k of unit length and q / sqrt(k_dim):
@@ -171,40 +176,42 @@ DEVICE void delta(const float *mixed, const float *alpha, const float *beta, con
     __shared__ delta_inputs<32 * PER_LANE> s;
     place += ((u64)head * v_dim + first) * k_dim + lane;
     u64 base = state_base(states, 0);
-    float memory[DELTA_ROWS][PER_LANE];
+    float memory[DELTA_ROWS][PER_LANE], out[DELTA_ROWS] = {0.f, 0.f, 0.f, 0.f}, *y_before = 0;
     load_rows<PER_LANE>(in_state(base, place), memory);
-    for (int begin = 0; begin < tokens; begin += DELTA_STEP) {
-        const int count = tokens - begin < DELTA_STEP ? tokens - begin : DELTA_STEP;
+    for (int begin = 0, count; begin < tokens; begin += count) {
+        const u64 now = state_base(states, begin);
+        if (now != base) {
+            store_rows<PER_LANE>(memory, in_state(base, place));
+            load_rows<PER_LANE>(in_state(base = now, place), memory);
+        }
+        count = tokens - begin < DELTA_STEP ? tokens - begin : DELTA_STEP;
+        // a session's tokens follow one another: what the last one has, all have
+        if (states && state_base(states, begin + count - 1) != base) count = 1;
         if (begin) sync_block(); // the last step has been used
 #pragma unroll
         for (int i = 0; i < DELTA_STEP; i += DELTA_WARPS) {
             const int t = i + warp_index();
-            const float *q = mixed + (u64)(begin + t) * mixed_columns + key_head * k_dim;
-            if (t < count) load_vectors<PER_LANE>(q, q + key_heads * k_dim, eps, s.q[t], s.k[t]);
+            if (t >= count) break;
+            const u64 at = (u64)(begin + t) * value_heads + head;
+            const float *q = mixed + (begin + t) * mixed_columns + key_head * k_dim;
+            load_vectors<PER_LANE>(q, q + key_heads * k_dim, eps, s.q[t], s.k[t]);
+            const float decay = exponential(softplus(alpha[at] + dt[head]) * a[head]), rate = sigmoid(beta[at]);
+            if (!lane) s.decay[t] = decay, s.rate[t] = rate;
         }
         for (int i = thread_index(); i < count * rows; i += 32 * DELTA_WARPS) {
-            const float *v = mixed + (u64)(begin + i / rows) * mixed_columns + 2 * key_heads * k_dim + head * v_dim;
+            const float *v = mixed + (begin + i / rows) * mixed_columns + 2 * key_heads * k_dim + head * v_dim;
             s.v[i / rows][i % rows] = v[block_x() * rows + i % rows];
-        }
-        if (thread_index() < count) {
-            const u64 t = begin + thread_index(), at = t * value_heads + head;
-            s.decay[thread_index()] = exponential(softplus(alpha[at] + dt[head]) * a[head]);
-            s.rate[thread_index()] = sigmoid(beta[at]);
-            s.base[thread_index()] = state_base(states, t);
         }
         sync_block();
         for (int t = 0; t < count; ++t) {
-            if (s.base[t] != base) {
-                store_rows<PER_LANE>(memory, in_state(base, place));
-                base = s.base[t];
-                load_rows<PER_LANE>(in_state(base, place), memory);
-            }
-            float *out = y + ((u64)(begin + t) * value_heads + head) * v_dim + first;
-            delta_token<PER_LANE>(memory, s.q[t], s.k[t], s.v[t] + warp_index() * DELTA_ROWS, s.decay[t], s.rate[t],
-                                  out);
+            const float *v = s.v[t] + warp_index() * DELTA_ROWS;
+            delta_token<PER_LANE>(memory, s.q[t], s.k[t], v, s.decay[t], s.rate[t], out, y_before);
+            y_before = y + ((u64)(begin + t) * value_heads + head) * v_dim + first;
         }
     }
     store_rows<PER_LANE>(memory, in_state(base, place));
+    const float sum = warp_sum_of_4(out);
+    if (!(lane & 7)) y_before[lane >> 3] = sum;
 }
 
 #define DELTA_KERNEL(dim)                                                                                       \

@@ -231,7 +231,7 @@ DEVICE void multiply_heads(const u8 *weights, const u8 *x, float *y, int heads, 
                                                                 x, y, rows, columns, heads, split, block_x());        \
     }                                                                                                                 \
     EXPORT_KERNEL(heads_mat_vec_##type)                                                                               \
-    KERNEL(TILE_THREADS, heads_mat_mul_##type)                                                                        \
+    RESIDENT_KERNEL(TILE_THREADS, TILE_RESIDENT, heads_mat_mul_##type)                                                \
     (const u8 *weights, const u8 *x, float *y, int heads, int rows, int columns, int tokens) {                        \
         start_kernel();                                                                                               \
         multiply_heads<type>(weights, x, y, heads, rows, columns, tokens);                                            \

@@ -52,6 +52,7 @@ DEVICE u16 to_half(float f) { return __builtin_bit_cast(u16, (_Float16)f); }
 DEVICE float as_float(u32 v) { return __builtin_bit_cast(float, v); }
 DEVICE u32 as_bits(float v) { return __builtin_bit_cast(u32, v); }
 template <int MASK> DEVICE u32 exchange(u32 v) { return __builtin_amdgcn_ds_swizzle(v, 0x1f | (MASK << 10)); }
+template <int LANE> DEVICE u32 broadcast(u32 v) { return __builtin_amdgcn_ds_swizzle(v, LANE << 5); }
 // 16 bytes at a 16-byte boundary of device memory, and narrower ones.  Pointers that come from a table in memory are
 // generic; saying "global" keeps the compiler from flat loads, which also wait for the LDS.
 typedef u32 u32_vector __attribute__((ext_vector_type(4)));
@@ -131,6 +132,7 @@ DEVICE u16 to_half(float f) {
 DEVICE float as_float(u32 v) { return __uint_as_float(v); }
 DEVICE u32 as_bits(float v) { return __float_as_uint(v); }
 template <int MASK> DEVICE u32 exchange(u32 v) { return __shfl_xor_sync(0xffffffffu, v, MASK, 32); }
+template <int LANE> DEVICE u32 broadcast(u32 v) { return __shfl_sync(0xffffffffu, v, LANE, 32); }
 DEVICE u32x4 load16(const void *p) {
     uint4 v = __ldg((const uint4 *)p);
     return {v.x, v.y, v.z, v.w};
@@ -265,8 +267,9 @@ DEVICE float infinity() { return as_float(0x7f800000u); }
 DEVICE float not_a_number() { return as_float(0x7fc00000u); }
 
 // Butterflies: every lane ends with the same bits, and they do not depend on which lane asks.
+template <int LANE> DEVICE float from_lane(float v) { return as_float(broadcast<LANE>(as_bits(v))); }
 template <int MASK> DEVICE float exchange_float(float v) { return as_float(exchange<MASK>(as_bits(v))); }
-#ifndef FOMOE_GPU_ON_CPU  // which has these in a step or four, with the same bits
+#ifndef FOMOE_GPU_ON_CPU  // which has these in few steps, with the same bits
 DEVICE float warp_sum(float v) {
     v += exchange_float<16>(v);
     v += exchange_float<8>(v);
@@ -274,24 +277,25 @@ DEVICE float warp_sum(float v) {
     v += exchange_float<2>(v);
     return v + exchange_float<1>(v);
 }
-// Four sums at once, with the bits of warp_sum: lane i has that of v[i / 8].  The first two steps halve what a lane
-// still has to add up, so there are 6 exchanges, not 20.
+// Sums of several values at once, with the bits of warp_sum: of 4, lane i has that of v[i / 8], of 8 of v[i / 4].  The
+// first steps halve what a lane still has to add up, so there are 6 and 9 exchanges, not 20 and 40.
+template <int MASK> DEVICE float sum_halves(float lower, float upper) {
+    const bool is_upper = thread_index() & MASK;
+    return (is_upper ? upper : lower) + exchange_float<MASK>(is_upper ? lower : upper);
+}
 DEVICE float warp_sum_of_4(const float (&v)[4]) {
-    const bool is_upper = thread_index() & 16, is_odd = thread_index() & 8;
-    const float first = (is_upper ? v[2] : v[0]) + exchange_float<16>(is_upper ? v[0] : v[2]);
-    const float second = (is_upper ? v[3] : v[1]) + exchange_float<16>(is_upper ? v[1] : v[3]);
-    float sum = (is_odd ? second : first) + exchange_float<8>(is_odd ? first : second);
+    float sum = sum_halves<8>(sum_halves<16>(v[0], v[2]), sum_halves<16>(v[1], v[3]));
     sum += exchange_float<4>(sum);
     sum += exchange_float<2>(sum);
     return sum + exchange_float<1>(sum);
 }
-// all[r] = what lanes 8 r to 8 r + 7 have.
-DEVICE void spread_4(float v, float (&all)[4]) {
-    const bool is_upper = thread_index() & 16, is_odd = thread_index() & 8;
-    const float beside = exchange_float<8>(v), even = is_odd ? beside : v, odd = is_odd ? v : beside;
-    const float other_even = exchange_float<16>(even), other_odd = exchange_float<16>(odd);
-    all[0] = is_upper ? other_even : even, all[1] = is_upper ? other_odd : odd;
-    all[2] = is_upper ? even : other_even, all[3] = is_upper ? odd : other_odd;
+DEVICE float warp_sum_of_8(const float (&v)[8]) {
+    float four[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four[i] = sum_halves<16>(v[i], v[4 + i]);
+    float sum = sum_halves<4>(sum_halves<8>(four[0], four[2]), sum_halves<8>(four[1], four[3]));
+    sum += exchange_float<2>(sum);
+    return sum + exchange_float<1>(sum);
 }
 DEVICE int dot16(const u32x4 &a, const u32x4 &b, int sum) {
     sum = dot4((int)a.x, (int)b.x, sum);

@@ -48,8 +48,9 @@ struct by_matrices {
     static DEVICE_MEMBER int token(int t) { return 2 * (lane_index() & 3) + (t & 1) + 8 * (t >> 1); }
 };
 
-// A step of quantized weights and activations.  Rows are 16 (or 8) bytes longer than a step, so that eight of them read
-// in one go touch every bank once.
+// A step of quantized weights and activations.  Where a row's chunk of 16 bytes lies depends on the row, so that eight
+// rows' chunks of the same columns, and two chunks of four rows that are half a row apart, touch every bank once; rows
+// of scales are 8 bytes longer than a step for the same reason.
 struct quantized_step {
 #if HAS_BYTE_MATRICES
     typedef by_matrices layout;
@@ -57,15 +58,16 @@ struct quantized_step {
     typedef by_threads layout;
 #endif
     static const int columns = TILE_QUANTS;
-    alignas(16) u32x4 weights[TILE_ROWS][TILE_QUANTS / 16 + 1];
-    alignas(16) u32x4 values[TILE_TOKENS][TILE_QUANTS / 16 + 1];
+    alignas(16) u32x4 weights[TILE_ROWS][TILE_QUANTS / 16], values[TILE_TOKENS][TILE_QUANTS / 16];
     alignas(8) float scale[TILE_ROWS][2 * TILE_QUANTS / 32 + 2]; // of 32 weights: (scale, minimum), or two scales of 16
     alignas(8) float pair[TILE_TOKENS][2 * TILE_QUANTS / 32 + 2]; // of 32 activations: (d, d * sum)
 };
+DEVICE int place_of(int row, int chunk) { return chunk ^ (row & 7) ^ (chunk >> 3 << 2); }
 struct alignas(8) float_pair {
     float first, second;
 };
 DEVICE float_pair pair_of(const float *row, int group) { return *(const float_pair *)(row + 2 * group); }
+DEVICE u32 word_of(const u32x4 &chunk, int i) { return ((const u32 *)&chunk)[i]; }
 
 // Four numbers of 6 bits as four signed bytes, 32 less each: the sign of the difference is bit 5, flipped.
 DEVICE u32 less_32(u32 word) {
@@ -73,28 +75,43 @@ DEVICE u32 less_32(u32 word) {
     return flipped | (flipped & 0x20202020u) * 6;
 }
 
-template <class T> DEVICE void load_weights(quantized_step &s, const tile_rows &rows, int column, int columns) {
-    const int units = TILE_QUANTS / T::unit_elements;
-    for (int i = thread_index(); i < TILE_ROWS * units; i += TILE_THREADS) {
-        const int row = i / units, unit = i % units, first = column / T::unit_elements;
-        typename T::prepared u = {};
-        if (column + unit * T::unit_elements < columns) {
-            T::unpack(T::load(rows.at(row), first + unit), first + unit, u);
+// A unit of a row; zeros where the row has ended.
+template <class T>
+DEVICE void store_unit(quantized_step &s, int row, int unit, int column, const typename T::raw &raw, bool is_there) {
+    typename T::prepared u = {};
+    if (is_there) T::unpack(raw, unit, u);
+#pragma unroll
+    for (int g = 0; g < T::groups; ++g) {
+        const int element = T::element(unit, g) - column;
+#pragma unroll
+        for (int j = 0; j < T::group_elements / 16; ++j) {
+            u32x4 words = {(u32)u.quants[g][4 * j], (u32)u.quants[g][4 * j + 1], (u32)u.quants[g][4 * j + 2],
+                           (u32)u.quants[g][4 * j + 3]};
+            if constexpr (T::centre == 32)
+                words = {less_32(words.x), less_32(words.y), less_32(words.z), less_32(words.w)};
+            s.weights[row][place_of(row, element / 16 + j)] = words;
         }
-#pragma unroll
-        for (int g = 0; g < T::groups; ++g) {
-            const int element = T::element(unit, g);
-#pragma unroll
-            for (int j = 0; j < T::group_elements / 16; ++j) {
-                u32x4 words = {(u32)u.quants[g][4 * j], (u32)u.quants[g][4 * j + 1], (u32)u.quants[g][4 * j + 2],
-                               (u32)u.quants[g][4 * j + 3]};
-                if constexpr (T::centre == 32)
-                    words = {less_32(words.x), less_32(words.y), less_32(words.z), less_32(words.w)};
-                s.weights[row][element / 16 + j] = words;
-            }
+        if constexpr (T::group_elements == 32)
+            *(float_pair *)(s.scale[row] + element / 16) = {u.scale[g], u.minimum[g]};
+        else
             s.scale[row][element / 16] = u.scale[g];
-            if constexpr (T::group_elements == 32) s.scale[row][element / 16 + 1] = u.minimum[g];
-        }
+    }
+}
+
+// Half a row's step is a thread's, so that scales which several units share are decoded once.
+template <class T> DEVICE void load_weights(quantized_step &s, const tile_rows &rows, int column, int columns) {
+    const int units = TILE_QUANTS / T::unit_elements / 2, at_once = T::unit_elements > 32 ? 1 : 2,
+              row = thread_index() >> 1;
+    const int begin = column / T::unit_elements + (thread_index() & 1) * units, end = columns / T::unit_elements;
+    const u8 *from = rows.at(row);
+#pragma unroll 1
+    for (int first = begin; first < begin + units; first += at_once) {
+        typename T::raw raw[at_once];
+#pragma unroll
+        for (int i = 0; i < at_once; ++i)
+            if (first + i < end) raw[i] = T::load(from, first + i);
+#pragma unroll
+        for (int i = 0; i < at_once; ++i) store_unit<T>(s, row, first + i, column, raw[i], first + i < end);
     }
 }
 
@@ -104,16 +121,21 @@ DEVICE int up_to_eight(int count) { return (count + 7) & ~7; }
 // token_rows[t]: the activation row of the tile's token t, -1 for none.
 DEVICE void load_activations(quantized_step &s, const u8 *x, const int *token_rows, int count, int column,
                              int columns) {
-    const int chunks = TILE_QUANTS / 16, tokens = up_to_eight(count);
+    const int chunks = TILE_QUANTS / 16, quads = chunks / 4, tokens = up_to_eight(count);
+#pragma unroll 2
     for (int i = thread_index(); i < tokens * chunks; i += TILE_THREADS) {
         const int t = i / chunks, chunk = i % chunks, row = token_rows[t];
         const u8 *from = x + (u64)row * q8_row_bytes(columns) + column + 16 * chunk;
-        s.values[t][chunk] = row >= 0 && column + 16 * chunk < columns ? fresh16(from) : u32x4{0, 0, 0, 0};
+        s.values[t][place_of(t, chunk)] = row >= 0 && column + 16 * chunk < columns ? fresh16(from) : u32x4{0, 0, 0, 0};
     }
-    for (int i = thread_index(); i < tokens * TILE_QUANTS / 16; i += TILE_THREADS) {
-        const int t = i / (TILE_QUANTS / 16), j = i % (TILE_QUANTS / 16), row = token_rows[t];
-        const float *from = (const float *)(x + (u64)row * q8_row_bytes(columns) + columns) + column / 16 + j;
-        s.pair[t][j] = row >= 0 && column + 16 * j < columns ? *from : 0.f;
+    for (int i = thread_index(); i < tokens * quads; i += TILE_THREADS) {
+        const int t = i / quads, j = i % quads, row = token_rows[t];
+        const u8 *from = x + (u64)row * q8_row_bytes(columns) + columns + column / 4 + 16 * j;
+        u32x4 two = {0, 0, 0, 0}; // pairs; behind a row's last one there may be padding
+        if (row >= 0 && column + 64 * j < columns) two = fresh16(from);
+        if (column + 64 * j + 32 >= columns) two.z = two.w = 0;
+        float_pair *to = (float_pair *)(s.pair[t] + 4 * j);
+        to[0] = {as_float(two.x), as_float(two.y)}, to[1] = {as_float(two.z), as_float(two.w)};
     }
 }
 
@@ -135,20 +157,23 @@ template <class T> DEVICE void add_step(const quantized_step &s, int count, floa
         float_pair row[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const u32 *words = &s.weights[by_matrices::row(r)][2 * g].x + part;
-            low[r] = words[0], high[r] = words[4];
-            row[r] = pair_of(s.scale[by_matrices::row(r)], g);
+            const int i = by_matrices::row(r);
+            low[r] = word_of(s.weights[i][place_of(i, 2 * g)], part);
+            high[r] = word_of(s.weights[i][place_of(i, 2 * g + 1)], part);
+            row[r] = pair_of(s.scale[i], g);
         }
 #pragma unroll
         for (int n = 0; n < TILE_TOKENS / 8; ++n) {
             if (8 * n >= count) break;
-            const u32 *words = &s.values[8 * n + (lane_index() >> 2)][2 * g].x + part;
+            const int i = 8 * n + (lane_index() >> 2);
+            const u32 first = word_of(s.values[i][place_of(i, 2 * g)], part);
+            const u32 second = word_of(s.values[i][place_of(i, 2 * g + 1)], part);
             int dots[4] = {0, 0, 0, 0}, highs[4] = {0, 0, 0, 0};
             if constexpr (T::group_elements == 16) {
-                multiply_bytes_16(low[0], low[1], words[0], dots);
-                multiply_bytes_16(high[0], high[1], words[4], highs);
+                multiply_bytes_16(low[0], low[1], first, dots);
+                multiply_bytes_16(high[0], high[1], second, highs);
             } else {
-                multiply_bytes_32(low[0], low[1], high[0], high[1], words[0], words[4], dots);
+                multiply_bytes_32(low[0], low[1], high[0], high[1], first, second, dots);
             }
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
@@ -171,13 +196,14 @@ template <class T> DEVICE void add_step(const quantized_step &s, int count, floa
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
             const int i = by_threads::row(r);
-            low[r] = s.weights[i][2 * g], high[r] = s.weights[i][2 * g + 1], row[r] = pair_of(s.scale[i], g);
+            low[r] = s.weights[i][place_of(i, 2 * g)], high[r] = s.weights[i][place_of(i, 2 * g + 1)];
+            row[r] = pair_of(s.scale[i], g);
         }
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
             if (8 * t >= count) break;
             const int i = by_threads::token(t);
-            const u32x4 first = s.values[i][2 * g], second = s.values[i][2 * g + 1];
+            const u32x4 first = s.values[i][place_of(i, 2 * g)], second = s.values[i][place_of(i, 2 * g + 1)];
             const float_pair token = pair_of(s.pair[i], g);
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
@@ -395,27 +421,27 @@ KERNEL(256, combine_picks)
 }
 EXPORT_KERNEL(combine_picks)
 
-#define TILE_KERNELS(type)                                                                                        \
-    KERNEL(TILE_THREADS, mat_mul_##type)(const u8 *weights, const u8 *x, float *y, int rows, int columns,         \
-                                         int tokens) {                                                            \
-        start_kernel();                                                                                           \
-        multiply<type>(weights, x, y, rows, columns, tokens);                                                     \
-    }                                                                                                             \
-    EXPORT_KERNEL(mat_mul_##type)                                                                                 \
-    KERNEL(TILE_THREADS, group_gate_up_##type)                                                                    \
-    (const tile *tiles, const int *order, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,                \
-     float *hidden_floats, int rows, int columns, int picks, const expert_form *form, int first) {                \
-        start_kernel();                                                                                           \
-        group_gate_up<type>(tiles, order, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks, \
-                            form, first);                                                                         \
-    }                                                                                                             \
-    EXPORT_KERNEL(group_gate_up_##type)                                                                           \
-    KERNEL(TILE_THREADS, group_down_##type)                                                                       \
-    (const tile *tiles, const int *order, u64 down_offset, const u8 *hidden, float *out, int rows, int columns,   \
-     int first, int count) {                                                                                      \
-        start_kernel();                                                                                           \
-        group_down<type>(tiles, order, down_offset, hidden, out, rows, columns, first, count);                    \
-    }                                                                                                             \
+#define TILE_KERNELS(type)                                                                                           \
+    RESIDENT_KERNEL(TILE_THREADS, TILE_RESIDENT, mat_mul_##type)(const u8 *weights, const u8 *x, float *y, int rows, \
+                                                                 int columns, int tokens) {                          \
+        start_kernel();                                                                                              \
+        multiply<type>(weights, x, y, rows, columns, tokens);                                                        \
+    }                                                                                                                \
+    EXPORT_KERNEL(mat_mul_##type)                                                                                    \
+    RESIDENT_KERNEL(TILE_THREADS, TILE_RESIDENT, group_gate_up_##type)                                               \
+    (const tile *tiles, const int *order, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,                   \
+     float *hidden_floats, int rows, int columns, int picks, const expert_form *form, int first) {                   \
+        start_kernel();                                                                                              \
+        group_gate_up<type>(tiles, order, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks,    \
+                            form, first);                                                                            \
+    }                                                                                                                \
+    EXPORT_KERNEL(group_gate_up_##type)                                                                              \
+    RESIDENT_KERNEL(TILE_THREADS, TILE_RESIDENT, group_down_##type)                                                  \
+    (const tile *tiles, const int *order, u64 down_offset, const u8 *hidden, float *out, int rows, int columns,      \
+     int first, int count) {                                                                                         \
+        start_kernel();                                                                                              \
+        group_down<type>(tiles, order, down_offset, hidden, out, rows, columns, first, count);                       \
+    }                                                                                                                \
     EXPORT_KERNEL(group_down_##type)
 
 TILE_KERNELS(q4_k)

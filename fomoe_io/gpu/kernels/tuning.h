@@ -51,3 +51,8 @@
 #ifndef BYTE_MATRICES
 #define BYTE_MATRICES 1
 #endif
+
+// tile.h: blocks that a multiprocessor must hold (NVIDIA); with 6 two kernels spill a word.
+#ifndef TILE_RESIDENT
+#define TILE_RESIDENT 5
+#endif
