@@ -112,7 +112,8 @@ def test_it_costs_nothing_where_nothing_is_missed(demo_model: Path) -> None:
     """Neither memory nor steps of a token: by default the engine is the one without it."""
     found = {}
     for mode in ("auto", "off", "on"):
-        with Engine.open(demo_model, EngineConfig(context_tokens=256, lookahead=mode)) as engine:  # type: ignore[arg-type]
+        config = EngineConfig(context_tokens=256, lookahead=mode, ram_bytes=4 << 30)  # type: ignore[arg-type]
+        with Engine.open(demo_model, config) as engine:
             assert isinstance(engine.backend, CpuBackend)
             found[mode] = engine.budgets, engine.backend._recorder.program.steps
             assert engine.statistics()["prefetch"]["is_on"] == (mode == "on")

@@ -156,7 +156,7 @@ def test_auto_measures_while_it_runs(
 
 def budgets(model: Path, **more: Any) -> tuple[Budgets, int, list[str]]:
     """What was shared, how many graphs ten tokens took, and a token's launches."""
-    with Engine.open(model, settings(**more)) as engine:
+    with Engine.open(model, settings(**({"ram_bytes": 4 << 30} | more))) as engine:
         assert isinstance(engine.backend, GpuBackend)
         decoded(engine)
         backend, s = engine.backend, engine.statistics()["prefetch"]
