@@ -26,9 +26,12 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=8, help="tokens before the first round")
     parser.add_argument("--ram", type=parse_bytes)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--lookahead", default="auto", help="on, off, auto or a number (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    config = EngineConfig(ram_bytes=options.ram, threads=options.threads, context_tokens=4096)
+    config = EngineConfig(
+        ram_bytes=options.ram, threads=options.threads, context_tokens=4096, lookahead=options.lookahead
+    )
     with Engine.open(options.model, config) as engine:
         random = np.random.default_rng(options.seed)
         session = engine.session()

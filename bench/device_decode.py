@@ -185,7 +185,7 @@ def measure(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     layer_bytes = (nbytes["dense"] + nbytes["experts"] + nbytes["state"]) / s.layers
     result = {
         "device": str(gpu), "driver": gpu.driver(), "model": engine.model_name, "layers": s.layers,
-        "kernel_tuning": dict(options.kernel),
+        "kernel_tuning": dict(options.kernel), "lookahead": options.lookahead,
         "slots": {"vram": int(engine.budgets.slots[0][0]), "dram": int(engine.budgets.slots[0][1])},
         "read_bandwidth_gb_s": bandwidth / 1e9, "token_bytes": nbytes,
         "token_ms": {"median": statistics.median(times) * 1e3, "mean": statistics.mean(times) * 1e3,

@@ -81,6 +81,7 @@ def main() -> None:
             tiers=options.tiers,
             batch_tokens=batch,
             context_tokens=4096,
+            lookahead="off",
             tuning=Tuning(library_products=not options.without_library, kernel_tuning=tuple(options.kernel)),
         )
         with Engine.open(options.model, config) as engine:

@@ -1,7 +1,8 @@
 """The forecast of `fomoe plan` beside runs on this machine: tokens a second at several memories and drives.
 
 A text is read token by token, as decoding reads it, after as much of it again to warm up; the drive is held to a pace,
-so that it is the same for both.  Prints a markdown table; `off` is measured / forecast.
+so that it is the same for both, and nothing is read ahead, which no forecast reckons with.  Prints a markdown table;
+`off` is measured / forecast.
 
     python bench/forecast.py MODEL --text FILE [--ram 110M,135M] [--pace 0.1G,20us --pace 0.5G,20us] [--tokens 300]
 """
@@ -30,7 +31,7 @@ def measured(
     path: Path, text: str, ram: int, pace: Pace | None, tokens: int, threads: int | None
 ) -> tuple[float, float, float]:
     """(seconds a token and those of its arithmetic alone, medians of pieces in turns; what the drive served)"""
-    config = EngineConfig(ram_bytes=ram, context_tokens=4096, pace=pace, threads=threads)
+    config = EngineConfig(ram_bytes=ram, context_tokens=4096, pace=pace, threads=threads, lookahead="off")
     with Engine.open(path, config) as engine:
         ids = engine.tokenizer.encode(text)[: 2 * tokens]
         session = engine.session()

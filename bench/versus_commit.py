@@ -4,8 +4,8 @@
     python bench/versus_commit.py MODEL --baseline /tmp/base [--device cuda] [--tokens 64] [--prompt 512] [--rounds 5]
 
 Each round opens an engine in a process of its own, this tree's and the other's one after the other (who begins
-alternates), reads a prompt and then single tokens.  Prints a markdown table: medians, and the ratio of this tree's to
-the other's in each pair of runs (median, least and most).
+alternates), reads a prompt and then single tokens, all with what each tree does by default.  Prints a markdown table:
+medians, and the ratio of this tree's to the other's in each pair of runs (median, least and most).
 """
 
 from __future__ import annotations

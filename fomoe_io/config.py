@@ -132,10 +132,23 @@ def _weights(value: Any) -> tuple[float, ...]:
         raise TypeError from None
 
 
-def _lookahead(value: Any) -> int | str:
-    if value in ("on", "auto"):
+def lookahead_of(value: Any) -> int | str:
+    """What `EngineConfig.lookahead` and the option may be: "auto", "on", a number or its text; "off" is 0.
+
+    Raises
+    ------
+    UsageError
+        Another text.
+    TypeError
+        Neither a text nor a whole number.
+    """
+    if value in ("auto", "on"):
         return str(value)
-    return 0 if value == "off" else _integer(value)
+    if not isinstance(value, str):
+        return _integer(value)
+    if value != "off" and re.fullmatch(r"[0-9]{1,9}", value) is None:
+        raise UsageError(f"{value!r} is none of on, off, auto and no number of experts")
+    return 0 if value == "off" else int(value)
 
 
 def _is_true(value: Any) -> bool:
@@ -188,7 +201,7 @@ _FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "sessions": (_integer, "an integer"),
     "batch_tokens": (_integer, "an integer"),
     "ring_depth": (_integer, "an integer"),
-    "lookahead": (_lookahead, '"auto", "on", "off" or an integer'),
+    "lookahead": (lookahead_of, '"auto", "on", "off" or an integer'),
     "logit_rows": (_integer, "an integer"),
     "direct": (_is_true, "True or False"),
     "peer_memory": (_is_true, "True or False"),
@@ -271,7 +284,8 @@ class EngineConfig:
         Where they are; None: in the user's cache directory.
     lookahead : {"auto", "on", "off"} or int
         Single tokens read experts ahead that the next layer's router would pick before this layer's experts are added:
-        so many of them, or with "on" as many as it picks; "auto" measures while it runs whether that pays.  "off" is 0.
+        so many of them, or with "on" as many as it picks; "off" is 0.  "auto" keeps to what is measured to be faster
+        while it runs, and does without where nothing can be missed or memory is short (experts/lookahead.py).
     car : CarRule or None
         Cache-aware routing of single tokens; None is exact.
     profile : Path, "learned" or None
@@ -309,7 +323,7 @@ class EngineConfig:
     cache_bytes: int | None = 0
     cache_disk_bytes: int = 0
     cache_folder: Path | None = None
-    lookahead: int | Literal["auto", "on", "off"] = 0
+    lookahead: int | Literal["auto", "on", "off"] = "auto"
     car: CarRule | None = None
     profile: Path | Literal["learned"] | None = None
     trace: Path | None = None

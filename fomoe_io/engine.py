@@ -259,6 +259,7 @@ class Engine:
                 "late": c.prefetch_late,
                 "bytes": c.prefetch_bytes,
                 "wasted_bytes": c.prefetch_wasted_bytes,
+                "is_on": False,
             },
             "evictions": c.evictions,
             "promotions": c.promotions,

@@ -66,7 +66,7 @@ def parser() -> Parser:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One test.  Shares are of the requests for experts in all of its repetitions."""
+    """One test.  Shares are of the requests for experts in all of its repetitions; `lookahead`: in force at its end."""
 
     model: str
     size_bytes: int
@@ -85,6 +85,7 @@ class Row:
     nvme_bytes_per_token: float
     stall_share: float
     car: str
+    lookahead: bool
     drive: str
     version: str
 
@@ -133,6 +134,7 @@ def _row(engine: Engine, options: argparse.Namespace, kind: str, count: int) -> 
         nvme_bytes_per_token=s["nvme_bytes_per_token"],
         stall_share=min(1.0, s["stall_seconds"]["nvme"] / max(sum(seconds), 1e-9)),
         car=str(engine.config.car or "off"),
+        lookahead=s["prefetch"]["is_on"],
         drive=drive_of(engine.store.paths[0]).describe(),
         version=package_version(),
         **shares,

@@ -360,7 +360,8 @@ class Forecast:
                 f"{_speed(row.likely)} ({_speed(row.low)} to {_speed(row.high)}){mark}"
             )
         lines.append(
-            "  drive: missed x experts of a token / rate; hidden behind the arithmetic of experts that are there"
+            "  drive: missed x experts of a token / rate; hidden behind the arithmetic of experts that are there, "
+            "without lookahead"
         )
         return lines
 

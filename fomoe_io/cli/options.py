@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from fomoe_io.cli.common import note
 from fomoe_io.cli.parser import Parser, checked, number, whole
-from fomoe_io.config import EngineConfig, Tiers, device_name
+from fomoe_io.config import EngineConfig, Tiers, device_name, lookahead_of
 from fomoe_io.errors import BudgetError, UsageError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.storage.pace import Pace
@@ -157,9 +157,9 @@ def add_engine_options(parser: Parser) -> None:
         help="experts of each layer in memory (default: all that --ram has room for)")  # fmt: skip
     group.add_argument("--policy", choices=("decayed", "lru", "lfu", "lfru"), default=d.policy,
         help="who leaves memory first")  # fmt: skip
-    group.add_argument("--lookahead", type=checked(_lookahead), default=d.lookahead, metavar="on|off|auto|N",
-        help="read experts of the next layer ahead, by its router's guess: as many as it picks or up to N, or (auto) "
-        "where that is measured to pay (default: off)")  # fmt: skip
+    group.add_argument("--lookahead", type=checked(lookahead_of), default=d.lookahead, metavar="on|off|auto|N",
+        help="read experts of the next layer ahead, by its router's guess: as many as it picks or up to N, or where "
+        "that is measured to pay (auto, the default)")  # fmt: skip
     group.add_argument("--car", type=checked(CarRule.parse), metavar="RULE",
         help="let resident experts stand in for missing ones, which is not exact: "
         "off (default), on, ratio:TAU, prior:LAMBDA, regret:RHO or budget:RHO")  # fmt: skip
@@ -229,14 +229,6 @@ def engine_config(options: argparse.Namespace, path: Path | None = None) -> Engi
             peer_memory=options.peer_memory,
             tensor_split=options.tensor_split,
         )
-
-
-def _lookahead(text: str) -> int | str:
-    if text in ("on", "off", "auto"):
-        return text
-    if re.fullmatch(r"\d{1,9}", text) is None:
-        raise UsageError(f"{text!r} is none of on, off, auto and no number of experts")
-    return int(text)
 
 
 def _split_mode(text: str) -> str:

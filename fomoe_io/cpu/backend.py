@@ -27,7 +27,7 @@ from fomoe_io.cpu import dot_library
 from fomoe_io.cpu.recorder import CpuRecorder, Embedding, StateLayout
 from fomoe_io.cpu.weights import Weights
 from fomoe_io.errors import FormatError, UsageError
-from fomoe_io.experts.lookahead import Lookahead, recall_of
+from fomoe_io.experts.lookahead import Lookahead, recall_of, spare_buffers
 from fomoe_io.experts.residency import DECAY, policy_number
 from fomoe_io.experts.slots import SlotLayout, native_layers, share_slots, slot_layout, slot_pairs, tier_slots
 from fomoe_io.models.recorder import KvType
@@ -197,9 +197,10 @@ class CpuBackend:
             reader.address,
             (reader, self._pool),
         )
-        self._lookahead = Lookahead(config.lookahead_mode)
+        self._lookahead = Lookahead(config.lookahead_mode if b.lookahead_bytes else "off")
         if b.lookahead_bytes:
-            self._experts.stage(self._pool.address + staging, config.guesses_of(s.used))
+            each = b.lookahead_bytes // sum({layout.slot_bytes for layout in layouts.values()})
+            self._experts.stage(self._pool.address + staging, each)
         if config.car is not None:
             car = config.car.native()
             self._experts.set_car(ctypes.addressof(car))
@@ -229,7 +230,7 @@ class CpuBackend:
             # attention scores of a whole context, or the widest row (twice: normalised q and k)
             scratch_floats=max(2 * s.widest_row, opened.context_tokens),
             experts=experts,
-            lookahead=self._config.lookahead_mode != "off",
+            lookahead=experts is not None and self.budgets.lookahead_bytes > 0,
             kv_type=KvType[self._config.kv_type.upper()],
             widest_batch=self._config.least_batch_tokens,
         )
@@ -248,20 +249,25 @@ class CpuBackend:
         base = ram.fixed_bytes + self._weights.bytes + state
         slot_bytes = {i: layout.slot_bytes for i, layout in layouts.items()}
         row_bytes = sum(slot_bytes.values())
-        smallest = base + per_token + least * row_bytes
+        ranks, ahead_bytes, mode = config.guesses_of(s.used), sum(set(slot_bytes.values())), config.lookahead_mode
+        asked = 0 if mode == "auto" else ranks * ahead_bytes
+        smallest = base + per_token + least * row_bytes + asked
         limit = ram.limit(smallest)
         kept = ram.kept_bytes(limit - smallest, limit, parts, self._opened.context_tokens)
-        ahead = config.guesses_of(s.used) * sum(set(slot_bytes.values()))
-        base, smallest = base + kept + ahead, smallest + kept + ahead
+        base, smallest = base + kept, smallest + kept
         most = ram.slots or s.experts
         batch = config.least_batch_tokens
         # An eighth of what is left at most for activations: a smaller batch costs prompt speed, fewer slots cost reads.
-        while batch > 1 and batch * per_token > max((limit - smallest) // 8, limit - base - most * row_bytes):
+        while batch > 1 and batch * per_token > max((limit - smallest) // 8, limit - base - asked - most * row_bytes):
             batch //= 2
         room = limit - base - batch * per_token
         if config.tiers is not None:
             most = max(least, round((config.tiers.vram + config.tiers.dram) * s.experts))
-        slots = share_slots(slot_bytes, most, room, least)
+        ahead = ahead_bytes * spare_buffers(
+            mode, ranks, slot_bytes, ahead_bytes, room,
+            least=least * row_bytes, most=most * row_bytes, is_all=most >= s.experts,
+        )  # fmt: skip
+        slots = share_slots(slot_bytes, most, room - ahead, least)
         if slots is None:
             raise ram.too_small(limit, smallest)
         pool = sum(slots[i] * size for i, size in slot_bytes.items())

@@ -307,8 +307,10 @@ class CpuRecorder:
     ) -> None:
         """Read what the layer would pick, where that is asked for."""
         if self._experts is not None and self._looks_ahead:
-            logits = self.rows("lookahead", router.experts)
-            self.program.lookahead(self._experts, x, weight, epsilon, matrix, logits, layer, router)
+            key = "lookahead", router.experts, F32
+            if key not in self._rows:
+                self._rows[key] = Rows(self._kernels, router.experts, 1)  # of a token alone: beside what is budgeted
+            self.program.lookahead(self._experts, x, weight, epsilon, matrix, self._rows[key], layer, router)
 
     def layer_end(self, layer: int, x: Rows) -> None:
         """Record what the layer leaves, when that is asked for."""

@@ -142,7 +142,8 @@ class GpuBackend:
         self.sharing = Sharing(gpus, opened, source, self.layouts, budget)
         self.budgets = self.sharing.budgets
         self._logits = TokenLogits(self.gpu, opened.shape.vocabulary)
-        self._states, self._lookahead = StatePool(opened.config.sessions), Lookahead(opened.config.lookahead_mode)
+        self._states = StatePool(opened.config.sessions)
+        self._lookahead = Lookahead(opened.config.lookahead_mode if self.budgets.lookahead_bytes else "off")
         self.devices: list[OnDevice] = []
         try:
             self._allocate()
@@ -230,7 +231,7 @@ class GpuBackend:
                 logits_bytes=4 * (token.own_logits.stop - token.own_logits.start),
             )  # fmt: skip
         if self.sharing.guesses:
-            experts.look_ahead(self.sharing.guesses, self.sharing.guesses)
+            experts.look_ahead(self.sharing.guesses, self.sharing.staged)
         if config.car is not None:
             experts.back_fill(config.car.backfill)
         if tuning.piece_bytes is not None:
@@ -300,7 +301,7 @@ class GpuBackend:
         """(error, logits), as :meth:`TokenRunner.run` has them."""
         return self.tokens.run(
             number, span.ids, span.position, self._enter(span.state), span.outputs, may_substitute=may_substitute,
-            looks_ahead=looks_ahead, logits_address=logits_address,
+            looks_ahead=looks_ahead and self.sharing.guesses > 0, logits_address=logits_address,
         )  # fmt: skip
 
     def allow(self) -> None:

@@ -133,7 +133,6 @@ class ChainBackend:
         # layers in turn: a device would need the rows of several batches at once
         self._batches = BATCHES_A_DEVICE * len(gpus) if mode == "layer" else 1
         self._states, self._failures = StatePool(config.sessions), list[BaseException]()
-        self._lookahead = Lookahead(config.lookahead_mode)
         self._threads = ThreadPoolExecutor(len(gpus) - 1, "fomoe-device")
         try:
             self._open(gpus)
@@ -141,6 +140,7 @@ class ChainBackend:
             self.close()
             raise
         self.budgets = self._budgets()
+        self._lookahead = Lookahead(config.lookahead_mode if self.budgets.lookahead_bytes else "off")
 
     def _open(self, gpus: Sequence[Gpu]) -> None:
         opened, shape, owner = self._opened, self._opened.shape, self._owner
@@ -351,7 +351,7 @@ class ChainBackend:
     def add_statistics(self, result: dict[str, Any], change: Counters) -> None:
         """Those of all devices, and how the model is split."""
         self.stages[0].add_statistics(result, change)
-        if self.stages[0].sharing.guesses:
+        if self.budgets.lookahead_bytes:
             guessed = self._by_layer([stage.guessed for stage in self.stages])
             result["prefetch"] |= {"is_on": self._lookahead.is_on, "recall": recall_of(guessed)}
         counts = [sum(i == k for i in self._owner) for k in range(len(self.stages))]

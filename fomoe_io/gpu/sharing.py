@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 
 from fomoe_io.backend import Budgets
 from fomoe_io.errors import BudgetError, DeviceError
+from fomoe_io.experts.lookahead import spare_buffers
 from fomoe_io.experts.slots import SlotLayout, share_slots, slot_pairs
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import Share
@@ -63,9 +65,9 @@ class Sharing:
     scratch_bytes : int
         For tiles of the vendor's library of matrix products; 0 without it.
     guesses : int
-        Picks of a layer that may be read ahead.
-    spares : (int, int)
-        Buffers in VRAM and in DRAM for experts between two places.
+        Picks of a layer that are guessed.
+    staged : int
+        Of those, the most that may be read ahead at once.
     sketch : Recordings
         The model at no address: it says how much each arena takes.
     vram_pool_bytes : int
@@ -90,15 +92,31 @@ class Sharing:
         self._gpus, self._opened, self._source, self._layouts = gpus, opened, source, layouts
         self._shape, self._config = opened.shape, config
         self._records = {i: record for i, record in source.records.items() if source.part.has(i)}
-        self.batch_tokens, self.guesses = min(config.least_batch_tokens, opened.context_tokens), source.guesses
+        self._ram, self._mode = ram, config.lookahead_mode
+        if self._mode != "auto" or not self._looks_ahead_at_little_cost():
+            self._share_with(0 if self._mode == "auto" else source.guesses)
+
+    def _looks_ahead_at_little_cost(self) -> bool:
+        """Share with guesses that nobody has asked for: they yield where they are of no use, or room is wanting."""
+        with suppress(BudgetError):
+            self._share_with(self._source.guesses)
+            return self.staged > 0
+        return False
+
+    def _share_with(self, guesses: int) -> None:
+        self._source, self.guesses = replace(self._source, guesses=guesses), guesses
+        self.staged = 0 if self._mode == "auto" else guesses
+        self.batch_tokens = min(self._config.least_batch_tokens, self._opened.context_tokens)
         self.scratch_bytes = self._product_scratch_bytes()
-        # as many experts may wait to be picked as are guessed of a layer
-        self.spares = (self._shape.used + EXTRA_SPARES, 2 * self._shape.used + source.guesses)
         self.sketch = self.recordings(Addresses())
-        if config.batch_tokens is None:
+        if self._config.batch_tokens is None:
             self._widen()
-        self._ram = ram
         self.budgets = self._share()
+
+    @property
+    def spares(self) -> tuple[int, int]:
+        """Buffers in VRAM and in DRAM for experts between two places."""
+        return self._shape.used + EXTRA_SPARES, 2 * self._shape.used + self.staged
 
     def recordings(self, addresses: Addresses, context_tokens: int | None = None, device: int = 0) -> Recordings:
         """The model at these addresses, for a token and for batches; `context_tokens`: of another length."""
@@ -185,7 +203,7 @@ class Sharing:
             state_bytes=devices * fixed[2], workspace_bytes=devices * fixed[1] + host_bytes,
             vram_pool_bytes=devices * pools[VRAM], pool_bytes=pools[DRAM],
             batch_tokens=self.batch_tokens, slots=slot_pairs(table),
-            kept_bytes=kept, lookahead_bytes=self._source.guesses * self._class_bytes(DRAM),
+            kept_bytes=kept, lookahead_bytes=self.staged * self._class_bytes(DRAM),
         )  # fmt: skip
 
     def _too_small(self, limit: int) -> BudgetError:
@@ -220,6 +238,7 @@ class Sharing:
         missing = max(0, wanted - int(table[layers, VRAM].min()))
         most = missing if config.tiers is None else min(missing, self._most_slots(config.tiers.dram, 0))
         slot_bytes = {i: layout.slot_bytes for i, layout in self._layouts.items()}
+        base += self._stage(table, limit - base, most, most * sum(slot_bytes.values()))
         slots = share_slots(slot_bytes, most, limit - base, 0) if most else {}
         for layer, count in (slots or {}).items():
             table[layer, DRAM] = min(count, max(0, wanted - table[layer, VRAM]))
@@ -227,3 +246,16 @@ class Sharing:
             rest = sum((wanted - table[i, VRAM]) * self._layouts[i].slot_bytes for i in layers)
             raise self._ram.too_small(limit, base + int(rest))
         return limit, kept + (config.cache_bytes or 0)
+
+    def _stage(self, table: np.ndarray, room: int, most: int, most_bytes: int) -> int:
+        """Bytes of buffers for guesses that nobody has asked for, of the room that so many DRAM slots would share."""
+        if self._mode != "auto":
+            return 0
+        in_vram = sum(int(table[i, VRAM]) * r.slot_bytes[VRAM] for i, r in self._records.items())
+        self.staged = spare_buffers(
+            self._mode, self.guesses, self._records, self._class_bytes(DRAM), room,
+            least=0 if self._config.slots is None else most_bytes, most=most_bytes,
+            is_all=most + int(table[list(self._records), VRAM].min()) >= self._shape.experts,
+            elsewhere=len(self._gpus) * in_vram,
+        )  # fmt: skip
+        return self.staged * self._class_bytes(DRAM)

@@ -22,6 +22,7 @@ def document(worker: EngineWorker, queue: JobQueue) -> dict[str, Any]:
         "device": s["device"],
         "exact": s["exact"],
         "car": s["car"],
+        "lookahead": s["prefetch"]["is_on"],
         "seconds": time.monotonic(),
         "prompt_tokens": s["prompt_tokens"],
         "prompt_seconds": s["prompt_seconds"],

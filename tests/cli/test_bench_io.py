@@ -223,7 +223,7 @@ def test_a_store_by_trace(capsys: pytest.CaptureFixture[str], demo_model: Path, 
 def test_a_trace_of_our_own(capsys: pytest.CaptureFixture[str], demo_model: Path, tmp_path: Path) -> None:
     """What the recorded run read from the drive is read again: as many experts, the same bytes."""
     path = tmp_path / "routing.trace"
-    config = EngineConfig(context_tokens=64, threads=1, trace=path, tiers=Tiers(0, 0.2))
+    config = EngineConfig(context_tokens=64, threads=1, trace=path, tiers=Tiers(0, 0.2), lookahead="off")
     with Engine.open(demo_model, config) as engine:
         session = engine.session()
         for token in range(300, 312):

@@ -83,7 +83,7 @@ def test_policies_and_tiers(stores: dict[str, Path], expected: tuple[bytes, list
 
 
 def test_nvme_bytes_are_misses_times_record(stores: dict[str, Path]) -> None:
-    _, _, statistics = run(stores["packed"], tiers=FEWEST, batch_tokens=1)
+    _, _, statistics = run(stores["packed"], tiers=FEWEST, batch_tokens=1, lookahead="off")
     with Engine.open(stores["packed"], EngineConfig(context_tokens=CONTEXT)) as engine:
         sizes = {layer.record_bytes for layer in engine.store.experts.values()}
     nvme = statistics["tiers"]["nvme"]

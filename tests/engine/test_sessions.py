@@ -50,7 +50,7 @@ def test_an_expert_is_read_once_for_all(demo_model: Path) -> None:
     """Fewer bytes than one after another: that is what it is for."""
     read = {}
     for how in ("alone", "together"):
-        with opened(demo_model, tiers=Tiers(0, 0.125)) as engine:
+        with opened(demo_model, tiers=Tiers(0, 0.125), lookahead="off") as engine:
             sessions = [engine.session() for _ in PARTS]
             if how == "together":
                 read_together(list(zip(sessions, PARTS, strict=True)))

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine, EngineConfig
+from fomoe_io.backend import Budgets
 from fomoe_io.config import Tiers, Tuning
-from fomoe_io.errors import DeviceError, ReadError, UsageError
+from fomoe_io.errors import BudgetError, DeviceError, ReadError, UsageError
 from fomoe_io.experts import lookahead
 from fomoe_io.gpu import device
 from fomoe_io.gpu.backend import GpuBackend
+from fomoe_io.gpu.chain import ChainBackend
 from fomoe_io.trace.simulator import replay
 from fomoe_io.trace.trace import Trace
 from tests.fake_hip.build import Fake
@@ -140,11 +142,75 @@ def test_off_launches_what_it_launched_before(model: Path) -> None:
 def test_auto_measures_while_it_runs(
     model: Path, plain: tuple[bytes, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, count in {"WARM_TOKENS": 1, "STRETCH_TOKENS": 2, "STRETCHES": 4, "SKIPPED_TOKENS": 0}.items():
+    for name, count in {"WARM_TOKENS": 1, "STRETCH_TOKENS": 2, "LONG_STRETCHES": 4, "SKIPPED_TOKENS": 0}.items():
         monkeypatch.setattr(lookahead, name, count)
-    logits, s = answer(model, lookahead="auto")
-    assert logits == plain[0] and decisions(s) == decisions(plain[1])
+    assert EngineConfig().lookahead == "auto"
+    with Engine.open(model, settings(lookahead="auto")) as engine:
+        assert isinstance(engine.backend, GpuBackend)
+        assert decoded(engine) == plain[0]
+        s, backend = engine.statistics(), engine.backend
+        assert len(backend.tokens.all_graphs()) == 2 and backend._lookahead.trials == 1
+    assert decisions(s) == decisions(plain[1])
     assert s["prefetch"]["issued"] > 0 and s["prefetch"]["is_on"] in (False, True)
+
+
+def budgets(model: Path, **more: Any) -> tuple[Budgets, int, list[str]]:
+    """What was shared, how many graphs ten tokens took, and a token's launches."""
+    with Engine.open(model, settings(**({"ram_bytes": 4 << 30} | more))) as engine:
+        assert isinstance(engine.backend, GpuBackend)
+        decoded(engine)
+        backend, s = engine.backend, engine.statistics()["prefetch"]
+        assert s["is_on"] == (backend.sharing.staged > 0 and more["lookahead"] != "off")
+        launches = [spec.kernel for spec in backend.recorded.token.launches(1, guesses=True)]
+        return backend.budgets, len(backend.tokens.all_graphs()), launches
+
+
+@pytest.mark.parametrize("tiers", [None, Tiers(0.5, 0.5)], ids=["vram", "dram"])
+def test_auto_costs_nothing_where_nothing_is_missed(model: Path, tiers: Tiers | None) -> None:
+    """No buffers, no guesses in device memory, one graph of the same launches."""
+    auto, off, on = (budgets(model, tiers=tiers, lookahead=mode) for mode in ("auto", "off", "on"))
+    assert auto == off and auto[1] == 1
+    assert on[0].lookahead_bytes > 0 and on[0].workspace_bytes > off[0].workspace_bytes and len(on[2]) > len(off[2])
+
+
+def least_vram_bytes(model: Path) -> int:
+    """Without lookahead."""
+    enough, too_little = 64 << 20, 0
+    while enough - too_little > 256:
+        middle = (enough + too_little) // 2
+        try:
+            Engine.open(model, settings(vram_bytes=middle, lookahead="off", tiers=None)).close()
+            enough = middle
+        except BudgetError:
+            too_little = middle
+    return enough
+
+
+def test_auto_yields_where_memory_is_short(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest budgets, of the device and of the host, are those without it; slots come first."""
+    monkeypatch.setattr("fomoe_io.ram_budget.held_since", lambda _: 0)  # pytest's
+    vram: dict[str, Any] = {"vram_bytes": least_vram_bytes(model), "tiers": None}
+    assert budgets(model, lookahead="auto", **vram) == budgets(model, lookahead="off", **vram)
+    with pytest.raises(BudgetError):
+        Engine.open(model, settings(lookahead="on", **vram))
+    for how in ({}, vram | {"slots": 9}):
+        least, same = (smallest_ram_bytes(model, lookahead=mode, **how) for mode in ("off", "auto"))
+        assert same == least
+        found = budgets(model, ram_bytes=least, lookahead="auto", **how)
+        assert found == budgets(model, ram_bytes=least, lookahead="off", **how)
+        with pytest.raises(BudgetError):
+            Engine.open(model, settings(ram_bytes=least, lookahead="on", **how))
+
+
+def smallest_ram_bytes(model: Path, **how: Any) -> int:
+    """What the error names, of a budget of nearly nothing and then of that."""
+    asked = 1 << 20
+    for _ in range(3):
+        try:
+            Engine.open(model, settings(ram_bytes=asked, **how)).close()
+        except BudgetError as error:
+            asked = error.smallest_bytes
+    return asked
 
 
 def test_several_devices(model: Path, plain: tuple[bytes, dict[str, Any]]) -> None:
@@ -154,6 +220,13 @@ def test_several_devices(model: Path, plain: tuple[bytes, dict[str, Any]]) -> No
         assert logits == plain[0] and decisions(s)[:-1] == decisions(plain[1])[:-1]
         assert [share is not None for share in s["prefetch"]["recall"]] == guessed
         assert (s["prefetch"]["issued"] > 0) == any(guessed)
+        with Engine.open(model, settings(device="hip:0,0", split_mode=mode, lookahead="auto")) as engine:
+            assert isinstance(engine.backend, ChainBackend)
+            assert decoded(engine) == plain[0]
+            staged = [stage.sharing.staged for stage in engine.backend.stages]
+            s = engine.statistics()
+        assert [count > 0 for count in staged] == [any(guessed), False]  # who guesses nothing has no buffers
+        assert s["prefetch"]["is_on"] == any(guessed) == ("recall" in s["prefetch"]) == (s["prefetch"]["issued"] > 0)
 
 
 @pytest.mark.parametrize("tiers", [Tiers(0.25, 0.25), Tiers(0.5, 0.0)], ids=["dram", "vram"])

@@ -23,8 +23,9 @@ PROMPTS = ("It was a dark and", "The river", "She said that", "There was never a
 COUNT = 32
 STREAMS = 4
 CONFIG = EngineConfig(
-    context_tokens=512, batch_tokens=32, threads=2, tiers=Tiers(0, 0.125), cache_bytes=None, sessions=STREAMS
-)
+    context_tokens=512, batch_tokens=32, threads=2, tiers=Tiers(0, 0.125), cache_bytes=None, sessions=STREAMS,
+    lookahead="off",
+)  # fmt: skip
 
 
 def body(prompt: Any, **how: Any) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def record(model: Path, path: Path, *, singles: int, **settings: object) -> tupl
 )
 def test_a_trace_says_what_happened(demo_model: Path, tmp_path: Path, singles: int, tiers: Tiers, batch: int) -> None:
     path = tmp_path / "routing.trace"
-    seen, statistics = record(demo_model, path, singles=singles, tiers=tiers, batch_tokens=batch)
+    seen, statistics = record(demo_model, path, singles=singles, tiers=tiers, batch_tokens=batch, lookahead="off")
     trace = Trace.load(path)
     first = len(TOKENS) - singles
     batches = [min(batch, first - i) for i in range(0, first, batch)] + [1] * singles
