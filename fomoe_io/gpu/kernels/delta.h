@@ -107,23 +107,73 @@ template <int K_DIM> struct delta_inputs {
     float decay[DELTA_STEP], rate[DELTA_STEP];
 };
 
-// Vectors of a head, made as long as they should be: |q| = 1 / sqrt(k_dim), |k| = 1.  A warp calls it.
+// Where they come from: of the block's head, of the first token.
+struct delta_source {
+    const float *q, *k, *v, *alpha, *beta;
+    u64 mixed_columns; // from one token to the next
+    int value_heads;
+    float dt, a, eps;
+};
+
+// A thread's share of a step, asked for while the step before is computed with: vectors of the warp's tokens
+// (warp + 4 i), alpha and beta of one of them (a lane in four each), two values.
+template <int PER_LANE> struct delta_share {
+    float q[4][PER_LANE], k[4][PER_LANE], alpha, beta, v[2];
+};
+// The token that a place of the step stands for: past the end the last one again.
+DEVICE int delta_place(int begin, int place, int count) { return begin + (place < count ? place : count - 1); }
+
 template <int PER_LANE>
-DEVICE void load_vectors(const float *q_from, const float *k_from, float eps, float *q_to, float *k_to) {
-    float q[PER_LANE], k[PER_LANE], q_squares = 0.f, k_squares = 0.f;
+DEVICE void ask_for(const delta_source &from, int begin, int count, delta_share<PER_LANE> &share) {
 #pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) {
-        q[i] = q_from[32 * i + lane_index()], k[i] = k_from[32 * i + lane_index()];
-        q_squares = fused(q[i], q[i], q_squares);
-        k_squares = fused(k[i], k[i], k_squares);
-    }
-    const float q_scale = 1.f / (square_root(warp_sum(q_squares) + eps) * square_root(32.f * PER_LANE));
-    const float k_scale = 1.f / square_root(warp_sum(k_squares) + eps);
+    for (int i = 0; i < 4; ++i) {
+        const u64 at = delta_place(begin, warp_index() + 4 * i, count) * from.mixed_columns + lane_index();
 #pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) {
-        q_to[32 * i + lane_index()] = q[i] * q_scale;
-        k_to[32 * i + lane_index()] = k[i] * k_scale;
+        for (int j = 0; j < PER_LANE; ++j) share.q[i][j] = from.q[at + 32 * j], share.k[i][j] = from.k[at + 32 * j];
     }
+    const u64 mine = (u64)delta_place(begin, warp_index() + 4 * (lane_index() & 3), count) * from.value_heads;
+    share.alpha = from.alpha[mine], share.beta = from.beta[mine];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        share.v[i] =
+            from.v[delta_place(begin, thread_index() / 16 + 8 * i, count) * from.mixed_columns + thread_index() % 16];
+}
+
+// Vectors as long as they should be, |q| = 1 / sqrt(k_dim) and |k| = 1, and how fast the state decays and learns.
+template <int PER_LANE>
+DEVICE void put_down(const delta_source &from, const delta_share<PER_LANE> &share, delta_inputs<32 * PER_LANE> &s) {
+    const int lane = lane_index(), warp = warp_index();
+    float squares[8]; // of four queries, of their keys
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        squares[i] = squares[4 + i] = 0.f;
+#pragma unroll
+        for (int j = 0; j < PER_LANE; ++j) {
+            squares[i] = fused(share.q[i][j], share.q[i][j], squares[i]);
+            squares[4 + i] = fused(share.k[i][j], share.k[i][j], squares[4 + i]);
+        }
+    }
+    const float length = square_root(warp_sum_of_8(squares) + from.eps);
+    const float mine = 1.f / (lane < 16 ? length * square_root(32.f * PER_LANE) : length);
+    const float scale[8] = {from_lane<0>(mine),  from_lane<4>(mine),  from_lane<8>(mine),  from_lane<12>(mine),
+                            from_lane<16>(mine), from_lane<20>(mine), from_lane<24>(mine), from_lane<28>(mine)};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < PER_LANE; ++j) {
+            s.q[warp + 4 * i][32 * j + lane] = share.q[i][j] * scale[i];
+            s.k[warp + 4 * i][32 * j + lane] = share.k[i][j] * scale[4 + i];
+        }
+    const float decay = exponential(softplus(share.alpha + from.dt) * from.a), rate = sigmoid(share.beta);
+    if (lane < 4) s.decay[warp + 4 * lane] = decay, s.rate[warp + 4 * lane] = rate;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) s.v[thread_index() / 16 + 8 * i][thread_index() % 16] = share.v[i];
+}
+
+// Tokens of a step: of one session, whose tokens follow one another, so that what the last one has all have.
+DEVICE int delta_count(const replayed *states, int begin, int tokens) {
+    const int count = tokens - begin < DELTA_STEP ? tokens - begin : DELTA_STEP;
+    return !states || state_base(states, begin + count - 1) == state_base(states, begin) ? count : 1;
 }
 
 // A token moves a warp's rows on.  out: what its query finds, of which each lane has a part; what the lanes' parts of
@@ -173,41 +223,36 @@ DEVICE void delta(const float *mixed, const float *alpha, const float *beta, con
     const int first = block_x() * rows + warp_index() * DELTA_ROWS;
     const int key_head = is_grouped ? head / (value_heads / key_heads) : head % key_heads;
     const u64 mixed_columns = 2 * (u64)key_heads * k_dim + (u64)value_heads * v_dim;
+    const float *q = mixed + key_head * k_dim,
+                *values = mixed + 2 * key_heads * k_dim + head * v_dim + block_x() * rows;
+    const delta_source from = {
+        q,  q + key_heads * k_dim, values, alpha + head, beta + head, mixed_columns, value_heads, dt[head], a[head],
+        eps};
     __shared__ delta_inputs<32 * PER_LANE> s;
     place += ((u64)head * v_dim + first) * k_dim + lane;
     u64 base = state_base(states, 0);
+    int count = delta_count(states, 0, tokens);
+    delta_share<PER_LANE> share;
+    ask_for<PER_LANE>(from, 0, count, share);
     float memory[DELTA_ROWS][PER_LANE], out[DELTA_ROWS] = {0.f, 0.f, 0.f, 0.f}, *y_before = 0;
     load_rows<PER_LANE>(in_state(base, place), memory);
-    for (int begin = 0, count; begin < tokens; begin += count) {
+    for (int begin = 0; begin < tokens;) {
+        if (begin) sync_block(); // the last step has been used
+        put_down<PER_LANE>(from, share, s);
+        sync_block();
+        const int next = begin + count, next_count = next < tokens ? delta_count(states, next, tokens) : 0;
+        if (next_count) ask_for<PER_LANE>(from, next, next_count, share);
         const u64 now = state_base(states, begin);
         if (now != base) {
             store_rows<PER_LANE>(memory, in_state(base, place));
             load_rows<PER_LANE>(in_state(base = now, place), memory);
         }
-        count = tokens - begin < DELTA_STEP ? tokens - begin : DELTA_STEP;
-        // a session's tokens follow one another: what the last one has, all have
-        if (states && state_base(states, begin + count - 1) != base) count = 1;
-        if (begin) sync_block(); // the last step has been used
-#pragma unroll
-        for (int i = 0; i < DELTA_STEP; i += DELTA_WARPS) {
-            const int t = i + warp_index();
-            if (t >= count) break;
-            const u64 at = (u64)(begin + t) * value_heads + head;
-            const float *q = mixed + (begin + t) * mixed_columns + key_head * k_dim;
-            load_vectors<PER_LANE>(q, q + key_heads * k_dim, eps, s.q[t], s.k[t]);
-            const float decay = exponential(softplus(alpha[at] + dt[head]) * a[head]), rate = sigmoid(beta[at]);
-            if (!lane) s.decay[t] = decay, s.rate[t] = rate;
-        }
-        for (int i = thread_index(); i < count * rows; i += 32 * DELTA_WARPS) {
-            const float *v = mixed + (begin + i / rows) * mixed_columns + 2 * key_heads * k_dim + head * v_dim;
-            s.v[i / rows][i % rows] = v[block_x() * rows + i % rows];
-        }
-        sync_block();
         for (int t = 0; t < count; ++t) {
             const float *v = s.v[t] + warp_index() * DELTA_ROWS;
             delta_token<PER_LANE>(memory, s.q[t], s.k[t], v, s.decay[t], s.rate[t], out, y_before);
             y_before = y + ((u64)(begin + t) * value_heads + head) * v_dim + first;
         }
+        begin = next, count = next_count;
     }
     store_rows<PER_LANE>(memory, in_state(base, place));
     const float sum = warp_sum_of_4(out);

@@ -48,9 +48,9 @@ struct by_matrices {
     static DEVICE_MEMBER int token(int t) { return 2 * (lane_index() & 3) + (t & 1) + 8 * (t >> 1); }
 };
 
-// A step of quantized weights and activations.  Where a row's chunk of 16 bytes lies depends on the row, so that eight
-// rows' chunks of the same columns, and two chunks of four rows that are half a row apart, touch every bank once; rows
-// of scales are 8 bytes longer than a step for the same reason.
+// A step of quantized weights and activations.  Where a row's chunk of 16 bytes lies depends on the row, so that what
+// eight lanes read or write at once touches every bank once: chunks of the same columns of eight rows; of two rows'
+// units of 64 weights, or of one row's of 32.  Rows of scales are 8 bytes longer for the same reason.
 struct quantized_step {
 #if HAS_BYTE_MATRICES
     typedef by_matrices layout;
@@ -62,7 +62,7 @@ struct quantized_step {
     alignas(8) float scale[TILE_ROWS][2 * TILE_QUANTS / 32 + 2]; // of 32 weights: (scale, minimum), or two scales of 16
     alignas(8) float pair[TILE_TOKENS][2 * TILE_QUANTS / 32 + 2]; // of 32 activations: (d, d * sum)
 };
-DEVICE int place_of(int row, int chunk) { return chunk ^ (row & 7) ^ (chunk >> 3 << 2); }
+DEVICE int place_of(int row, int chunk) { return chunk ^ (row & 7) ^ (chunk >> 3) * 6; }
 struct alignas(8) float_pair {
     float first, second;
 };
@@ -98,20 +98,20 @@ DEVICE void store_unit(quantized_step &s, int row, int unit, int column, const t
     }
 }
 
-// Half a row's step is a thread's, so that scales which several units share are decoded once.
+// Lanes beside each other read units beside each other.
 template <class T> DEVICE void load_weights(quantized_step &s, const tile_rows &rows, int column, int columns) {
-    const int units = TILE_QUANTS / T::unit_elements / 2, at_once = T::unit_elements > 32 ? 1 : 2,
-              row = thread_index() >> 1;
-    const int begin = column / T::unit_elements + (thread_index() & 1) * units, end = columns / T::unit_elements;
-    const u8 *from = rows.at(row);
+    const int units = TILE_QUANTS / T::unit_elements, step = TILE_THREADS / units,
+              at_once = sizeof(typename T::raw) > 64 ? 1 : 2;
+    const int row = thread_index() / units, unit = column / T::unit_elements + thread_index() % units;
+    const bool is_there = unit * T::unit_elements < columns;
 #pragma unroll 1
-    for (int first = begin; first < begin + units; first += at_once) {
+    for (int first = row; first < TILE_ROWS; first += step * at_once) {
         typename T::raw raw[at_once];
 #pragma unroll
         for (int i = 0; i < at_once; ++i)
-            if (first + i < end) raw[i] = T::load(from, first + i);
+            if (is_there) raw[i] = T::load(rows.at(first + step * i), unit);
 #pragma unroll
-        for (int i = 0; i < at_once; ++i) store_unit<T>(s, row, first + i, column, raw[i], first + i < end);
+        for (int i = 0; i < at_once; ++i) store_unit<T>(s, first + step * i, unit, column, raw[i], is_there);
     }
 }
 
