@@ -16,16 +16,45 @@ struct conv_channel {
 
 // The last inputs before token t of the session that begins at `base`, oldest first: those of this batch, and before
 // them the session's, whose newest is the last.  What is further back than `taps` is 0, and so are its weights.
-DEVICE void load_window(const conv_channel &c, int t, u64 base, float (&window)[CONV_MOST_TAPS - 1]) {
+template <int TAPS> DEVICE void load_window(const conv_channel &c, int t, u64 base, float (&window)[TAPS - 1]) {
     int here = c.states ? 0 : t; // inputs of this batch
     while (c.states && here < c.taps - 1 && here < t && state_base(c.states, t - here - 1) == base) ++here;
     const float *state = in_state(base, c.place);
 #pragma unroll
-    for (int j = 0; j < CONV_MOST_TAPS - 1; ++j) {
-        const int back = CONV_MOST_TAPS - 1 - j;
+    for (int j = 0; j < TAPS - 1; ++j) {
+        const int back = TAPS - 1 - j;
         window[j] = back >= c.taps ? 0.f
                     : back <= here ? c.x[(u64)(t - back) * c.channels]
                                    : state[(u64)(c.taps - 1 - (back - here)) * c.channels];
+    }
+}
+
+// The warp's tokens of the channel; y is null where the channel is another lane's.
+template <int TAPS> DEVICE void convolve(const conv_channel &c, const float *weight, float *y, int tokens) {
+    float weights[TAPS], window[TAPS - 1];
+#pragma unroll
+    for (int j = 0; j < TAPS; ++j) weights[j] = j < TAPS - c.taps ? 0.f : weight[j - (TAPS - c.taps)];
+    for (int begin = CONV_TOKENS * warp_index(); begin < tokens; begin += CONV_TOKENS * CONV_WARPS) {
+        u64 base = state_base(c.states, begin);
+        float values[CONV_TOKENS];
+#pragma unroll
+        for (int k = 0; k < CONV_TOKENS; ++k) // all at once, past the end the last one again
+            values[k] = c.x[(u64)(begin + k < tokens ? begin + k : tokens - 1) * c.channels];
+        load_window<TAPS>(c, begin, base, window);
+#pragma unroll
+        for (int k = 0; k < CONV_TOKENS; ++k) {
+            const int t = begin + k;
+            if (t >= tokens) break;
+            if (c.states && state_base(c.states, t) != base)
+                load_window<TAPS>(c, t, base = state_base(c.states, t), window);
+            float sum = 0.f;
+#pragma unroll
+            for (int j = 0; j < TAPS - 1; ++j) sum = fused(weights[j], window[j], sum);
+            if (y) y[(u64)t * c.channels] = silu(fused(weights[TAPS - 1], values[k], sum));
+#pragma unroll
+            for (int j = 0; j < TAPS - 2; ++j) window[j] = window[j + 1];
+            window[TAPS - 2] = values[k];
+        }
     }
 }
 
@@ -41,39 +70,16 @@ KERNEL(32 * CONV_WARPS, conv_step)
     const bool is_here = lane < channels;
     const int i = is_here ? lane : 0;
     const conv_channel c = {x + i, states, place + i, channels, taps};
-    float weights[CONV_MOST_TAPS], window[CONV_MOST_TAPS - 1];
-#pragma unroll
-    for (int j = 0; j < CONV_MOST_TAPS; ++j) {
-        const int tap = j - (CONV_MOST_TAPS - taps);
-        weights[j] = tap < 0 ? 0.f : weight[i * taps + tap];
-    }
-    for (int begin = CONV_TOKENS * warp_index(); begin < tokens; begin += CONV_TOKENS * CONV_WARPS) {
-        u64 base = state_base(states, begin);
-        float values[CONV_TOKENS];
-#pragma unroll
-        for (int k = 0; k < CONV_TOKENS; ++k) // all at once, past the end the last one again
-            values[k] = c.x[(u64)(begin + k < tokens ? begin + k : tokens - 1) * channels];
-        load_window(c, begin, base, window);
-#pragma unroll
-        for (int k = 0; k < CONV_TOKENS; ++k) {
-            const int t = begin + k;
-            if (t >= tokens) break;
-            if (states && state_base(states, t) != base) load_window(c, t, base = state_base(states, t), window);
-            float sum = 0.f;
-#pragma unroll
-            for (int j = 0; j < CONV_MOST_TAPS - 1; ++j) sum = fused(weights[j], window[j], sum);
-            if (is_here) y[(u64)t * channels + i] = silu(fused(weights[CONV_MOST_TAPS - 1], values[k], sum));
-#pragma unroll
-            for (int j = 0; j < CONV_MOST_TAPS - 2; ++j) window[j] = window[j + 1];
-            window[CONV_MOST_TAPS - 2] = values[k];
-        }
-    }
+    if (taps <= 4)
+        convolve<4>(c, weight + i * taps, is_here ? y + i : 0, tokens);
+    else
+        convolve<CONV_MOST_TAPS>(c, weight + i * taps, is_here ? y + i : 0, tokens);
     sync_block(); // all have read what sessions have kept
     for (int t = states ? warp_index() : tokens - 1 + warp_index(); t < tokens; t += CONV_WARPS) {
         const u64 base = state_base(states, t);
         if (t + 1 < tokens && state_base(states, t + 1) == base) continue; // not its session's last
-        load_window(c, t + 1, base, window);
-        float *state = in_state(base, c.place);
+        float window[CONV_MOST_TAPS - 1], *state = in_state(base, c.place);
+        load_window<CONV_MOST_TAPS>(c, t + 1, base, window);
 #pragma unroll
         for (int j = 0; j < CONV_MOST_TAPS - 1; ++j) {
             const int kept = j - (CONV_MOST_TAPS - taps);
