@@ -40,11 +40,12 @@ def measure(engine: Engine, tokens: np.ndarray, *, decodes: int) -> dict[str, An
     prefill(engine, tokens)
     drive = drive_rate(engine, engine.config.pace)
     seconds, s = prefill(engine, tokens)
-    nvme = s["tiers"]["nvme"]
+    nvme, prefetch = s["tiers"]["nvme"], s["prefetch"]
+    needed = nvme["bytes"] - prefetch["wasted_bytes"]
     result = {
         "batch_tokens": engine.budgets.batch_tokens, "seconds": seconds, "tokens_per_second": len(tokens) / seconds,
         "experts_read": nvme["reads"], "nvme_bytes": nvme["bytes"], "drive_gb_s": drive / 1e9,
-        "over_drive": seconds / (nvme["bytes"] / drive) if nvme["bytes"] else None,
+        "over_drive": seconds / (needed / drive) if needed else None, "prefetch": prefetch,
         "uses_vendor_library": gpu_of(engine).uses_products(len(tokens)), "device_calls": s["device_calls"],
     }  # fmt: skip
     if decodes:
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--sm", choices=("layer", "pingpong", "tensor"), default="layer")
     parser.add_argument("--reader", default="auto", help="pread overlaps on tmpfs, io_uring does not")
     parser.add_argument("--pace", type=Pace.parse, help="of a drive that is not at hand, such as 14.5G,80us")
+    parser.add_argument("--lookahead", choices=("off", "on", "auto"), default="off")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batches", default="64,512")
     parser.add_argument("--tiers", type=Tiers.parse)
@@ -81,7 +83,7 @@ def main() -> None:
             tiers=options.tiers,
             batch_tokens=batch,
             context_tokens=4096,
-            lookahead="off",
+            lookahead=options.lookahead,
             tuning=Tuning(library_products=not options.without_library, kernel_tuning=tuple(options.kernel)),
         )
         with Engine.open(options.model, config) as engine:

@@ -11,6 +11,9 @@ import pytest
 
 from fomoe_io.storage import reader as storage_reader
 
+GUESS_TAG = 1 << 41
+"""Of reads ahead: csrc/gpu/device_experts_state.h, FOMOE_GUESS_TAG, and csrc/cpu/experts_state.h, FOMOE_AHEAD_TAG."""
+
 
 class Drive:
     """Between the experts and their reader: what is read ahead may fail, be refused, or take until it is asked for.
@@ -31,7 +34,7 @@ class Drive:
 
     def submit(self, _: int, reads: int, count: int) -> int:
         each = (storage_reader._Read * count).from_address(reads)
-        if not each[0].priority:
+        if not each[0].priority and not each[0].tag & GUESS_TAG:  # a batch's guesses are as urgent as what it waits for
             self.demands += count
             self.is_behind = False
             return self.real.submit(self.real.self, reads, count)

@@ -100,6 +100,40 @@ def test_bits_and_decisions_stay(model: Path, plain: tuple[bytes, dict[str, Any]
     assert not any(plain[1]["prefetch"].values()) and plain[1]["budgets"]["lookahead_bytes"] == 0
 
 
+PROMPT = np.random.default_rng(6).integers(0, 300, 48)
+
+
+def read(model: Path, tokens: np.ndarray, **more: Any) -> tuple[bytes, dict[str, Any]]:
+    """A prompt, and another session's, whose guesses know what the first wanted."""
+    with Engine.open(model, settings(batch_tokens=len(tokens), tuning=Tuning(), **more)) as engine:
+        logits = [engine.session().prefill(prompt).tobytes() for prompt in (tokens, tokens[::-1])]
+        return b"".join(logits), engine.statistics()
+
+
+@pytest.mark.parametrize("mode", ["pass", "hold", "spoil", "fail", "refuse"])
+@pytest.mark.parametrize("tiers", [Tiers(0.25, 0.125), Tiers(0.2, 0.7)], ids=["few", "most"])
+def test_a_prompt_reads_its_next_layer_ahead(model: Path, mode: str, tiers: Tiers) -> None:
+    """Once all of a layer has been asked for, where nearly every expert is wanted; whatever becomes of it."""
+    expected, off = read(model, PROMPT, tiers=tiers, lookahead="off")
+    with drives(mode):
+        logits, on = read(model, PROMPT, tiers=tiers)
+    assert logits == expected and decisions(on)[:-1] == decisions(off)[:-1]
+    prefetch, nvme = on["prefetch"], on["tiers"]["nvme"]
+    again = nvme["reads"] - (nvme["hits"] + prefetch["issued"] - prefetch["useful"])
+    if mode == "refuse":
+        assert not prefetch["issued"] and not again
+    elif mode == "fail":  # known before the next layer's picks, or by whoever has taken it
+        assert prefetch["issued"] and again == prefetch["useful"]
+    else:
+        assert 0 < prefetch["useful"] <= prefetch["issued"] < 2 * prefetch["useful"]
+        assert (again > 0) == (mode == "spoil") and again <= prefetch["useful"]
+
+
+def test_few_tokens_guess_nothing(model: Path) -> None:
+    """Of 20 tokens' 60 pairs some experts of 16 get none."""
+    assert read(model, PROMPT[:20])[1]["prefetch"]["issued"] == 0
+
+
 @pytest.mark.parametrize(
     "more",
     [

@@ -40,7 +40,9 @@ static int slots_of(const fomoe_device_experts *e, int layer) {
 static int end_batch(fomoe_device_experts *e, int layer) {
     fomoe_device_close_layer(e);
     if (e->has_moved || e->error) fomoe_device_rewrite_table(e, layer);
-    return fomoe_device_has_failed(e, layer);
+    int error = fomoe_device_has_failed(e, layer);
+    if (!error) fomoe_guesses_of_batch(e, e->ahead); /* also where nothing was waited for */
+    return error;
 }
 
 int fomoe_device_batch_layer(fomoe_device_experts *e, int layer, const int32_t *picks, const float *weights, int tokens,
@@ -52,6 +54,8 @@ int fomoe_device_batch_layer(fomoe_device_experts *e, int layer, const int32_t *
         }
     fomoe_device_open_layer(e, layer);
     plan(e, layer, picks, tokens, order);
+    fomoe_guesses_expire(e, layer);
+    e->ahead = fomoe_device_next_layer(e, layer);
     e->batch_picks = picks, e->order = order, e->tokens = tokens;
     for (int t = 0; t < tokens && e->trace; t++)
         fomoe_trace_picks(e->trace, t, picks + t * e->used, weights + t * e->used);

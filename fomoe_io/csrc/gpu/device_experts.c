@@ -106,6 +106,7 @@ void fomoe_device_begin(fomoe_device_experts *e) {
     fomoe_device_end_rest(e);
     fomoe_device_close_layer(e); /* a batch's caller may have left in the middle of one */
     e->is_batch = e->is_warming = e->is_answering = e->signal_count = 0;
+    e->ahead = -1;
     fomoe_guesses_forget(e);
     e->error = e->copies.error ? 1 : 0;
 }
@@ -217,7 +218,7 @@ static void count_time(fomoe_device_experts *e, uint64_t read_stall_ns) {
     if (e->has_read) c->after_reads_ns += now - e->landed_ns;
 }
 
-static int next_layer(const fomoe_device_experts *e, int layer) {
+int fomoe_device_next_layer(const fomoe_device_experts *e, int layer) {
     do layer++;
     while (layer < e->layers && !e->layer[layer].experts);
     return layer;
@@ -236,7 +237,7 @@ static void serve(fomoe_device_experts *e, int layer) {
     fomoe_guesses_expire(e, layer);
     fomoe_device_place(e, layer, e->plan.hits);
     fomoe_device_place(e, layer, e->plan.count);
-    e->ahead = next_layer(e, layer);
+    e->ahead = fomoe_device_next_layer(e, layer);
     fomoe_device_fetch(e, layer);
     if (!e->error) fomoe_device_back_fill(e, layer);
     e->counters.layers++;

@@ -164,6 +164,8 @@ void fomoe_device_fail(fomoe_device_experts *, int layer, int expert, int error)
 int fomoe_device_has_failed(fomoe_device_experts *, int layer);
 /* A run, a batch or a warm start begins: what the last one may have left open is closed. */
 void fomoe_device_begin(fomoe_device_experts *);
+/* The next layer that has experts; e->layers where there is none. */
+int fomoe_device_next_layer(const fomoe_device_experts *, int layer);
 /* The layer's table, as the next run will read it. */
 void fomoe_device_rewrite_table(fomoe_device_experts *, int layer);
 
@@ -232,6 +234,9 @@ void fomoe_guesses_forget(fomoe_device_experts *);
 /* See whether the device has guessed this layer, and begin to read what is nowhere, as far as there is room; if it may
  * not be read, nothing of it will be. */
 void fomoe_guesses_look(fomoe_device_experts *, int layer, int may_read);
+/* A batch has asked for all of its layer: read of the next one what will be wanted, where its tokens are so many that
+ * nearly every expert is. */
+void fomoe_guesses_of_batch(fomoe_device_experts *, int layer);
 /* Count how many of the layer's picks were guessed. */
 void fomoe_guesses_count(fomoe_device_experts *, int layer);
 /* The layer is planned: what it does not miss will be taken by nobody. */

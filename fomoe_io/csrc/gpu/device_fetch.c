@@ -220,7 +220,11 @@ void fomoe_device_lift(fomoe_device_experts *e, int layer) {
 
 /* Once all of the layer at work is asked for, and has the spares that it needs, the drive may go on with the next's. */
 static void look_ahead(fomoe_device_experts *e) {
-    if (e->unread == e->placed && !e->error) fomoe_guesses_look(e, e->ahead, 1);
+    if (e->unread < e->placed || e->error) return;
+    if (!e->is_batch)
+        fomoe_guesses_look(e, e->ahead, 1);
+    else if (e->placed == e->plan.count)
+        fomoe_guesses_of_batch(e, e->ahead);
 }
 
 /* Completions: at once, or after some looks, or after a sleep. */

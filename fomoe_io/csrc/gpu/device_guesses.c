@@ -69,7 +69,7 @@ static int read_ahead(fomoe_device_experts *e, int layer, int expert) {
     *g = (fomoe_guess){.layer = layer, .expert = expert, .taker = -1, .landing = landing};
     g->pieces =
         fomoe_device_list_reads(e, layer, expert, landing->address, tag_of(e, g, 0), reads, ranges_of(e, g), &bytes);
-    for (int r = 0; r < g->pieces; r++) reads[r].priority = 1;
+    for (int r = 0; r < g->pieces; r++) reads[r].priority = !e->is_batch; /* what a batch guesses is wanted for sure */
     e->staged++;
     if (e->reader->submit(e->reader->self, reads, g->pieces)) {
         give_back(e, g);
@@ -113,6 +113,43 @@ void fomoe_guesses_look(fomoe_device_experts *e, int layer, int may_read) {
 void fomoe_guesses_count(fomoe_device_experts *e, int layer) {
     if (e->ranks && e->guessed_layer == layer)
         fomoe_recall_count(&e->recall[layer], e->picked, e->used, e->guessed, e->ranks);
+}
+
+/* ---- of a batch ---- */
+
+/* Pairs for each expert of a layer from which on hardly one is wanted by no token: one that is picked as often as others
+ * is left out once in e^8 times. */
+enum { SURE_PAIRS = 8 };
+
+static int is_guessed(const fomoe_device_experts *e, int layer, int expert) {
+    for (const fomoe_guess *g = e->guesses; g < e->guesses + e->guess_count; g++)
+        if (g->layer == layer && g->expert == expert) return 1;
+    return 0;
+}
+
+/* Of what is nowhere, and not on its way, the expert that has been picked most; -1: there is none. */
+static int likeliest(const fomoe_device_experts *e, int layer) {
+    const int64_t *seen = e->picks + (int64_t)layer * e->max_experts;
+    int best = -1;
+    for (int id = 0; id < e->layer[layer].experts; id++) {
+        int32_t slot;
+        if (best >= 0 && seen[id] <= seen[best]) continue;
+        if (fomoe_residency_find(e->residency, layer, id, &slot) == FOMOE_TIER_NVME && !is_guessed(e, layer, id))
+            best = id;
+    }
+    return best;
+}
+
+void fomoe_guesses_of_batch(fomoe_device_experts *e, int layer) {
+    if (layer < 0 || layer >= e->layers) return;
+    if ((int64_t)e->tokens * e->used < (int64_t)SURE_PAIRS * e->layer[layer].experts) return;
+    while (e->staged < e->most_staged) {
+        int expert = likeliest(e, layer), staged = e->staged;
+        if (expert < 0 || !read_ahead(e, layer, expert)) return;
+        if (e->staged > staged) continue;
+        e->ahead = -1; /* refused: not again and again, but by whoever wants it */
+        return;
+    }
 }
 
 /* ---- taking ---- */
