@@ -117,8 +117,8 @@ void fomoe_guesses_count(fomoe_device_experts *e, int layer) {
 
 /* ---- of a batch ---- */
 
-/* Pairs for each expert of a layer from which on hardly one is wanted by no token: one that is picked as often as others
- * is left out once in e^8 times. */
+/* Pairs for each expert of a layer from which on hardly one is wanted by no token: one that is picked as often as
+ * others is left out once in e^8 times. */
 enum { SURE_PAIRS = 8 };
 
 static int is_guessed(const fomoe_device_experts *e, int layer, int expert) {
