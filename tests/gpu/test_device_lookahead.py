@@ -110,8 +110,13 @@ def read(model: Path, tokens: np.ndarray, **more: Any) -> tuple[bytes, dict[str,
         return b"".join(logits), engine.statistics()
 
 
-@pytest.mark.parametrize("mode", ["pass", "hold", "spoil", "fail", "refuse"])
-@pytest.mark.parametrize("tiers", [Tiers(0.25, 0.125), Tiers(0.2, 0.7)], ids=["few", "most"])
+FEW, MOST = Tiers(0.25, 0.125), Tiers(0.2, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("mode", "tiers"),
+    [("pass", FEW), ("hold", FEW), ("spoil", FEW), ("fail", FEW), ("refuse", FEW), ("pass", MOST), ("fail", MOST)],
+)
 def test_a_prompt_reads_its_next_layer_ahead(model: Path, mode: str, tiers: Tiers) -> None:
     """Once all of a layer has been asked for, where nearly every expert is wanted; whatever becomes of it."""
     expected, off = read(model, PROMPT, tiers=tiers, lookahead="off")
