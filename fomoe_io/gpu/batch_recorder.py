@@ -20,7 +20,7 @@ from fomoe_io.gpu.arena import (
     length,
 )
 from fomoe_io.gpu.kernels import up
-from fomoe_io.gpu.launches import Product, attend_prompt, mat_vec, route
+from fomoe_io.gpu.launches import Product, attend_prompt, mat_mul, mat_vec, route
 from fomoe_io.gpu.recorder import DeviceRecorder
 from fomoe_io.models.recorder import Activation, Attention, Experts, KvCache, Picks, Router
 
@@ -222,10 +222,6 @@ class BatchRecorder(DeviceRecorder):
         x, elements = forms[F32], forms[F32].columns * tokens
         return [LaunchSpec("to_halves", kernels.to_halves_grid(elements), [x.address, forms[HALF].address, elements])]
 
-    def _tiled(self, matrix: DeviceMatrix, x: int, y: int, tokens: int) -> LaunchSpec:
-        arguments = [matrix.address, x, y, matrix.rows, matrix.columns, tokens]
-        return LaunchSpec(f"mat_mul_{matrix.kernel}", kernels.mat_mul_grid(matrix.rows, tokens), arguments)
-
     def mat_mul(self, products: Sequence[tuple[DeviceMatrix, Activation[DeviceRows], DeviceRows]]) -> None:
         """output = matrix @ input, for each."""
         for matrix, activation, y in products:
@@ -238,7 +234,7 @@ class BatchRecorder(DeviceRecorder):
             elif self._uses_products and matrix.kernel in kernels.PRODUCT_TYPES:
                 self.body.append(DenseProduct(matrix, x, y.address))
             else:
-                self.body.append(self._tiled(matrix, x, y.address, self.tokens))
+                self.body.append(mat_mul(matrix, x, y.address, self.tokens))
 
     @property
     def own_logits(self) -> slice:
@@ -251,7 +247,7 @@ class BatchRecorder(DeviceRecorder):
         assert final is not None
         self._tail = lambda first, tokens: [
             *final(first, tokens),
-            self._tiled(matrix, row, self.logits_address, tokens),
+            mat_mul(matrix, row, self.logits_address, tokens),
         ]
 
     # ---- attention ----

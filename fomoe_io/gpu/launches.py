@@ -81,6 +81,12 @@ def mat_vec_many(products: Sequence[Product]) -> LaunchSpec:
     )
 
 
+def mat_mul(matrix: DeviceMatrix, x: int, y: int, tokens: int) -> LaunchSpec:
+    """Many tokens' product with a matrix, by tiles; x and y are addresses of their rows."""
+    arguments = [matrix.address, x, y, matrix.rows, matrix.columns, tokens]
+    return LaunchSpec(f"mat_mul_{matrix.kernel}", kernels.mat_mul_grid(matrix.rows, tokens), arguments)
+
+
 def attend(
     turned: int, parts: int, positions: int, states: int | None, tokens: int, splits: int, cache: KvCache,
     op: Attention[int],

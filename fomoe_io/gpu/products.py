@@ -17,6 +17,7 @@ import gguf
 from fomoe_io import _blaslt, _hip
 from fomoe_io.errors import DeviceError
 from fomoe_io.gpu import compiler, kernels
+from fomoe_io.gpu.launches import mat_mul
 
 if TYPE_CHECKING:
     from fomoe_io._blaslt import Product
@@ -136,8 +137,8 @@ class DenseProducts:
         except _blaslt.NoProductError:
             if matrix.kernel in kernels.HALF_TYPES:
                 raise
-        grid, sizes = kernels.mat_mul_grid(matrix.rows, tokens), (matrix.rows, matrix.columns, tokens)
-        return [self.gpu.prepare(f"mat_mul_{matrix.kernel}", grid, matrix.address, x, y, *sizes)]
+        own = mat_mul(matrix, x, y, tokens)
+        return [self.gpu.prepare(own.kernel, own.grid, *own.arguments)]
 
     def _by_library(self, matrix: DeviceMatrix, x: int, y: int, tokens: int) -> list[Launch | Product]:
         steps: list[Launch | Product] = []

@@ -37,13 +37,13 @@ struct tile_rows {
 // Which rows and tokens of the tile a thread sums up, sums[rows][tokens]: the same of every eight tokens, so that eight
 // that are not there are left out by all threads.
 struct by_threads {
-    static const int rows = 4, tokens = 4, tokens_of_eight = 1;
+    static const int rows = 4, tokens = 4;
     static DEVICE_MEMBER int row(int r) { return (thread_index() & 15) + 16 * r; }
     static DEVICE_MEMBER int token(int t) { return (thread_index() >> 4) + 8 * t; }
 };
 // A warp makes 16 rows; as the results of mma.m16n8k32 lie in its lanes (PTX ISA, "Matrix Fragments for mma.m16n8k32").
 struct by_matrices {
-    static const int rows = 2, tokens = 8, tokens_of_eight = 2;
+    static const int rows = 2, tokens = 8;
     static DEVICE_MEMBER int row(int r) { return 16 * warp_index() + (lane_index() >> 2) + 8 * r; }
     static DEVICE_MEMBER int token(int t) { return 2 * (lane_index() & 3) + (t & 1) + 8 * (t >> 1); }
 };
