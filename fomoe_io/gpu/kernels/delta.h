@@ -45,8 +45,8 @@ template <int TAPS> DEVICE void convolve(const conv_channel &c, const float *wei
         for (int k = 0; k < CONV_TOKENS; ++k) {
             const int t = begin + k;
             if (t >= tokens) break;
-            const u64 now = state_base(c.states, t);
-            if (now != base) load_window<TAPS>(c, t, base = now, window);
+            if (c.states && state_base(c.states, t) != base)
+                load_window<TAPS>(c, t, base = state_base(c.states, t), window);
             float sum = 0.f;
 #pragma unroll
             for (int j = 0; j < TAPS - 1; ++j) sum = fused(weights[j], window[j], sum);
