@@ -34,7 +34,8 @@ def run_tasks(
 ) -> None:
     """Run `work` on every task in a few threads and hand each result to `done` in the calling thread.
 
-    The first error stops everything: tasks already begun are finished, so no thread writes afterwards.
+    The first error stops everything: tasks already begun are finished, so no thread writes afterwards, and those that
+    succeeded are handed on, too.
     """
     buffers = Buffers(buffer_bytes)
     waiting: dict[Future[Result], Task] = {}
@@ -48,10 +49,14 @@ def run_tasks(
                 _collect(waiting, done)
         except BaseException:
             pool.shutdown(cancel_futures=True)
+            for future, task in waiting.items():
+                if not future.cancelled() and future.exception() is None:
+                    done(task, future.result())
             raise
 
 
 def _collect(waiting: dict[Future[Result], Task], done: Callable[[Task, Result], None]) -> None:
     finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
     for future in finished:
-        done(waiting.pop(future), future.result())
+        task = waiting.pop(future)
+        done(task, future.result())
