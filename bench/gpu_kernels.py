@@ -165,7 +165,7 @@ class Bench:
         split = kernels.split_of(name, columns, rows, self.tuning)
         grid = kernels.mat_vec_grid(name, rows, split, 1, self.tuning)
         launches = [
-            self.gpu.prepare(f"mat_vec_{name}", grid, self.pool.pointer + i * nbytes, x, y, rows, columns, 1, split)
+            self.gpu.prepare(f"mat_vec_{name}", grid, self.pool.pointer + i * nbytes, x, y, rows, columns, split)
             for i in range(min(count, 60))
         ]
         return matrix.nbytes, self.microseconds(launches, len(launches))

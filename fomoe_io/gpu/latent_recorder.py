@@ -86,7 +86,7 @@ class LatentRecorder(PartRecorder):
         grid = kernels.heads_mat_vec_grid(matrix.kernel, heads, rows, split)
         address = matrix.address
         self._add(
-            f"heads_mat_vec_{matrix.kernel}", grid, address, x, output.address, heads, rows, matrix.columns, split
+            f"heads_mat_vec_{matrix.kernel}", grid, address, x, output.address, rows, matrix.columns, split
         )
 
 

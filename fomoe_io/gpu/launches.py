@@ -63,7 +63,7 @@ def mat_vec(product: Product, tokens: int = 1) -> LaunchSpec:
     m, rows = product.matrix, product.rows
     split = kernels.split_of(m.kernel, m.columns, m.rows)
     grid = kernels.mat_vec_grid(m.kernel, rows, split, tokens)
-    arguments = [product.weights, product.x, product.output, rows, m.columns, tokens, split]
+    arguments = [product.weights, product.x, product.output, rows, m.columns, split]
     return LaunchSpec(f"mat_vec_{m.kernel}", grid, arguments)
 
 
@@ -77,7 +77,7 @@ def mat_vec_many(products: Sequence[Product]) -> LaunchSpec:
     outputs = [p.output for p in products] + [None] * unused
     rows = [p.rows for p in products] + [0] * unused
     return LaunchSpec(
-        f"mat_vec_many_{first.kernel}", (blocks, 1, 1), [*weights, *outputs, *rows, x, first.columns, 1, split]
+        f"mat_vec_many_{first.kernel}", (blocks, 1, 1), [*weights, *outputs, *rows, x, first.columns, split]
     )
 
 

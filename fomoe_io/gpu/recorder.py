@@ -316,11 +316,11 @@ class DeviceRecorder(LatentRecorder):
         """Causal convolution over each channel, then silu."""
         state = self._kept.take(4 * (taps - 1) * x.columns, zeroed=True)
         output = self.rows(name, x.columns)
-        grid = (up(x.columns, 32), 1, 1)
-        self._add(
-            "conv_step", grid, weight, x.address, self.states, state, output.address, x.columns, taps,
-            self.tokens,
-        )  # fmt: skip
+        arguments = (weight, x.address, self.states, state, output.address, x.columns, taps)
+        if self.tokens == 1:
+            self._add("conv_token", (up(x.columns, 128), 1, 1), *arguments)
+        else:
+            self._add("conv_step", (up(x.columns, 32), 1, 1), *arguments, self.tokens)
         return output
 
     def delta(

@@ -128,7 +128,7 @@ def test_a_graph_replays_with_new_input(gpu: Gpu, rng: np.random.Generator) -> N
     data, weights = cases.ref.random_weights(rng, "q4_k", 8, 512)
     steps = [
         gpu.prepare("quantize_q8", (2, 1, 1), x, row, 512),
-        gpu.prepare("mat_vec_q4_k", kernels.mat_vec_grid("q4_k", 8, 1), gpu.upload(data), row, y, 8, 512, 1, 1),
+        gpu.prepare("mat_vec_q4_k", kernels.mat_vec_grid("q4_k", 8, 1), gpu.upload(data), row, y, 8, 512, 1),
     ]
     graph = gpu.capture(steps)
     before = device.counts()

@@ -303,7 +303,16 @@ def test_heads_products(
 
 @sized(
     "channels,taps,runs",
-    [(130, 4, [1]), (64, 4, [7]), (33, 2, [3]), (40, 8, [19]), (70, 1, [9]), (65, 4, [11, 1, 17])],
+    [
+        (130, 4, [1]),
+        (33, 8, [1]),
+        (70, 1, [1]),
+        (64, 4, [7]),
+        (33, 2, [3]),
+        (40, 8, [19]),
+        (70, 1, [9]),
+        (65, 4, [11, 1, 17]),
+    ],
     [(12288, 4, [7])],
 )
 def test_conv(runner: Runner, rng: np.random.Generator, channels: int, taps: int, runs: list[int]) -> None:

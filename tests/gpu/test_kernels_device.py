@@ -45,7 +45,7 @@ def test_same_input_same_bits(runner: DeviceRunner, rng: np.random.Generator) ->
     results = set()
     for _ in range(20):
         y = runner.put(cases.poison(4096))
-        runner.launch("mat_vec_q4_k", kernels.mat_vec_grid("q4_k", 4096, 2), w, x, y, 4096, 4096, 1, 2)
+        runner.launch("mat_vec_q4_k", kernels.mat_vec_grid("q4_k", 4096, 2), w, x, y, 4096, 4096, 2)
         results.add(y.get().tobytes())
     assert len(results) == 1
 

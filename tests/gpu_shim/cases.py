@@ -78,7 +78,7 @@ def check_mat_vec(runner: Runner, rng: np.random.Generator, name: str, rows: int
     for split in {1, 2, kernels.split_of(name, columns)}:
         y = runner.put(poison(tokens, rows))
         grid = kernels.mat_vec_grid(name, rows, split, tokens)
-        runner.launch(f"mat_vec_{name}", grid, w, x, y, rows, columns, tokens, split)
+        runner.launch(f"mat_vec_{name}", grid, w, x, y, rows, columns, split)
         assert np.linalg.norm(y.get() - want) < 1e-6 * summed, split
 
 
@@ -89,12 +89,12 @@ def check_mat_vec_many(runner: Runner, rng: np.random.Generator, name: str, rows
     weights = [runner.put(ref.random_weights(rng, name, count, columns)[0]) for count in rows]
     alone, together = ([runner.put(poison(count)) for count in rows] for _ in range(2))
     for w, y, count in zip(weights, alone, rows, strict=True):
-        runner.launch(f"mat_vec_{name}", kernels.mat_vec_grid(name, count, split), w, x, y, count, columns, 1, split)
+        runner.launch(f"mat_vec_{name}", kernels.mat_vec_grid(name, count, split), w, x, y, count, columns, split)
     unused = kernels.MAT_VEC_MANY - len(rows)
     blocks = sum(kernels.mat_vec_grid(name, count, split)[0] for count in rows)
     runner.launch(
         f"mat_vec_many_{name}", (blocks, 1, 1), *weights, *[None] * unused, *together, *[None] * unused, *rows,
-        *[0] * unused, x, columns, 1, split,
+        *[0] * unused, x, columns, split,
     )  # fmt: skip
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_array_equal(a.get(), b.get())
@@ -336,8 +336,14 @@ def check_conv(runner: Runner, rng: np.random.Generator, channels: int, taps: in
     x = normal(rng, sum(runs), channels)
     device_state, y = runner.put(state if taps > 1 else np.zeros(1)), runner.put(poison(len(x), channels))
     states, place = (states_of(runner, device_state, runs), None) if len(runs) > 1 else (None, device_state)
-    grid = (kernels.up(channels, 32), 1, 1)
-    runner.launch("conv_step", grid, runner.put(weight), runner.put(x), states, place, y, channels, taps, len(x))
+    inputs = (runner.put(weight), runner.put(x))
+    runner.launch("conv_step", (kernels.up(channels, 32), 1, 1), *inputs, states, place, y, channels, taps, len(x))
+    if runs == [1]:
+        state_of_one, of_one = runner.put(state if taps > 1 else np.zeros(1)), runner.put(poison(1, channels))
+        grid = (kernels.up(channels, 128), 1, 1)
+        runner.launch("conv_token", grid, *inputs, None, state_of_one, of_one, channels, taps)
+        np.testing.assert_array_equal(of_one.get(), y.get())
+        np.testing.assert_array_equal(state_of_one.get(), device_state.get())
     kept = device_state.get() if taps > 1 else state
     for before, after, now, found in zip(
         state, kept, *(np.split(a, np.cumsum(runs)[:-1]) for a in (x, y.get())), strict=True

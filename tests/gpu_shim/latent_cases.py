@@ -95,5 +95,5 @@ def check_heads_products(
     for split in {1, kernels.split_of(name, columns)}:
         y = runner.put(poison(heads, rows))
         grid = kernels.heads_mat_vec_grid(name, heads, rows, split)
-        runner.launch(f"heads_mat_vec_{name}", grid, w, handle, y, heads, rows, columns, split)
+        runner.launch(f"heads_mat_vec_{name}", grid, w, handle, y, rows, columns, split)
         assert np.linalg.norm(y.get() - want[:heads]) < 1e-6 * summed

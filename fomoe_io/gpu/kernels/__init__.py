@@ -69,6 +69,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "attention_merge": Kernel(256, "pppppiiiipi"),
         "latent_merge": Kernel(256, "ppppiii"),
         "conv_step": Kernel(128, "pppppiii"),
+        "conv_token": Kernel(128, "pppppii"),
         "gated_norm": Kernel(128, "pppppiif"),
         "route": Kernel(512, "pppiiif"),
         "route_by": Kernel(512, "pppppiiiifp"),
@@ -100,10 +101,10 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         table[f"mat_mul_{name}"] = Kernel(128, "pppiii")
         table[f"group_gate_up_{name}"] = Kernel(128, "ppqqpppiiipi")
         table[f"group_down_{name}"] = Kernel(128, "ppqppiiii")
-        table[f"heads_mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
+        table[f"heads_mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiii")
         table[f"heads_mat_mul_{name}"] = Kernel(128, "pppiiii")
-        table[f"mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiiii")
-        table[f"mat_vec_many_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "ppppppppiiiipiii")
+        table[f"mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiii")
+        table[f"mat_vec_many_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "ppppppppiiiipii")
         table[f"expand_{name}"] = Kernel(32, "pppi")
         table[f"experts_gate_up_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pppppqqpppiiipii")
         table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiiipii")

@@ -13,7 +13,8 @@
 // token's position, and before its window, are left unwritten.  q: [tokens][heads][dim];
 // caches: [positions][kv_heads][dim] in the memory of each token's session.
 // Grid (kv_heads * blocks of a key head, splits, tokens); splits covers the longest context, so that a captured graph
-// fits every position.  ring: the caches' rows are used again after so many; 0: never.
+// fits every position.  ring: the caches' rows are used again after so many; 0: never.  It starts the kernel: where a
+// token stands is known before.
 template <class CACHE, int PER_LANE>
 DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const typename CACHE::element *v_cache,
                    const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits,
@@ -29,6 +30,7 @@ DEVICE void attend(const float *q, const typename CACHE::element *k_cache, const
     const int first = window && window < length ? length - window : 0; // position that the token sees
     if (begin >= length || begin + ATTENTION_SPLIT <= first) return;
     const u64 base = state_base(states, token);
+    start_kernel();
     k_cache = in_state(base, k_cache), v_cache = in_state(base, v_cache);
     const u64 head = (u64)token * heads + kv_head * group + (g < group ? g : 0);
     quad keys[PER_LANE], values[PER_LANE];
@@ -116,7 +118,6 @@ EXPORT_KERNEL(attention_merge)
     (const float *q, const cache_##type::element *k_cache, const cache_##type::element *v_cache,                      \
      const replayed *positions, const replayed *states, float *parts, int heads, int kv_heads, int splits,            \
      float scale, int window, int ring) {                                                                             \
-        start_kernel();                                                                                               \
         attend<cache_##type, dim / 32>(q, k_cache, v_cache, positions, states, parts, heads, kv_heads, splits, scale, \
                                        window, ring);                                                                 \
     }                                                                                                                 \

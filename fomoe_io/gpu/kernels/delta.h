@@ -89,6 +89,44 @@ KERNEL(32 * CONV_WARPS, conv_step)
 }
 EXPORT_KERNEL(conv_step)
 
+// The same for one token, whose channel's window stays in a thread's registers; it starts the kernel, since only tokens
+// before wrote the state.
+template <int TAPS>
+DEVICE void convolve_one(const float *weight, const float *x, float *state, float *y, int channels, int taps) {
+    float weights[TAPS], window[TAPS], sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < TAPS; ++j) {
+        const int kept = j - (TAPS - taps);
+        weights[j] = kept < 0 ? 0.f : weight[kept];
+        if (j < TAPS - 1) window[j] = kept < 0 ? 0.f : state[(u64)kept * channels];
+    }
+    start_kernel();
+    window[TAPS - 1] = *x;
+#pragma unroll
+    for (int j = 0; j < TAPS; ++j) sum = fused(weights[j], window[j], sum);
+    *y = silu(sum);
+#pragma unroll
+    for (int j = 0; j < TAPS - 1; ++j) {
+        const int kept = j - (TAPS - taps);
+        if (kept >= 0) state[(u64)kept * channels] = window[j + 1];
+    }
+}
+DEVICE void conv_one(const float *weight, const float *x, const replayed *states, float *place, float *y, int channels,
+                     int taps) {
+    const int i = 32 * CONV_WARPS * block_x() + thread_index();
+    if (i >= channels) return;
+    float *state = in_state(state_base(states, 0), place) + i;
+    if (taps <= 4)
+        convolve_one<4>(weight + i * taps, x + i, state, y + i, channels, taps);
+    else
+        convolve_one<CONV_MOST_TAPS>(weight + i * taps, x + i, state, y + i, channels, taps);
+}
+KERNEL(32 * CONV_WARPS, conv_token)
+(const float *weight, const float *x, const replayed *states, float *place, float *y, int channels, int taps) {
+    conv_one(weight, x, states, place, y, channels, taps); // Grid (channels / 128 up)
+}
+EXPORT_KERNEL(conv_token)
+
 #define DELTA_WARPS 4
 #define DELTA_ROWS 4
 #define DELTA_STEP 16 // tokens whose queries, keys and values lie in shared memory at once
@@ -220,7 +258,8 @@ DEVICE void delta_token(float (&memory)[DELTA_ROWS][PER_LANE], const float *q, c
 // mixed: [tokens][2 * key_heads * k_dim + value_heads * v_dim] (q, k, v); alpha, beta: [tokens][value_heads];
 // state: [value_heads][v_dim][k_dim] of each token's session, whose tokens follow one another;
 // y: [tokens][value_heads][v_dim].  is_grouped: value head h reads key head
-// h / (value_heads / key_heads), else h % key_heads.  Grid (v_dim / 16, value_heads).
+// h / (value_heads / key_heads), else h % key_heads.  It starts the kernel, since only tokens before wrote the state.
+// Grid (v_dim / 16, value_heads).
 template <int PER_LANE>
 DEVICE void delta(const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a,
                   const replayed *states, float *place, float *y, int key_heads, int value_heads, int v_dim,
@@ -237,11 +276,12 @@ DEVICE void delta(const float *mixed, const float *alpha, const float *beta, con
     __shared__ delta_inputs<32 * PER_LANE> s;
     place += ((u64)head * v_dim + first) * k_dim + lane;
     u64 base = state_base(states, 0);
+    float memory[DELTA_ROWS][PER_LANE], out[DELTA_ROWS] = {0.f, 0.f, 0.f, 0.f}, *y_before = 0;
+    load_rows<PER_LANE>(in_state(base, place), memory);
+    start_kernel();
     int count = delta_count(states, 0, tokens);
     delta_share<PER_LANE> share;
     ask_for<PER_LANE>(from, 0, count, share);
-    float memory[DELTA_ROWS][PER_LANE], out[DELTA_ROWS] = {0.f, 0.f, 0.f, 0.f}, *y_before = 0;
-    load_rows<PER_LANE>(in_state(base, place), memory);
     for (int begin = 0; begin < tokens;) {
         if (begin) sync_block(); // the last step has been used
         put_down<PER_LANE>(from, share, s);
@@ -270,7 +310,6 @@ DEVICE void delta(const float *mixed, const float *alpha, const float *beta, con
     (const float *mixed, const float *alpha, const float *beta, const float *dt, const float *a,                \
      const replayed *states, float *place, float *y, int key_heads, int value_heads, int v_dim, int is_grouped, \
      int tokens, float eps) {                                                                                   \
-        start_kernel();                                                                                         \
         delta<dim / 32>(mixed, alpha, beta, dt, a, states, place, y, key_heads, value_heads, v_dim, is_grouped, \
                         tokens, eps);                                                                           \
     }                                                                                                           \

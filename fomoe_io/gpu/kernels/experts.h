@@ -38,21 +38,20 @@ template <class T, class L>
 DEVICE void gate_up_rows(const u8 *gate, const u8 *up, const u8 *x, int columns, int first, float *gates, float *ups) {
     const int PAIRS = gate_up_pairs<T>;
     const u64 row_bytes = (u64)(columns / T::block_elements) * T::block_bytes;
-    const u32 token[1] = {0};
 #pragma unroll 1
     for (int row = 0; row < GATE_UP_ROWS; row += PAIRS) {
         const u8 *row_data[2 * PAIRS];
-        float sums[2 * PAIRS][1];
+        float sums[2 * PAIRS];
 #pragma unroll
         for (int r = 0; r < PAIRS; ++r) {
             row_data[2 * r] = gate + (u64)(first + row + r) * row_bytes;
             row_data[2 * r + 1] = up + (u64)(first + row + r) * row_bytes;
-            sums[2 * r][0] = sums[2 * r + 1][0] = 0.f;
+            sums[2 * r] = sums[2 * r + 1] = 0.f;
         }
-        dot_rows<T, 2 * PAIRS, 1, L>(row_data, x, token, columns, lane_index(), 32, sums);
+        dot_rows<T, 2 * PAIRS, L>(row_data, x, columns, lane_index(), 32, sums);
 #pragma unroll
         for (int r = 0; r < PAIRS; ++r) {
-            const float of_gate = warp_sum(sums[2 * r][0]), of_up = warp_sum(sums[2 * r + 1][0]);
+            const float of_gate = warp_sum(sums[2 * r]), of_up = warp_sum(sums[2 * r + 1]);
             if (lane_index() == 0) gates[row + r] = of_gate, ups[row + r] = of_up;
         }
     }
@@ -164,6 +163,24 @@ struct down_picks {
     float weight[MOST_PICKS]; // NaN: there is no record
 };
 
+// total[r] += weight * this lane's unit of row r.
+template <class T>
+DEVICE void add_weighted(const typename T::raw (&raw)[DOWN_ROWS], int unit, const u8 *x, int columns, float weight,
+                         float (&total)[DOWN_ROWS]) {
+    float sums[DOWN_ROWS];
+#pragma unroll
+    for (int r = 0; r < DOWN_ROWS; ++r) sums[r] = 0.f;
+    add_units<T, DOWN_ROWS>(raw, unit, x, columns, sums);
+#pragma unroll
+    for (int r = 0; r < DOWN_ROWS; ++r) total[r] = fused(weight, sums[r], total[r]);
+}
+
+// Where row r of a pick's matrix begins; of a record that is not there, something that can be read.
+DEVICE const u8 *row_of(const down_picks &p, int rank, u64 offset) {
+    const bool is_present = p.weight[rank] == p.weight[rank];
+    return (const u8 *)p.record[rank] + (is_present ? offset : 0);
+}
+
 // total[r] += this lane's share of row r of all picks' products.
 template <class T, class L>
 DEVICE void add_down_rows(const down_picks &p, const u64 (&offset)[DOWN_ROWS], const u8 *hidden, int columns, int picks,
@@ -181,21 +198,13 @@ DEVICE void add_down_rows(const down_picks &p, const u64 (&offset)[DOWN_ROWS], c
             is_real[b] = next_rank < picks;
             rank[b] = is_real[b] ? next_rank : picks - 1, unit[b] = next_unit;
             for (next_unit += 32; next_unit >= units; next_unit -= units) ++next_rank;
-            const bool is_present = p.weight[rank[b]] == p.weight[rank[b]];
 #pragma unroll
-            for (int r = 0; r < DOWN_ROWS; ++r)
-                raw[b][r] = T::template load<L>((const u8 *)p.record[rank[b]] + (is_present ? offset[r] : 0), unit[b]);
+            for (int r = 0; r < DOWN_ROWS; ++r) raw[b][r] = T::template load<L>(row_of(p, rank[b], offset[r]), unit[b]);
         }
 #pragma unroll
         for (int b = 0; b < BATCH; ++b) {
             if (!is_real[b]) break;
-            const float weight = p.weight[rank[b]];
-#pragma unroll
-            for (int r = 0; r < DOWN_ROWS; ++r) {
-                typename T::prepared u;
-                T::unpack(raw[b][r], unit[b], u);
-                total[r] = fused(weight, add_unit<T>(u, unit[b], hidden + rank[b] * x_bytes, columns, 0.f), total[r]);
-            }
+            add_weighted<T>(raw[b], unit[b], hidden + rank[b] * x_bytes, columns, p.weight[rank[b]], total);
         }
     }
 }

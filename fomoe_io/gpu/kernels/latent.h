@@ -226,9 +226,9 @@ DEVICE void multiply_heads(const u8 *weights, const u8 *x, float *y, int heads, 
 
 #define HEADS_KERNELS(type)                                                                                           \
     RESIDENT_KERNEL(32 * MAT_VEC_WARPS, 6, heads_mat_vec_##type)                                                      \
-    (const u8 *weights, const u8 *x, float *y, int heads, int rows, int columns, int split) {                         \
-        mat_vec<type, type::is_quantized ? MAT_VEC_ROWS : 1, 1>(head_matrix<type>(weights, block_y(), rows, columns), \
-                                                                x, y, rows, columns, heads, split, block_x());        \
+    (const u8 *weights, const u8 *x, float *y, int rows, int columns, int split) {                                    \
+        mat_vec<type, type::is_quantized ? MAT_VEC_ROWS : 1>(head_matrix<type>(weights, block_y(), rows, columns), x, \
+                                                             y, rows, columns, split, block_x());                     \
     }                                                                                                                 \
     EXPORT_KERNEL(heads_mat_vec_##type)                                                                               \
     RESIDENT_KERNEL(TILE_THREADS, TILE_RESIDENT, heads_mat_mul_##type)                                                \

@@ -109,7 +109,8 @@ struct cache_f16 {
 // to the cache at the token's position.
 // q: [tokens][heads] rows q_stride apart; k, v: [tokens][kv_heads][dim]; cos_sin: [positions][rotary / 2][2];
 // q_out: [tokens][heads][dim]; caches: [positions][kv_heads][dim] in the memory of each token's session.  dim <= 256.
-// ring: the caches' rows are used again after so many; 0: never.  Grid (heads + 2 * kv_heads, tokens).
+// ring: the caches' rows are used again after so many; 0: never.  It starts the kernel: where a token stands, and its
+// turn, are known before.  Grid (heads + 2 * kv_heads, tokens).
 template <class CACHE>
 DEVICE void prepare_head(const float *q, const float *k, const float *v, const float *q_norm, const float *k_norm,
                          const float *cos_sin, const replayed *positions, const replayed *states, float *q_out,
@@ -122,14 +123,15 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
     const u64 kv_row = ((u64)token * kv_heads + head) * dim;
     const float *row = is_query ? q + ((u64)token * heads + head) * q_stride : (is_key ? k : v) + kv_row;
     const u32 position = now(positions + token);
-    float x = i < dim ? row[i] : 0.f;
     const float *norm = is_query ? q_norm : is_key ? k_norm : (const float *)0;
     const float weight = norm && i < dim ? norm[i] : 1.f;
-    // the turn is on its way while the head is summed
     const int half = rotary / 2, j = i < half ? i : i - half;
     const bool is_turned = (is_query || is_key) && i < rotary;
     const float *turn = cos_sin + ((u64)position * half + j) * 2;
     const float cosine = is_turned ? turn[0] : 1.f, sine = is_turned ? turn[1] : 0.f;
+    const u64 base = state_base(states, token);
+    start_kernel();
+    float x = i < dim ? row[i] : 0.f;
     if (norm) {
         const float squares = block_sum<8>(x * x);
         if (i < dim) x = x / square_root(squares / (float)dim + eps) * weight;
@@ -145,7 +147,7 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
     if (is_query)
         q_out[((u64)token * heads + head) * dim + i] = x;
     else
-        in_state(state_base(states, token), is_key ? k_cache : v_cache)[place] = CACHE::put(x);
+        in_state(base, is_key ? k_cache : v_cache)[place] = CACHE::put(x);
 }
 
 #define PREPARE_KERNEL(type)                                                                                         \
@@ -154,7 +156,6 @@ DEVICE void prepare_head(const float *q, const float *k, const float *v, const f
      const replayed *positions, const replayed *states, float *q_out, cache_##type::element *k_cache,                \
      cache_##type::element *v_cache, int heads, int kv_heads, int dim, int q_stride, int rotary, float eps,          \
      int ring) {                                                                                                     \
-        start_kernel();                                                                                              \
         prepare_head<cache_##type>(q, k, v, q_norm, k_norm, cos_sin, positions, states, q_out, k_cache, v_cache,     \
                                    heads, kv_heads, dim, q_stride, rotary, eps, ring);                               \
     }                                                                                                                \

@@ -229,9 +229,10 @@ struct arriving {
     static DEVICE_MEMBER u8 word1(const void *p) { return system_load1(p); }
 };
 
-// The first statement of every kernel, but for what reads nothing that a kernel writes.  A chained launch (NVIDIA from
-// sm_90 on: programmatic dependent launch) may be started while the kernel before it still runs: wait until that one
-// has finished and its writes are seen, then let the next be started, so that no more than one waits.
+// The first statement of every kernel, but for what reads nothing that the kernel before writes.  A chained launch
+// (NVIDIA from sm_90 on: programmatic dependent launch) may be started while the kernel before it still runs: wait
+// until that one has finished and its writes are seen, then let the next be started, so that no more than one waits.
+// Kernels further back have finished by then.
 DEVICE void start_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
