@@ -85,9 +85,7 @@ class LatentRecorder(PartRecorder):
         split = kernels.split_of(matrix.kernel, matrix.columns, matrix.rows)
         grid = kernels.heads_mat_vec_grid(matrix.kernel, heads, rows, split)
         address = matrix.address
-        self._add(
-            f"heads_mat_vec_{matrix.kernel}", grid, address, x, output.address, rows, matrix.columns, split
-        )
+        self._add(f"heads_mat_vec_{matrix.kernel}", grid, address, x, output.address, rows, matrix.columns, split)
 
 
 def attention_parts(memory: Memory, floats: int) -> tuple[int, int]:
