@@ -58,5 +58,4 @@ def run_tasks(
 def _collect(waiting: dict[Future[Result], Task], done: Callable[[Task, Result], None]) -> None:
     finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
     for future in finished:
-        task = waiting.pop(future)
-        done(task, future.result())
+        done(waiting.pop(future), future.result())
