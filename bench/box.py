@@ -127,6 +127,7 @@ def asked_for(options: argparse.Namespace, of: type) -> dict[str, Any]:
         "piece_bytes": options.piece,
         "reads_in_place": options.in_place or None,
         "split_mode": options.sm,
+        "threads": options.threads,
         "kernel_tuning": tuple(options.kernel) or None,
     }
     known = {field.name for field in dataclasses.fields(of)}
@@ -278,6 +279,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--sm", choices=("layer", "pingpong", "tensor"), help="how several devices share a model")
     parser.add_argument("--tiers", default="vram=10%,dram=7%")
+    parser.add_argument("--threads", type=int, help="of a CPU engine, where the drive takes processors, too")
     parser.add_argument("--piece", type=parse_bytes, help="bytes of a read of an expert, sent up as it lands")
     parser.add_argument("--in-place", action="store_true", help="kernels read experts of DRAM where they lie")
     parser.add_argument("--kernel", type=kernel_tuning, action="append", default=[], metavar="NAME=VALUE",

