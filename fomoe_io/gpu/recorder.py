@@ -347,10 +347,16 @@ class DeviceRecorder(LatentRecorder):
         ids, weights = self.rows("experts", router.used), self.rows("weights", router.used)
         return Picks(layer, router, logits, ids, weights)
 
-    def _chosen_by(self, r: Router[int]) -> int | None:
+    def _chosen_by(self, r: Router[int], name: str = "chosen_by") -> int | None:
         """Where the router's kernel leaves what it chose by, for cache-aware routing; None: that is the logits."""
         wanted = self._substitutes and not r.follows_logits
-        return self.rows("chosen_by", r.experts).address if wanted else None
+        return self.rows(name, r.experts).address if wanted else None
+
+    def _rule_of(self, r: Router[int], logits: DeviceRows, chosen_by: int | None) -> tuple[Any, ...]:
+        """What cache-aware routing looks at: values, p; then where its rule is, experts, picks, whether they sum up."""
+        values, p = (chosen_by, logits.address) if chosen_by is not None else (logits.address, None)
+        rule, sums = self.memory.words("car", make.CAR_BYTES), r.normalise or r.score == Score.LOGITS
+        return values, p, rule, r.experts, r.used, int(sums)
 
     def route(self, layer: int, logits: DeviceRows, router: Router[int]) -> Picks[int, DeviceRows]:
         """The picks, their records, and word of them to the host."""
@@ -362,9 +368,7 @@ class DeviceRecorder(LatentRecorder):
         if self._substitutes:
             chosen_by = self._chosen_by(router)
             self.body.append(make.route(picks, self.tokens, chosen_by))
-            values, p = (chosen_by, logits.address) if chosen_by is not None else (logits.address, None)
-            rule, sums = self.memory.words("car", make.CAR_BYTES), router.normalise or router.score == Score.LOGITS
-            more = (rule, router.experts, used, int(sums))
+            values, p, *more = self._rule_of(router, logits, chosen_by)
             self._add("substitute_and_resolve", (1, 1, 1), values, p, *rows[1:], *resolved, *more)
         elif make.is_plain(router):
             self._add(
@@ -444,9 +448,14 @@ class DeviceRecorder(LatentRecorder):
         logits = self.rows("guess_logits", router.experts)
         self.body.append(make.mat_vec(make.Product(matrix, row.address, logits.address)))
         ids, weights = (self.rows(f"guess_{name}", self._guesses) for name in ("experts", "weights"))
-        self.body.append(make.route(Picks(layer, guessed, logits, ids, weights), self.tokens, None))
-        post = self._experts[layer].guess
-        self._add("post_guesses", (1, 1, 1), ids.address, post, self._mailbox.run, self._guesses)
+        chosen_by, e, run = self._chosen_by(router, "guess_chosen_by"), self._experts[layer], self._mailbox.run
+        self.body.append(make.route(Picks(layer, guessed, logits, ids, weights), self.tokens, chosen_by))
+        if self._substitutes:
+            values, p, *more = self._rule_of(guessed, logits, chosen_by)
+            posted = (ids.address, weights.address, e.table, e.guess, run)
+            self._add("substitute_and_post", (1, 1, 1), values, p, *posted, *more)
+        else:
+            self._add("post_guesses", (1, 1, 1), ids.address, e.guess, run, self._guesses)
         for spec in self.body[first:]:
             spec.guesses = True
 

@@ -51,11 +51,17 @@ def test_what_is_asked_for_and_known() -> None:
         branches: int = 2
 
     plain = {"device": "cpu", "pace": "none", "reader": "pread", "calibration": None}
-    nothing = argparse.Namespace(**plain, piece=None, in_place=False, sm=None, kernel=[])
+    nothing = argparse.Namespace(**plain, piece=None, in_place=False, sm=None, threads=None, kernel=[])
     asked = argparse.Namespace(
-        **plain, piece=1 << 20, in_place=True, sm="pingpong", kernel=[box.kernel_tuning("PREFETCH_BYTES=8192")]
+        **plain,
+        piece=1 << 20,
+        in_place=True,
+        sm="pingpong",
+        threads=3,
+        kernel=[box.kernel_tuning("PREFETCH_BYTES=8192")],
     )
     tuned = Tuning(piece_bytes=1 << 20, reads_in_place=True, kernel_tuning=(("PREFETCH_BYTES", 8192),))
     assert box.settings(nothing).tuning == Tuning() and not box.asked_for(nothing, EngineConfig)
     assert box.settings(asked).tuning == tuned
-    assert box.settings(asked).split_mode == "pingpong" and not box.asked_for(asked, Before)
+    assert box.settings(asked).split_mode == "pingpong" and box.settings(asked).threads == 3
+    assert not box.asked_for(asked, Before)

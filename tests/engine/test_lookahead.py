@@ -171,6 +171,16 @@ def test_stand_ins_do_not_depend_on_guesses(demo_model: Path) -> None:
         assert check(s, without)["useful"] > 0
 
 
+def test_what_others_stand_in_for_is_not_read(demo_model: Path) -> None:
+    """Where every miss of a single token has a stand-in, nothing is read ahead, well as it is guessed."""
+    for car, is_all in ((CarRule.parse("ratio:0.000001,swaps=16,keep=0"), True), (CarRule("ratio", 0.4), False)):
+        _, s = answer(demo_model, lookahead="on", car=car)
+        prefetch = s["prefetch"]
+        assert s["substitutions"] > 0 and all(share > 0.1 for share in prefetch["recall"][1:])
+        assert (prefetch["issued"] == 0) == is_all
+        assert is_all or 2 * prefetch["useful"] > prefetch["issued"]
+
+
 def test_a_trace_is_replayed_with_the_same_counts(demo_model: Path, tmp_path: Path) -> None:
     _, s = answer(demo_model, lookahead="on", trace=tmp_path / "t")
     trace = Trace.load(tmp_path / "t")

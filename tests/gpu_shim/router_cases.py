@@ -136,8 +136,14 @@ def check_substitution(
     run, count = runner.put(np.array([3, 1], np.uint32)), runner.put(np.zeros(1, np.uint32))
     native = runner.put(np.frombuffer(bytes(rule.native()), np.uint8))
     scores = None if p is None else runner.put(p)
-    late = runner.put(np.zeros(picks, np.uint64))
-    runner.launch("substitute_and_resolve", (1, 1, 1), runner.put(logits), scores, ids, weights, runner.put(table),
+    late, row, values = runner.put(np.zeros(picks, np.uint64)), runner.put(table), runner.put(logits)
+    for may, marked in ((1, replaced >= 0), (0, np.zeros(picks, bool))):  # guesses first: nothing of theirs is changed
+        guesses, marks = runner.put(np.zeros(picks + 1, np.uint64)), np.uint64(1 << 31) * marked.astype(np.uint64)
+        runner.launch("substitute_and_post", (1, 1, 1), values, scores, ids, weights, row, guesses,
+                      runner.put(np.array([3, may], np.uint32)), native, experts, picks, 1)  # fmt: skip
+        expected = (np.uint64(3) << np.uint64(32)) + true[0].astype(np.uint64) + marks
+        np.testing.assert_array_equal(guesses.get(), [*expected, 0])
+    runner.launch("substitute_and_resolve", (1, 1, 1), values, scores, ids, weights, row,
                   records, late, post, run, count, native, experts, picks, 1)  # fmt: skip
     np.testing.assert_array_equal(ids.get(), want)
     np.testing.assert_allclose(weights.get(), want_weight, rtol=1e-5)

@@ -44,6 +44,7 @@ static int allocate(fomoe_experts *e) {
     e->guesses = fomoe_own(o, most, sizeof *e->guesses);
     e->recall = fomoe_own(o, s->layers, sizeof *e->recall);
     e->guess_weights = fomoe_own(o, most, sizeof *e->guess_weights);
+    e->guess_replaced = fomoe_own(o, most, sizeof *e->guess_replaced);
     e->placements = fomoe_own(o, most, sizeof *e->placements);
     e->moves = fomoe_own(o, 2 * most, sizeof *e->moves);
     e->reads = fomoe_own(o, FOMOE_PARTS * most, sizeof *e->reads);
@@ -203,25 +204,23 @@ static void count_picks(fomoe_experts *e, int layer, const fomoe_rows *ids, int 
     }
 }
 
-/* Cache-aware routing, of a single token: the rows of picks and weights become those of what will be computed. */
-static void substitute(fomoe_experts *e, const fomoe_step *step, const fomoe_run *run) {
-    int layer = step->as.experts.layer, used = e->shape.used;
+/* Cache-aware routing of one token's `used` picks of a layer, where it is asked for: they and their weights become
+ * those of what will be computed, replaced is as in experts/car.h. */
+static int substitute(fomoe_experts *e, const fomoe_run *run, const fomoe_router *router, int layer,
+                      const float *values, int used, int32_t *ids, float *weights, int32_t *replaced) {
     int asked =
         run->substitute && run->tokens == 1 && e->car.rule != FOMOE_CAR_OFF && run->positions[0] >= e->car.warmup;
-    memset(e->replaced, -1, used * sizeof *e->replaced);
-    if (!asked) return;
-    const fomoe_router *router = &step->as.experts.router;
-    const float *values = fomoe_float_row(&step->as.experts.logits, 0), *p = NULL;
+    const float *p = NULL;
+    memset(replaced, -1, used * sizeof *replaced);
+    if (!asked) return 0;
     if (!fomoe_follows_logits(router)) {
         float *scratch = run->scratch[0];
         fomoe_scores(router, values, scratch, scratch + router->experts);
         p = scratch, values = scratch + router->experts;
     }
-    int swaps = fomoe_car_choose(
-        &e->car, e->layer[layer].experts, used, router->normalise || router->score == FOMOE_SCORE_LOGITS, values, p,
-        fomoe_residency_tiers(e->residency, layer), (int32_t *)fomoe_row(&step->as.experts.ids, 0),
-        fomoe_float_row(&step->as.experts.weights, 0), e->replaced);
-    fomoe_residency_substituted(e->residency, swaps);
+    return fomoe_car_choose(&e->car, e->layer[layer].experts, used,
+                            router->normalise || router->score == FOMOE_SCORE_LOGITS, values, p,
+                            fomoe_residency_tiers(e->residency, layer), ids, weights, replaced);
 }
 
 /* The distinct experts of the batch: resident ones first. */
@@ -317,17 +316,6 @@ static int looks_ahead(const fomoe_experts *e, const fomoe_run *run) {
     return run->tokens == 1 && e->lookahead && !e->rest;
 }
 
-/* Does lookahead pay?  Where less than half of what it reads is wanted, it pauses for a while. */
-static void review(fomoe_experts *e) {
-    enum { REVIEW_AFTER = 512, PAUSE_TOKENS = 4096 };
-    if (e->rest) e->rest--;
-    uint64_t issued = e->counters.prefetches - e->judged_prefetches, useful = e->counters.useful - e->judged_useful;
-    if (issued < REVIEW_AFTER) return;
-    if (2 * useful < issued) e->rest = PAUSE_TOKENS;
-    e->judged_prefetches = e->counters.prefetches;
-    e->judged_useful = e->counters.useful;
-}
-
 /* Picks of this layer that others stood in for become resident at the same point of the text whatever the drive's
  * speed, because what stands in for what must not depend on it. */
 static void settle(fomoe_experts *e, const fomoe_step *step, const fomoe_run *run) {
@@ -377,8 +365,14 @@ void fomoe_step_lookahead(const fomoe_step *step, fomoe_run *run, int thread) {
     how.used = e->lookahead;
     if (step->as.lookahead.logit_bias) fomoe_add(how.experts, step->as.lookahead.logit_bias, logits);
     fomoe_route_by(&how, logits, run->scratch[0], e->guesses, e->guess_weights);
-    e->guessed_layer = step->as.lookahead.layer, e->guess_count = e->lookahead;
-    for (int k = 0; k < e->lookahead; k++) fomoe_ahead_begin(e, step->as.lookahead.layer, e->guesses[k]);
+    int layer = e->guessed_layer = step->as.lookahead.layer;
+    e->guess_count = e->lookahead;
+    substitute(e, run, &how, layer, logits, e->lookahead, e->guesses, e->guess_weights, e->guess_replaced);
+    for (int k = 0; k < e->lookahead; k++)
+        if (e->guess_replaced[k] >= 0)
+            e->guesses[k] = e->guess_replaced[k]; /* another would stand in for it: it is guessed, but not read */
+        else
+            fomoe_ahead_begin(e, layer, e->guesses[k]);
 }
 
 void fomoe_step_experts_begin(const fomoe_step *step, fomoe_run *run, int thread) {
@@ -387,14 +381,17 @@ void fomoe_step_experts_begin(const fomoe_step *step, fomoe_run *run, int thread
     if (thread) return;
     if (layer == e->first_layer) {
         fomoe_residency_tick(e->residency, run->tokens);
-        review(e);
+        fomoe_ahead_review(e);
     }
     e->submitted = e->computed = e->released = e->grouped_hits = e->ready_count = e->group_count = e->error = 0;
     e->plan.hits = 0;
     e->open_layer = layer;
     settle(e, step, run);
     count_picks(e, layer, &step->as.experts.ids, run->tokens);
-    substitute(e, step, run);
+    int swaps = substitute(e, run, &step->as.experts.router, layer, fomoe_float_row(&step->as.experts.logits, 0),
+                           e->shape.used, (int32_t *)fomoe_row(&step->as.experts.ids, 0),
+                           fomoe_float_row(&step->as.experts.weights, 0), e->replaced);
+    fomoe_residency_substituted(e->residency, swaps);
     collect(e, layer, &step->as.experts.ids, run->tokens);
     fomoe_ahead_count(e, layer, (const int32_t *)fomoe_row(&step->as.experts.ids, 0));
     fomoe_ahead_expire(e, layer);

@@ -132,3 +132,13 @@ int fomoe_ahead_completed(fomoe_experts *e, const fomoe_completion *done) {
     if (!s->has_failed) e->ready[e->ready_count++] = i;
     return s->has_failed ? i : -1;
 }
+
+void fomoe_ahead_review(fomoe_experts *e) {
+    enum { REVIEW_AFTER = 512, PAUSE_TOKENS = 4096 };
+    if (e->rest) e->rest--;
+    uint64_t issued = e->counters.prefetches - e->judged_prefetches, useful = e->counters.useful - e->judged_useful;
+    if (issued < REVIEW_AFTER) return;
+    if (2 * useful < issued) e->rest = PAUSE_TOKENS;
+    e->judged_prefetches = e->counters.prefetches;
+    e->judged_useful = e->counters.useful;
+}

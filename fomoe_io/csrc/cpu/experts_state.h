@@ -67,6 +67,7 @@ struct fomoe_experts {
     fomoe_recall *recall;           /* [layers] */
     int32_t *guesses; /* of lookahead, and what its routing gives them */
     float *guess_weights;
+    int32_t *guess_replaced;
     fomoe_placement *placements;
     fomoe_move *moves;
     fomoe_read *reads;
@@ -80,6 +81,8 @@ struct fomoe_experts {
 
 /* ---- experts_ahead.c ---- */
 
+/* Does it pay?  Where less than half of what it reads is wanted, it pauses for a while.  Once a run. */
+void fomoe_ahead_review(fomoe_experts *);
 /* Begin to read an expert that the layer may want, if it is nowhere and there is a buffer. */
 void fomoe_ahead_begin(fomoe_experts *, int layer, int32_t expert);
 /* Count how many picks of the layer were guessed, where it was guessed. */

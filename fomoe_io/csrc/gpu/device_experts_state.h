@@ -130,6 +130,7 @@ struct fomoe_device_experts {
      * that may be read ahead of the one at work (-1: none) */
     int ranks, most_staged, staged, guess_count, guessed_layer, considered, ahead;
     int32_t *guessed;
+    int8_t *is_replaced; /* of each: another expert would stand in for it */
     fomoe_guess *guesses;
     fomoe_range *guess_ranges; /* by the tag of a read */
     fomoe_recall *recall;

@@ -1,3 +1,4 @@
+#include "../../gpu/kernels/car_rule.h"
 #include "device_experts_state.h"
 
 /* ---- tags ---- */
@@ -16,6 +17,7 @@ int fomoe_device_experts_look_ahead(fomoe_device_experts *e, int ranks, int stag
     fomoe_owned *o = &e->owned;
     e->ranks = ranks, e->most_staged = staged, e->guess_count = staged + e->used;
     e->guessed = fomoe_own(o, ranks, sizeof *e->guessed);
+    e->is_replaced = fomoe_own(o, ranks, sizeof *e->is_replaced);
     e->guesses = fomoe_own(o, e->guess_count, sizeof *e->guesses);
     e->guess_ranges = fomoe_own(o, (size_t)e->guess_count * FOMOE_MOST_PIECES, sizeof *e->guess_ranges);
     e->recall = fomoe_own(o, e->layers, sizeof *e->recall);
@@ -87,14 +89,16 @@ static int has_guessed(fomoe_device_experts *e, int layer) {
     for (int k = 0; k < e->ranks; k++) {
         uint64_t word = __atomic_load_n(&words[k], __ATOMIC_ACQUIRE);
         if (word >> 32 != e->run) return 0;
-        e->guessed[k] = (int32_t)(uint32_t)word;
+        e->guessed[k] = (int32_t)(word & ~FOMOE_STANDS_IN);
+        e->is_replaced[k] = (word & FOMOE_STANDS_IN) != 0;
     }
     return 1;
 }
 
 /* 0: it is to be read, and there is no room yet. */
-static int consider(fomoe_device_experts *e, int layer, int expert) {
-    int32_t slot;
+static int consider(fomoe_device_experts *e, int layer, int guess) {
+    int32_t slot, expert = e->guessed[guess];
+    if (e->is_replaced[guess]) return 1;
     if (expert < 0 || expert >= e->layer[layer].experts) return 1; /* a device that makes no sense is told later */
     return fomoe_residency_find(e->residency, layer, expert, &slot) != FOMOE_TIER_NVME || read_ahead(e, layer, expert);
 }
@@ -107,7 +111,7 @@ void fomoe_guesses_look(fomoe_device_experts *e, int layer, int may_read) {
         e->considered = 0;
     }
     if (!may_read) e->considered = e->ranks;
-    while (e->considered < e->ranks && consider(e, layer, e->guessed[e->considered])) e->considered++;
+    while (e->considered < e->ranks && consider(e, layer, e->considered)) e->considered++;
 }
 
 void fomoe_guesses_count(fomoe_device_experts *e, int layer) {

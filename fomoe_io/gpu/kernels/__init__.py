@@ -77,6 +77,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "begin_run": Kernel(512, "pppppii"),
         "resolve_picks": Kernel(512, "ppppppppi"),
         "post_guesses": Kernel(32, "pppi"),
+        "substitute_and_post": Kernel(512, "ppppppppiii"),
         "route_and_resolve": Kernel(512, "pppppppppiiif"),
         "substitute_and_resolve": Kernel(512, "pppppppppppiii"),
         "wait_for_misses": Kernel(256, "ppppppi"),

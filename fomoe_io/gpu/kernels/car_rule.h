@@ -23,4 +23,7 @@ typedef struct {
     float slow_handicap; // nats that a candidate of the slower tier must be ahead of one of the faster tier
 } fomoe_car;
 
+// Of a guess that a device posts: another expert would stand in for this one.
+#define FOMOE_STANDS_IN 0x80000000u
+
 #endif

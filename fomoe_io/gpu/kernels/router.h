@@ -285,6 +285,25 @@ KERNEL(32, post_guesses)(const int *ids, void *post, const replayed *run, int gu
 }
 EXPORT_KERNEL(post_guesses)
 
+// The same where the engine was asked for cache-aware routing: what another expert would stand in for has its highest
+// bit set, so that nobody reads it.  chosen_by, p, rule, run: as for substitute_and_resolve.  Grid (1).
+RESIDENT_KERNEL(ROUTER_THREADS, 2, substitute_and_post)
+(const float *chosen_by, const float *p, const int *ids, const float *weights, const u64 *record_of, void *post,
+ const replayed *run, const void *rule, int experts, int guesses, int normalise) {
+    start_kernel();
+    __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS];
+    __shared__ int block_ids[MOST_PICKS];
+    __shared__ u64 table[ROUTER_EXPERTS];
+    const int i = thread_index(), guess = i < guesses ? ids[i] : 0;
+    for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e], values[e] = chosen_by[e];
+    if (i < guesses) block_ids[i] = guess, block_weights[i] = weights[i];
+    sync_block();
+    if (now(run + 1))
+        substitute(*(const fomoe_car *)rule, values, p, table, block_ids, block_weights, experts, guesses, normalise);
+    if (i < guesses) post_word((u64 *)post + i, now(run), (u32)guess | (block_ids[i] == guess ? 0 : FOMOE_STANDS_IN));
+}
+EXPORT_KERNEL(substitute_and_post)
+
 // The first node of a token's graph: the run's header, and the tables that have changed, from the host's memory into
 // the device's.  A kernel brings them and not a copy, because what a copy has written may be stale for a replayed
 // graph. host_header, changed, host_tables: in host memory; header: header_quads times 16 bytes; changed: a word a
@@ -346,7 +365,7 @@ EXPORT_KERNEL(route_and_resolve)
 // For one token after route, where the engine was asked for cache-aware routing: stand-ins by `rule` where run[1]
 // allows them, then records and post.  chosen_by: the logits, or what else the router chooses by; then p is not null.
 // Grid (1).
-KERNEL(ROUTER_THREADS, substitute_and_resolve)
+RESIDENT_KERNEL(ROUTER_THREADS, 2, substitute_and_resolve)
 (const float *chosen_by, const float *p, int *ids, float *weights, const u64 *record_of, u64 *records, u64 *late,
  void *post, const replayed *run, replayed *misses, const void *rule, int experts, int picks, int normalise) {
     start_kernel();
