@@ -35,7 +35,8 @@ typedef struct {
     /* host memory that the first device writes: misses, experts, weights of the picks; the run in the upper halves.
      * All route alike. */
     const uint64_t *post;
-    /* lookahead: what the device guesses of the picks, experts with the run in the upper halves; NULL: nothing */
+    /* lookahead: what the device guesses of the picks, experts with the run in the upper halves (and FOMOE_STANDS_IN,
+     * gpu/kernels/car_rule.h); NULL: nothing */
     const uint64_t *guess;
 } fomoe_device_layer;
 
