@@ -178,7 +178,7 @@ def test_what_others_stand_in_for_is_not_read(demo_model: Path) -> None:
         prefetch = s["prefetch"]
         assert s["substitutions"] > 0 and all(share > 0.1 for share in prefetch["recall"][1:])
         assert (prefetch["issued"] == 0) == is_all
-        assert is_all or 2 * prefetch["useful"] > prefetch["issued"]
+        assert is_all or 3 * prefetch["useful"] > prefetch["issued"]  # less than a quarter, were all read
 
 
 def test_a_trace_is_replayed_with_the_same_counts(demo_model: Path, tmp_path: Path) -> None:
