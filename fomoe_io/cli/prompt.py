@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from functools import cache
@@ -31,6 +32,8 @@ def _session() -> Any:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
 
+    for name in ("prompt_toolkit", "asyncio"):  # a signal that meets one of their tasks is raised, and not told besides
+        logging.getLogger(name).addHandler(logging.NullHandler())
     keys = KeyBindings()
 
     @keys.add("escape", "enter")

@@ -47,6 +47,24 @@ def test_an_answer_that_is_ended_leaves_its_results(demo_model: Path, tmp_path: 
     assert json.loads(profile.read_text())["tokens"] > 0
 
 
+def test_a_signal_inside_a_prompts_task_is_no_traceback(tmp_path: Path) -> None:
+    """What meets the task that loads the history is raised from the prompt; prompt_toolkit and asyncio log it, too."""
+    script = """if True:
+        import logging
+        from fomoe_io.cli import prompt
+        prompt._session()
+        for name in ("prompt_toolkit.buffer", "asyncio"):
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                logging.getLogger(name).exception("Loading history failed")
+    """
+    process = start("-c", script, XDG_STATE_HOME=str(tmp_path))
+    out, err = process.communicate(timeout=60)
+    assert not out and process.returncode == 0
+    assert "Loading history failed" not in err and "Traceback" not in err
+
+
 @pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
 @pytest.mark.parametrize("answering", [False, True])
 def test_sigterm_ends_a_conversation(demo_model: Path, tmp_path: Path, answering: bool) -> None:
