@@ -191,6 +191,22 @@ DEVICE void substitute(const fomoe_car &c, const float *values, const float *p, 
     sync_block();
 }
 
+// One token's picks and their layer's table, brought into shared memory; the picks as they will be computed, by `rule`
+// where run[1] allows stand-ins.  chosen_by: the logits, or what else the router chooses by; then p is not null.
+// block_ids, block_weights, table: out, in shared memory.
+DEVICE void stand_in(const float *chosen_by, const float *p, const int *ids, const float *weights, const u64 *record_of,
+                     const replayed *run, const void *rule, int experts, int picks, int normalise, int *block_ids,
+                     float *block_weights, u64 *table) {
+    __shared__ float values[ROUTER_EXPERTS];
+    const int i = thread_index();
+    const u32 may_substitute = now(run + 1);
+    for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e], values[e] = chosen_by[e];
+    if (i < picks) block_ids[i] = ids[i], block_weights[i] = weights[i];
+    sync_block();
+    if (may_substitute)
+        substitute(*(const fomoe_car *)rule, values, p, table, block_ids, block_weights, experts, picks, normalise);
+}
+
 // logits: [tokens][experts]; ids, weights: [tokens][picks].  Grid (tokens).
 KERNEL(ROUTER_THREADS, route)
 (const float *logits, int *ids, float *weights, int experts, int picks, int normalise, float scale) {
@@ -286,21 +302,19 @@ KERNEL(32, post_guesses)(const int *ids, void *post, const replayed *run, int gu
 EXPORT_KERNEL(post_guesses)
 
 // The same where the engine was asked for cache-aware routing: what another expert would stand in for has its highest
-// bit set, so that nobody reads it.  chosen_by, p, rule, run: as for substitute_and_resolve.  Grid (1).
+// bit set, so that nobody reads it.  Grid (1).
 RESIDENT_KERNEL(ROUTER_THREADS, 2, substitute_and_post)
 (const float *chosen_by, const float *p, const int *ids, const float *weights, const u64 *record_of, void *post,
  const replayed *run, const void *rule, int experts, int guesses, int normalise) {
     start_kernel();
-    __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS];
+    __shared__ float block_weights[MOST_PICKS];
     __shared__ int block_ids[MOST_PICKS];
     __shared__ u64 table[ROUTER_EXPERTS];
     const int i = thread_index(), guess = i < guesses ? ids[i] : 0;
-    for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e], values[e] = chosen_by[e];
-    if (i < guesses) block_ids[i] = guess, block_weights[i] = weights[i];
-    sync_block();
-    if (now(run + 1))
-        substitute(*(const fomoe_car *)rule, values, p, table, block_ids, block_weights, experts, guesses, normalise);
-    if (i < guesses) post_word((u64 *)post + i, now(run), (u32)guess | (block_ids[i] == guess ? 0 : FOMOE_STANDS_IN));
+    const u32 number = now(run);
+    stand_in(chosen_by, p, ids, weights, record_of, run, rule, experts, guesses, normalise, block_ids, block_weights,
+             table);
+    if (i < guesses) post_word((u64 *)post + i, number, (u32)guess | (block_ids[i] == guess ? 0 : FOMOE_STANDS_IN));
 }
 EXPORT_KERNEL(substitute_and_post)
 
@@ -362,23 +376,20 @@ KERNEL(ROUTER_THREADS, route_and_resolve)
 }
 EXPORT_KERNEL(route_and_resolve)
 
-// For one token after route, where the engine was asked for cache-aware routing: stand-ins by `rule` where run[1]
-// allows them, then records and post.  chosen_by: the logits, or what else the router chooses by; then p is not null.
-// Grid (1).
+// For one token after route, where the engine was asked for cache-aware routing: stand-ins, then records and post.
+// ids, weights: changed.  Grid (1).
 RESIDENT_KERNEL(ROUTER_THREADS, 2, substitute_and_resolve)
 (const float *chosen_by, const float *p, int *ids, float *weights, const u64 *record_of, u64 *records, u64 *late,
  void *post, const replayed *run, replayed *misses, const void *rule, int experts, int picks, int normalise) {
     start_kernel();
-    __shared__ float values[ROUTER_EXPERTS], block_weights[MOST_PICKS], wanted_weights[MOST_PICKS];
+    __shared__ float block_weights[MOST_PICKS], wanted_weights[MOST_PICKS];
     __shared__ int block_ids[MOST_PICKS], wanted[MOST_PICKS];
     __shared__ u64 table[ROUTER_EXPERTS];
     const int i = thread_index();
-    const u32 number = now(run), may_substitute = now(run + 1);
-    for (int e = i; e < experts; e += ROUTER_THREADS) table[e] = record_of[e], values[e] = chosen_by[e];
-    if (i < picks) block_ids[i] = wanted[i] = ids[i], block_weights[i] = wanted_weights[i] = weights[i];
-    sync_block();
-    if (may_substitute)
-        substitute(*(const fomoe_car *)rule, values, p, table, block_ids, block_weights, experts, picks, normalise);
+    const u32 number = now(run);
+    if (i < picks) wanted[i] = ids[i], wanted_weights[i] = weights[i];
+    stand_in(chosen_by, p, ids, weights, record_of, run, rule, experts, picks, normalise, block_ids, block_weights,
+             table);
     if (i < picks) ids[i] = block_ids[i], weights[i] = block_weights[i];
     resolve(block_ids, wanted, wanted_weights, table, records, late, (u64 *)post, number, misses, picks);
 }
