@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
 from fomoe_io._hip import Buffer, Launch
@@ -24,17 +23,14 @@ from fomoe_io.gpu import kernels
 from fomoe_io.gpu.device import Gpu
 from fomoe_io.units import parse_bytes
 
-D_MODEL, FF, ROUTER = 4096, 1024, 512
-SIZES = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]] for name in kernels.QUANTIZED_TYPES} | {
-    "f16": (1, 2),
-    "f32": (1, 4),
-}
+D_MODEL, FF, ROUTER, LOGITS = 4096, 1024, 512, 248320
 HALVES = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "q8_0": (0,)}  # where the f16 scales stand in a block
+HALVES |= {"q6_k_planes": (), "q8_0_planes": ()}  # elsewhere: products of anything
 
 
 def matrix_bytes(name: str, rows: int, columns: int) -> int:
     """Bytes of a matrix of a weight type."""
-    elements, size = SIZES[name]
+    elements, size = kernels.BLOCKS[name]
     return rows * columns // elements * size
 
 
@@ -42,7 +38,7 @@ def random_matrix(name: str, rows: int, columns: int, rng: np.random.Generator) 
     """Valid weights: random bits with scales that keep products finite."""
     if name in ("f16", "f32"):
         return rng.standard_normal((rows, columns)).astype(np.float16 if name == "f16" else np.float32).view(np.uint8)
-    elements, size = SIZES[name]
+    elements, size = kernels.BLOCKS[name]
     blocks = rng.integers(0, 256, (rows * columns // elements, size), dtype=np.uint8)
     for at in HALVES[name]:
         scale = rng.uniform(5e-4, 2e-3, len(blocks)).astype(np.float16)
@@ -196,10 +192,11 @@ def run(tuning: dict[str, int], pool_bytes: int, is_quick: bool, pool: Buffer | 
                 continue
             for part, (nbytes, us) in bench.experts(gate_type, down_type, picks).items():
                 add(f"{picks} experts {gate_type}/{down_type}: {part}", nbytes, us)
-    for name, height in (("q4_k", 12288), ("q6_k", 12288), ("q8_0", 12288), ("q4_k", 4096), ("f32", ROUTER)):
-        add(f"mat_vec {name} {height} x {D_MODEL}", *bench.mat_vec(name, height, D_MODEL))
+    products = [(name, 12288) for name in ("q4_k", "q6_k", "q6_k_planes", "q8_0", "q8_0_planes")]
     if not is_quick:
-        add("mat_vec q6_k 248320 x 4096 (logits)", *bench.mat_vec("q6_k", 248320, D_MODEL))
+        products += [("q6_k", LOGITS), ("q6_k_planes", LOGITS)]
+    for name, height in (*products, ("q4_k", 4096), ("f32", ROUTER)):
+        add(f"mat_vec {name} {height} x {D_MODEL}", *bench.mat_vec(name, height, D_MODEL))
     return {"tuning": tuning, "read_gigabytes_per_second": round(peak / 1e9, 1), "results": rows}, pool
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import gguf
-
 from fomoe_io.backend import StateParts
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.kernels import up
@@ -70,7 +68,7 @@ class DeviceMatrix:
     @property
     def row_bytes(self) -> int:
         """From one row to the next."""
-        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kernel.upper()]]
+        block, block_bytes = kernels.BLOCKS[self.kernel]
         return self.columns // block * block_bytes
 
 

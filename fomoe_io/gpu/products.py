@@ -12,8 +12,6 @@ import sysconfig
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import gguf
-
 from fomoe_io import _blaslt, _hip
 from fomoe_io.errors import DeviceError
 from fomoe_io.gpu import compiler, kernels
@@ -165,8 +163,7 @@ class DenseProducts:
         return [(first, min(most, matrix.rows - first)) for first in range(0, matrix.rows, most)]
 
     def _expand(self, matrix: DeviceMatrix, first: int, rows: int) -> Launch:
-        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[matrix.kernel.upper()]]
-        weights = matrix.address + first * (matrix.columns // block * block_bytes)
+        weights = matrix.address + first * matrix.row_bytes
         elements = rows * matrix.columns
         grid = kernels.expand_half_grid(matrix.kernel, elements)
         return self.gpu.prepare(f"expand_half_{matrix.kernel}", grid, weights, self.scratch, elements)

@@ -28,16 +28,23 @@ PIECE_BYTES = 16 << 20
 def kernel_of(type: int) -> str | None:
     """Name of a ggml type's kernels, None when there are none."""
     name = gguf.GGMLQuantizationType(type).name.lower()
-    return name if name in kernels.TYPES else None
+    return name if name in kernels.STORED_TYPES else None
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A tensor that has its place; `is_expanded`: the host makes floats of it."""
+    """A tensor that has its place.
+
+    Attributes
+    ----------
+    is_expanded : the host makes floats of it
+    planes : the format that the device puts in order (gpu/kernels/planes.h), None where all stays as it is in the file
+    """
 
     tensor: TensorInfo
     address: int
     is_expanded: bool
+    planes: str | None = None
 
 
 class DeviceWeights:
@@ -70,13 +77,13 @@ class DeviceWeights:
             raise FormatError(f"the model has no tensor {name}, which its architecture needs")
         return self._tensors[name]
 
-    def _place(self, tensor: TensorInfo, *, is_expanded: bool) -> int:
+    def _place(self, tensor: TensorInfo, *, is_expanded: bool, planes: str | None = None) -> int:
         layer = re.match(r"blk\.(\d+)\.", tensor.name)
         if not (self._part.has(int(layer[1])) if layer else self._part.is_last):
             return 0
         if tensor.name not in self.planned:
             size = 4 * int(np.prod(tensor.shape)) if is_expanded else tensor.bytes
-            self.planned[tensor.name] = Planned(tensor, self._arena.take(size), is_expanded)
+            self.planned[tensor.name] = Planned(tensor, self._arena.take(size), is_expanded, planes)
         return self.planned[tensor.name].address
 
     def matrix(self, name: str, columns: int, rows: int, part: slice | None = None, groups: int = 1) -> DeviceMatrix:
@@ -92,11 +99,13 @@ class DeviceWeights:
             raise FormatError(
                 f"{name} has rows of {columns}; the GPU kernels take multiples of 32", hint="--device cpu"
             )
-        kernel = kernel_of(int(tensor.type))
-        row_bytes = tensor.bytes // rows if kernel else 4 * columns
+        stored = kernel_of(int(tensor.type))
+        row_bytes = tensor.bytes // rows if stored else 4 * columns
         part = part or slice(0, rows)
-        address = self._place(tensor, is_expanded=kernel is None) + part.start * row_bytes
-        return DeviceMatrix(address, kernel or "f32", part.stop - part.start, columns)
+        planes = stored if stored and kernels.has_planes(stored, columns) else None
+        address = self._place(tensor, is_expanded=stored is None, planes=planes) + part.start * row_bytes
+        kernel = kernels.PLANES[planes] if planes else stored or "f32"
+        return DeviceMatrix(address, kernel, part.stop - part.start, columns)
 
     def vector(self, name: str, shape: tuple[int, ...], part: slice | None = None) -> int:
         """Address of a small tensor, or of a `part` of it, as float32 elements."""
@@ -129,13 +138,15 @@ def load_weights(
         for everywhere in zip(*asked, strict=True):
             if progress is not None:
                 progress("weights", done, total)
-            tensor, is_expanded = everywhere[0].tensor, everywhere[0].is_expanded
+            tensor, is_expanded, planes = everywhere[0].tensor, everywhere[0].is_expanded, everywhere[0].planes
             done += tensor.bytes
             places = [(gpu, planned.address) for planned, (_, gpu) in zip(everywhere, targets, strict=True)]
             if is_expanded:
                 _load_expanded(tensor, places, reader)
             else:
                 _load_pieces(tensor, places, reader, staging)
+            if planes is not None:
+                _to_planes(planes, tensor.bytes, places)
     finally:
         _synchronize(gpu for _, gpu in targets)
         for registration in registrations:
@@ -160,6 +171,11 @@ def _load_pieces(tensor: TensorInfo, places: Sequence[tuple[Gpu, int]], reader: 
         for gpu, address in places:
             gpu.stream.copy_in(address + first, memory.address + tensor.offset + first - start, size)
     _synchronize(gpu for gpu, _ in places)
+
+
+def _to_planes(name: str, nbytes: int, places: Sequence[tuple[Gpu, int]]) -> None:
+    for gpu, address in places:
+        gpu.prepare(f"to_planes_{name}", kernels.to_planes_grid(name, nbytes), address).run(gpu.stream)
 
 
 def _load_expanded(tensor: TensorInfo, places: Sequence[tuple[Gpu, int]], reader: Reader) -> None:

@@ -12,7 +12,7 @@ from fomoe_io import Engine, EngineConfig
 from fomoe_io.config import Tiers, Tuning
 from fomoe_io.errors import BudgetError, DeviceError, FomoeError, FormatError, ReadError, UsageError
 from fomoe_io.experts.car import CarRule
-from fomoe_io.gpu import device
+from fomoe_io.gpu import device, kernels
 from fomoe_io.gpu.arena import LaunchSpec
 from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.gpu.batch_recorder import DenseProduct
@@ -80,6 +80,24 @@ def test_quantized_weights_stay_near_float_activations(tmp_path: Path, kind: Any
     exact, _ = evaluate(path, settings(device="cpu", activations="float32"))
     found, _ = evaluate(path, settings())
     assert nmse(found, exact) < 2e-3  # 8-bit activations; another formula would give 1
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_K, Type.Q6_K, Type.Q8_0])
+def test_planes_change_no_bit(tmp_path: Path, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices that the device keeps in planes, or as the file has them; tokens alone and in a batch."""
+    shape = {"layers": 1, "columns": 2048, "heads": 8, "head_columns": 32, "rotated": 32, "hidden": 64}
+    path = write_tiny(tmp_path / "model.gguf", tiny(architecture="qwen3moe", dense=kind, **shape), seed=2)
+    found, kept = [], []
+    for planes in (kernels.PLANES, {}):
+        monkeypatch.setattr(kernels, "PLANES", planes)
+        for batch_tokens in (1, 4):
+            with Engine.open(path, settings(batch_tokens=batch_tokens)) as engine:
+                assert isinstance(engine.backend, GpuBackend)
+                planned = engine.backend.recorded.weights.planned
+                kept.append({name for name, place in planned.items() if place.planes})
+                found.append(engine.session().evaluate(TOKENS))
+    assert {"output.weight", "blk.0.attn_q.weight"} <= kept[0] == kept[1] and not kept[2] and not kept[3]
+    np.testing.assert_array_equal(found[:2], found[2:])
 
 
 def test_types_without_kernels_are_expanded(tmp_path: Path) -> None:

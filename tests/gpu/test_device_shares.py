@@ -25,6 +25,7 @@ from fomoe_io.models import check_model
 from fomoe_io.models.architecture import Model
 from fomoe_io.storage.store import Store
 from tests.gpu.test_device_engine import tiny
+from tests.gpu_shim import reference as ref
 from tests.gpu_shim.cpu_kernels import CpuRunner, build
 from tests.gpu_shim.tile_cases import TILE
 from tests.tiny_model import Type, write_tiny
@@ -74,7 +75,8 @@ class Device:
         where = [words.address for words in self._memory] + [common.address] * 2
         self.recorded = r = Recordings(source, len(TOKENS), 0, Addresses(*where))
         for planned in r.weights.planned.values():
-            self._write(planned.address, self._tensor(planned.tensor.name, store, is_expanded=planned.is_expanded))
+            data = self._tensor(planned.tensor.name, store, is_expanded=planned.is_expanded)
+            self._write(planned.address, ref.in_planes(planned.planes, data) if planned.planes else data)
         for address, rope in r.memory.ropes.items():
             self._write(address, rope.table(CONTEXT))
         for address, data in r.memory.constants.items():

@@ -13,6 +13,7 @@ from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.device import Gpu
 from tests.gpu_shim import cases, latent_cases, prompt_cases, router_cases, share_cases, tile_cases
+from tests.gpu_shim import reference as ref
 from tests.gpu_shim.cases import Runner
 from tests.gpu_shim.cpu_kernels import CpuRunner, build
 from tests.gpu_shim.device_runner import DeviceRunner
@@ -52,11 +53,14 @@ def sized(names: str, small: Sequence[Any], larger: Sequence[Any] = ()) -> pytes
 
 on_both = pytest.mark.parametrize("runner", ["double", pytest.param("device", marks=pytest.mark.gpu)], indirect=True)
 any_type = pytest.mark.parametrize("name", kernels.TYPES)
+stored_type = pytest.mark.parametrize("name", kernels.STORED_TYPES)
 any_cache = pytest.mark.parametrize("cache", ["f32", "f16"])
 
 
 def columns_of(name: str, blocks: int) -> int:
     """The fewest that a type's rows may have, so many times."""
+    if name in kernels.PLANES.values():
+        return ref.fitting(name, 1) * (blocks > 1) + ref.fitting(name, 1)
     return blocks * (32 if name in ("q8_0", "mxfp4") else 8 if name in kernels.FLOAT_TYPES else 256)
 
 
@@ -77,7 +81,7 @@ def test_mat_vec(runner: Runner, rng: np.random.Generator, name: str, rows: int,
 @any_type
 @sized("rows,columns", [(3, 2304)], [(517, 4096), (4096, 1024)])
 def test_mat_vec_of_long_rows(runner: Runner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
-    cases.check_mat_vec(runner, rng, name, rows, columns, 1)
+    cases.check_mat_vec(runner, rng, name, rows, ref.fitting(name, columns), 1)
 
 
 @any_type
@@ -104,10 +108,17 @@ def test_group(
 @on_both
 @pytest.mark.parametrize("rows", [[5, 1, 13, 8], [16, 3], [1]])
 def test_mat_vec_many(runner: Runner, rng: np.random.Generator, name: str, rows: list[int]) -> None:
-    cases.check_mat_vec_many(runner, rng, name, rows, 512)
+    cases.check_mat_vec_many(runner, rng, name, rows, ref.fitting(name, 512))
 
 
-@any_type
+@on_both
+@pytest.mark.parametrize("name", kernels.PLANES)
+def test_planes(runner: Runner, rng: np.random.Generator, name: str) -> None:
+    """Put in order where they lie, a product has the very bits that it has of the file's own."""
+    cases.check_planes(runner, rng, name, 5, 2 * ref.fitting(kernels.PLANES[name], 1))
+
+
+@stored_type
 @sized("rows,columns", [(5, 1280)], [(64, 4096)])
 def test_expand(runner: Runner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
     cases.check_expand(runner, rng, name, rows, columns)
@@ -116,7 +127,7 @@ def test_expand(runner: Runner, rng: np.random.Generator, name: str, rows: int, 
 @pytest.mark.parametrize("name", kernels.EXPANDED_TYPES)
 @sized("rows,columns", [(1, 256), (13, 768), (67, 512)])
 def test_expand_half(runner: Runner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
-    cases.check_expand_half(runner, rng, name, rows, columns)
+    cases.check_expand_half(runner, rng, name, rows, ref.fitting(name, columns))
 
 
 @sized("elements", [32, 1024, 5 * 1056])

@@ -82,6 +82,21 @@ def check_mat_vec(runner: Runner, rng: np.random.Generator, name: str, rows: int
         assert np.linalg.norm(y.get() - want) < 1e-6 * summed, split
 
 
+def check_planes(runner: Runner, rng: np.random.Generator, name: str, rows: int, columns: int) -> None:
+    planes, (data, _) = kernels.PLANES[name], ref.random_weights(rng, name, rows, columns)
+    x, _ = activations(runner, name, normal(rng, 1, columns))
+    assert kernels.has_planes(name, columns) and not kernels.has_planes(name, columns - kernels.BLOCKS[name][0])
+    found, w = [], runner.put(data)
+    for kernel in (name, planes):
+        if kernel == planes:
+            runner.launch(f"to_planes_{name}", kernels.to_planes_grid(name, data.nbytes), w)
+            np.testing.assert_array_equal(w.get(), ref.in_planes(name, data))
+        y, split = runner.put(poison(rows)), kernels.split_of(kernel, columns)
+        runner.launch(f"mat_vec_{kernel}", kernels.mat_vec_grid(kernel, rows, split), w, x, y, rows, columns, split)
+        found.append(y.get())
+    np.testing.assert_array_equal(*found)
+
+
 def check_mat_vec_many(runner: Runner, rng: np.random.Generator, name: str, rows: list[int], columns: int) -> None:
     """Several matrices in one launch give the very bits of one launch each."""
     split = kernels.split_of(name, columns)

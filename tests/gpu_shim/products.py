@@ -44,6 +44,7 @@ def multiply(products: DenseProducts, matrix: DeviceMatrix, x: np.ndarray, *, is
 
 def check_product(gpu: Gpu, rng: np.random.Generator, name: str, rows: int, columns: int, tokens: int) -> None:
     """Whole and in tiles; captured before the library has ever run the shape, and launched."""
+    columns = ref.fitting(name, columns)
     data, weights = ref.random_weights(rng, name, rows, columns)
     x = rng.standard_normal((tokens, columns)).astype(np.float32)
     x[-1] *= 1e3

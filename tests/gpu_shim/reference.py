@@ -5,6 +5,8 @@ from __future__ import annotations
 import gguf
 import numpy as np
 
+from fomoe_io.gpu import kernels
+
 GGML = {
     "q4_k": gguf.GGMLQuantizationType.Q4_K,
     "q5_k": gguf.GGMLQuantizationType.Q5_K,
@@ -16,8 +18,34 @@ GGML = {
 HALVES = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "q8_0": (0,)}
 
 
+STORED = {planes: stored for stored, planes in kernels.PLANES.items()}
+
+
+def fitting(name: str, columns: int) -> int:
+    """So many columns, or the next number of which a type that is kept in planes has whole chunks."""
+    chunk = kernels.CHUNK_BLOCKS * kernels.BLOCKS[name][0] if name in STORED else 1
+    return kernels.up(columns, chunk) * chunk
+
+
+def in_planes(name: str, data: np.ndarray) -> np.ndarray:
+    """Rows of a file's format as the device keeps them: of eight blocks first all quants, then what else they have."""
+    chunks = data.reshape(-1, kernels.CHUNK_BLOCKS, kernels.BLOCKS[name][1])
+    if name == "q8_0":
+        parts = [chunks[..., 2:], chunks[..., :2]]
+    elif name == "q4_k":
+        nibbles = chunks[..., 16:].reshape(*chunks.shape[:2], 4, 2, 16)
+        parts = [nibbles[..., 0, :], nibbles[..., 1, :], chunks[..., :16]]
+    else:
+        scales = chunks[..., 192:208].reshape(*chunks.shape[:2], 2, 2, 2, 2)  # halves, pair's place, quarter, sixteen
+        parts = [chunks[..., :128], chunks[..., 128:192], np.moveaxis(scales, 3, 5), chunks[..., 208:]]
+    return np.concatenate([part.reshape(len(chunks), -1) for part in parts], axis=1).reshape(data.shape)
+
+
 def random_weights(rng: np.random.Generator, name: str, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Random bytes of a weight type ([rows][row bytes]) and the same as float64 ([rows][columns])."""
+    if name in STORED:
+        data, values = random_weights(rng, STORED[name], rows, columns)
+        return in_planes(STORED[name], data), values
     if name in ("f16", "f32"):
         values = rng.standard_normal((rows, columns)).astype(np.float16 if name == "f16" else np.float32)
         return values.view(np.uint8).reshape(rows, -1), values.astype(np.float64)

@@ -11,13 +11,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 
-QUANTIZED_TYPES = ("q4_k", "q5_k", "q6_k", "q8_0", "mxfp4")
+import gguf
+
+CHUNK_BLOCKS = 8  # planes.h
+PLANES = {"q4_k": "q4_k_planes", "q6_k": "q6_k_planes", "q8_0": "q8_0_planes"}
+"""Of formats of files: how a device keeps matrices whose rows are whole chunks (planes.h)."""
+
+STORED_TYPES = ("q4_k", "q5_k", "q6_k", "q8_0", "mxfp4", "f16", "bf16", "f32")
+"""Of files."""
+
+QUANTIZED_TYPES = ("q4_k", "q4_k_planes", "q5_k", "q6_k", "q6_k_planes", "q8_0", "q8_0_planes", "mxfp4")
 FLOAT_TYPES = ("f16", "bf16", "f32")
 TYPES = QUANTIZED_TYPES + FLOAT_TYPES
-EXPANDED_TYPES = ("q4_k", "q5_k", "q6_k", "q8_0")  # half.h
+"""Of matrices of products."""
+
+EXPANDED_TYPES = tuple(name for name in QUANTIZED_TYPES if name != "mxfp4")  # half.h
 HALF_TYPES = (*EXPANDED_TYPES, "f16")  # gpu/products.py: those that lose little as halves
 PRODUCT_TYPES = (*HALF_TYPES, "f32")  # gpu/products.py: those that the vendor's library multiplies
 UNIT_ELEMENTS = {"q4_k": 64, "q5_k": 64, "q6_k": 32, "q8_0": 32, "mxfp4": 32, "f16": 8, "bf16": 8, "f32": 4}  # units.h
+UNIT_ELEMENTS |= {planes: UNIT_ELEMENTS[stored] for stored, planes in PLANES.items()}
+BLOCKS = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]] for name in STORED_TYPES}
+"""(elements, bytes) of a block of each type."""
+BLOCKS |= {planes: BLOCKS[stored] for stored, planes in PLANES.items()}
 
 HEAD_SIZES = (32, 64, 128, 256)  # attention.h
 
@@ -98,15 +113,18 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
     }
     for name in EXPANDED_TYPES:
         table[f"expand_half_{name}"] = Kernel(256, "ppq")
+    for name in PLANES:
+        table[f"to_planes_{name}"] = Kernel(128, "p")
     for name in TYPES:
         table[f"mat_mul_{name}"] = Kernel(128, "pppiii")
-        table[f"group_gate_up_{name}"] = Kernel(128, "ppqqpppiiipi")
-        table[f"group_down_{name}"] = Kernel(128, "ppqppiiii")
         table[f"heads_mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiii")
         table[f"heads_mat_mul_{name}"] = Kernel(128, "pppiiii")
         table[f"mat_vec_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "pppiii")
         table[f"mat_vec_many_{name}"] = Kernel(32 * size["MAT_VEC_WARPS"], "ppppppppiiiipii")
+    for name in STORED_TYPES:
         table[f"expand_{name}"] = Kernel(32, "pppi")
+        table[f"group_gate_up_{name}"] = Kernel(128, "ppqqpppiiipi")
+        table[f"group_down_{name}"] = Kernel(128, "ppqppiiii")
         table[f"experts_gate_up_{name}"] = Kernel(32 * size["GATE_UP_WARPS"], "pppppqqpppiiipii")
         table[f"experts_down_{name}"] = Kernel(32 * size["DOWN_WARPS"], "ppqpppppiiipii")
     for cache in ("f32", "f16"):
@@ -164,6 +182,16 @@ FEW_ROWS = 16
 MAT_VEC_MANY = 4  # mat_vec.h: matrices of a mat_vec_many launch
 NORM_MOST_COLUMNS = 16384  # norms.h
 CONV_MOST_TAPS = 8  # delta.h
+
+
+def has_planes(name: str, columns: int) -> bool:
+    """Whether a device keeps a matrix of that format with rows of so many columns in planes (planes.h)."""
+    return name in PLANES and columns % (CHUNK_BLOCKS * BLOCKS[name][0]) == 0
+
+
+def to_planes_grid(name: str, nbytes: int) -> tuple[int, int, int]:
+    """Grid of ``to_planes_*``, for so many bytes of weights."""
+    return nbytes // (CHUNK_BLOCKS * BLOCKS[name][1]), 1, 1
 
 
 def mat_mul_grid(rows: int, tokens: int) -> tuple[int, int, int]:

@@ -8,6 +8,10 @@
 
 template <class T> constexpr int gate_up_pairs = GATE_UP_PAIRS;
 template <> constexpr int gate_up_pairs<q6_k> = GATE_UP_PAIRS_Q6_K;
+template <class T> constexpr int gate_up_resident = GATE_UP_RESIDENT;
+template <> constexpr int gate_up_resident<q6_k> = GATE_UP_RESIDENT_Q6_K;
+template <class T> constexpr int down_resident = DOWN_RESIDENT;
+template <> constexpr int down_resident<q5_k> = DOWN_RESIDENT_Q5_K;
 template <class T> constexpr int down_batch = DOWN_BATCH;
 template <> constexpr int down_batch<q6_k> = DOWN_BATCH_Q6_K;
 
@@ -267,7 +271,7 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
 }
 
 #define EXPERT_KERNELS(type)                                                                                          \
-    RESIDENT_KERNEL(32 * GATE_UP_WARPS, GATE_UP_RESIDENT, experts_gate_up_##type)                                     \
+    RESIDENT_KERNEL(32 * GATE_UP_WARPS, gate_up_resident<type>, experts_gate_up_##type)                               \
     (const u64 *records, u64 *late, const void *reply, const replayed *run, const void *stop, u64 gate_offset,        \
      u64 up_offset, const u8 *x, u8 *hidden, float *hidden_floats, int rows, int columns, int picks,                  \
      const expert_form *form, int first, int holds) {                                                                 \
@@ -288,7 +292,7 @@ DEVICE void down(const u64 *records, const u64 *late, u64 down_offset, const u8 
             await_whole(late, reply, run, stop, picks, pair);                                                         \
     }                                                                                                                 \
     EXPORT_KERNEL(experts_gate_up_##type)                                                                             \
-    KERNEL(32 * DOWN_WARPS, experts_down_##type)                                                                      \
+    RESIDENT_KERNEL(32 * DOWN_WARPS, down_resident<type>, experts_down_##type)                                        \
     (const u64 *records, const u64 *late, u64 down_offset, const u8 *hidden, const float *weights,                    \
      const float *shared_output, const float *shared_gate, float *y, int rows, int columns, int picks,                \
      const expert_form *form, int first, int count) {                                                                 \

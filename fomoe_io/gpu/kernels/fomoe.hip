@@ -2,6 +2,7 @@
 #include "prelude.h"
 #include "tuning.h"
 #include "units.h"
+#include "planes.h"
 #include "activations.h"
 #include "mat_vec.h"
 #include "half.h"

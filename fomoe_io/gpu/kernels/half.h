@@ -58,9 +58,12 @@ template <class T> DEVICE void expand_half(const u8 *weights, eight_halves *y, u
     }                                                                           \
     EXPORT_KERNEL(expand_half_##type)
 EXPAND_HALF_KERNEL(q4_k)
+EXPAND_HALF_KERNEL(q4_k_planes)
 EXPAND_HALF_KERNEL(q5_k)
 EXPAND_HALF_KERNEL(q6_k)
+EXPAND_HALF_KERNEL(q6_k_planes)
 EXPAND_HALF_KERNEL(q8_0)
+EXPAND_HALF_KERNEL(q8_0_planes)
 
 // What is finite stays so; infinities and NaN stay what they are, to be seen in the result.
 DEVICE float clamp_to_half(float v) {

@@ -240,9 +240,12 @@ DEVICE void multiply_heads(const u8 *weights, const u8 *x, float *y, int heads, 
     EXPORT_KERNEL(heads_mat_mul_##type)
 
 HEADS_KERNELS(q4_k)
+HEADS_KERNELS(q4_k_planes)
 HEADS_KERNELS(q5_k)
 HEADS_KERNELS(q6_k)
+HEADS_KERNELS(q6_k_planes)
 HEADS_KERNELS(q8_0)
+HEADS_KERNELS(q8_0_planes)
 HEADS_KERNELS(mxfp4)
 HEADS_KERNELS(f16)
 HEADS_KERNELS(bf16)

@@ -103,7 +103,7 @@ template <class T> DEVICE void expand(const u8 *weights, const int *ids, float *
     }
 }
 
-#define MAT_VEC_KERNELS(type)                                                                                       \
+#define PRODUCT_KERNELS(type)                                                                                       \
     KERNEL(32 * MAT_VEC_WARPS, mat_vec_##type)                                                                      \
     (const u8 *weights, const u8 *x, float *y, int rows, int columns, int split) {                                  \
         mat_vec<type, type::is_quantized ? MAT_VEC_ROWS : 1>(weights, x, y, rows, columns, split, block_x());       \
@@ -115,17 +115,23 @@ template <class T> DEVICE void expand(const u8 *weights, const int *ids, float *
         mat_vec_many<type, type::is_quantized ? MAT_VEC_ROWS : 1>({w0, w1, w2, w3}, {y0, y1, y2, y3},               \
                                                                   {rows0, rows1, rows2, rows3}, x, columns, split); \
     }                                                                                                               \
-    EXPORT_KERNEL(mat_vec_many_##type)                                                                              \
-    KERNEL(32, expand_##type)(const u8 *weights, const int *ids, float *y, int columns) {                           \
-        start_kernel();                                                                                             \
-        expand<type>(weights, ids, y, columns);                                                                     \
-    }                                                                                                               \
+    EXPORT_KERNEL(mat_vec_many_##type)
+
+#define MAT_VEC_KERNELS(type)                                                             \
+    PRODUCT_KERNELS(type)                                                                 \
+    KERNEL(32, expand_##type)(const u8 *weights, const int *ids, float *y, int columns) { \
+        start_kernel();                                                                   \
+        expand<type>(weights, ids, y, columns);                                           \
+    }                                                                                     \
     EXPORT_KERNEL(expand_##type)
 
 MAT_VEC_KERNELS(q4_k)
+PRODUCT_KERNELS(q4_k_planes)
 MAT_VEC_KERNELS(q5_k)
 MAT_VEC_KERNELS(q6_k)
+PRODUCT_KERNELS(q6_k_planes)
 MAT_VEC_KERNELS(q8_0)
+PRODUCT_KERNELS(q8_0_planes)
 MAT_VEC_KERNELS(mxfp4)
 MAT_VEC_KERNELS(f16)
 MAT_VEC_KERNELS(bf16)

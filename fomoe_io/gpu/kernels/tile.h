@@ -421,33 +421,39 @@ KERNEL(256, combine_picks)
 }
 EXPORT_KERNEL(combine_picks)
 
-#define TILE_KERNELS(type)                                                                                           \
+#define MAT_MUL_KERNEL(type)                                                                                         \
     RESIDENT_KERNEL(TILE_THREADS, TILE_RESIDENT, mat_mul_##type)(const u8 *weights, const u8 *x, float *y, int rows, \
                                                                  int columns, int tokens) {                          \
         start_kernel();                                                                                              \
         multiply<type>(weights, x, y, rows, columns, tokens);                                                        \
     }                                                                                                                \
-    EXPORT_KERNEL(mat_mul_##type)                                                                                    \
-    RESIDENT_KERNEL(TILE_THREADS, TILE_RESIDENT, group_gate_up_##type)                                               \
-    (const tile *tiles, const int *order, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,                   \
-     float *hidden_floats, int rows, int columns, int picks, const expert_form *form, int first) {                   \
-        start_kernel();                                                                                              \
-        group_gate_up<type>(tiles, order, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks,    \
-                            form, first);                                                                            \
-    }                                                                                                                \
-    EXPORT_KERNEL(group_gate_up_##type)                                                                              \
-    RESIDENT_KERNEL(TILE_THREADS, TILE_RESIDENT, group_down_##type)                                                  \
-    (const tile *tiles, const int *order, u64 down_offset, const u8 *hidden, float *out, int rows, int columns,      \
-     int first, int count) {                                                                                         \
-        start_kernel();                                                                                              \
-        group_down<type>(tiles, order, down_offset, hidden, out, rows, columns, first, count);                       \
-    }                                                                                                                \
+    EXPORT_KERNEL(mat_mul_##type)
+
+#define TILE_KERNELS(type)                                                                                        \
+    MAT_MUL_KERNEL(type)                                                                                          \
+    RESIDENT_KERNEL(TILE_THREADS, TILE_RESIDENT, group_gate_up_##type)                                            \
+    (const tile *tiles, const int *order, u64 gate_offset, u64 up_offset, const u8 *x, u8 *hidden,                \
+     float *hidden_floats, int rows, int columns, int picks, const expert_form *form, int first) {                \
+        start_kernel();                                                                                           \
+        group_gate_up<type>(tiles, order, gate_offset, up_offset, x, hidden, hidden_floats, rows, columns, picks, \
+                            form, first);                                                                         \
+    }                                                                                                             \
+    EXPORT_KERNEL(group_gate_up_##type)                                                                           \
+    RESIDENT_KERNEL(TILE_THREADS, TILE_RESIDENT, group_down_##type)                                               \
+    (const tile *tiles, const int *order, u64 down_offset, const u8 *hidden, float *out, int rows, int columns,   \
+     int first, int count) {                                                                                      \
+        start_kernel();                                                                                           \
+        group_down<type>(tiles, order, down_offset, hidden, out, rows, columns, first, count);                    \
+    }                                                                                                             \
     EXPORT_KERNEL(group_down_##type)
 
 TILE_KERNELS(q4_k)
+MAT_MUL_KERNEL(q4_k_planes)
 TILE_KERNELS(q5_k)
 TILE_KERNELS(q6_k)
+MAT_MUL_KERNEL(q6_k_planes)
 TILE_KERNELS(q8_0)
+MAT_MUL_KERNEL(q8_0_planes)
 TILE_KERNELS(mxfp4)
 TILE_KERNELS(f16)
 TILE_KERNELS(bf16)

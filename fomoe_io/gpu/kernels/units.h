@@ -14,8 +14,7 @@ template <int GROUPS, int GROUP_ELEMENTS> struct unpacked {
 struct shifted16 {
     u32 word[5];
 };
-template <class L> DEVICE shifted16 load_shifted16(const u8 *p) {
-    const u8 *aligned = p - ((u64)p & 2);
+template <class L> DEVICE shifted16 load_shifted16(const u8 *aligned) {
     shifted16 s;
 #pragma unroll
     for (int i = 0; i < 5; ++i) s.word[i] = L::word4(aligned + 4 * i);
@@ -40,7 +39,8 @@ DEVICE void unpack_k_scales(const u32x4 &head, int pair, unpacked<2, 32> &u) {
 // sub-blocks: the low nibbles of 32 bytes, then the high ones.
 struct q4_k {
     static const bool is_quantized = true, has_minimum = true;
-    static const int block_elements = 256, block_bytes = 144, unit_elements = 64, groups = 2, group_elements = 32;
+    static const int block_elements = 256, block_bytes = 144, unit_elements = 64;
+    static const int groups = 2, group_elements = 32, group_stride = 32;
     static const int centre = 0;
     typedef unpacked<2, 32> prepared;
     struct raw {
@@ -65,10 +65,25 @@ struct q4_k {
     }
 };
 
+// Q4_K as this device keeps it (planes.h): of eight blocks' units the first 16 bytes of nibbles, the second, then the
+// blocks' heads.
+struct q4_k_planes : q4_k {
+    static const int chunk_blocks = 8, chunk_bytes = chunk_blocks * block_bytes, chunk_units = 32;
+    static const int second_plane = 512, head_plane = 1024;
+    template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
+        const u8 *chunk = row + ((u32)unit / chunk_units) * chunk_bytes;
+        const u32 place = (u32)unit % chunk_units;
+        const u8 *nibbles = chunk + 16 * place;
+        return {L::word16(chunk + head_plane + 16 * (place >> 2)),
+                {L::word16(nibbles), L::word16(nibbles + second_plane)}};
+    }
+};
+
 // Q5_K: 176 bytes: as Q4_K with 32 bytes of fifth bits (bit j for sub-block j) before the nibbles.
 struct q5_k {
     static const bool is_quantized = true, has_minimum = true;
-    static const int block_elements = 256, block_bytes = 176, unit_elements = 64, groups = 2, group_elements = 32;
+    static const int block_elements = 256, block_bytes = 176, unit_elements = 64;
+    static const int groups = 2, group_elements = 32, group_stride = 32;
     static const int centre = 0;
     typedef unpacked<2, 32> prepared;
     struct raw {
@@ -103,7 +118,8 @@ struct q5_k {
 // slower.)
 struct q6_k {
     static const bool is_quantized = true, has_minimum = false;
-    static const int block_elements = 256, block_bytes = 210, unit_elements = 32, groups = 2, group_elements = 16;
+    static const int block_elements = 256, block_bytes = 210, unit_elements = 32;
+    static const int groups = 2, group_elements = 16, group_stride = 64;
     static const int centre = 32;
     typedef unpacked<2, 16> prepared;
     struct raw {
@@ -113,11 +129,12 @@ struct q6_k {
         int bits;  // how far the block begins off a word: 0 or 16
     };
     template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
-        const int i = unit & 7, half = i & 1, wide = i >> 2;
-        const u8 *block = row + (unit >> 3) * block_bytes, *scales = block + 192 + 8 * wide + (i & 2) + half;
+        const u32 i = (u32)unit & 7, half = i & 1, wide = i >> 2;
+        const u8 *block = row + ((u32)unit >> 3) * block_bytes, *aligned = (const u8 *)((u64)block & ~2ull);
+        const u8 *scales = block + (192 + 8 * wide + (i & 2) + half);
         raw r;
-        r.low = load_shifted16<L>(block + 16 * i);
-        r.high = load_shifted16<L>(block + 128 + 32 * wide + 16 * half);
+        r.low = load_shifted16<L>(aligned + 16 * i);
+        r.high = load_shifted16<L>(aligned + (128 + 32 * wide + 16 * half));
         r.scale[0] = (i8)L::word1(scales), r.scale[1] = (i8)L::word1(scales + 4);
         r.d = L::word2(block + 208);
         r.bits = (int)((u64)block & 2) * 8;
@@ -143,10 +160,41 @@ struct q6_k {
     }
 };
 
+// Q6_K as this device keeps it (planes.h): of eight blocks the low nibbles, the high pairs, the scales (the two of a
+// unit stand side by side), then d.
+struct q6_k_planes : q6_k {
+    static const int chunk_blocks = 8, chunk_bytes = chunk_blocks * block_bytes, chunk_units = 64;
+    static const int high_plane = 1024, scale_plane = 1536, d_plane = 1664;
+    struct raw {
+        u32x4 low, high;
+        u16 scales, d;
+    };
+    template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
+        const u8 *chunk = row + ((u32)unit / chunk_units) * chunk_bytes;
+        const u32 place = (u32)unit % chunk_units, block = place >> 3, half = place & 1, wide = place >> 2 & 1;
+        return {L::word16(chunk + 16 * place), L::word16(chunk + high_plane + 64 * block + 32 * wide + 16 * half),
+                L::word2(chunk + scale_plane + 2 * place), L::word2(chunk + d_plane + 2 * block)};
+    }
+    static DEVICE_MEMBER void unpack(const raw &r, int unit, prepared &u) {
+        const u32 lows[4] = {r.low.x, r.low.y, r.low.z, r.low.w}, highs[4] = {r.high.x, r.high.y, r.high.z, r.high.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const u32 high = highs[i] >> (unit & 2); // the bit pair of the first or the second quarter
+            u.quants[0][i] = (int)((lows[i] & 0x0f0f0f0fu) | ((high << 4) & 0x30303030u));
+            u.quants[1][i] = (int)(((lows[i] >> 4) & 0x0f0f0f0fu) | (high & 0x30303030u));
+        }
+        const float d = from_half(r.d);
+        u.scale[0] = d * (float)(i8)(r.scales & 0xff);
+        u.scale[1] = d * (float)(i8)(r.scales >> 8);
+        u.minimum[0] = u.minimum[1] = 0.f;
+    }
+};
+
 // Q8_0: 34 bytes for 32 weights: f16 d, 32 signed bytes.
 struct q8_0 {
     static const bool is_quantized = true, has_minimum = false;
-    static const int block_elements = 32, block_bytes = 34, unit_elements = 32, groups = 1, group_elements = 32;
+    static const int block_elements = 32, block_bytes = 34, unit_elements = 32;
+    static const int groups = 1, group_elements = 32, group_stride = 32;
     static const int centre = 0;
     typedef unpacked<1, 32> prepared;
     struct raw {
@@ -175,11 +223,37 @@ struct q8_0 {
     }
 };
 
+// Q8_0 as this device keeps it (planes.h): eight blocks' quants, then their d.
+struct q8_0_planes : q8_0 {
+    static const int chunk_blocks = 8, chunk_bytes = chunk_blocks * block_bytes, chunk_units = 8, d_plane = 256;
+    struct raw {
+        u32x4 quants[2];
+        u16 d;
+    };
+    template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
+        const u8 *chunk = row + ((u32)unit / chunk_units) * chunk_bytes;
+        const u32 place = (u32)unit % chunk_units;
+        const u8 *quants = chunk + 32 * place;
+        return {{L::word16(quants), L::word16(quants + 16)}, L::word2(chunk + d_plane + 2 * place)};
+    }
+    static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const u32x4 &q = r.quants[half];
+            u.quants[0][4 * half] = (int)q.x, u.quants[0][4 * half + 1] = (int)q.y;
+            u.quants[0][4 * half + 2] = (int)q.z, u.quants[0][4 * half + 3] = (int)q.w;
+        }
+        u.scale[0] = from_half(r.d);
+        u.minimum[0] = 0.f;
+    }
+};
+
 // MXFP4: 17 bytes for 32 weights: an exponent, then 16 bytes whose low nibbles are the first half.  A nibble is a sign
 // and a place in 0 1 2 3 4 6 8 12, times 2^(exponent - 128).  Blocks begin at any byte.
 struct mxfp4 {
     static const bool is_quantized = true, has_minimum = false;
-    static const int block_elements = 32, block_bytes = 17, unit_elements = 32, groups = 1, group_elements = 32;
+    static const int block_elements = 32, block_bytes = 17, unit_elements = 32;
+    static const int groups = 1, group_elements = 32, group_stride = 32;
     static const int centre = 0;
     typedef unpacked<1, 32> prepared;
     struct raw {
@@ -286,23 +360,25 @@ DEVICE int sum_bytes(const u32x4 &x) {
 template <class T>
 DEVICE float add_unit(const typename T::prepared &u, int unit, const u8 *activations, int columns, float sum) {
     if constexpr (T::is_quantized) {
-        const u8 *pairs = activations + columns;
+        // one address a unit: the groups' differ by constants
+        const u32 first = (u32)T::element(unit, 0);
+        const u8 *bytes = activations + first, *pairs = activations + (u32)columns + 8 * (first >> 5);
         float d[T::groups], total[T::groups];
         if constexpr (T::has_minimum) {
-            static_assert(T::groups == 2 && T::group_elements == 32, "the pairs of both groups stand side by side");
-            const u32x4 both = fresh16(pairs + 8 * (T::element(unit, 0) >> 5));
+            static_assert(T::groups == 2 && T::group_stride == 32, "the pairs of both groups stand side by side");
+            const u32x4 both = fresh16(pairs);
             d[0] = as_float(both.x), total[0] = as_float(both.y);
             d[1] = as_float(both.z), total[1] = as_float(both.w);
         } else {
 #pragma unroll
-            for (int g = 0; g < T::groups; ++g) d[g] = as_float(fresh4(pairs + 8 * (T::element(unit, g) >> 5)));
+            for (int g = 0; g < T::groups; ++g) d[g] = as_float(fresh4(pairs + T::group_stride / 4 * g));
         }
 #pragma unroll
         for (int g = 0; g < T::groups; ++g) {
             int s = 0;
 #pragma unroll
             for (int i = 0; i < T::group_elements / 4; i += 4) {
-                const u32x4 x = fresh16(activations + T::element(unit, g) + 4 * i);
+                const u32x4 x = fresh16(bytes + T::group_stride * g + 4 * i);
                 // The centre times the sum of the activations is the same for all rows: cheaper than centring each.
                 if (T::centre) s -= T::centre * sum_bytes(x);
                 s = dot4(u.quants[g][i], (int)x.x, s);
