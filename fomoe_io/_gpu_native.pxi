@@ -74,7 +74,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         uint8_t *pool[2]
         fomoe_device_words words[8]
         const uint64_t *post
-        const uint64_t *guess
+        const uint64_t *guess[2]  # FOMOE_LAYERS_AHEAD
     ctypedef struct fomoe_size_class:
         int64_t slot_bytes[2]
         uint8_t *spare[2]

@@ -303,10 +303,17 @@ class CpuRecorder:
         self.program.combine(self._experts, picks.weights, output, picks.router.used, shared, shared_gate)
 
     def lookahead(
-        self, layer: int, x: Rows, weight: np.ndarray, epsilon: float, matrix: Matrix, router: Router[np.ndarray]
+        self,
+        layer: int,
+        ahead: int,
+        x: Rows,
+        weight: np.ndarray,
+        epsilon: float,
+        matrix: Matrix,
+        router: Router[np.ndarray],
     ) -> None:
-        """Read what the layer would pick, where that is asked for."""
-        if self._experts is not None and self._looks_ahead:
+        """Read what the next layer would pick, where that is asked for: guesses take the time of the products here."""
+        if self._experts is not None and self._looks_ahead and ahead == 1:
             key = "lookahead", router.experts, F32
             if key not in self._rows:
                 self._rows[key] = Rows(self._kernels, router.experts, 1)  # of a token alone: beside what is budgeted

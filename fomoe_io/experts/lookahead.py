@@ -116,7 +116,7 @@ class Lookahead:
 
 def spare_buffers(
     mode: Mode, ranks: int, layers: Collection[int], buffer_bytes: int, room: int, *,
-    least: int, most: int, is_all: bool, elsewhere: int = 0,
+    least: int, most: int, is_all: bool, elsewhere: int = 0, layers_ahead: int = 1,
 ) -> int:  # fmt: skip
     """How many buffers of each size experts that are read ahead get; with "auto" none that would cost what matters.
 
@@ -137,13 +137,15 @@ def spare_buffers(
         With the most, nothing is missed.
     elsewhere : int
         What experts have in a device's memory.
+    layers_ahead : int
+        How many layers' guesses may be read at once.
     """
     if mode != "auto":
-        return ranks
+        return layers_ahead * ranks
     if (is_all and room >= most) or not any(layer + 1 in layers for layer in layers):
         return 0
     free = max(room - most, (room + elsewhere) // SLOTS_SHARE)
-    count = min(ranks, min(free, room - least) // buffer_bytes)
+    count = min(layers_ahead * ranks, min(free, room - least) // buffer_bytes)
     return count if count > 0 and 2 * count >= ranks else 0  # for a read or two a layer nothing is given up
 
 

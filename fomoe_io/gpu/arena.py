@@ -115,7 +115,8 @@ class DeviceExpertLayer:
     ----------
     gate_kernel, down_kernel : formats of gate and up, and of down
     device_offset : where gate, up and down stand in a record
-    table, post, answer, guess : addresses as the device sees them (gpu/kernels/router.h)
+    table, post, answer : addresses as the device sees them (gpu/kernels/router.h)
+    guess : such addresses, of what is guessed a layer ahead, and more
     """
 
     gate_kernel: str
@@ -124,7 +125,7 @@ class DeviceExpertLayer:
     table: int
     post: int
     answer: int
-    guess: int
+    guess: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

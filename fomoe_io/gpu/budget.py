@@ -14,6 +14,7 @@ from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import ALIGNMENT_BYTES
 from fomoe_io.gpu.kernels import up
 from fomoe_io.gpu.weights import kernel_of
+from fomoe_io.models.recorder import LAYERS_AHEAD
 
 if TYPE_CHECKING:
     from fomoe_io.models.shape import Shape
@@ -140,20 +141,21 @@ class Mail:
 
     @property
     def guess_bytes(self) -> int:
-        """Of what is guessed of a layer."""
+        """Of what one layer guesses of another."""
         return up(8 * self.guesses, CACHE_LINE_BYTES) * CACHE_LINE_BYTES
 
     def post(self, layer: int) -> int:
         """Offset of a layer's post."""
-        return CACHE_LINE_BYTES + layer * (self.post_bytes + self.answer_bytes + self.guess_bytes)
+        return CACHE_LINE_BYTES + layer * (self.post_bytes + self.answer_bytes + LAYERS_AHEAD * self.guess_bytes)
 
     def answer(self, layer: int) -> int:
         """Offset of a layer's answer."""
         return self.post(layer) + self.post_bytes
 
-    def guess(self, layer: int) -> int:
-        """Offset of what is guessed of a layer."""
-        return self.answer(layer) + self.answer_bytes
+    def guess(self, layer: int) -> tuple[int, ...]:
+        """Offsets of what is guessed of a layer, by the one before it and by those before that."""
+        first = self.answer(layer) + self.answer_bytes
+        return tuple(first + i * self.guess_bytes for i in range(LAYERS_AHEAD))
 
     @property
     def bytes(self) -> int:
@@ -248,7 +250,7 @@ def native_device_layers(
                 "is_alike": record.is_alike,
                 "pool": (pools[0][index], pools[1][index]),
                 "post": words[0][1] + posts.post(index),
-                "guess": words[0][1] + posts.guess(index) if posts.guesses else 0,
+                "guess": [words[0][1] + offset for offset in posts.guess(index)] if posts.guesses else [],
                 "words": [
                     {
                         "table": tables + 8 * most * index,

@@ -436,7 +436,14 @@ class DeviceRecorder(LatentRecorder):
         self._add_later(output, total)
 
     def lookahead(
-        self, layer: int, x: DeviceRows, weight: int, epsilon: float, matrix: DeviceMatrix, router: Router[int]
+        self,
+        layer: int,
+        ahead: int,
+        x: DeviceRows,
+        weight: int,
+        epsilon: float,
+        matrix: DeviceMatrix,
+        router: Router[int],
     ) -> None:
         """Norm and router of a layer that follows one of this device, on what that one's experts will be added to."""
         if not self._guesses or not self._is_here or not self._part.has(layer):
@@ -452,10 +459,10 @@ class DeviceRecorder(LatentRecorder):
         self.body.append(make.route(Picks(layer, guessed, logits, ids, weights), self.tokens, chosen_by))
         if self._substitutes:
             values, p, *more = self._rule_of(guessed, logits, chosen_by)
-            posted = (ids.address, weights.address, e.table, e.guess, run)
+            posted = (ids.address, weights.address, e.table, e.guess[ahead - 1], run)
             self._add("substitute_and_post", (1, 1, 1), values, p, *posted, *more)
         else:
-            self._add("post_guesses", (1, 1, 1), ids.address, e.guess, run, self._guesses)
+            self._add("post_guesses", (1, 1, 1), ids.address, e.guess[ahead - 1], run, self._guesses)
         for spec in self.body[first:]:
             spec.guesses = True
 

@@ -122,7 +122,7 @@ class Recordings:
                 self.tables_address + 8 * s.experts * i,
                 addresses.mail + self.mail.post(i),
                 addresses.mail + self.mail.answer(i),
-                addresses.mail + self.mail.guess(i),
+                tuple(addresses.mail + offset for offset in self.mail.guess(i)),
             )
             for i, record in source.records.items()
         }

@@ -20,6 +20,7 @@ from fomoe_io.gpu.products import SCRATCH_BYTES, TILE_ROWS, WORKSPACE_BYTES, ope
 from fomoe_io.gpu.recordings import Addresses, ModelSource, Recordings
 from fomoe_io.gpu.shared import part_sizes, shared_bytes
 from fomoe_io.gpu.weights import kernel_of
+from fomoe_io.models.recorder import LAYERS_AHEAD
 from fomoe_io.open_model import OpenModel
 from fomoe_io.ram_budget import RamBudget, RamPart
 from fomoe_io.system.direct_io import LEAST_BLOCK_BYTES, round_down, round_up
@@ -105,7 +106,7 @@ class Sharing:
 
     def _share_with(self, guesses: int) -> None:
         self._source, self.guesses = replace(self._source, guesses=guesses), guesses
-        self.staged = 0 if self._mode == "auto" else guesses
+        self.staged = 0 if self._mode == "auto" else LAYERS_AHEAD * guesses
         self.batch_tokens = min(self._config.least_batch_tokens, self._opened.context_tokens)
         self.scratch_bytes = self._product_scratch_bytes()
         self.sketch = self.recordings(Addresses())
@@ -256,6 +257,6 @@ class Sharing:
             self._mode, self.guesses, self._records, self._class_bytes(DRAM), room,
             least=0 if self._config.slots is None else most_bytes, most=most_bytes,
             is_all=most + int(table[list(self._records), VRAM].min()) >= self._shape.experts,
-            elsewhere=len(self._gpus) * in_vram,
+            elsewhere=len(self._gpus) * in_vram, layers_ahead=LAYERS_AHEAD,
         )  # fmt: skip
         return self.staged * self._class_bytes(DRAM)

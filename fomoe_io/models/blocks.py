@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Generic
 
 from fomoe_io.models.recorder import (
+    LAYERS_AHEAD,
     Activation,
     Attention,
     Experts,
@@ -134,8 +135,9 @@ def record_experts(
 ) -> None:
     """x += sum_k w_k expert_k(h) [+ [sigmoid(g . h)] shared(h)], h = norm(x), k and w_k the router's.
 
-    Reads of missing experts start right after routing and run while the shared expert is computed.  What the next layer
-    will want is guessed beside this one's own products, so that a drive has it to read when it has read this one's.
+    Reads of missing experts start right after routing and run while the shared expert is computed.  What the next
+    layers will want is guessed beside this one's own products, so that a drive has it to read when it has read this
+    one's.
     """
     prefix = f"blk.{layer}"
     w_router = w.matrix(f"{prefix}.ffn_gate_inp.weight", s.columns, s.experts)
@@ -157,11 +159,11 @@ def record_experts(
     picks = p.route(layer, logits, _router(w, s, layer))
     p.experts_begin(picks, h, op)
     with p.beside():
-        if layer + 1 < s.layers:
-            following = f"blk.{layer + 1}"
+        for ahead in range(1, min(LAYERS_AHEAD, s.layers - 1 - layer) + 1):
+            following = f"blk.{layer + ahead}"
             next_norm = w.vector(f"{following}.{norm}.weight", (s.columns,))
             next_router = w.matrix(f"{following}.ffn_gate_inp.weight", s.columns, s.experts)
-            p.lookahead(layer + 1, x, next_norm, s.epsilon, next_router, _router(w, s, layer + 1))
+            p.lookahead(layer + ahead, ahead, x, next_norm, s.epsilon, next_router, _router(w, s, layer + ahead))
         y = _record_shared(p, s, shared, h) if shared else None
     p.experts_end(picks, h, op, x, y, scalar)
     p.layer_end(layer, x)

@@ -24,6 +24,10 @@ _Matrix_co = TypeVar("_Matrix_co", covariant=True)
 _Vector_co = TypeVar("_Vector_co", covariant=True)
 _Matrix_contra = TypeVar("_Matrix_contra", contravariant=True)
 
+LAYERS_AHEAD = 2
+"""How many of the layers that follow are guessed at: the next one's experts are known best, and those of the one after
+it keep a drive busy where the next wants little (FOMOE_LAYERS_AHEAD, csrc/gpu/device_experts.h)."""
+
 
 @dataclass(slots=True)
 class Activation(Generic[Rows]):
@@ -395,9 +399,16 @@ class Recorder(Protocol[_Matrix_contra, Vector, Rows]):
         ...
 
     def lookahead(
-        self, layer: int, x: Rows, weight: Vector, epsilon: float, matrix: _Matrix_contra, router: Router[Vector]
+        self,
+        layer: int,
+        ahead: int,
+        x: Rows,
+        weight: Vector,
+        epsilon: float,
+        matrix: _Matrix_contra,
+        router: Router[Vector],
     ) -> None:
-        """The experts that `layer` would take if the layers before it left x: a guess, which changes no result."""
+        """The experts that `layer`, so many ahead, would take if the layers before it left x: a guess, of no effect."""
         ...
 
     def layer_end(self, layer: int, x: Rows) -> None:

@@ -50,7 +50,7 @@ fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe
     e->layers = layers, e->used = used, e->classes = classes;
     e->residency = residency, e->reader = reader, e->copies = *copies;
     e->piece_bytes = PIECE_BYTES;
-    e->open_layer = e->guessed_layer = e->ahead = -1;
+    e->open_layer = e->ahead = -1;
     fomoe_offers_start(&e->offers, residency, reader);
     e->layer = fomoe_own(&e->owned, layers, sizeof *e->layer);
     e->class = fomoe_own(&e->owned, classes, sizeof *e->class);

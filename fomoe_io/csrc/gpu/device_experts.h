@@ -14,6 +14,9 @@
 #include "experts/residency.h"
 #include "experts/trace.h"
 
+/* How many of the layers that follow a layer guesses at (models/recorder.py). */
+#define FOMOE_LAYERS_AHEAD 2
+
 /* What a device's kernels read of a layer: host memory that it sees. */
 typedef struct {
     uint64_t *table; /* [experts]: the host's copy of record_of */
@@ -35,9 +38,9 @@ typedef struct {
     /* host memory that the first device writes: misses, experts, weights of the picks; the run in the upper halves.
      * All route alike. */
     const uint64_t *post;
-    /* lookahead: what the device guesses of the picks, experts with the run in the upper halves (and FOMOE_STANDS_IN,
-     * gpu/kernels/car_rule.h); NULL: nothing */
-    const uint64_t *guess;
+    /* lookahead: what the device guesses of the picks in the layer before this one, and in the one before that: experts
+     * with the run in the upper halves (and FOMOE_STANDS_IN, gpu/kernels/car_rule.h); NULL: nothing */
+    const uint64_t *guess[FOMOE_LAYERS_AHEAD];
 } fomoe_device_layer;
 
 /* Layers whose slots have the same sizes share spare buffers. */
@@ -104,7 +107,7 @@ void fomoe_device_experts_signal_by_stream(fomoe_device_experts *, int by_stream
 void fomoe_device_experts_read_in_place(fomoe_device_experts *, int in_place, int64_t distance);
 /* Runs from now on write their records to a trace, batches of up to so many tokens.  -1 when memory runs out. */
 int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens);
-/* Once, before the first run: the device may guess so many picks of a layer ahead, and up to `staged` host spares of a
+/* Once, before the first run: the device may guess so many picks of each layer, and up to `staged` host spares of a
  * class (there are so many more) are used for reading them.  Changes no placement and no count but the reads'.  -1
  * when memory runs out. */
 int fomoe_device_experts_look_ahead(fomoe_device_experts *, int ranks, int staged);

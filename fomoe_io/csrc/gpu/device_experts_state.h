@@ -82,6 +82,14 @@ typedef struct {
     fomoe_buffer *landing;
 } fomoe_guess;
 
+/* The last layer of the run whose guesses by a layer so far before it have been seen (-1: none), those, and how many of
+ * them have been read or need not be. */
+typedef struct {
+    int32_t layer, considered;
+    int32_t *experts;
+    int8_t *is_replaced; /* of each: another expert would stand in for it */
+} fomoe_seen_guesses;
+
 struct fomoe_device_experts {
     int layers, used, classes, max_experts;
     fomoe_device_layer *layer;
@@ -125,12 +133,10 @@ struct fomoe_device_experts {
     uint64_t opened_ns, landed_ns; /* when the layer began, and when its last read had landed */
     int has_read, has_moved; /* has_moved: some were not in VRAM */
 
-    /* lookahead: experts that the device guesses of a layer (0: off), spares that may hold such, and do; the last layer
-     * of the run whose guesses have been seen, those, and how many of them have been read or need not be; the layer
-     * that may be read ahead of the one at work (-1: none) */
-    int ranks, most_staged, staged, guess_count, guessed_layer, considered, ahead;
-    int32_t *guessed;
-    int8_t *is_replaced; /* of each: another expert would stand in for it */
+    /* lookahead: experts that the device guesses of a layer (0: off), spares that may hold such, and do; the layer that
+     * may be read ahead of the one at work (-1: none) */
+    int ranks, most_staged, staged, guess_count, ahead;
+    fomoe_seen_guesses seen[FOMOE_LAYERS_AHEAD]; /* by the layer before, by the one before that */
     fomoe_guess *guesses;
     fomoe_range *guess_ranges; /* by the tag of a read */
     fomoe_recall *recall;
@@ -232,15 +238,15 @@ void fomoe_device_close_layer(fomoe_device_experts *);
 
 /* A run begins: guesses of the last one are nobody's. */
 void fomoe_guesses_forget(fomoe_device_experts *);
-/* See whether the device has guessed this layer, and begin to read what is nowhere, as far as there is room; if it may
- * not be read, nothing of it will be. */
+/* See whether the device has guessed this layer, and begin to read what is nowhere, as far as there is room, and then
+ * of the layer after it; if this one may not be read, nothing of it will be. */
 void fomoe_guesses_look(fomoe_device_experts *, int layer, int may_read);
 /* A batch has asked for all of its layer: read of the next one what will be wanted, where its tokens are so many that
  * nearly every expert is. */
 void fomoe_guesses_of_batch(fomoe_device_experts *, int layer);
 /* Count how many of the layer's picks were guessed. */
 void fomoe_guesses_count(fomoe_device_experts *, int layer);
-/* The layer is planned: what it does not miss will be taken by nobody. */
+/* The layer is planned: what it does not miss will be taken by nobody, nor what is of layers before. */
 void fomoe_guesses_expire(fomoe_device_experts *, int layer);
 /* Whether the wanted expert i, which is to be read, takes reads that have begun.  What has come of them is his with the
  * next handing over: no copy that is listed and not started may still need his record. */

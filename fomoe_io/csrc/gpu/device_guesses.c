@@ -16,8 +16,10 @@ static fomoe_range *ranges_of(const fomoe_device_experts *e, const fomoe_guess *
 int fomoe_device_experts_look_ahead(fomoe_device_experts *e, int ranks, int staged) {
     fomoe_owned *o = &e->owned;
     e->ranks = ranks, e->most_staged = staged, e->guess_count = staged + e->used;
-    e->guessed = fomoe_own(o, ranks, sizeof *e->guessed);
-    e->is_replaced = fomoe_own(o, ranks, sizeof *e->is_replaced);
+    for (fomoe_seen_guesses *s = e->seen; s < e->seen + FOMOE_LAYERS_AHEAD; s++)
+        *s = (fomoe_seen_guesses){.layer = -1,
+                                  .experts = fomoe_own(o, ranks, sizeof *s->experts),
+                                  .is_replaced = fomoe_own(o, ranks, sizeof *s->is_replaced)};
     e->guesses = fomoe_own(o, e->guess_count, sizeof *e->guesses);
     e->guess_ranges = fomoe_own(o, (size_t)e->guess_count * FOMOE_MOST_PIECES, sizeof *e->guess_ranges);
     e->recall = fomoe_own(o, e->layers, sizeof *e->recall);
@@ -48,7 +50,7 @@ void fomoe_guesses_expire(fomoe_device_experts *e, int layer) {
     for (fomoe_guess *g = e->guesses; g < e->guesses + e->guess_count; g++) {
         if (g->layer < 0 || g->is_expired || g->taker >= 0) continue;
         int is_wanted = g->layer == layer && !g->has_failed && e->plan.index[g->expert] >= e->plan.hits;
-        if (!is_wanted) expire(e, g);
+        if (g->layer <= layer && !is_wanted) expire(e, g);
     }
 }
 
@@ -83,40 +85,60 @@ static int read_ahead(fomoe_device_experts *e, int layer, int expert) {
     return 1;
 }
 
-/* Whether the device has said what it guesses of this layer in the run at work. */
-static int has_guessed(fomoe_device_experts *e, int layer) {
-    const uint64_t *words = e->layer[layer].guess;
+static int is_guessed(const fomoe_device_experts *e, int layer, int expert) {
+    for (const fomoe_guess *g = e->guesses; g < e->guesses + e->guess_count; g++)
+        if (g->layer == layer && g->expert == expert && !g->is_expired) return 1;
+    return 0;
+}
+
+/* Whether the device has said in the run at work what it guesses of this layer. */
+static int has_guessed(const fomoe_device_experts *e, fomoe_seen_guesses *s, const uint64_t *words) {
     for (int k = 0; k < e->ranks; k++) {
         uint64_t word = __atomic_load_n(&words[k], __ATOMIC_ACQUIRE);
         if (word >> 32 != e->run) return 0;
-        e->guessed[k] = (int32_t)(word & ~FOMOE_STANDS_IN);
-        e->is_replaced[k] = (word & FOMOE_STANDS_IN) != 0;
+        s->experts[k] = (int32_t)(word & ~FOMOE_STANDS_IN);
+        s->is_replaced[k] = (word & FOMOE_STANDS_IN) != 0;
     }
     return 1;
 }
 
 /* 0: it is to be read, and there is no room yet. */
-static int consider(fomoe_device_experts *e, int layer, int guess) {
-    int32_t slot, expert = e->guessed[guess];
-    if (e->is_replaced[guess]) return 1;
+static int consider(fomoe_device_experts *e, int layer, int32_t expert) {
+    int32_t slot;
     if (expert < 0 || expert >= e->layer[layer].experts) return 1; /* a device that makes no sense is told later */
-    return fomoe_residency_find(e->residency, layer, expert, &slot) != FOMOE_TIER_NVME || read_ahead(e, layer, expert);
+    if (fomoe_residency_find(e->residency, layer, expert, &slot) != FOMOE_TIER_NVME) return 1;
+    return is_guessed(e, layer, expert) || read_ahead(e, layer, expert);
+}
+
+/* Of what is guessed two layers ahead the likelier half: of the others most would be read in vain. */
+static int ranks_of(const fomoe_device_experts *e, int before) { return before ? (e->ranks + 1) / 2 : e->ranks; }
+
+/* Whether all that a layer so far before this one guesses of it has been read, or is not to be. */
+static int look(fomoe_device_experts *e, int before, int layer, int may_read) {
+    fomoe_seen_guesses *s = &e->seen[before];
+    int ranks = ranks_of(e, before);
+    if (layer >= e->layers || !e->layer[layer].guess[before]) return 1;
+    if (s->layer != layer) {
+        if (!has_guessed(e, s, e->layer[layer].guess[before])) return 0;
+        s->layer = layer;
+        s->considered = 0;
+    }
+    if (!may_read) s->considered = ranks;
+    for (; s->considered < ranks; s->considered++)
+        if (!s->is_replaced[s->considered] && !consider(e, layer, s->experts[s->considered])) return 0;
+    return 1;
 }
 
 void fomoe_guesses_look(fomoe_device_experts *e, int layer, int may_read) {
-    if (layer < 0 || layer >= e->layers || !e->layer[layer].guess) return;
-    if (e->guessed_layer != layer) {
-        if (!has_guessed(e, layer)) return;
-        e->guessed_layer = layer;
-        e->considered = 0;
-    }
-    if (!may_read) e->considered = e->ranks;
-    while (e->considered < e->ranks && consider(e, layer, e->considered)) e->considered++;
+    if (layer < 0 || !e->ranks) return;
+    /* the layer after it not right before what this one's picks want of the drive */
+    for (int before = 0; before < FOMOE_LAYERS_AHEAD && look(e, before, layer, may_read) && may_read; before++)
+        layer = fomoe_device_next_layer(e, layer);
 }
 
 void fomoe_guesses_count(fomoe_device_experts *e, int layer) {
-    if (e->ranks && e->guessed_layer == layer)
-        fomoe_recall_count(&e->recall[layer], e->picked, e->used, e->guessed, e->ranks);
+    const fomoe_seen_guesses *s = &e->seen[0];
+    if (e->ranks && s->layer == layer) fomoe_recall_count(&e->recall[layer], e->picked, e->used, s->experts, e->ranks);
 }
 
 /* ---- of a batch ---- */
@@ -124,12 +146,6 @@ void fomoe_guesses_count(fomoe_device_experts *e, int layer) {
 /* Pairs for each expert of a layer from which on hardly one is wanted by no token: one that is picked as often as
  * others is left out once in e^8 times. */
 enum { SURE_PAIRS = 8 };
-
-static int is_guessed(const fomoe_device_experts *e, int layer, int expert) {
-    for (const fomoe_guess *g = e->guesses; g < e->guesses + e->guess_count; g++)
-        if (g->layer == layer && g->expert == expert) return 1;
-    return 0;
-}
 
 /* Of what is nowhere, and not on its way, the expert that has been picked most; -1: there is none. */
 static int likeliest(const fomoe_device_experts *e, int layer) {
@@ -228,8 +244,8 @@ void fomoe_guesses_reap(fomoe_device_experts *e) {
 }
 
 void fomoe_guesses_forget(fomoe_device_experts *e) {
-    e->guessed_layer = -1;
+    for (fomoe_seen_guesses *s = e->seen; s < e->seen + FOMOE_LAYERS_AHEAD; s++) s->layer = -1;
     for (fomoe_guess *g = e->guesses; g < e->guesses + e->guess_count; g++)
         if (g->layer >= 0 && g->taker >= 0) g->layer = -1; /* the reader has lost its reads, and with them its buffer */
-    fomoe_guesses_expire(e, -1);
+    fomoe_guesses_expire(e, e->layers);
 }
