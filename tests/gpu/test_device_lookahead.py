@@ -19,6 +19,7 @@ from fomoe_io.experts import lookahead
 from fomoe_io.gpu import device
 from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.gpu.chain import ChainBackend
+from fomoe_io.models import blocks
 from fomoe_io.trace.simulator import replay
 from fomoe_io.trace.trace import Trace
 from tests.fake_hip.build import Fake
@@ -99,6 +100,18 @@ def test_bits_and_decisions_stay(model: Path, plain: tuple[bytes, dict[str, Any]
     else:
         assert not found["useful"] and found["issued"] == (mode == "fail")
     assert not any(plain[1]["prefetch"].values()) and plain[1]["budgets"]["lookahead_bytes"] == 0
+
+
+def test_the_layer_after_the_next_is_read_ahead(
+    model: Path, plain: tuple[bytes, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In buffers of its own; without such guesses there is less of it, and no bit another."""
+    both, s = answer(model)
+    monkeypatch.setattr(blocks, "LAYERS_AHEAD", 1)
+    one, less = answer(model)
+    assert both == one == plain[0] and decisions(s)[:-1] == decisions(less)[:-1]
+    assert s["prefetch"]["issued"] > less["prefetch"]["issued"] > 0
+    assert s["prefetch"]["recall"] == less["prefetch"]["recall"]  # of what is guessed last
 
 
 PROMPT = np.random.default_rng(6).integers(0, 300, 48)

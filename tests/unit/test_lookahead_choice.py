@@ -181,6 +181,7 @@ def test_buffers_cost_nothing_that_matters() -> None:
     assert [buffers(slots) for slots in (28, 20, 16)] == [7, 5, 4]  # one in 32
     assert buffers(15.9) == buffers(12) == buffers(8) == 0  # or nothing, where that is less than half
     assert [buffers(20, more, least=20) for more in (-8, 0, 3, 4, 5, 64)] == [0, 0, 0, 4, 5, 7]  # slots come first
+    assert [buffers(slots, layers_ahead=2) for slots in (63, 48, 32, 15)] == [15, 12, 8, 0]
     assert buffers(2, least=0, elsewhere=30 * len(LAYERS) * EXPERT) == USED  # what counts is what experts have in all
 
 
@@ -194,4 +195,5 @@ def test_no_buffers_where_nothing_is_missed_or_guessed() -> None:
 
 def test_buffers_that_were_asked_for_are_taken() -> None:
     assert spare_buffers("on", 5, (0,), EXPERT, 0, least=0, most=0, is_all=True) == 5
+    assert spare_buffers("on", 5, (0,), EXPERT, 0, least=0, most=0, is_all=True, layers_ahead=2) == 10
     assert spare_buffers("off", 0, LAYERS, EXPERT, 1 << 40, least=0, most=0, is_all=False) == 0
