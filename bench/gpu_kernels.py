@@ -25,7 +25,7 @@ from fomoe_io.units import parse_bytes
 
 D_MODEL, FF, ROUTER, LOGITS = 4096, 1024, 512, 248320
 HALVES = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "q8_0": (0,)}  # where the f16 scales stand in a block
-HALVES |= {"q6_k_planes": (), "q8_0_planes": ()}  # elsewhere: products of anything
+HALVES |= dict.fromkeys(kernels.PLANES.values(), ())  # elsewhere: products of anything
 
 
 def matrix_bytes(name: str, rows: int, columns: int) -> int:
@@ -192,7 +192,7 @@ def run(tuning: dict[str, int], pool_bytes: int, is_quick: bool, pool: Buffer | 
                 continue
             for part, (nbytes, us) in bench.experts(gate_type, down_type, picks).items():
                 add(f"{picks} experts {gate_type}/{down_type}: {part}", nbytes, us)
-    products = [(name, 12288) for name in ("q4_k", "q6_k", "q6_k_planes", "q8_0", "q8_0_planes")]
+    products = [(name, 12288) for stored, planes in kernels.PLANES.items() for name in (stored, planes)]
     if not is_quick:
         products += [("q6_k", LOGITS), ("q6_k_planes", LOGITS)]
     for name, height in (*products, ("q4_k", 4096), ("f32", ROUTER)):
