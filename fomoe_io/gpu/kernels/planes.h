@@ -1,6 +1,6 @@
-// Weights of products as the device keeps them, where a format's blocks begin off a word: units.h has the layouts.  A
-// lane of the file's own layout loads words that lie 16 bytes and more from its neighbours', so that one load is many
-// transfers of the first cache, which then is what a product waits for.
+// Matrices of products as the device keeps them: chunks of eight blocks put in order (units.h has the layouts).  A lane
+// of the file's own layout loads words that lie 16 bytes and more from its neighbours', and where blocks begin off a word
+// many of them: one load is many transfers of the first cache then, and those are what a product waits for.
 #pragma once
 #include "units.h"
 
