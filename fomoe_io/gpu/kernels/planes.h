@@ -1,6 +1,6 @@
 // Matrices of products as the device keeps them: chunks of eight blocks put in order (units.h has the layouts).  A lane
-// of the file's own layout loads words that lie 16 bytes and more from its neighbours', and where blocks begin off a word
-// many of them: one load is many transfers of the first cache then, and those are what a product waits for.
+// of the file's own layout loads words that lie 16 bytes and more from its neighbours', and many of them where blocks
+// begin off a word: one load is many transfers of the first cache then, and those are what a product waits for.
 #pragma once
 #include "units.h"
 
