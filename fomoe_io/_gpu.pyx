@@ -292,14 +292,12 @@ cdef class DeviceExperts:
         call = "hipGraphLaunch"
         for which in range(self.devices):
             code = self.launch(which, graphs[which], compute[which])
-            if code == 0 and wants_logits and self.logits_bytes[which]:
-                call = "hipMemcpyDtoHAsync"
-                with nogil:
-                    code = api.hipMemcpyDtoHAsync(<uint8_t *>self.logits_to[which] + moved, self.logits_from[which],
-                                                  self.logits_bytes[which], compute[which])
             if code:
                 break
-            call = "hipGraphLaunch"
+        # behind all graphs: a device that has begun waits for the others in its first exchange
+        if code == 0 and wants_logits:
+            call = "hipMemcpyDtoHAsync"
+            code = self.fetch_logits(moved, compute)
         with nogil:
             if code == 0:
                 served = fomoe_device_experts_serve(self.c, number, compute, self.stop)
@@ -322,6 +320,19 @@ cdef class DeviceExperts:
             code = api.hipSetDevice(self.device[which])
             if code == 0:
                 code = graph.enqueue(stream)
+        return code
+
+    # Every device's own, `moved` bytes from where they are bound.
+    cdef int fetch_logits(self, intptr_t moved, void *const *compute) noexcept nogil:
+        cdef int code = 0, which
+        for which in range(self.devices):
+            if self.logits_bytes[which]:
+                code = api.hipSetDevice(self.device[which])
+                if code == 0:
+                    code = api.hipMemcpyDtoHAsync(<uint8_t *>self.logits_to[which] + moved, self.logits_from[which],
+                                                  self.logits_bytes[which], compute[which])
+            if code:
+                break
         return code
 
     cdef int end_of_run(self, int drained) except -1:
