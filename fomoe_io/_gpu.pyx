@@ -364,6 +364,7 @@ cdef int fill_layer(fomoe_device_layer *layer, dict source) except -1:
         layer.words[which].answer = <uint8_t *><uintptr_t>words["answer"]
         layer.words[which].answer_on_device = <uint8_t *><uintptr_t>words["answer_on_device"]
     layer.post = <const uint64_t *><uintptr_t>source["post"]
+    assert len(source["guess"]) <= FOMOE_LAYERS_AHEAD
     for ahead in range(len(source["guess"])):
         layer.guess[ahead] = <const uint64_t *><uintptr_t>source["guess"][ahead]
     return 0

@@ -30,7 +30,7 @@ cdef extern from "csrc/experts/residency.h" nogil:
 cdef extern from "csrc/gpu/device_experts.h" nogil:
     enum:
         FOMOE_PARTS, FOMOE_LANES, FOMOE_COPY_LANES, FOMOE_LANE_EVENTS, FOMOE_LANE_UP, FOMOE_LANE_DOWN
-        FOMOE_MOST_DEVICES
+        FOMOE_MOST_DEVICES, FOMOE_LAYERS_AHEAD
     ctypedef struct fomoe_extent:
         pass
     ctypedef struct fomoe_device_calls:
@@ -74,7 +74,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         uint8_t *pool[2]
         fomoe_device_words words[8]
         const uint64_t *post
-        const uint64_t *guess[2]  # FOMOE_LAYERS_AHEAD
+        const uint64_t *guess[2]
     ctypedef struct fomoe_size_class:
         int64_t slot_bytes[2]
         uint8_t *spare[2]

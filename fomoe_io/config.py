@@ -285,8 +285,8 @@ class EngineConfig:
     lookahead : {"auto", "on", "off"} or int
         Single tokens read experts ahead that the next layer's router would pick before this layer's experts are added:
         so many of them, or with "on" as many as it picks; "off" is 0.  A GPU guesses of the layer after it, too, the
-        likelier half.  "auto" keeps to what is measured to be faster
-        while it runs, and does without where nothing can be missed or memory is short (experts/lookahead.py).
+        likelier half.  "auto" keeps to what is measured to be faster while it runs, and does without where nothing can
+        be missed or memory is short (experts/lookahead.py).
     car : CarRule or None
         Cache-aware routing of single tokens; None is exact.
     profile : Path, "learned" or None

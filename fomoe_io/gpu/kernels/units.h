@@ -35,6 +35,15 @@ DEVICE void unpack_k_scales(const u32x4 &head, int pair, unpacked<2, 32> &u) {
     u.minimum[1] = least * (float)((minima >> (shift + 8)) & 0xff);
 }
 
+// A format as a device keeps it (planes.h): eight blocks of a row are a chunk, in which all quants come first.
+template <class T> struct in_chunks : T {
+    static const int chunk_bytes = 8 * T::block_bytes, chunk_units = 8 * T::block_elements / T::unit_elements;
+    static DEVICE_MEMBER const u8 *chunk_of(const u8 *row, int unit) {
+        return row + ((u32)unit / chunk_units) * chunk_bytes;
+    }
+    static DEVICE_MEMBER u32 place_in_chunk(int unit) { return (u32)unit % chunk_units; }
+};
+
 // Q4_K: 144 bytes for 256 weights: f16 d, f16 dmin, 12 bytes of scales, 128 bytes of nibbles.  A unit is a pair of
 // sub-blocks: the low nibbles of 32 bytes, then the high ones.
 struct q4_k {
@@ -65,15 +74,12 @@ struct q4_k {
     }
 };
 
-// Q4_K as this device keeps it (planes.h): of eight blocks' units the first 16 bytes of nibbles, the second, then the
-// blocks' heads.
-struct q4_k_planes : q4_k {
-    static const int chunk_blocks = 8, chunk_bytes = chunk_blocks * block_bytes, chunk_units = 32;
+// Of a chunk's units the first 16 bytes of nibbles, the second, then the blocks' heads.
+struct q4_k_planes : in_chunks<q4_k> {
     static const int second_plane = 512, head_plane = 1024;
     template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
-        const u8 *chunk = row + ((u32)unit / chunk_units) * chunk_bytes;
-        const u32 place = (u32)unit % chunk_units;
-        const u8 *nibbles = chunk + 16 * place;
+        const u32 place = place_in_chunk(unit);
+        const u8 *chunk = chunk_of(row, unit), *nibbles = chunk + 16 * place;
         return {L::word16(chunk + head_plane + 16 * (place >> 2)),
                 {L::word16(nibbles), L::word16(nibbles + second_plane)}};
     }
@@ -148,45 +154,40 @@ struct q6_k {
         // The bit pair of the first or the second quarter.  What the shift brings in from the next word is masked away.
         const int high_bits = r.bits + (unit & 2);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const u32 low = shifted_word(r.low, i, r.bits), high = shifted_word(r.high, i, high_bits);
-            u.quants[0][i] = (int)((low & 0x0f0f0f0fu) | ((high << 4) & 0x30303030u));
-            u.quants[1][i] = (int)(((low >> 4) & 0x0f0f0f0fu) | (high & 0x30303030u));
-        }
-        const float d = from_half(r.d);
-        u.scale[0] = d * (float)r.scale[0];
-        u.scale[1] = d * (float)r.scale[1];
+        for (int i = 0; i < 4; ++i) join(shifted_word(r.low, i, r.bits), shifted_word(r.high, i, high_bits), i, u);
+        set_scales(r.d, r.scale[0], r.scale[1], u);
+    }
+    // Four weights of each group: their low nibbles, and their pair of high bits at its place.
+    static DEVICE_MEMBER void join(u32 low, u32 high, int i, prepared &u) {
+        u.quants[0][i] = (int)((low & 0x0f0f0f0fu) | ((high << 4) & 0x30303030u));
+        u.quants[1][i] = (int)(((low >> 4) & 0x0f0f0f0fu) | (high & 0x30303030u));
+    }
+    static DEVICE_MEMBER void set_scales(u16 half, i8 first, i8 second, prepared &u) {
+        const float d = from_half(half);
+        u.scale[0] = d * (float)first;
+        u.scale[1] = d * (float)second;
         u.minimum[0] = u.minimum[1] = 0.f;
     }
 };
 
-// Q6_K as this device keeps it (planes.h): of eight blocks the low nibbles, the high pairs, the scales (the two of a
-// unit stand side by side), then d.
-struct q6_k_planes : q6_k {
-    static const int chunk_blocks = 8, chunk_bytes = chunk_blocks * block_bytes, chunk_units = 64;
+// Of a chunk the low nibbles, the high pairs, the scales (the two of a unit stand side by side), then d.
+struct q6_k_planes : in_chunks<q6_k> {
     static const int high_plane = 1024, scale_plane = 1536, d_plane = 1664;
     struct raw {
         u32x4 low, high;
         u16 scales, d;
     };
     template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
-        const u8 *chunk = row + ((u32)unit / chunk_units) * chunk_bytes;
-        const u32 place = (u32)unit % chunk_units, block = place >> 3, half = place & 1, wide = place >> 2 & 1;
+        const u8 *chunk = chunk_of(row, unit);
+        const u32 place = place_in_chunk(unit), block = place >> 3, half = place & 1, wide = place >> 2 & 1;
         return {L::word16(chunk + 16 * place), L::word16(chunk + high_plane + 64 * block + 32 * wide + 16 * half),
                 L::word2(chunk + scale_plane + 2 * place), L::word2(chunk + d_plane + 2 * block)};
     }
     static DEVICE_MEMBER void unpack(const raw &r, int unit, prepared &u) {
         const u32 lows[4] = {r.low.x, r.low.y, r.low.z, r.low.w}, highs[4] = {r.high.x, r.high.y, r.high.z, r.high.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const u32 high = highs[i] >> (unit & 2); // the bit pair of the first or the second quarter
-            u.quants[0][i] = (int)((lows[i] & 0x0f0f0f0fu) | ((high << 4) & 0x30303030u));
-            u.quants[1][i] = (int)(((lows[i] >> 4) & 0x0f0f0f0fu) | (high & 0x30303030u));
-        }
-        const float d = from_half(r.d);
-        u.scale[0] = d * (float)(i8)(r.scales & 0xff);
-        u.scale[1] = d * (float)(i8)(r.scales >> 8);
-        u.minimum[0] = u.minimum[1] = 0.f;
+        for (int i = 0; i < 4; ++i) join(lows[i], highs[i] >> (unit & 2), i, u); // the first or the second quarter's
+        set_scales(r.d, (i8)(r.scales & 0xff), (i8)(r.scales >> 8), u);
     }
 };
 
@@ -223,17 +224,16 @@ struct q8_0 {
     }
 };
 
-// Q8_0 as this device keeps it (planes.h): eight blocks' quants, then their d.
-struct q8_0_planes : q8_0 {
-    static const int chunk_blocks = 8, chunk_bytes = chunk_blocks * block_bytes, chunk_units = 8, d_plane = 256;
+// Of a chunk the quants, then d.
+struct q8_0_planes : in_chunks<q8_0> {
+    static const int d_plane = 256;
     struct raw {
         u32x4 quants[2];
         u16 d;
     };
     template <class L = settled> static DEVICE_MEMBER raw load(const u8 *row, int unit) {
-        const u8 *chunk = row + ((u32)unit / chunk_units) * chunk_bytes;
-        const u32 place = (u32)unit % chunk_units;
-        const u8 *quants = chunk + 32 * place;
+        const u32 place = place_in_chunk(unit);
+        const u8 *chunk = chunk_of(row, unit), *quants = chunk + 32 * place;
         return {{L::word16(quants), L::word16(quants + 16)}, L::word2(chunk + d_plane + 2 * place)};
     }
     static DEVICE_MEMBER void unpack(const raw &r, int, prepared &u) {
