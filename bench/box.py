@@ -32,63 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from any_commit import by_token, decode, drive_rate
 
 from fomoe_io import Engine, EngineConfig
 from fomoe_io.config import Tiers, Tuning
 from fomoe_io.errors import FomoeError
 from fomoe_io.experts.car import CarRule
-from fomoe_io.experts.slots import SlotLayout, slot_layout
+from fomoe_io.experts.slots import slot_layout
 from fomoe_io.storage.pace import Pace
-from fomoe_io.storage.reader import aligned_memory, open_reader
+from fomoe_io.storage.reader import aligned_memory
 from fomoe_io.units import parse_bytes
 
-DRIVE_SECONDS, READS_AT_ONCE, COPIES = 2.0, 512, 64
-POOL_BYTES = 1 << 30
-
-
-def decode(engine: Engine, tokens: np.ndarray, warmup: int) -> tuple[list[float], dict[str, Any]]:
-    """Seconds of each token after the warm-up, and the statistics of those."""
-    times = []
-    session = engine.session()
-    for place, token in enumerate(tokens.tolist()):
-        if place == warmup:
-            engine.reset_statistics()
-        started = time.perf_counter()
-        session.decode(token)
-        times.append(time.perf_counter() - started)
-    session.close()
-    return times[warmup:], engine.statistics()
-
-
-def drive_rate(engine: Engine, pace: Pace | None) -> float:
-    """Bytes a second of random experts, by a reader like the engine's: extents, depth, pieces, pace; no barriers."""
-    reads, random = engine.statistics()["reader"], np.random.default_rng(5)
-    how = {"engine": reads["engine"], "depth": reads["depth"], "sub_read_bytes": reads["sub_read_bytes"]}
-    with open_reader(engine.store.paths, direct=reads["direct"], pace=pace, **how) as reader:
-        layouts = [slot_layout(engine.store.experts[i], reader.block_bytes) for i in range(engine.shape.layers)]
-        slot = max(layout.slot_bytes for layout in layouts)
-        count = max(1, min(READS_AT_ONCE, POOL_BYTES // slot))
-        memory = aligned_memory(count * slot)
-        reader.register_buffers(memory.address, count * slot)
-        total, started = 0, time.perf_counter()
-        while time.perf_counter() - started < DRIVE_SECONDS:
-            requests = []
-            for place in range(count):
-                layout = layouts[int(random.integers(len(layouts)))]
-                requests += expert_reads(
-                    layout, int(random.integers(engine.shape.experts)), memory.address + place * slot
-                )
-            reader.read_into(requests)
-            total += sum(size for *_, size in requests)
-        seconds = time.perf_counter() - started
-    memory.close()
-    return total / seconds
-
-
-def expert_reads(layout: SlotLayout, expert: int, address: int) -> list[tuple[int, int, int, int]]:
-    """(file, offset, address, bytes) of an expert into a slot."""
-    extents = layout.extents[expert][: layout.extent_count[expert]]
-    return [(int(x["file"]), int(x["offset"]), address + int(x["slot_offset"]), int(x["bytes"])) for x in extents]
+COPIES = 64
 
 
 def link_rates(device: str, record: int) -> tuple[float, float]:
@@ -158,19 +113,7 @@ def limited(
     with Engine.open(options.model, config) as engine:
         times, s = decode(engine, tokens, options.warmup)
         drive = drive_rate(engine, config.pace)
-    count = len(times)
-    result = {
-        "token_ms": 1e3 * sum(times) / count, "median_ms": 1e3 * statistics.median(times),
-        "misses_a_token": s["tiers"]["nvme"]["hits"] / count, "nvme_bytes_a_token": s["tiers"]["nvme"]["bytes"] / count,
-        "up_bytes_a_token": s.get("link", {}).get("up_bytes", 0) / count,
-        "down_bytes_a_token": s.get("link", {}).get("down_bytes", 0) / count,
-        "shares": {name: tier["hits"] / s["expert_requests"] for name, tier in s["tiers"].items()},
-        "substituted": s["substitutions"] / s["expert_requests"],
-        "stall_ms_a_token": {name: 1e3 * seconds / count for name, seconds in s["stall_seconds"].items()},
-        "prefetch": s["prefetch"],
-        "host_us_a_miss": s.get("host_us_per_miss"), "device": s["device"], "reader": s["reader"],
-    }  # fmt: skip
-    return result, drive
+    return by_token(times, s), drive
 
 
 def add_floors(run: dict[str, Any], drive: float, link: tuple[float, float] | None, card_ms: float | None) -> None:
@@ -235,13 +178,16 @@ class SlowCard:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def in_checkout(folder: Path, environment: dict[str, str], arguments: list[str]) -> dict[str, Any]:
-    """This script in a process of its own, with the package of that checkout."""
-    command = [sys.executable, str(Path(__file__).resolve()), *arguments, "--worker"]
-    paths = os.environ | environment | {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
-    ended = subprocess.run(command, env=paths, cwd=folder, stdout=subprocess.PIPE, text=True, check=False)
+def in_checkout(folder: Path, environment: dict[str, str], command: list[str]) -> dict[str, Any]:
+    """A script of this folder in a process of its own, with the package of that checkout."""
+    scripts = Path(__file__).resolve().parent
+    paths = os.environ | environment | {"PYTHONPATH": f"{folder}{os.pathsep}{scripts}", "PYTHONSAFEPATH": "1"}
+    ended = subprocess.run(
+        [sys.executable, str(scripts / command[0]), *command[1:]],
+        env=paths, cwd=folder, stdout=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
     if ended.returncode:
-        raise SystemExit(f"box: the run in {folder} failed")
+        raise SystemExit(f"{command[0]}: the run in {folder} failed")
     result: dict[str, Any] = json.loads(ended.stdout)
     return result
 
@@ -257,7 +203,8 @@ def in_turns(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any
             for name, folder in checkouts.items():
                 # a baseline may not know lookahead: what it does without is compared with all runs of this checkout
                 more = ["--lookahead"] if name == "baseline" else []
-                rounds[name].append(in_checkout(folder, card.environment, [*arguments, *more]))
+                command = ["box.py", *arguments, *more, "--worker"]
+                rounds[name].append(in_checkout(folder, card.environment, command))
     finally:
         card.close()
     result: dict[str, Any] = {"card": card.note, "pace": options.pace, "tiers": options.tiers}

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from box import drive_rate, kernel_tuning, link_rates
+from any_commit import drive_rate
+from box import kernel_tuning, link_rates
 
 from fomoe_io import Engine, EngineConfig
 from fomoe_io.backend import Batch, Span

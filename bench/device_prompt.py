@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from box import drive_rate, kernel_tuning
+from any_commit import drive_rate
+from box import kernel_tuning
 from device_decode import decode, gpu_of
 
 from fomoe_io import Engine, EngineConfig

@@ -1,18 +1,23 @@
-"""bench/box.py on the processor: the floors are of the run, and the drive's is no faster than its pace."""
+"""bench/box.py on the processor: the floors are of the run, and the drive's is no faster than its pace.
+
+And bench/box_before.py: an old checkout is told of the same reads as this one.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fomoe_io.config import EngineConfig, Tuning
+from fomoe_io.storage.calibration import Calibration
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -39,12 +44,15 @@ def test_floors_and_turns(demo_model: Path, tmp_path: Path) -> None:
     assert abs(sum(runs["exact"]["shares"].values()) - 1) < 1e-9
 
 
-def test_what_is_asked_for_and_known() -> None:
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A program of bench/, which finds its neighbours there."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module(name)
+
+
+def test_what_is_asked_for_and_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Options that nobody has given are not passed on, nor those that a baseline's configuration does not have."""
-    spec = importlib.util.spec_from_file_location("box", ROOT / "bench/box.py")
-    assert spec and spec.loader
-    box = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(box)
+    box = script("box", monkeypatch)
 
     @dataclass
     class Before:
@@ -65,3 +73,42 @@ def test_what_is_asked_for_and_known() -> None:
     assert box.settings(asked).tuning == tuned
     assert box.settings(asked).split_mode == "pingpong" and box.settings(asked).threads == 3
     assert not box.asked_for(asked, Before)
+
+
+@pytest.mark.slow
+def test_beside_a_commit_before(demo_model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "before.json"
+    command = [
+        sys.executable, str(ROOT / "bench/box_before.py"), str(demo_model), "--device", "cpu", "--percentage", "100",
+        "--pace", "0.05G,80us", "--tokens", "12", "--warmup", "4", "--rounds", "1", "--baseline", str(ROOT),
+        "--depth", "2", "-o", str(output),
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(output.read_text())
+    for rule, car in (("exact", "off"), ("car on", "regret:0.034")):
+        runs = found[rule]["runs"]
+        assert set(found[rule]["speedup"]) == set(runs) - {"baseline"} and len(runs) == 5
+        assert {run["car"] for run in runs.values()} == {car}
+        assert len({run["misses_a_token"] for run in runs.values()}) == 1
+        for name in ("baseline", "this", "this, lookahead auto"):
+            assert runs[name]["reader"]["depth"] == 2 and "paced" not in runs[name]["reader"]["mode"]
+        assert runs["this, paced"]["drive_gb_s"] <= 0.055
+
+
+def test_every_commit_is_told_of_the_same_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the file's rules alone, which are as old as the file: longer reads are cut, shorter ones are not."""
+    before = script("box_before", monkeypatch)
+    before.sub_reads(1 << 20, 4).save(tmp_path / "calibration")
+    found = Calibration.load(tmp_path / "calibration")
+    assert [found.reads(size)[1] for size in (7 << 20, (1 << 20) + 4096, 1 << 20)] == [1 << 20, 1 << 20, 0]
+    options = argparse.Namespace(device="cuda:0", baseline=tmp_path, depth=4, pace="14.5G,80us")
+    runs = {name: fields for name, (_, fields) in before.runs_of(options, tmp_path / "calibration").items()}
+    assert runs["this"] == runs["baseline"] | {"device": "cuda:0"} and runs["baseline"]["device"] == "cuda"
+    assert runs["this, paced"].keys() == {"device", "reader", "pace", "lookahead"}
+
+
+def test_the_fastest_round_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = {"baseline": [{"token_ms": 30.0}, {"token_ms": 20.0}], "this": [{"token_ms": 8.0}, {"token_ms": 10.0}]}
+    found = script("box_before", monkeypatch).compared(rounds)
+    assert found["speedup"] == {"this": 2.5} and found["runs"]["baseline"]["rounds_ms"] == [30, 20]
