@@ -152,9 +152,10 @@ cdef class DeviceExperts:
         """So many picks of a layer are read after others stood in for them."""
         fomoe_device_experts_back_fill(self.c, most)
 
-    def look_ahead(self, int ranks, int staged):
-        """The device may guess so many picks of a layer, which are read into so many of a class's host spares."""
-        if fomoe_device_experts_look_ahead(self.c, ranks, staged):
+    def look_ahead(self, int ranks, int staged, int sent):
+        """The device may guess so many picks of a layer, which are read into so many of a class's host spares, and sent
+        up into so many of the device's."""
+        if fomoe_device_experts_look_ahead(self.c, ranks, staged, sent):
             raise MemoryError
 
     def recall(self):
@@ -226,6 +227,8 @@ cdef class DeviceExperts:
             "down_bytes": copies.bytes[FOMOE_LANE_DOWN], "prefetches": e.prefetches,
             "prefetch_useful": e.prefetch_useful, "prefetch_late": e.prefetch_late,
             "prefetch_bytes": e.prefetch_bytes, "prefetch_wasted_bytes": e.prefetch_wasted_bytes,
+            "sent_ahead": e.sent_ahead, "sent_ahead_useful": e.sent_ahead_useful,
+            "sent_ahead_wasted_bytes": e.sent_ahead_wasted_bytes,
             "back_filled_bytes": e.back_filled_bytes,
         }
 

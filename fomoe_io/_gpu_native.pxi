@@ -83,6 +83,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
         uint64_t nvme_reads, nvme_bytes, nvme_stall_ns, layers, served_layers
         uint64_t misses, host_ns, copy_stall_ns, before_reads_ns, after_reads_ns, post_stall_ns
         uint64_t prefetches, prefetch_useful, prefetch_late, prefetch_bytes, prefetch_wasted_bytes
+        uint64_t sent_ahead, sent_ahead_useful, sent_ahead_wasted_bytes
         uint64_t back_filled_bytes
     ctypedef struct fomoe_recall:
         uint64_t picks, guessed
@@ -108,7 +109,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
     int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens)
     void fomoe_device_experts_set_piece_bytes(fomoe_device_experts *, uint32_t)
     void fomoe_device_experts_back_fill(fomoe_device_experts *, int most)
-    int fomoe_device_experts_look_ahead(fomoe_device_experts *, int ranks, int staged)
+    int fomoe_device_experts_look_ahead(fomoe_device_experts *, int ranks, int staged, int sent)
     const fomoe_recall *fomoe_device_experts_recall(const fomoe_device_experts *)
     void fomoe_device_experts_settle(fomoe_device_experts *)
     void fomoe_device_experts_changed_tables(fomoe_device_experts *, uint32_t *)

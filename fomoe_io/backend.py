@@ -83,6 +83,8 @@ class Counters:
     groups : runs of expert products on a CPU
     prefetches, prefetch_useful, prefetch_late, prefetch_bytes, prefetch_wasted_bytes : reads ahead: experts, those of
         them that were then asked for, and before they had come; bytes, and those that nobody asked for
+    sent_ahead, sent_ahead_useful, sent_ahead_wasted_bytes : experts of which something was sent to a device before
+        anybody had asked for them, those of them that were then asked for, and bytes of the others
     back_filled_bytes : read into a GPU's DRAM after others had stood in for the experts
     layers, served_layers : layers run on a device, and those among them in which the host had something to bring
     misses : experts that the host had to bring to a device
@@ -109,6 +111,9 @@ class Counters:
     prefetch_late: int = 0
     prefetch_bytes: int = 0
     prefetch_wasted_bytes: int = 0
+    sent_ahead: int = 0
+    sent_ahead_useful: int = 0
+    sent_ahead_wasted_bytes: int = 0
     back_filled_bytes: int = 0
     layers: int = 0
     served_layers: int = 0

@@ -143,7 +143,7 @@ class GpuBackend:
         self.budgets = self.sharing.budgets
         self._logits = TokenLogits(self.gpu, opened.shape.vocabulary)
         self._states = StatePool(opened.config.sessions)
-        self._lookahead = Lookahead(opened.config.lookahead_mode if self.budgets.lookahead_bytes else "off")
+        self._lookahead = Lookahead(opened.config.lookahead_mode if self.sharing.guesses else "off")
         self.devices: list[OnDevice] = []
         try:
             self._allocate()
@@ -231,7 +231,7 @@ class GpuBackend:
                 logits_bytes=4 * (token.own_logits.stop - token.own_logits.start),
             )  # fmt: skip
         if self.sharing.guesses:
-            experts.look_ahead(self.sharing.guesses, self.sharing.staged)
+            experts.look_ahead(self.sharing.guesses, self.sharing.staged, self.sharing.sent)
         if config.car is not None:
             experts.back_fill(config.car.backfill)
         if tuning.piece_bytes is not None:
@@ -380,7 +380,8 @@ class GpuBackend:
         """Bytes over the link, launches, synchronisations."""
         calls = device.counts()
         not_sent = change.prefetch_wasted_bytes + change.back_filled_bytes
-        result["tiers"]["dram"]["bytes"] = max(0, change.up_bytes - (change.nvme_bytes - not_sent))
+        in_vain = change.sent_ahead_wasted_bytes
+        result["tiers"]["dram"]["bytes"] = max(0, change.up_bytes - in_vain - (change.nvme_bytes - not_sent))
         result["link"] = {"up_bytes": change.up_bytes, "down_bytes": change.down_bytes}
         result["layers_served"] = {"all": change.layers, "with_misses": change.served_layers}
         stalls = {
@@ -390,6 +391,9 @@ class GpuBackend:
             "device": change.post_stall_ns,
         }
         result["stall_seconds"] |= {name: ns / 1e9 for name, ns in stalls.items()}
+        result["prefetch"] |= {
+            "sent": change.sent_ahead, "sent_useful": change.sent_ahead_useful, "sent_wasted_bytes": in_vain,
+        }  # fmt: skip
         if self.sharing.guesses:
             result["prefetch"] |= {"is_on": self._lookahead.is_on, "recall": recall_of(self.guessed)}
         result["host_us_per_miss"] = change.host_ns / 1e3 / change.misses if change.misses else 0.0

@@ -10,7 +10,7 @@ import numpy as np
 
 from fomoe_io.backend import Budgets
 from fomoe_io.errors import BudgetError, DeviceError
-from fomoe_io.experts.lookahead import spare_buffers
+from fomoe_io.experts.lookahead import SLOTS_SHARE, spare_buffers
 from fomoe_io.experts.slots import SlotLayout, share_slots, slot_pairs
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import Share
@@ -69,6 +69,8 @@ class Sharing:
         Picks of a layer that are guessed.
     staged : int
         Of those, the most that may be read ahead at once.
+    sent : int
+        And the most that may be sent up ahead.
     sketch : Recordings
         The model at no address: it says how much each arena takes.
     vram_pool_bytes : int
@@ -101,12 +103,20 @@ class Sharing:
         """Share with guesses that nobody has asked for: they yield where they are of no use, or room is wanting."""
         with suppress(BudgetError):
             self._share_with(self._source.guesses)
-            return self.staged > 0
+            return self.staged > 0 or self._sends_ahead()
         return False
+
+    def _sends_ahead(self) -> bool:
+        """Whether a layer here is guessed, and may have experts in DRAM."""
+        in_dram = any(dram for _, dram in self.budgets.slots)
+        return in_dram and self.sent > 0 and any(layer + 1 in self._records for layer in self._records)
 
     def _share_with(self, guesses: int) -> None:
         self._source, self.guesses = replace(self._source, guesses=guesses), guesses
         self.staged = 0 if self._mode == "auto" else LAYERS_AHEAD * guesses
+        self.sent = guesses
+        if self._mode == "auto" and guesses:
+            self.sent = min(guesses, self._vram_limit() // SLOTS_SHARE // self._class_bytes(VRAM))
         self.batch_tokens = min(self._config.least_batch_tokens, self._opened.context_tokens)
         self.scratch_bytes = self._product_scratch_bytes()
         self.sketch = self.recordings(Addresses())
@@ -117,7 +127,7 @@ class Sharing:
     @property
     def spares(self) -> tuple[int, int]:
         """Buffers in VRAM and in DRAM for experts between two places."""
-        return self._shape.used + EXTRA_SPARES, 2 * self._shape.used + self.staged
+        return self._shape.used + EXTRA_SPARES + self.sent, 2 * self._shape.used + self.staged
 
     def recordings(self, addresses: Addresses, context_tokens: int | None = None, device: int = 0) -> Recordings:
         """The model at these addresses, for a token and for batches; `context_tokens`: of another length."""

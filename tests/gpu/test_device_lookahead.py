@@ -231,17 +231,33 @@ def budgets(model: Path, **more: Any) -> tuple[Budgets, int, list[str]]:
         assert isinstance(engine.backend, GpuBackend)
         decoded(engine)
         backend, s = engine.backend, engine.statistics()["prefetch"]
-        assert s["is_on"] == (backend.sharing.staged > 0 and more["lookahead"] != "off")
+        assert s["is_on"] == (backend.sharing.guesses > 0 and more["lookahead"] != "off")
         launches = [spec.kernel for spec in backend.recorded.token.launches(1, guesses=True)]
         return backend.budgets, len(backend.tokens.all_graphs()), launches
 
 
-@pytest.mark.parametrize("tiers", [None, Tiers(0.5, 0.5)], ids=["vram", "dram"])
-def test_auto_costs_nothing_where_nothing_is_missed(model: Path, tiers: Tiers | None) -> None:
+def test_auto_costs_nothing_where_nothing_is_missed(model: Path) -> None:
     """No buffers, no guesses in device memory, one graph of the same launches."""
-    auto, off, on = (budgets(model, tiers=tiers, lookahead=mode) for mode in ("auto", "off", "on"))
+    auto, off, on = (budgets(model, tiers=None, lookahead=mode) for mode in ("auto", "off", "on"))
     assert auto == off and auto[1] == 1
     assert on[0].lookahead_bytes > 0 and on[0].workspace_bytes > off[0].workspace_bytes and len(on[2]) > len(off[2])
+
+
+@pytest.mark.parametrize("mode", ["auto", "on"])
+@pytest.mark.parametrize("tiers", [Tiers(0.5, 0.5), Tiers(0.25, 0.5)], ids=["all", "some"])
+def test_what_lies_in_dram_is_sent_ahead(model: Path, tiers: Tiers, mode: str) -> None:
+    """Into buffers of the device, before its layer has asked; no bit and no decision is another."""
+    logits, s = answer(model, tiers=tiers, lookahead=mode)
+    expected, off = answer(model, tiers=tiers, lookahead="off")
+    assert logits == expected and decisions(s) == decisions(off)
+    ahead = s["prefetch"]
+    assert ahead["sent"] >= ahead["sent_useful"] > 0 and (ahead["sent_wasted_bytes"] > 0) == (
+        ahead["sent"] > ahead["sent_useful"]
+    )
+    assert s["link"]["up_bytes"] == off["link"]["up_bytes"] + ahead["sent_wasted_bytes"]
+    assert not any(off["prefetch"].values())
+    if mode == "auto" and tiers.vram + tiers.dram == 1:
+        assert s["budgets"]["lookahead_bytes"] == 0
 
 
 def least_vram_bytes(model: Path) -> int:

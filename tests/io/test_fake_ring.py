@@ -210,11 +210,11 @@ def arrivals(
 
 @pytest.mark.parametrize("sub_read_bytes", [0, 256 << 10, 2 * MIB])
 def test_a_demand_waits_for_few_prefetched_bytes(library: ctypes.CDLL, long_file: Path, sub_read_bytes: int) -> None:
-    """Of ten prefetches of 8 MiB, 4 MiB are before it in the drive, however long the reads are."""
+    """Of ten prefetches of 8 MiB, 2 MiB are before it in the drive, however long the reads are."""
     done, pieces = arrivals(library, long_file, 10, sub_read_bytes=sub_read_bytes)
     assert min(done, key=lambda tag: done[tag]) == 99
-    assert 4 < done[99] <= 4 + 2  # the fake adds up to one time of a piece
-    assert pieces == 10 * 8 * MIB // min(sub_read_bytes or MIB, MIB) + -(-MIB // (sub_read_bytes or MIB))
+    assert 2 < done[99] <= 2 + 2  # the fake adds up to one time of a piece
+    assert pieces == 10 * 8 * MIB // (MIB // 4) + -(-MIB // (sub_read_bytes or MIB))
     assert max(done.values()) <= 81 + 2  # and the drive has never idled
 
 
@@ -223,8 +223,8 @@ def test_what_waits_of_a_promoted_prefetch_is_a_demand(library: ctypes.CDLL, lon
     """The rest of a read whose first pieces are in the drive, and a whole one, start at once, before the others."""
     done, _ = arrivals(library, long_file, 10, promote=promoted)
     assert set(sorted(done, key=lambda tag: done[tag])[:2]) == {99, promoted}
-    begun = 4 if promoted == 0 else 0
-    in_the_drive = 4 + 8 - begun + 1
+    begun = 2 if promoted == 0 else 0
+    in_the_drive = 2 + 8 - begun + 1
     assert max(done[promoted], done[99]) <= in_the_drive + 8
 
 

@@ -78,7 +78,7 @@ def test_parsing() -> None:
 # ---- the model, on a clock of its own: a MiB takes a ms ----
 
 MIB, MS = 1 << 20, 1_000_000
-LATENCY, IN_DRIVE = 2, 4  # ms; MiB of prefetches that a demand finds before it (csrc/read/read_table.c)
+LATENCY, IN_DRIVE = 1, 2  # ms; MiB of prefetches that a demand finds before it (csrc/read/read_table.c)
 
 Open = Callable[..., FakePace]
 
@@ -133,13 +133,13 @@ def test_cancelled_guesses_cost_nothing(paced: Open) -> None:
     for tag in range(10):
         pace.submit(tag, 2 * MIB, priority=1)
     for tag in range(9, -1, -1):
-        pace.cancel(tag)  # 4 MiB are in the drive: the first two stay
+        pace.cancel(tag)  # 2 MiB are in the drive: the first stays
     pace.submit(99, MIB)
     dropped = pace.reap_all(wait=False)
-    assert dropped == dict.fromkeys(range(2, 10), -errno.ECANCELED) and pace.clock_ms < 0.1
-    assert pace.cancels == 8  # the reader of the bytes may drop no read that the drive has
+    assert dropped == dict.fromkeys(range(1, 10), -errno.ECANCELED) and pace.clock_ms < 0.1
+    assert pace.cancels == 9  # the reader of the bytes may drop no read that the drive has
     times = pace.arrivals()
-    assert sorted(times) == [0, 1, 99] and times[99] == pytest.approx(LATENCY + 4 + 1, rel=0.01)
+    assert sorted(times) == [0, 99] and times[99] == pytest.approx(LATENCY + IN_DRIVE + 1, rel=0.01)
 
 
 def test_the_part_of_a_guess_that_waits_is_dropped(paced: Open) -> None:
@@ -152,7 +152,7 @@ def test_the_part_of_a_guess_that_waits_is_dropped(paced: Open) -> None:
 
 @pytest.mark.parametrize("promoted", [0, 7])
 def test_a_promoted_guess_is_a_demand(paced: Open, promoted: int) -> None:
-    """One of which a part is in the drive, and one that waits: behind 4 MiB, before the other guesses."""
+    """One of which a part is in the drive, and one that waits: behind 2 MiB, before the other guesses."""
     pace = paced()
     for tag in range(10):
         pace.submit(tag, 6 * MIB, priority=1)

@@ -43,6 +43,12 @@ fomoe_buffer *fomoe_device_borrow(fomoe_device_experts *e, int layer) {
     return q->count > 1 ? pop(q, FOMOE_BUFFER_LENT) : NULL;
 }
 
+fomoe_buffer *fomoe_device_borrow_ahead(fomoe_device_experts *e, int layer) {
+    fomoe_buffer_queue *q = spares_of(e, layer, FOMOE_TIER_VRAM);
+    if (!q->count || !fomoe_buffer_is_free(&e->copies, q->items[q->first])) return NULL;
+    return pop(q, FOMOE_BUFFER_LENT);
+}
+
 /* ---- slots ---- */
 
 fomoe_buffer **fomoe_device_slot(fomoe_device_experts *e, int layer, int tier, int slot) {
@@ -58,6 +64,14 @@ void fomoe_device_exchange(fomoe_device_experts *e, int layer, int slot, fomoe_b
     b->use = FOMOE_BUFFER_SLOT;
     *place = b;
     push(spares_of(e, layer, FOMOE_TIER_DRAM), own);
+}
+
+void fomoe_device_exchange_above(fomoe_device_experts *e, int layer, int slot, fomoe_buffer *b) {
+    fomoe_buffer **place = fomoe_device_slot(e, layer, FOMOE_TIER_VRAM, slot), *own = *place;
+    assert(b->use == FOMOE_BUFFER_LENT);
+    b->use = FOMOE_BUFFER_SLOT;
+    *place = b;
+    push(spares_of(e, layer, FOMOE_TIER_VRAM), own);
 }
 
 /* How many buffers there are: of slots; of spares. */
@@ -124,8 +138,8 @@ static int pieces_of(const fomoe_device_experts *e, int layer, int expert, fomoe
     return count;
 }
 
-void fomoe_device_send(fomoe_device_experts *e, int layer, int expert, fomoe_buffer *host, fomoe_buffer *device,
-                       uint64_t begin, uint64_t end) {
+static void copy_range(fomoe_device_experts *e, int lane, int layer, int expert, fomoe_buffer *host,
+                       fomoe_buffer *device, uint64_t begin, uint64_t end) {
     fomoe_piece pieces[MOST_COPIES];
     int count = pieces_of(e, layer, expert, pieces), kept = 0;
     for (int i = 0; i < count; i++) {
@@ -135,13 +149,18 @@ void fomoe_device_send(fomoe_device_experts *e, int layer, int expert, fomoe_buf
         if (first < last)
             pieces[kept++] = (fomoe_piece){first, p.device_offset + (first - p.host_offset), last - first, p.which};
     }
-    if (kept) fomoe_copy(&e->copies, FOMOE_LANE_UP, host, device, pieces, kept);
+    if (kept) fomoe_copy(&e->copies, lane, host, device, pieces, kept);
+}
+
+void fomoe_device_send(fomoe_device_experts *e, int layer, int expert, fomoe_buffer *host, fomoe_buffer *device,
+                       uint64_t begin, uint64_t end) {
+    copy_range(e, FOMOE_LANE_UP, layer, expert, host, device, begin, end);
 }
 
 static void list_transfer(fomoe_device_experts *e, int layer, int expert, int lane, fomoe_buffer *host,
-                          fomoe_buffer *device) {
+                          fomoe_buffer *device, uint64_t begin) {
     if (e->transfer_count == e->most_transfers) fomoe_device_start_transfers(e);
-    e->transfers[e->transfer_count++] = (fomoe_transfer){layer, expert, lane, host, device};
+    e->transfers[e->transfer_count++] = (fomoe_transfer){layer, expert, lane, host, device, begin};
     host->claims++;
     device->claims++;
 }
@@ -149,10 +168,8 @@ static void list_transfer(fomoe_device_experts *e, int layer, int expert, int la
 void fomoe_device_start_transfers(fomoe_device_experts *e) {
     for (int i = 0; i < e->transfer_count; i++) {
         const fomoe_transfer *t = &e->transfers[i];
-        fomoe_piece pieces[MOST_COPIES];
-        int count = pieces_of(e, t->layer, t->expert, pieces);
         assert(t->host->claims > 0 && t->device->claims > 0);
-        fomoe_copy(&e->copies, t->lane, t->host, t->device, pieces, count);
+        copy_range(e, t->lane, t->layer, t->expert, t->host, t->device, t->begin, UINT64_MAX);
         t->host->claims--;
         t->device->claims--;
     }
@@ -167,7 +184,7 @@ static void demote(fomoe_device_experts *e, int layer, const fomoe_move *m, fomo
     fomoe_buffer_queue *spares = spares_of(e, layer, FOMOE_TIER_VRAM);
     fomoe_buffer **place = fomoe_device_slot(e, layer, FOMOE_TIER_VRAM, m->from_slot), *from = *place;
     *place = pop(spares, FOMOE_BUFFER_SLOT); /* never none: see fomoe_device_borrow */
-    list_transfer(e, layer, m->expert, FOMOE_LANE_DOWN, to, from);
+    list_transfer(e, layer, m->expert, FOMOE_LANE_DOWN, to, from, 0);
     push(spares, from);
 }
 
@@ -181,22 +198,34 @@ static void promote(fomoe_device_experts *e, int layer, const fomoe_move *m, int
         spare->use = FOMOE_BUFFER_SLOT;
         *below = spare;
     }
-    list_transfer(e, layer, m->expert, FOMOE_LANE_UP, from, *fomoe_device_slot(e, layer, FOMOE_TIER_VRAM, m->to_slot));
+    fomoe_buffer *record;
+    uint64_t begin = 0;
+    if (fomoe_ahead_take(e, layer, m->expert, &record, &begin))
+        fomoe_device_exchange_above(e, layer, m->to_slot, record);
+    if (begin != UINT64_MAX)
+        list_transfer(e, layer, m->expert, FOMOE_LANE_UP, from,
+                      *fomoe_device_slot(e, layer, FOMOE_TIER_VRAM, m->to_slot), begin);
     if (!is_exchange) return; /* the slot keeps it, and no one reads into it while the layer is at work */
     if (!fomoe_device_is_in_place(e, layer, m->expert)) {
         push(spares_of(e, layer, FOMOE_TIER_DRAM), from);
         return;
     }
-    assert(e->resting_count < e->used);
-    from->use = FOMOE_BUFFER_RESTING;
+    fomoe_device_rest(e, layer, FOMOE_TIER_DRAM, from);
+}
+
+void fomoe_device_rest(fomoe_device_experts *e, int layer, int tier, fomoe_buffer *b) {
+    assert(e->resting_count < e->most_resting);
+    b->use = FOMOE_BUFFER_RESTING;
     e->resting_layer[e->resting_count] = layer;
-    e->resting[e->resting_count++] = from;
+    e->resting_tier[e->resting_count] = tier;
+    e->resting[e->resting_count++] = b;
 }
 
 void fomoe_device_end_rest(fomoe_device_experts *e) {
     while (e->resting_count) {
         e->resting_count--;
-        fomoe_device_give_spare(e, e->resting_layer[e->resting_count], FOMOE_TIER_DRAM, e->resting[e->resting_count]);
+        int i = e->resting_count;
+        fomoe_device_give_spare(e, e->resting_layer[i], e->resting_tier[i], e->resting[i]);
     }
 }
 

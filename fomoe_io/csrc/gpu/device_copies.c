@@ -131,6 +131,7 @@ int fomoe_buffer_wait(fomoe_device_copies *d, const fomoe_buffer *b) {
     return 1;
 }
 
+void fomoe_lane_wait_for(fomoe_device_copies *d, int which, uint64_t ticket) { wait_for(d, which, ticket); }
 void fomoe_lane_wait(fomoe_device_copies *d, int which) { wait_for(d, which, d->lane[which].issued); }
 
 int fomoe_streams_query(fomoe_device_copies *d, void *const *stream) {

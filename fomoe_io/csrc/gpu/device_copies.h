@@ -45,8 +45,9 @@ enum fomoe_buffer_use {
     FOMOE_BUFFER_SPARE,   /* in a queue of spares */
     FOMOE_BUFFER_SLOT,    /* the bytes of a slot */
     FOMOE_BUFFER_LANDING, /* reads go into it, on their way to the device */
-    FOMOE_BUFFER_RESTING, /* of the host, spare when the layer at work has been computed: kernels read it in place */
-    FOMOE_BUFFER_LENT,    /* on the device, of an expert whose slot is in DRAM, while the layer is computed */
+    FOMOE_BUFFER_RESTING, /* spare when the layer that was at work has been computed: kernels may still read it */
+    FOMOE_BUFFER_LENT,    /* on the device, of an expert whose slot is in DRAM, while the layer is computed; or of one
+                             that is sent ahead */
 };
 
 typedef struct {
@@ -95,7 +96,8 @@ int fomoe_lane_has_done(fomoe_device_copies *, int lane, uint64_t ticket);
 int fomoe_buffer_is_free(fomoe_device_copies *, const fomoe_buffer *);
 /* Wait until nobody does, or an error has occurred: then nobody knows, and 0 is returned. */
 int fomoe_buffer_wait(fomoe_device_copies *, const fomoe_buffer *);
-/* Wait until a lane has done everything, or an error has occurred. */
+/* Wait until a lane has done a ticket, or everything, or an error has occurred. */
+void fomoe_lane_wait_for(fomoe_device_copies *, int lane, uint64_t ticket);
 void fomoe_lane_wait(fomoe_device_copies *, int lane);
 /* Wait until a stream of each device has done everything.  Also after an error; returns this wait's own code. */
 int fomoe_streams_wait(fomoe_device_copies *, void *const *stream);

@@ -24,8 +24,10 @@ static int allocate(fomoe_device_experts *e) {
     e->brought = fomoe_own(o, e->layers, sizeof *e->brought);
     e->arrived = fomoe_own(o, e->layers, sizeof *e->arrived);
     e->is_unsettled = fomoe_own(o, e->layers, sizeof *e->is_unsettled);
-    e->resting = fomoe_own(o, e->used, sizeof *e->resting);
-    e->resting_layer = fomoe_own(o, e->used, sizeof *e->resting_layer);
+    e->most_resting = most + e->used;
+    e->resting = fomoe_own(o, e->most_resting, sizeof *e->resting);
+    e->resting_layer = fomoe_own(o, e->most_resting, sizeof *e->resting_layer);
+    e->resting_tier = fomoe_own(o, e->most_resting, sizeof *e->resting_tier);
     e->picked = fomoe_own(o, e->used, sizeof *e->picked);
     e->posted = fomoe_own(o, e->used, sizeof *e->posted);
     e->place = fomoe_own(o, e->used, sizeof *e->place);
@@ -209,7 +211,9 @@ static int is_in_range(const fomoe_device_experts *e, int layer) {
 static void count_time(fomoe_device_experts *e, uint64_t read_stall_ns) {
     fomoe_device_expert_counters *c = &e->counters;
     uint64_t start = fomoe_now_ns();
-    if (e->signal_count) fomoe_lane_wait(&e->copies, FOMOE_LANE_UP);
+    /* not for what is sent ahead behind them */
+    for (; e->signal_count && !e->copies.error; fomoe_device_pass_on(e))
+        fomoe_lane_wait_for(&e->copies, FOMOE_LANE_UP, e->signals[0].ticket);
     fomoe_device_pass_on(e);
     uint64_t now = fomoe_now_ns();
     c->copy_stall_ns += now - start;
@@ -236,6 +240,7 @@ static void serve(fomoe_device_experts *e, int layer) {
     fomoe_guesses_count(e, layer);
     fomoe_guesses_expire(e, layer);
     fomoe_device_place(e, layer, e->plan.hits);
+    fomoe_device_answer(e, layer); /* what has been sent ahead is there already */
     fomoe_device_place(e, layer, e->plan.count);
     e->ahead = fomoe_device_next_layer(e, layer);
     fomoe_device_fetch(e, layer);
@@ -258,7 +263,10 @@ static uint32_t wait_for_word(fomoe_device_experts *e, int layer, const uint64_t
     uint64_t value;
     for (uint32_t spins = 1; (value = __atomic_load_n(word, __ATOMIC_ACQUIRE)) >> 32 != run; spins++) {
         fomoe_guesses_look(e, layer, 1);
-        if (spins % SPINS_BETWEEN_REAPS == 0) fomoe_guesses_reap(e);
+        if (spins % SPINS_BETWEEN_REAPS == 0) {
+            fomoe_guesses_reap(e);
+            fomoe_ahead_send(e, layer);
+        }
         if (spins % SPINS_BETWEEN_QUERIES) continue;
         int code = fomoe_streams_query(&e->copies, compute);
         /* done, and yet it has said nothing */

@@ -61,6 +61,8 @@ typedef struct {
     /* experts read ahead, in nvme_reads and nvme_bytes as well; those that were missed then, and whose reads had not
      * ended by then; bytes of the others */
     uint64_t prefetches, prefetch_useful, prefetch_late, prefetch_bytes, prefetch_wasted_bytes;
+    /* experts of which something was sent up ahead, those that were wanted then, and bytes of the others */
+    uint64_t sent_ahead, sent_ahead_useful, sent_ahead_wasted_bytes;
     uint64_t back_filled_bytes; /* read into DRAM after others had stood in for the experts */
 } fomoe_device_expert_counters;
 
@@ -107,10 +109,10 @@ void fomoe_device_experts_signal_by_stream(fomoe_device_experts *, int by_stream
 void fomoe_device_experts_read_in_place(fomoe_device_experts *, int in_place, int64_t distance);
 /* Runs from now on write their records to a trace, batches of up to so many tokens.  -1 when memory runs out. */
 int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens);
-/* Once, before the first run: the device may guess so many picks of each layer, and up to `staged` host spares of a
- * class (there are so many more) are used for reading them.  Changes no placement and no count but the reads'.  -1
- * when memory runs out. */
-int fomoe_device_experts_look_ahead(fomoe_device_experts *, int ranks, int staged);
+/* Once, before the first run: the device may guess so many picks of each layer.  Up to `staged` host spares of a class
+ * (there are so many more) are used for reading them, up to `sent` spares of the device for what has been read or lies
+ * in DRAM.  Changes no placement and no count but the reads' and the copies'.  -1 when memory runs out. */
+int fomoe_device_experts_look_ahead(fomoe_device_experts *, int ranks, int staged, int sent);
 const fomoe_recall *fomoe_device_experts_recall(const fomoe_device_experts *); /* [layers]; NULL without lookahead */
 /* So many picks of a layer are read after others stood in for them (cache-aware routing); 0 (at first): none. */
 void fomoe_device_experts_back_fill(fomoe_device_experts *, int most);

@@ -6,6 +6,7 @@
  *     device_fetch.c     experts brought: placed, read, sent up
  *     device_back_fill.c picks read that others stood in for
  *     device_guesses.c   experts read before anybody has asked for them
+ *     device_ahead.c     and sent up
  *     device_buffers.c   slots, spares, and the moves between the tiers */
 #ifndef FOMOE_DEVICE_EXPERTS_STATE_H
 #define FOMOE_DEVICE_EXPERTS_STATE_H
@@ -49,6 +50,7 @@ typedef struct {
     int32_t is_in_place;             /* kernels read it in DRAM, and wait for nothing */
     int32_t said;                    /* to the waiting kernel: 1 has_inputs, 2 is_whole */
     int32_t is_spoilt;               /* a read ahead has failed, of which this was to be made: it is read anew */
+    uint64_t begin;                  /* of what is in DRAM: where the bytes begin that have not been sent ahead */
     fomoe_buffer *landing; /* where its reads go */
     fomoe_buffer *record;  /* where it is computed from; NULL: not known yet */
 } fomoe_wanted;
@@ -57,6 +59,7 @@ typedef struct {
 typedef struct {
     int32_t layer, expert, lane;
     fomoe_buffer *host, *device;
+    uint64_t begin; /* of the host's: what lies before that has been sent */
 } fomoe_transfer;
 
 /* A word of an answer that comes true with a copy's ticket. */
@@ -70,8 +73,9 @@ typedef struct {
     uint32_t begin, bytes;
 } fomoe_range;
 
-/* An expert that is read before its layer's router has picked it, into a spare of the host.  The residency knows
- * nothing of it: who is picked is a miss, which takes these reads for its own. */
+/* An expert that is read before its layer's router has picked it, into a spare of the host, or that lies in DRAM; and
+ * sent up into a spare of the device, piece after piece.  The residency knows nothing of it: who is picked is a miss,
+ * or a hit of DRAM, which takes for its own what has been done. */
 typedef struct {
     int32_t layer, expert; /* layer -1: unused */
     int32_t taker;         /* whose reads they are now, of the layer at work; -1: nobody's */
@@ -80,6 +84,10 @@ typedef struct {
     int32_t has_failed, is_expired; /* is_expired: nobody will take it */
     uint64_t bytes;        /* that have come */
     fomoe_buffer *landing;
+    int32_t is_resident;   /* in DRAM: landing is its slot's, and all has come */
+    uint32_t sent;         /* a bit a read, or a piece of what is resident: is on its way up, or there */
+    uint64_t sent_bytes;
+    fomoe_buffer *record;  /* where it is sent; NULL: nothing has been */
 } fomoe_guess;
 
 /* The last layer of the run whose guesses by a layer so far before it have been seen (-1: none), those, and how many of
@@ -115,9 +123,9 @@ struct fomoe_device_experts {
     uint8_t *is_unsettled; /* [layers]: copies to DRAM are under way, behind which it will name more places */
     int reads_in_place;
     int64_t distance; /* from the host's address of DRAM to the device's */
-    fomoe_buffer **resting; /* and the layers whose spares they will be */
-    int32_t *resting_layer;
-    int resting_count;
+    fomoe_buffer **resting; /* and the layers and tiers whose spares they will be */
+    int32_t *resting_layer, *resting_tier;
+    int resting_count, most_resting;
 
     /* The layer at work, -1: none.  0 <= released <= placed <= plan.count, and unread <= placed: experts whose slots
      * others may have, that have slots, and before which no one is UNREAD. */
@@ -136,6 +144,7 @@ struct fomoe_device_experts {
     /* lookahead: experts that the device guesses of a layer (0: off), spares that may hold such, and do; the layer that
      * may be read ahead of the one at work (-1: none) */
     int ranks, most_staged, staged, guess_count, ahead;
+    int most_sent, sent; /* spares of the device that may hold such, and do */
     fomoe_seen_guesses seen[FOMOE_LAYERS_AHEAD]; /* by the layer before, by the one before that */
     fomoe_guess *guesses;
     fomoe_range *guess_ranges; /* by the tag of a read */
@@ -185,7 +194,13 @@ void fomoe_device_give_spare(fomoe_device_experts *, int layer, int tier, fomoe_
 fomoe_buffer *fomoe_device_take_host_spare(fomoe_device_experts *, int layer, int or_none);
 /* Room on the device for an expert that stays in DRAM; NULL: none is left. */
 fomoe_buffer *fomoe_device_borrow(fomoe_device_experts *, int layer);
-/* The layer that the kernels read in place has been computed. */
+/* Room on the device for what nobody has asked for, which nobody touches; NULL: none is left. */
+fomoe_buffer *fomoe_device_borrow_ahead(fomoe_device_experts *, int layer);
+/* A slot of VRAM gets the buffer that its expert has been sent to, and its own becomes a spare. */
+void fomoe_device_exchange_above(fomoe_device_experts *, int layer, int slot, fomoe_buffer *);
+/* The layer at work is done with this buffer once the device has computed it: then it is a spare. */
+void fomoe_device_rest(fomoe_device_experts *, int layer, int tier, fomoe_buffer *);
+/* The layer whose buffers rest has been computed. */
 void fomoe_device_end_rest(fomoe_device_experts *);
 /* Whether the kernels of the token at work read this expert where it lies. */
 int fomoe_device_is_in_place(const fomoe_device_experts *, int layer, int expert);
@@ -201,7 +216,8 @@ void fomoe_device_send(fomoe_device_experts *, int layer, int expert, fomoe_buff
 
 /* ---- device_answers.c ---- */
 
-/* Tell the kernel that waits for this layer, if one does, what has been sent up since the last time. */
+/* Tell the kernel that waits for this layer, if one does, what has been sent up since the last time.  What is listed
+ * and not started has not. */
 void fomoe_device_answer(fomoe_device_experts *, int layer);
 /* Write the words whose copies are done. */
 void fomoe_device_pass_on(fomoe_device_experts *);
@@ -225,8 +241,9 @@ int fomoe_device_list_reads(fomoe_device_experts *, int layer, int expert, uint8
                             fomoe_read *reads, fomoe_range *ranges, uint64_t *bytes);
 /* Whether a read brings what the first products of an expert need. */
 int fomoe_device_holds_inputs(const fomoe_device_experts *, int layer, int expert, const fomoe_range *);
-/* A read of the wanted expert i is back; has_failed: as if it had not been made, when the others are back. */
-void fomoe_device_land(fomoe_device_experts *, int layer, int i, const fomoe_range *, int has_failed);
+/* A read of the wanted expert i is back; has_failed: as if it had not been made, when the others are back; is_sent: has
+ * been sent up, too. */
+void fomoe_device_land(fomoe_device_experts *, int layer, int i, const fomoe_range *, int has_failed, int is_sent);
 /* Read everything that is placed, and send it up. */
 void fomoe_device_fetch(fomoe_device_experts *, int layer);
 /* Unpin the first experts of the plan that are not, up to `end`. */
@@ -256,6 +273,23 @@ void fomoe_guesses_hand_over(fomoe_device_experts *);
 void fomoe_guesses_completed(fomoe_device_experts *, const fomoe_completion *);
 /* Between layers: collect what has come, and let the reader go on. */
 void fomoe_guesses_reap(fomoe_device_experts *);
+
+/* ---- device_ahead.c: as device_guesses.c ---- */
+
+/* An expert of DRAM is guessed. */
+void fomoe_ahead_offer(fomoe_device_experts *, int layer, int expert, fomoe_buffer *);
+/* If nothing is under way up, a piece of what is guessed of this layer goes there. */
+void fomoe_ahead_send(fomoe_device_experts *, int layer);
+/* The guess is nobody's, or its taker's. */
+void fomoe_ahead_drop(fomoe_device_experts *, fomoe_guess *);
+/* Whether something of an expert of DRAM has been sent ahead: *record, which is the caller's now, and the place of
+ * the first byte that has not been, past all where all have been. */
+int fomoe_ahead_take(fomoe_device_experts *, int layer, int expert, fomoe_buffer **record, uint64_t *begin);
+/* The wanted expert takes what has been sent of a guess whose reads it takes. */
+void fomoe_ahead_hand_over(fomoe_device_experts *, fomoe_guess *, fomoe_wanted *);
+/* One that nobody uses; NULL: there is none. */
+fomoe_guess *fomoe_guesses_unused(fomoe_device_experts *);
+fomoe_range *fomoe_guesses_ranges(const fomoe_device_experts *, const fomoe_guess *);
 
 /* ---- device_back_fill.c ---- */
 

@@ -39,6 +39,8 @@ void fomoe_device_adopt(fomoe_device_experts *e, int layer, const fomoe_placemen
     else {
         w->progress = FOMOE_LANDED;
         w->landing = *fomoe_device_slot(e, layer, FOMOE_TIER_DRAM, p->slot);
+        if (fomoe_ahead_take(e, layer, p->expert, &w->record, &w->begin) && w->begin == UINT64_MAX)
+            w->progress = FOMOE_SENT;
     }
 }
 
@@ -75,8 +77,7 @@ void fomoe_device_close_layer(fomoe_device_experts *e) {
     for (int i = 0; i < e->placed; i++) {
         fomoe_wanted *w = &e->wanted[i];
         if (!is_whole(w)) fomoe_residency_drop(e->residency, layer, w->at.expert);
-        if (w->record && w->record->use == FOMOE_BUFFER_LENT)
-            fomoe_device_give_spare(e, layer, FOMOE_TIER_VRAM, w->record);
+        if (w->record && w->record->use == FOMOE_BUFFER_LENT) fomoe_device_rest(e, layer, FOMOE_TIER_VRAM, w->record);
         w->record = NULL;
     }
     fomoe_device_release(e, layer, e->placed);
@@ -211,9 +212,9 @@ void fomoe_device_lift(fomoe_device_experts *e, int layer) {
     for (int i = e->released; i < e->placed && !e->is_warming && !e->error; i++) {
         fomoe_wanted *w = &e->wanted[i];
         if (w->progress != FOMOE_LANDED) continue;
-        w->record = fomoe_device_borrow(e, layer);
+        if (!w->record) w->record = fomoe_device_borrow(e, layer);
         if (!w->record) return;
-        fomoe_device_send(e, layer, w->at.expert, w->landing, w->record, 0, UINT64_MAX);
+        fomoe_device_send(e, layer, w->at.expert, w->landing, w->record, w->begin, UINT64_MAX);
         w->progress = FOMOE_SENT;
     }
 }
@@ -221,9 +222,10 @@ void fomoe_device_lift(fomoe_device_experts *e, int layer) {
 /* Once all of the layer at work is asked for, and has the spares that it needs, the drive may go on with the next's. */
 static void look_ahead(fomoe_device_experts *e) {
     if (e->unread < e->placed || e->error) return;
-    if (!e->is_batch)
+    if (!e->is_batch) {
         fomoe_guesses_look(e, e->ahead, 1);
-    else if (e->placed == e->plan.count)
+        fomoe_ahead_send(e, e->ahead);
+    } else if (e->placed == e->plan.count)
         fomoe_guesses_of_batch(e, e->ahead);
 }
 
@@ -244,13 +246,14 @@ static int wait_for_reads(fomoe_device_experts *e, fomoe_completion *done) {
     return count;
 }
 
-void fomoe_device_land(fomoe_device_experts *e, int layer, int i, const fomoe_range *range, int has_failed) {
+void fomoe_device_land(fomoe_device_experts *e, int layer, int i, const fomoe_range *range, int has_failed,
+                       int is_sent) {
     fomoe_wanted *w = &e->wanted[i];
     assert(i < e->placed && w->progress == FOMOE_READING && w->reads_left > 0 && !e->transfer_count);
     e->in_flight--;
     w->inputs_left -= fomoe_device_holds_inputs(e, layer, w->at.expert, range);
     w->is_spoilt |= has_failed;
-    if (!e->error && !has_failed && w->record)
+    if (!e->error && !has_failed && !is_sent && w->record)
         fomoe_device_send(e, layer, w->at.expert, w->landing, w->record, range->begin,
                           (uint64_t)range->begin + range->bytes);
     if (--w->reads_left == 0) finish_read(e, layer, i);
@@ -275,7 +278,7 @@ void fomoe_device_reap(fomoe_device_experts *e, int layer) {
             continue;
         }
         if (done[c].error) fomoe_device_fail(e, layer, e->wanted[i].at.expert, done[c].error);
-        fomoe_device_land(e, layer, i, &e->ranges[done[c].tag], 0);
+        fomoe_device_land(e, layer, i, &e->ranges[done[c].tag], 0, 0);
     }
 }
 

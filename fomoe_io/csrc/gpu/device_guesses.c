@@ -7,15 +7,15 @@ static uint64_t tag_of(const fomoe_device_experts *e, const fomoe_guess *g, int 
     return FOMOE_GUESS_TAG | ((uint64_t)(g - e->guesses) * FOMOE_MOST_PIECES + piece);
 }
 
-static fomoe_range *ranges_of(const fomoe_device_experts *e, const fomoe_guess *g) {
+fomoe_range *fomoe_guesses_ranges(const fomoe_device_experts *e, const fomoe_guess *g) {
     return e->guess_ranges + (g - e->guesses) * FOMOE_MOST_PIECES;
 }
 
 /* ---- life ---- */
 
-int fomoe_device_experts_look_ahead(fomoe_device_experts *e, int ranks, int staged) {
+int fomoe_device_experts_look_ahead(fomoe_device_experts *e, int ranks, int staged, int sent) {
     fomoe_owned *o = &e->owned;
-    e->ranks = ranks, e->most_staged = staged, e->guess_count = staged + e->used;
+    e->ranks = ranks, e->most_staged = staged, e->most_sent = sent, e->guess_count = staged + ranks + e->used;
     for (fomoe_seen_guesses *s = e->seen; s < e->seen + FOMOE_LAYERS_AHEAD; s++)
         *s = (fomoe_seen_guesses){.layer = -1,
                                   .experts = fomoe_own(o, ranks, sizeof *s->experts),
@@ -32,9 +32,12 @@ const fomoe_recall *fomoe_device_experts_recall(const fomoe_device_experts *e) {
 /* Its buffer is a spare like others again. */
 static void give_back(fomoe_device_experts *e, fomoe_guess *g) {
     assert(!g->left && g->taker < 0);
-    fomoe_device_give_spare(e, g->layer, FOMOE_TIER_DRAM, g->landing);
-    e->counters.prefetch_wasted_bytes += g->bytes;
-    e->staged--;
+    fomoe_ahead_drop(e, g);
+    if (!g->is_resident) {
+        fomoe_device_give_spare(e, g->layer, FOMOE_TIER_DRAM, g->landing);
+        e->counters.prefetch_wasted_bytes += g->bytes;
+        e->staged--;
+    }
     g->layer = -1;
 }
 
@@ -49,14 +52,15 @@ static void expire(fomoe_device_experts *e, fomoe_guess *g) {
 void fomoe_guesses_expire(fomoe_device_experts *e, int layer) {
     for (fomoe_guess *g = e->guesses; g < e->guesses + e->guess_count; g++) {
         if (g->layer < 0 || g->is_expired || g->taker >= 0) continue;
-        int is_wanted = g->layer == layer && !g->has_failed && e->plan.index[g->expert] >= e->plan.hits;
+        int first = g->is_resident ? 0 : e->plan.hits;
+        int is_wanted = g->layer == layer && !g->has_failed && e->plan.index[g->expert] >= first;
         if (g->layer <= layer && !is_wanted) expire(e, g);
     }
 }
 
 /* ---- reading ahead ---- */
 
-static fomoe_guess *unused(fomoe_device_experts *e) {
+fomoe_guess *fomoe_guesses_unused(fomoe_device_experts *e) {
     for (fomoe_guess *g = e->guesses; g < e->guesses + e->guess_count; g++)
         if (g->layer < 0) return g;
     return NULL;
@@ -66,13 +70,13 @@ static fomoe_guess *unused(fomoe_device_experts *e) {
  * there is no room yet. */
 static int read_ahead(fomoe_device_experts *e, int layer, int expert) {
     fomoe_read reads[FOMOE_MOST_PIECES];
-    fomoe_guess *g = e->staged < e->most_staged ? unused(e) : NULL;
+    fomoe_guess *g = e->staged < e->most_staged ? fomoe_guesses_unused(e) : NULL;
     fomoe_buffer *landing = g ? fomoe_device_take_host_spare(e, layer, 1) : NULL;
     uint64_t bytes = 0;
     if (!landing) return 0;
     *g = (fomoe_guess){.layer = layer, .expert = expert, .taker = -1, .landing = landing};
-    g->pieces =
-        fomoe_device_list_reads(e, layer, expert, landing->address, tag_of(e, g, 0), reads, ranges_of(e, g), &bytes);
+    g->pieces = fomoe_device_list_reads(e, layer, expert, landing->address, tag_of(e, g, 0), reads,
+                                        fomoe_guesses_ranges(e, g), &bytes);
     for (int r = 0; r < g->pieces; r++) reads[r].priority = !e->is_batch; /* what a batch guesses is wanted for sure */
     e->staged++;
     if (e->reader->submit(e->reader->self, reads, g->pieces)) {
@@ -103,11 +107,13 @@ static int has_guessed(const fomoe_device_experts *e, fomoe_seen_guesses *s, con
 }
 
 /* 0: it is to be read, and there is no room yet. */
-static int consider(fomoe_device_experts *e, int layer, int32_t expert) {
+static int consider(fomoe_device_experts *e, int layer, int32_t expert, int is_next) {
     int32_t slot;
     if (expert < 0 || expert >= e->layer[layer].experts) return 1; /* a device that makes no sense is told later */
-    if (fomoe_residency_find(e->residency, layer, expert, &slot) != FOMOE_TIER_NVME) return 1;
-    return is_guessed(e, layer, expert) || read_ahead(e, layer, expert);
+    int tier = fomoe_residency_find(e->residency, layer, expert, &slot);
+    if (tier == FOMOE_TIER_DRAM && is_next && !is_guessed(e, layer, expert))
+        fomoe_ahead_offer(e, layer, expert, *fomoe_device_slot(e, layer, tier, slot));
+    return tier != FOMOE_TIER_NVME || is_guessed(e, layer, expert) || read_ahead(e, layer, expert);
 }
 
 /* Of what is guessed two layers ahead the likelier half: of the others most would be read in vain. */
@@ -125,7 +131,7 @@ static int look(fomoe_device_experts *e, int before, int layer, int may_read) {
     }
     if (!may_read) s->considered = ranks;
     for (; s->considered < ranks; s->considered++)
-        if (!s->is_replaced[s->considered] && !consider(e, layer, s->experts[s->considered])) return 0;
+        if (!s->is_replaced[s->considered] && !consider(e, layer, s->experts[s->considered], !before)) return 0;
     return 1;
 }
 
@@ -178,10 +184,11 @@ void fomoe_guesses_of_batch(fomoe_device_experts *e, int layer) {
 static void take(fomoe_device_experts *e, fomoe_guess *g, int i) {
     fomoe_wanted *w = &e->wanted[i];
     w->landing = g->landing;
+    fomoe_ahead_hand_over(e, g, w);
     w->progress = FOMOE_READING;
     w->reads_left = g->pieces;
     for (int piece = 0; piece < g->pieces; piece++) {
-        w->inputs_left += fomoe_device_holds_inputs(e, g->layer, g->expert, &ranges_of(e, g)[piece]);
+        w->inputs_left += fomoe_device_holds_inputs(e, g->layer, g->expert, &fomoe_guesses_ranges(e, g)[piece]);
         if (!(g->back >> piece & 1)) e->reader->promote(e->reader->self, tag_of(e, g, piece));
     }
     if (w->at.tier == FOMOE_TIER_DRAM) fomoe_device_exchange(e, g->layer, w->at.slot, g->landing);
@@ -194,7 +201,9 @@ static void take(fomoe_device_experts *e, fomoe_guess *g, int i) {
 
 int fomoe_guesses_take(fomoe_device_experts *e, int layer, int i) {
     for (fomoe_guess *g = e->guesses; g < e->guesses + e->guess_count; g++) {
-        if (g->layer != layer || g->expert != e->wanted[i].at.expert || g->is_expired || g->has_failed) continue;
+        if (g->layer != layer || g->expert != e->wanted[i].at.expert || g->is_expired || g->has_failed ||
+            g->is_resident)
+            continue;
         assert(g->taker < 0);
         take(e, g, i);
         return 1;
@@ -208,7 +217,8 @@ static void hand_over(fomoe_device_experts *e, fomoe_guess *g) {
         uint32_t bit = (uint32_t)1 << piece;
         if (!(g->back & ~g->handed & bit)) continue;
         g->handed |= bit;
-        fomoe_device_land(e, g->layer, g->taker, &ranges_of(e, g)[piece], (g->failed & bit) != 0);
+        fomoe_device_land(e, g->layer, g->taker, &fomoe_guesses_ranges(e, g)[piece], (g->failed & bit) != 0,
+                          (g->sent & bit) != 0);
     }
     if (!g->left) g->layer = -1;
 }
@@ -224,7 +234,7 @@ void fomoe_guesses_completed(fomoe_device_experts *e, const fomoe_completion *do
     uint64_t number = done->tag & ~FOMOE_GUESS_TAG;
     fomoe_guess *g = &e->guesses[number / FOMOE_MOST_PIECES];
     int piece = (int)(number % FOMOE_MOST_PIECES);
-    uint32_t bit = (uint32_t)1 << piece, bytes = done->error ? 0 : ranges_of(e, g)[piece].bytes;
+    uint32_t bit = (uint32_t)1 << piece, bytes = done->error ? 0 : fomoe_guesses_ranges(e, g)[piece].bytes;
     assert(g->layer >= 0 && g->left > 0 && !(g->back & bit));
     g->left--;
     g->back |= bit;
