@@ -57,17 +57,18 @@ def token_bytes(engine: Engine) -> dict[str, int]:
     return {"dense": dense, "experts": experts, "state": state, "output": planned[output].tensor.bytes}
 
 
-def decode(engine: Engine, tokens: np.ndarray, outputs: int) -> list[float]:
-    """Seconds of each token."""
-    times, state = [], engine.backend.new_state()
+def decode(engine: Engine, tokens: np.ndarray, outputs: int) -> tuple[list[float], list[int]]:
+    """Seconds and misses of each token."""
+    times, misses, state = [], [], engine.backend.new_state()
     logits = state.token_logits(engine.shape.vocabulary)[:outputs]  # a session's: the device copies to it
     for i in range(len(tokens)):
-        started = time.perf_counter()
+        before, started = engine.backend.counters().nvme_hits, time.perf_counter()
         span = Span(state, tokens[i : i + 1].astype(np.int32), i, outputs)
         engine.backend.run(Batch([span], may_substitute=True), logits)
         times.append(time.perf_counter() - started)
+        misses.append(engine.backend.counters().nvme_hits - before)
     state.close()
-    return times
+    return times, misses
 
 
 def replay_ms(engine: Engine, outputs: int) -> float:
@@ -177,9 +178,10 @@ def measure(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
     decode(engine, tokens[: options.warmup], 1)
     decode(engine, tokens[:4], 0)
     engine.reset_statistics()
-    times = decode(engine, tokens[options.warmup :], 1)
+    times, misses = decode(engine, tokens[options.warmup :], 1)
     statistics_ = engine.statistics()
-    bare = decode(engine, tokens[options.warmup :], 0)
+    bare, _ = decode(engine, tokens[options.warmup :], 0)
+    slowest = sorted(range(len(times)), key=lambda i: -times[i])[:3]
     nbytes = token_bytes(engine)
     bandwidth = max(read_bandwidth(gpu, POOL_BYTES, blocks) for blocks in (4, 8, 16))
     layer_us = statistics.median(bare) / s.layers * 1e6
@@ -191,6 +193,8 @@ def measure(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:
         "read_bandwidth_gb_s": bandwidth / 1e9, "token_bytes": nbytes,
         "token_ms": {"median": statistics.median(times) * 1e3, "mean": statistics.mean(times) * 1e3,
                      "min": min(times) * 1e3, "max": max(times) * 1e3},
+        "misses": {"median": statistics.median(misses), "mean": statistics.mean(misses)},
+        "slowest": [{"token": i, "ms": times[i] * 1e3, "misses": misses[i]} for i in slowest],
         "tokens_per_second": len(times) / sum(times),
         "layer_us": layer_us, "layer_roofline_us": layer_bytes / bandwidth * 1e6,
         "layer_over_roofline": layer_us / (layer_bytes / bandwidth * 1e6),

@@ -51,7 +51,7 @@ def measure(engine: Engine, tokens: np.ndarray, *, decodes: int) -> dict[str, An
     }  # fmt: skip
     if decodes:
         decode(engine, tokens[:decodes], 0)
-        times = decode(engine, tokens[:decodes], 0)
+        times, _ = decode(engine, tokens[:decodes], 0)
         result["decode_tokens_per_second"] = len(times) / sum(times)
     return result
 
