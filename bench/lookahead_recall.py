@@ -1,9 +1,11 @@
 """How far a synthetic model's layers turn the residual stream, so that its next router is guessed as often as wanted.
 
 `make_model.py --recall 0.85`: a guess of layer l + 1's experts from the stream before layer l's experts misses two
-sublayers.  With both streams' channels normal and of cosine c the share of right guesses follows from c alone
-(`cosine_for`); sublayers whose output has t times the stream's size turn it by c = 1 / sqrt(1 + t^2).  What a
-sublayer puts out is measured on a small model of the same widths (`stream_for`).
+sublayers, those experts and the next mixer (attention or the delta rule).  With both streams' channels normal and of
+cosine c the share of right guesses follows from c and the popularity (`turn_for`); sublayers whose output has t
+times the stream's size turn it by c = 1 / sqrt(1 + t^2).  Mixers and experts turn it alike, so a guess from a layer's
+end (`measured_recall`) is right as often as one from its middle.  What a sublayer puts out at a gain of 1 is measured
+on a small model of the same widths (`measured_outputs`).
 """
 
 from __future__ import annotations
@@ -21,44 +23,66 @@ from fomoe_io.storage.store import Store
 ROUTER_NOISE = np.pi / np.sqrt(6)
 """Standard deviation of a router's logits beside the popularity: a Gumbel variable's."""
 
-TRIALS, TOKENS, ROUNDS, PROXY_LAYERS = 400, 48, 3, 4
+TRIALS, TOKENS = 400, 48
+
+PERIOD, PROXY_LAYERS = 4, 16
+"""Every fourth layer of a family may be another kind; what layers of one kind put out differs by some percent."""
+
+FIRST_OUTPUT, SILENCE = 0.6, 1e-3
+"""What a sublayer puts out at a gain of 1, until that is measured; what experts do beside it, to measure mixers."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Of each layer: the gain of its sublayers' outputs, and the share of the constant channel at its router."""
+    """Of each layer: gains of its mixer's and its experts' output, the share of the constant channel at its router."""
 
-    gains: np.ndarray
+    mixers: np.ndarray
+    experts: np.ndarray
     constant: np.ndarray
 
 
-def growing(first: np.ndarray, turn: float, constant: float, layers: int) -> Stream:
-    """Gains that keep their size beside a stream that grows by them; `first` is of layer 0 to 3, repeated."""
-    energy = (1 + turn**2) ** np.arange(layers)  # of the channels that vary, at a layer's input
-    gains = np.resize(first, layers) * np.sqrt(energy)
-    varying = (1 - constant) * energy * (1 + turn**2 / 2)
-    return Stream(gains, constant / (constant + varying))
+@dataclass(frozen=True)
+class Embedding:
+    """Standard deviation of its channels that vary; part of its energy that the constant one has."""
+
+    deviation: float
+    constant: float
 
 
-def cosine_for(recall: float, shares: np.ndarray, used: int) -> float:
-    """Cosine of two streams for which the best `used` of one router have `recall` in common."""
+def stream_for(turns: np.ndarray, start: Embedding, mixers: np.ndarray, experts: np.ndarray) -> Stream:
+    """Gains with which layers turn the stream by `turns`, if sublayers put that out at a gain of 1 (of a period)."""
+    growth = np.sqrt(1 + turns**2)  # of the varying channels' energy, by one of two sublayers
+    energy = np.concatenate([[1.0], np.cumprod(growth[:-1] ** 2)])
+    added = start.deviation * np.sqrt(energy * (growth - 1))
+    varying = (1 - start.constant) * energy * growth
+    return Stream(
+        added / np.resize(mixers, len(turns)),
+        added * np.sqrt(growth) / np.resize(experts, len(turns)),
+        start.constant / (start.constant + varying),
+    )
+
+
+def turn_for(recall: float, shares: np.ndarray, used: int) -> float:
+    """tan of the angle between two streams for which the best `used` of one router have `recall` in common."""
     random = np.random.default_rng(3)
     a, b = random.standard_normal((2, TRIALS, len(shares))) * ROUTER_NOISE
+    popularity = np.log(np.sort(shares))  # sorted: layers of one law have one answer
     low, high = 0.0, 1.0
     for _ in range(14):
-        middle = (low + high) / 2
-        other = middle * a + np.sqrt(1 - middle**2) * b
-        if common(np.log(shares) + a, np.log(shares) + other, used) < recall:
-            low = middle
+        cosine = (low + high) / 2
+        other = cosine * a + np.sqrt(1 - cosine**2) * b
+        if common(popularity + a, popularity + other, used) < recall:
+            low = cosine
         else:
-            high = middle
-    return high
+            high = cosine
+    return float(np.sqrt(1 / cosine**2 - 1))
 
 
 def common(a: np.ndarray, b: np.ndarray, used: int) -> float:
     """Share of the best `used` columns of each row that two tables have in common."""
-    best = [np.argsort(-x, axis=1)[:, :used] for x in (a, b)]
-    return float(np.mean([np.isin(x, y).mean() for x, y in zip(*best, strict=True)]))
+    best = np.zeros(a.shape, bool)
+    np.put_along_axis(best, np.argpartition(-a, used - 1)[:, :used], True, axis=1)
+    return float(np.take_along_axis(best, np.argpartition(-b, used - 1)[:, :used], axis=1).mean())
 
 
 def layer_outputs(path: Path) -> tuple[np.ndarray, Store]:
@@ -70,29 +94,46 @@ def layer_outputs(path: Path) -> tuple[np.ndarray, Store]:
         return session.records["layer_output"], engine.store
 
 
-def turns(outputs: np.ndarray) -> np.ndarray:
-    """tan of the angle by which each layer from the second on turns the channels that vary: [layers - 1]."""
+def turned(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each layer from the second on: tan^2 of the angle by which it turns the channels that vary; their size."""
     x = outputs[:, :, 1:].astype(np.float64)
-    x /= np.sqrt((x * x).sum(2, keepdims=True))
-    cosines = (x[1:] * x[:-1]).sum(2).mean(1)
-    return np.asarray(np.sqrt(1 / np.clip(cosines, 1e-3, 1) ** 2 - 1))
+    sizes = np.sqrt((x * x).mean(2, keepdims=True))
+    x /= sizes
+    cosines = (x[1:] * x[:-1]).mean(2).mean(1)
+    return 1 / np.clip(cosines, 1e-3, 1) ** 2 - 1, sizes[:-1].mean((1, 2))
 
 
-def stream_for(turn: float, constant: float, layers: int, write: Callable[[Path, int, Stream], None]) -> Stream:
-    """Gains with which layers turn the stream by `turn`; `write` makes a small model of so many layers with some."""
-    first = np.full(4, turn / 2)
+def measured_outputs(
+    turn: float, start: Embedding, write: Callable[[Path, Stream], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What mixers and experts put out at a gain of 1, by layer of a period; `write` makes a small model for it."""
+    turns, guess = np.full(PROXY_LAYERS, min(turn, 1.0)), np.full(PERIOD, FIRST_OUTPUT)
     with tempfile.TemporaryDirectory(prefix="fomoe-recall-") as folder:
-        for _ in range(ROUNDS):
-            path = Path(folder) / "model.gguf"
-            write(path, 2 * PROXY_LAYERS, growing(first, turn, constant, 2 * PROXY_LAYERS))
-            found = np.concatenate([[np.nan], turns(layer_outputs(path)[0])]).reshape(2, PROXY_LAYERS)
-            first = first * turn / np.nanmean(found, axis=0)
-    return growing(first, turn, constant, layers)
+        path = Path(folder) / "model.gguf"
+        stream = stream_for(turns, start, guess, guess / SILENCE)
+        write(path, stream)
+        energy, sizes = turned(layer_outputs(path)[0])
+        mixers = np.sqrt(energy) * sizes / stream.mixers[1:]
+
+        stream = stream_for(turns, start, by_period(mixers), guess)
+        write(path, stream)
+        energy, sizes = turned(layer_outputs(path)[0])
+    by_mixers = 1 + (mixers * stream.mixers[1:] / sizes) ** 2
+    by_experts = (1 + energy) / by_mixers
+    experts = np.sqrt((by_experts - 1) * by_mixers) * sizes / stream.experts[1:]
+    return by_period(mixers), by_period(experts)
+
+
+def by_period(found: np.ndarray) -> np.ndarray:
+    """Mean by place in the period, of layers from the second on; rounded, as processors differ in the last digits."""
+    table = np.concatenate([[np.nan], found]).reshape(-1, PERIOD)
+    return np.asarray(np.round(np.nanmean(table, axis=0), 3))
 
 
 def measured_recall(path: Path) -> list[float]:
     """Per layer from the second on: picks of its router that the stream two sublayers before would give."""
     outputs, store = layer_outputs(path)
+    used = store.metadata[f"{store.metadata['general.architecture']}.expert_used_count"]
     found = []
     for layer in range(1, len(outputs)):
         info = store.resident[f"blk.{layer}.ffn_gate_inp.weight"]
@@ -102,5 +143,5 @@ def measured_recall(path: Path) -> list[float]:
         x = outputs[layer - 1 : layer + 1].astype(np.float64)
         x /= np.sqrt((x * x).mean(2, keepdims=True))
         logits = x @ router.T
-        found.append(common(logits[0], logits[1], store.metadata["qwen35moe.expert_used_count"]))
+        found.append(common(logits[0], logits[1], used))
     return found

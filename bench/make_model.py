@@ -24,7 +24,16 @@ from statistics import NormalDist
 
 import gguf
 import numpy as np
-from lookahead_recall import ROUTER_NOISE, Stream, cosine_for, measured_recall, stream_for
+from lookahead_recall import (
+    PROXY_LAYERS,
+    ROUTER_NOISE,
+    Embedding,
+    Stream,
+    measured_outputs,
+    measured_recall,
+    stream_for,
+    turn_for,
+)
 from model_families import (
     F32,
     MXFP4,
@@ -51,9 +60,23 @@ POOL_BLOCKS = 1 << 16
 """Random blocks generated once; a tensor is written from random places of this pool."""
 
 PIECE_BLOCKS = 1 << 12
-MOST_PROXY_EXPERTS = 64
 BIAS_COLUMNS = 683
-"""The constant channel of an embedding has the energy of so many others: a quarter of all at 2048 columns."""
+"""Routers take the constant channel of an embedding to have the energy of so many others."""
+
+CONSTANT_COLUMNS = 164
+"""It has that of so many: routers add log(popularity) at half of its size, and picks are less skewed than the law.
+Kept, as measurements were made with such models."""
+
+EMBEDDING_DEVIATION, TURNED_SCALE = 0.0369, 256
+"""Of the channels of an embedding that vary, and by how much an embedding is larger with --recall.  At its own size
+layers that turn it by little have subnormal float16 scales: a block's scale and minimum, rounded apart, leave its
+weights a mean that moves all tokens alike, and some layers turn the stream three times as far as was meant."""
+
+MOST_GROWTH = 1e6
+"""Of a stream by what layers add to it: float16 has scales for more, but not for any."""
+
+PROXY_EXPERTS, PROXY_HIDDEN = 64, 256
+"""Most experts of the small model, and their rows: what an expert puts out hardly depends on these."""
 
 SUBLAYER_GAIN = 0.05
 """What a sublayer adds to the residual stream without --recall: so little that the next router sees the same stream."""
@@ -129,15 +152,15 @@ class BlockPool:
             left -= size
 
 
-def embedding(p: Preset, random: np.random.Generator) -> np.ndarray:
+def embedding(p: Preset, scale: float, random: np.random.Generator) -> np.ndarray:
     """Q4_K blocks [vocabulary, blocks, bytes]: channel 0 constant, the rest random.
 
     The first sub-block of a row has scale and minimum 63 and holds the constant; the others 8, so that the constant
-    has the energy of BIAS_COLUMNS others.
+    has the energy of CONSTANT_COLUMNS others.
     """
     blocks = p.columns // 256
     rows = random.integers(0, 256, (p.vocabulary, blocks, 144), dtype=np.uint8)
-    rows[:, :, :4] = np.array([1e-3, 7.5e-3], np.float16).view(np.uint8)
+    rows[:, :, :4] = np.array([1e-3 * scale, 7.5e-3 * scale], np.float16).view(np.uint8)
     rows[:, :, 4:16] = np.array([8, 8, 8, 8, 8, 8, 8, 8, 0x88, 0x88, 0x88, 0x88], np.uint8)
     rows[:, 0, 4] = 63  # scale of sub-block 0 (with a minimum of 63: zero is q = 7.5)
     rows[:, 0, 8] = 63
@@ -154,7 +177,7 @@ def has_constant(p: Preset) -> bool:
 
 
 def constant_share(p: Preset) -> float:
-    """Part of an embedding's energy that the constant channel carries."""
+    """Part of an embedding's energy that routers take the constant channel to have."""
     return BIAS_COLUMNS / (BIAS_COLUMNS + p.columns)
 
 
@@ -173,19 +196,19 @@ def layer_tensors(
 ) -> Iterator[Tensor]:
     """The tensors of one layer, in the order llama.cpp's converter has them roughly."""
     d, high = p.columns, Q6_K if more_bits(layer, layers) else Q4_K
-    b, out = f"blk.{layer}.", float(stream.gains[layer])
+    b, mixer, network = f"blk.{layer}.", float(stream.mixers[layer]), float(stream.experts[layer])
     ones, norm = np.ones(d, np.float32), "ffn_norm" if p.architecture == "minimax-m2" else "post_attention_norm"
     yield Tensor(b + "attn_norm.weight", (d,), F32, values=ones)
     yield Tensor(b + f"{norm}.weight", (d,), F32, values=ones)
     if p.is_mixed and (layer + 1) % 4:
-        yield from delta(p, b, high, out, random)
+        yield from delta(p, b, high, mixer, random)
     else:
-        yield from attention(p, b, high, out)
+        yield from attention(p, b, high, mixer)
     if layer < p.dense_layers:
-        yield from dense(p, b, high, out)
+        yield from dense(p, b, high, network)
     else:
         rows = router(p, shares, float(stream.constant[layer]), random)
-        yield from experts(p, b, high, out, rows, np.log(shares) - np.log(shares).mean(), random)
+        yield from experts(p, b, high, network, rows, np.log(shares) - np.log(shares).mean(), random)
 
 
 def vocabulary(size: int) -> tuple[list[str], list[int], list[str]]:
@@ -246,25 +269,41 @@ def make(path: Path, p: Preset, layers: int, law: str, recall: float | None, see
     random = np.random.default_rng(seed)
     shares = popularity(law, layers, p.experts, random)
     constant = constant_share(p)
-    stream = Stream(np.full(layers, SUBLAYER_GAIN), np.full(layers, constant))
-    if recall is not None:
-        small = replace(p, experts=min(p.experts, MOST_PROXY_EXPERTS), vocabulary=512)
-        even = np.full((layers + 8, small.experts), 1 / small.experts)
+    if recall is None:
+        gains = np.full(layers, SUBLAYER_GAIN)
+        write_layers(path, p, shares, Stream(gains, gains, np.full(layers, constant)), 1, random)
+    else:
+        write_layers(path, p, shares, turning(p, shares, law, recall, seed), TURNED_SCALE, random)
 
-        def proxy(place: Path, count: int, found: Stream) -> None:
-            write_layers(place, small, count, even, found, np.random.default_rng(seed))
 
-        cosine = cosine_for(recall, shares[0], p.used)
-        stream = stream_for(float(np.sqrt(1 / cosine**2 - 1)), constant, layers, proxy)
-    write_layers(path, p, layers, shares, stream, random)
+def turning(p: Preset, shares: np.ndarray, law: str, recall: float, seed: int) -> Stream:
+    """A stream that layers turn as far as that recall allows; what sublayers put out is measured on a small model."""
+    if p.architecture == "gpt-oss":
+        raise SystemExit("make_model: no --recall for gpt-oss: scales of MXFP4 are powers of two")
+    seen = shares ** np.sqrt(CONSTANT_COLUMNS / BIAS_COLUMNS)
+    turns = np.array([turn_for(recall, row, p.used) for row in seen])
+    if np.prod(np.sqrt(1 + turns**2)) > MOST_GROWTH:
+        raise SystemExit(f"make_model: {len(turns)} layers cannot turn the stream so far that recall is {recall}")
+
+    # rows of K types are multiples of 256: a small expert has the types of a large one
+    hidden = PROXY_HIDDEN if p.hidden % 256 == 0 else PROXY_HIDDEN + 32
+    small = replace(p, experts=min(p.experts, PROXY_EXPERTS), hidden=hidden, vocabulary=4096)
+    small_shares = popularity(law, PROXY_LAYERS, small.experts, np.random.default_rng(seed))
+
+    def write_small(path: Path, stream: Stream) -> None:
+        write_layers(path, small, small_shares, stream, TURNED_SCALE, np.random.default_rng(seed))
+
+    start = Embedding(EMBEDDING_DEVIATION * TURNED_SCALE, constant_share(p))
+    return stream_for(turns, start, *measured_outputs(float(turns.mean()), start, write_small))
 
 
 def write_layers(
-    path: Path, p: Preset, layers: int, shares: np.ndarray, stream: Stream, random: np.random.Generator
+    path: Path, p: Preset, shares: np.ndarray, stream: Stream, scale: float, random: np.random.Generator
 ) -> None:
     """All tensors of a model whose layers treat the stream that way."""
+    layers = len(shares)
     tensors = [
-        Tensor("token_embd.weight", (p.columns, p.vocabulary), Q4_K, values=embedding(p, random))
+        Tensor("token_embd.weight", (p.columns, p.vocabulary), Q4_K, values=embedding(p, scale, random))
         if has_constant(p)
         else Tensor("token_embd.weight", (p.columns, p.vocabulary), Q8_0, 1.0),
         Tensor("output_norm.weight", (p.columns,), F32, values=np.ones(p.columns, np.float32)),
@@ -278,7 +317,8 @@ def write_layers(
 def write_header(path: Path, p: Preset, layers: int) -> None:
     """A model of those shapes without its weights."""
     small, random = replace(p, vocabulary=512), np.random.default_rng(1)
-    stream = Stream(np.full(layers, SUBLAYER_GAIN), np.full(layers, 0.5))
+    gains = np.full(layers, SUBLAYER_GAIN)
+    stream = Stream(gains, gains, np.full(layers, 0.5))
     even = np.full(p.experts, 1 / p.experts)
     tensors = [
         Tensor("token_embd.weight", (p.columns, p.vocabulary), Q4_K if has_constant(p) else Q8_0),
