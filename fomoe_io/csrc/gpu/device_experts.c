@@ -9,8 +9,8 @@
 enum {
     SPINS_BETWEEN_QUERIES = 4096,
     SPINS_BETWEEN_REAPS = 256,
-    /* for each device: what comes last of an expert of 7 MB is an eighth of it on its way up (2 MB: 1 to 2 % slower on
-     * an H200 beside a drive of 14.5 GB/s, 512 KB: exact the same, with cache-aware routing 3 %) */
+    /* what comes last of an expert of 7 MB is an eighth of it on its way up (2 MB: 1 to 2 % slower on one and two H200s
+     * beside a drive of 14.5 GB/s; 512 KB: exact the same, 3 % slower with cache-aware routing) */
     PIECE_BYTES = 1 << 20,
     IN_DRAM = 1            /* kernels/router.h */
 };
@@ -52,7 +52,7 @@ fomoe_device_experts *fomoe_device_experts_new(int layers, int used, const fomoe
     if (!e) return NULL;
     e->layers = layers, e->used = used, e->classes = classes;
     e->residency = residency, e->reader = reader, e->copies = *copies;
-    e->piece_bytes = PIECE_BYTES * copies->devices;
+    e->piece_bytes = PIECE_BYTES;
     e->open_layer = e->ahead = -1;
     fomoe_offers_start(&e->offers, residency, reader);
     e->layer = fomoe_own(&e->owned, layers, sizeof *e->layer);
