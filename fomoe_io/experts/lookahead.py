@@ -114,6 +114,11 @@ class Lookahead:
         self._place, self.trials = -SETTLED_TOKENS, self.trials + 1
 
 
+def is_guessed(layers: Collection[int], layers_ahead: int) -> bool:
+    """Whether one of these layers follows another so soon that it is guessed."""
+    return any(layer + ahead in layers for layer in layers for ahead in range(1, layers_ahead + 1))
+
+
 def spare_buffers(
     mode: Mode, ranks: int, layers: Collection[int], buffer_bytes: int, room: int, *,
     least: int, most: int, is_all: bool, elsewhere: int = 0, layers_ahead: int = 1,
@@ -126,7 +131,7 @@ def spare_buffers(
     ranks : int
         How many experts of a layer are guessed.
     layers : collection of int
-        Those with experts, of which each guesses at the next.
+        Those with experts that guess at each other.
     buffer_bytes : int
         One of each size.
     room : int
@@ -138,11 +143,11 @@ def spare_buffers(
     elsewhere : int
         What experts have in a device's memory.
     layers_ahead : int
-        How many layers' guesses may be read at once.
+        How many of the layers that follow are guessed, whose guesses may be read at once.
     """
     if mode != "auto":
         return layers_ahead * ranks
-    if (is_all and room >= most) or not any(layer + 1 in layers for layer in layers):
+    if (is_all and room >= most) or not is_guessed(layers, layers_ahead):
         return 0
     free = max(room - most, (room + elsewhere) // SLOTS_SHARE)
     count = min(layers_ahead * ranks, min(free, room - least) // buffer_bytes)

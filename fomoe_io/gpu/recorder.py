@@ -448,6 +448,7 @@ class DeviceRecorder(LatentRecorder):
         """Norm and router of a layer that follows one of this device, on what that one's experts will be added to."""
         if not self._guesses or not self._is_here or not self._part.has(layer):
             return
+        own = sum(self._part.has(i) for i in range(layer - ahead + 1, layer + 1))  # how many of this device's ahead
         first, guessed = len(self.body), replace(router, used=self._guesses)
         row = self.rows("guess_normed", x.columns, self.form_of(matrix))
         floats, q8 = (row.address if row.type == form else None for form in (F32, Q8))
@@ -459,10 +460,10 @@ class DeviceRecorder(LatentRecorder):
         self.body.append(make.route(Picks(layer, guessed, logits, ids, weights), self.tokens, chosen_by))
         if self._substitutes:
             values, p, *more = self._rule_of(guessed, logits, chosen_by)
-            posted = (ids.address, weights.address, e.table, e.guess[ahead - 1], run)
+            posted = (ids.address, weights.address, e.table, e.guess[own - 1], run)
             self._add("substitute_and_post", (1, 1, 1), values, p, *posted, *more)
         else:
-            self._add("post_guesses", (1, 1, 1), ids.address, e.guess[ahead - 1], run, self._guesses)
+            self._add("post_guesses", (1, 1, 1), ids.address, e.guess[own - 1], run, self._guesses)
         for spec in self.body[first:]:
             spec.guesses = True
 

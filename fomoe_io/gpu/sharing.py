@@ -10,7 +10,7 @@ import numpy as np
 
 from fomoe_io.backend import Budgets
 from fomoe_io.errors import BudgetError, DeviceError
-from fomoe_io.experts.lookahead import SLOTS_SHARE, spare_buffers
+from fomoe_io.experts.lookahead import SLOTS_SHARE, is_guessed, spare_buffers
 from fomoe_io.experts.slots import SlotLayout, share_slots, slot_pairs
 from fomoe_io.gpu import kernels
 from fomoe_io.gpu.arena import Share
@@ -109,7 +109,7 @@ class Sharing:
     def _sends_ahead(self) -> bool:
         """Whether a layer here is guessed, and may have experts in DRAM."""
         in_dram = any(dram for _, dram in self.budgets.slots)
-        return in_dram and self.sent > 0 and any(layer + 1 in self._records for layer in self._records)
+        return in_dram and self.sent > 0 and is_guessed(self._records, LAYERS_AHEAD)
 
     def _share_with(self, guesses: int) -> None:
         self._source, self.guesses = replace(self._source, guesses=guesses), guesses

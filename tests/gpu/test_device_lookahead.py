@@ -301,8 +301,8 @@ def smallest_ram_bytes(model: Path, **how: Any) -> int:
 
 
 def test_several_devices(model: Path, plain: tuple[bytes, dict[str, Any]]) -> None:
-    """A device guesses what follows on itself."""
-    for mode, guessed in (("layer", [False, True, False]), ("pingpong", [False, False, False])):
+    """A device guesses what follows on itself: in turn, the layer after the other's."""
+    for mode, guessed in (("layer", [False, True, False]), ("pingpong", [False, False, True])):
         logits, s = answer(model, device="hip:0,0", split_mode=mode)
         assert logits == plain[0] and decisions(s)[:-1] == decisions(plain[1])[:-1]
         assert [share is not None for share in s["prefetch"]["recall"]] == guessed
