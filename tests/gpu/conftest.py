@@ -6,14 +6,20 @@ from collections.abc import Iterator
 
 import pytest
 
+from fomoe_io.gpu import device
 from tests.fake_hip.build import Fake, begin_test, installed_fake
 
 
 @pytest.fixture(scope="module")
 def fake(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
-    """The double of a module's tests; DELAY_US there: microseconds that its streams sleep before each piece of work."""
+    """The double of a module's tests, which is "hip" there; DELAY_US: microseconds that its streams sleep before each
+    piece of work."""
     delay_us = getattr(request.module, "DELAY_US", 30)
-    with installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=delay_us) as found:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        installed_fake(tmp_path_factory.mktemp("rocm"), delay_us=delay_us) as found,
+    ):
+        patch.setitem(device.PROVIDERS, "hip", ("hip",))  # not by hip-python, where that is installed
         yield found
 
 

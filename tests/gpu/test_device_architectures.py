@@ -11,12 +11,12 @@ import pytest
 from fomoe_io import Engine
 from fomoe_io.config import Tiers, Tuning
 from fomoe_io.experts.car import CarRule
-from fomoe_io.gpu import device
 from fomoe_io.trace.simulator import replay
 from fomoe_io.trace.trace import Trace
-from tests.fake_hip.build import Fake
 from tests.gpu.test_device_engine import TOKENS, evaluate, nmse, settings, tiny
 from tests.tiny_model import Type, write_tiny
+
+pytestmark = pytest.mark.usefixtures("fake")
 
 PART = 40
 """Tokens of the fixtures: enough for every part of the equations, on a double that takes its time."""
@@ -27,11 +27,6 @@ MXFP4 = {"weights": Type.MXFP4, "down": None}
 LATENT = {"architecture": "deepseek2", "query_rank": 32, "dense_layers": 1, "rotated": 16, "latent": 96}
 GROUPS = (("expert_group_count", 4), ("expert_group_used_count", 2))
 YARN = (("rope.scaling.type", "yarn"), ("rope.scaling.factor", 4.0))
-
-
-@pytest.fixture(autouse=True)
-def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
 
 
 @pytest.mark.parametrize(

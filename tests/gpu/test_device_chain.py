@@ -15,7 +15,6 @@ import pytest
 from fomoe_io import Engine, Tiers
 from fomoe_io.errors import BudgetError, DeviceError, ReadError, UsageError
 from fomoe_io.experts.car import CarRule
-from fomoe_io.gpu import device
 from fomoe_io.gpu.chain import ChainBackend, owners
 from fomoe_io.gpu.pipeline import Piece
 from fomoe_io.session import read_together
@@ -37,8 +36,7 @@ SPLITS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
+def provider(fake: Fake) -> Iterator[None]:
     yield
     fake.fail("", 0)
     fake.release()

@@ -24,6 +24,8 @@ from tests.fake_hip.build import Fake
 from tests.gguf_edit import Keys, Tensors, edited
 from tests.tiny_model import Tiny, Type, write_tiny
 
+pytestmark = pytest.mark.usefixtures("fake")
+
 TOKENS = np.array([3, 141, 59, 26, 5, 35, 89, 79, 32, 38, 46])
 
 BASE = Tiny(
@@ -35,11 +37,6 @@ BASE = Tiny(
 def tiny(**changes: Any) -> Tiny:
     """The base shape with changes."""
     return Tiny(**({name: getattr(BASE, name) for name in BASE.__dataclass_fields__} | changes))
-
-
-@pytest.fixture(autouse=True)
-def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
 
 
 @pytest.fixture(scope="module")

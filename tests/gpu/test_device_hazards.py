@@ -18,7 +18,7 @@ from fomoe_io.config import Tiers, Tuning
 from fomoe_io.errors import BudgetError, DeviceError, UsageError
 from fomoe_io.experts import learned_profile
 from fomoe_io.experts.profile import Profile
-from fomoe_io.gpu import device, kernels
+from fomoe_io.gpu import kernels
 from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.gpu.device import Gpu, Step
 from fomoe_io.gpu.recordings import Addresses
@@ -35,7 +35,6 @@ TOKENS = (3, 141, 59, 26, 5, 35)
 
 @pytest.fixture(autouse=True)
 def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
     misuses = fake.misuses()
     abandoned: list[object] = []
     monkeypatch.setattr(_hip, "abandon", lambda *things: abandoned.extend(things))
@@ -81,10 +80,8 @@ def read(session: Session, what: str) -> None:
 
 @pytest.fixture(scope="module")
 def expected(model: Path, fake: Fake) -> np.ndarray:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(device.PROVIDERS, "hip", ("hip",))
-        with Engine.open(model, settings()) as engine:
-            return decoded(engine.session())
+    with Engine.open(model, settings()) as engine:
+        return decoded(engine.session())
 
 
 # ---- the double itself ----

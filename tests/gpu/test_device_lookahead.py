@@ -16,7 +16,6 @@ from fomoe_io.backend import Budgets
 from fomoe_io.config import Tiers, Tuning
 from fomoe_io.errors import BudgetError, DeviceError, ReadError, UsageError
 from fomoe_io.experts import lookahead
-from fomoe_io.gpu import device
 from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.gpu.chain import ChainBackend
 from fomoe_io.models import blocks
@@ -33,8 +32,7 @@ DELAY_US = 10  # of the double
 
 
 @pytest.fixture(autouse=True)
-def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
+def provider(fake: Fake) -> Iterator[None]:
     misuses = fake.misuses()
     yield
     fake.fail("", 0)
@@ -71,9 +69,7 @@ def decisions(s: dict[str, Any]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def plain(model: Path, fake: Fake) -> tuple[bytes, dict[str, Any]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(device.PROVIDERS, "hip", ("hip",))
-        return answer(model, lookahead="off")
+    return answer(model, lookahead="off")
 
 
 @pytest.mark.parametrize("mode", ["pass", "behind", "hold", "spoil", "fail", "refuse"])

@@ -10,18 +10,13 @@ import pytest
 
 from fomoe_io import Engine, Tiers
 from fomoe_io.errors import BudgetError
-from fomoe_io.gpu import device
 from fomoe_io.session import decode_together, read_together
-from tests.fake_hip.build import Fake
 from tests.gpu.test_device_engine import TOKENS, evaluate, nmse, settings, tiny
 from tests.tiny_model import Type, write_tiny
 
+pytestmark = pytest.mark.usefixtures("fake")
+
 PARTS = [TOKENS[:3], TOKENS[2:9], TOKENS[5:6]]
-
-
-@pytest.fixture(autouse=True)
-def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
 
 
 CHANGES: dict[str, dict[str, Any]] = {

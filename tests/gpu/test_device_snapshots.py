@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine, EngineConfig, Session
-from fomoe_io.gpu import device
 from tests.fake_hip.build import Fake
 from tests.tiny_model import Tiny, write_tiny
 
@@ -22,10 +21,7 @@ SHAPES = {
 
 
 @pytest.fixture(params=SHAPES)
-def session(
-    request: pytest.FixtureRequest, fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Session]:
-    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
+def session(request: pytest.FixtureRequest, fake: Fake, tmp_path: Path) -> Iterator[Session]:
     path = write_tiny(tmp_path / "tiny.gguf", SHAPES[request.param], 3)
     with Engine.open(path, EngineConfig(context_tokens=64, device="hip", batch_tokens=4, threads=1)) as engine:
         yield engine.session()
@@ -78,9 +74,8 @@ def test_attention_alone_can_be_cut_anywhere(session: Session) -> None:
     np.testing.assert_array_equal(answer(session), want)
 
 
-def test_a_helper_between_two_turns(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_helper_between_two_turns(fake: Fake, tmp_path: Path) -> None:
     """What `fomoe_io.kept` does with these: tests/engine/test_kept.py."""
-    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
     path = write_tiny(tmp_path / "tiny.gguf", WIDE, 3)
     how = {"context_tokens": 128, "device": "hip", "batch_tokens": 16, "threads": 1, "cache_bytes": "16M"}
     main, helper = [*TOKENS * 5], [*TOKENS[::-1] * 3]

@@ -32,7 +32,6 @@ DELAY_US = 10  # of the double
 @pytest.fixture(autouse=True)
 def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever a product costs it is divided: so small ones would not be."""
-    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
     monkeypatch.setattr(exchange, "LEAST_BYTES", 0)
     monkeypatch.setattr(exchange, "LEAST_ROWS", 0)
     misuses = fake.misuses()

@@ -11,20 +11,16 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine
-from fomoe_io.gpu import device
 from fomoe_io.gpu.backend import GpuBackend
 from fomoe_io.gpu.chain import ChainBackend
 from tests.fake_hip.build import Fake
 from tests.gpu.test_device_engine import settings, tiny
 from tests.tiny_model import Type, write_tiny
 
+pytestmark = pytest.mark.usefixtures("fake")
+
 MOST_CALLS = 50
 """Of a token, in Python and from it: a call takes a part of a microsecond, and the device waits meanwhile."""
-
-
-@pytest.fixture(autouse=True)
-def provider(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
 
 
 @pytest.fixture(scope="module")

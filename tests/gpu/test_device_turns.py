@@ -14,7 +14,6 @@ import pytest
 
 from fomoe_io import Engine, EngineConfig
 from fomoe_io.errors import UsageError
-from fomoe_io.gpu import device
 from tests.fake_hip.build import Fake
 from tests.tiny_model import Tiny, write_tiny
 
@@ -23,8 +22,7 @@ SHAPE = Tiny(columns=256, head_columns=64, rotated=32, state_columns=64, hidden=
 
 
 @pytest.fixture
-def engine(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
+def engine(fake: Fake, tmp_path: Path) -> Iterator[Engine]:
     path = write_tiny(tmp_path / "tiny.gguf", SHAPE, 3)
     with Engine.open(path, EngineConfig(context_tokens=64, device="hip", batch_tokens=4, threads=1)) as engine:
         yield engine

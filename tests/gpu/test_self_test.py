@@ -20,7 +20,6 @@ DELAY_US = 0  # of the double
 
 @pytest.fixture(autouse=True)
 def small(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(device.PROVIDERS, "hip", ("hip",))
     sizes = {"NODES": 20, "REPLAYS": 10, "REWRITES": 3, "REWRITTEN_BYTES": 1 << 16, "COPIES": 5, "ROUND_TRIPS": 20}
     for name, value in (sizes | {"PEER_BYTES": 1 << 16}).items():
         monkeypatch.setattr(self_test, name, value)
