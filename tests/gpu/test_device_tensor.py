@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fomoe_io import Engine, Tiers
+from fomoe_io.config import Tuning
 from fomoe_io.errors import DeviceError, UsageError
 from fomoe_io.experts.car import CarRule
 from fomoe_io.gpu import device, exchange, split
@@ -65,11 +66,14 @@ def test_tokens(models: dict[str, Path], name: str, how: dict[str, Any]) -> None
         assert said[key] == counted[key]
 
 
+@pytest.mark.parametrize("by_stream", [False, True])
 @pytest.mark.parametrize("devices", ["hip:0,0", "hip:0,1,2,3"])
-def test_whatever_else_is_asked_for(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, devices: str) -> None:
+def test_whatever_else_is_asked_for(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, devices: str, by_stream: bool
+) -> None:
     monkeypatch.setenv("FAKE_HIP_DEVICES", "4")
     how = {"tiers": Tiers(0.25, 0.25), "car": CarRule.parse("ratio:0.5,backfill=1"), "lookahead": "on"}
-    how |= {"kv_type": "f16"}
+    how |= {"kv_type": "f16", "tuning": Tuning(signals_by_stream=by_stream)}
     expected, counted = decoded(models["plain"], **how)
     found, said = decoded(models["plain"], **how, **TWO | {"device": devices})
     assert found == expected and said["substitutions"] == counted["substitutions"] > 0

@@ -4,12 +4,12 @@
 
 enum { HAS_INPUTS, IS_WHOLE }; /* kernels/experts.h, struct answer: words of all pairs, one kind after the other */
 
-/* A device's word of pair k comes true when the record's copies are done that have been started. */
-static void signal(fomoe_device_experts *e, int device, const fomoe_device_words *words, int k, int kind,
+/* A device's word of pair k comes true: now, or when this ticket of the copies up is done.  The device is current. */
+static void signal(fomoe_device_experts *e, int device, const fomoe_device_words *words, int k, int kind, int is_done,
                    uint64_t ticket) {
     size_t offset = e->used * sizeof(uint64_t) + ((size_t)kind * e->used + k) * sizeof(uint32_t);
     fomoe_lane *up = &e->copies.lane[FOMOE_LANE_UP];
-    if (fomoe_lane_has_done(&e->copies, FOMOE_LANE_UP, ticket)) {
+    if (is_done) {
         __atomic_store_n((uint32_t *)(words->answer + offset), e->run, __ATOMIC_RELEASE);
         return;
     }
@@ -25,7 +25,9 @@ static void signal(fomoe_device_experts *e, int device, const fomoe_device_words
 
 static void say(fomoe_device_experts *e, int layer, int i, int kind) {
     const fomoe_buffer *buffer = e->wanted[i].record;
-    uint64_t where = (uint64_t)(uintptr_t)buffer->address;
+    uint64_t where = (uint64_t)(uintptr_t)buffer->address, ticket = buffer->touched[FOMOE_LANE_UP];
+    int is_done =
+        fomoe_lane_has_done(&e->copies, FOMOE_LANE_UP, ticket); /* which asks all devices, one after another */
     for (int r = 0; r < e->copies.devices; r++) {
         const fomoe_device_words *words = &e->layer[layer].words[r];
         uint64_t *record = (uint64_t *)words->answer;
@@ -33,7 +35,7 @@ static void say(fomoe_device_experts *e, int layer, int i, int kind) {
         for (int k = 0; k < e->used; k++) {
             if (e->place[k] != i) continue;
             if (kind == HAS_INPUTS) __atomic_store_n(&record[k], where + e->copies.distance[r], __ATOMIC_RELEASE);
-            signal(e, r, words, k, kind, buffer->touched[FOMOE_LANE_UP]);
+            signal(e, r, words, k, kind, is_done, ticket);
         }
     }
     e->wanted[i].said++;
