@@ -70,6 +70,14 @@ def link_rates(device: str, record: int) -> tuple[float, float]:
     return rates[0], rates[1]
 
 
+def report(result: dict[str, Any], output: Path | None) -> None:
+    """Print one JSON object, and keep it."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if output:
+        output.write_text(text + "\n")
+
+
 def kernel_tuning(text: str) -> tuple[str, int]:
     """NAME=VALUE of the kernels' tuning.h."""
     name, _, value = text.partition("=")
@@ -256,10 +264,7 @@ def main() -> None:
         result = measure(options) if options.worker else in_turns(options, sys.argv[1:])
     except FomoeError as error:
         raise SystemExit(f"box: {error}") from None
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output and not options.worker:
-        options.output.write_text(text + "\n")
+    report(result, None if options.worker else options.output)
 
 
 if __name__ == "__main__":

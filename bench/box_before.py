@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from box import SlowCard, in_checkout
+from box import SlowCard, in_checkout, report
 
 from fomoe_io.errors import FomoeError
 from fomoe_io.experts.car import CarRule
@@ -114,10 +114,7 @@ def main() -> None:
     finally:
         card.close()
     result |= {"card": card.note} | {rule: compared(rounds) for rule, rounds in found.items()}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    report(result, options.output)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ that misses nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from any_commit import drive_rate
-from box import kernel_tuning, link_rates
+from box import kernel_tuning, link_rates, report
 
 from fomoe_io import Engine, EngineConfig
 from fomoe_io.backend import Batch, Span
@@ -164,10 +163,7 @@ def main() -> None:
     )
     with Engine.open(options.model, config) as engine:
         result = measure(engine, options)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    report(result, options.output)
 
 
 def measure(engine: Engine, options: argparse.Namespace) -> dict[str, Any]:

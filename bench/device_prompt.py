@@ -10,14 +10,13 @@ prompt's time over its NVMe bytes at the rate that the engine's own reader has f
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from any_commit import drive_rate
-from box import kernel_tuning
+from box import kernel_tuning, report
 from device_decode import decode, gpu_of
 
 from fomoe_io import Engine, EngineConfig
@@ -95,10 +94,7 @@ def main() -> None:
             head = {"device": str(gpu), "driver": gpu.driver(), "model": engine.model_name}
             slots = {"vram": int(engine.budgets.slots[0][0]), "dram": int(engine.budgets.slots[0][1])}
     result = head | {"slots": slots, "tokens": options.tokens, "runs": runs}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    report(result, options.output)
 
 
 if __name__ == "__main__":

@@ -140,9 +140,8 @@ class ChainBackend:
             self.close()
             raise
         self.budgets = self._budgets()
-        self._lookahead = Lookahead(
-            config.lookahead_mode if any(stage.sharing.guesses for stage in self.stages) else "off"
-        )
+        self._is_guessed = any(stage.sharing.guesses for stage in self.stages)
+        self._lookahead = Lookahead(config.lookahead_mode if self._is_guessed else "off")
 
     def _open(self, gpus: Sequence[Gpu]) -> None:
         opened, shape, owner = self._opened, self._opened.shape, self._owner
@@ -353,7 +352,7 @@ class ChainBackend:
     def add_statistics(self, result: dict[str, Any], change: Counters) -> None:
         """Those of all devices, and how the model is split."""
         self.stages[0].add_statistics(result, change)
-        if any(stage.sharing.guesses for stage in self.stages):
+        if self._is_guessed:
             guessed = self._by_layer([stage.guessed for stage in self.stages])
             result["prefetch"] |= {"is_on": self._lookahead.is_on, "recall": recall_of(guessed)}
         counts = [sum(i == k for i in self._owner) for k in range(len(self.stages))]

@@ -457,13 +457,14 @@ class DeviceRecorder(LatentRecorder):
         self.body.append(make.mat_vec(make.Product(matrix, row.address, logits.address)))
         ids, weights = (self.rows(f"guess_{name}", self._guesses) for name in ("experts", "weights"))
         chosen_by, e, run = self._chosen_by(router, "guess_chosen_by"), self._experts[layer], self._mailbox.run
+        post = e.guess[own - 1]
         self.body.append(make.route(Picks(layer, guessed, logits, ids, weights), self.tokens, chosen_by))
         if self._substitutes:
             values, p, *more = self._rule_of(guessed, logits, chosen_by)
-            posted = (ids.address, weights.address, e.table, e.guess[own - 1], run)
+            posted = (ids.address, weights.address, e.table, post, run)
             self._add("substitute_and_post", (1, 1, 1), values, p, *posted, *more)
         else:
-            self._add("post_guesses", (1, 1, 1), ids.address, e.guess[own - 1], run, self._guesses)
+            self._add("post_guesses", (1, 1, 1), ids.address, post, run, self._guesses)
         for spec in self.body[first:]:
             spec.guesses = True
 

@@ -22,17 +22,21 @@ from fomoe_io.storage.calibration import Calibration
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+def kept_by(name: str, model: Path, output: Path, *more: str, seconds: int) -> Any:
+    """What a program of bench/ keeps of the box on the processor, beside this very checkout."""
+    command = [
+        sys.executable, str(ROOT / "bench" / name), str(model), "--device", "cpu", "--percentage", "100",
+        "--pace", "0.05G,80us", "--tokens", "12", "--warmup", "4", "--rounds", "1", "--baseline", str(ROOT),
+        *more, "-o", str(output),
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(output.read_text())
+
+
 @pytest.mark.slow
 def test_floors_and_turns(demo_model: Path, tmp_path: Path) -> None:
-    output = tmp_path / "box.json"
-    command = [
-        sys.executable, str(ROOT / "bench/box.py"), str(demo_model), "--device", "cpu", "--percentage", "100",
-        "--pace", "0.05G,80us", "--tokens", "12", "--warmup", "4", "--rounds", "1", "--baseline", str(ROOT),
-        "--piece", "64K", "-o", str(output),
-    ]  # fmt: skip
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert ended.returncode == 0, ended.stderr
-    found = json.loads(output.read_text())
+    found = kept_by("box.py", demo_model, tmp_path / "box.json", "--piece", "64K", seconds=100)
     assert found["this"]["settings"] == {"device": "cpu", "piece_bytes": 65536}
     assert found["card"] == "the whole card" and set(found["speedup"]) == {"exact", "car on"}
     for run in (*found["this"]["runs"].values(), *found["baseline"]["runs"].values()):
@@ -77,15 +81,7 @@ def test_what_is_asked_for_and_known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_beside_a_commit_before(demo_model: Path, tmp_path: Path) -> None:
-    output = tmp_path / "before.json"
-    command = [
-        sys.executable, str(ROOT / "bench/box_before.py"), str(demo_model), "--device", "cpu", "--percentage", "100",
-        "--pace", "0.05G,80us", "--tokens", "12", "--warmup", "4", "--rounds", "1", "--baseline", str(ROOT),
-        "--depth", "2", "-o", str(output),
-    ]  # fmt: skip
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert ended.returncode == 0, ended.stderr
-    found = json.loads(output.read_text())
+    found = kept_by("box_before.py", demo_model, tmp_path / "before.json", "--depth", "2", seconds=200)
     for rule, car in (("exact", "off"), ("car on", "regret:0.034")):
         runs = found[rule]["runs"]
         assert set(found[rule]["speedup"]) == set(runs) - {"baseline"} and len(runs) == 5

@@ -87,5 +87,5 @@ int fomoe_ahead_take(fomoe_device_experts *e, int layer, int expert, fomoe_buffe
 void fomoe_ahead_hand_over(fomoe_device_experts *e, fomoe_guess *g, fomoe_wanted *w) {
     if (!g->record) return;
     w->record = give_away(e, g);
-    if (w->at.tier == FOMOE_TIER_VRAM) fomoe_device_exchange_above(e, g->layer, w->at.slot, w->record);
+    if (w->at.tier == FOMOE_TIER_VRAM) fomoe_device_exchange(e, g->layer, FOMOE_TIER_VRAM, w->at.slot, w->record);
 }

@@ -58,20 +58,12 @@ fomoe_buffer **fomoe_device_slot(fomoe_device_experts *e, int layer, int tier, i
     return place;
 }
 
-void fomoe_device_exchange(fomoe_device_experts *e, int layer, int slot, fomoe_buffer *b) {
-    fomoe_buffer **place = fomoe_device_slot(e, layer, FOMOE_TIER_DRAM, slot), *own = *place;
-    assert(b->use == FOMOE_BUFFER_LANDING);
+void fomoe_device_exchange(fomoe_device_experts *e, int layer, int tier, int slot, fomoe_buffer *b) {
+    fomoe_buffer **place = fomoe_device_slot(e, layer, tier, slot), *own = *place;
+    assert(b->use == (tier == FOMOE_TIER_DRAM ? FOMOE_BUFFER_LANDING : FOMOE_BUFFER_LENT));
     b->use = FOMOE_BUFFER_SLOT;
     *place = b;
-    push(spares_of(e, layer, FOMOE_TIER_DRAM), own);
-}
-
-void fomoe_device_exchange_above(fomoe_device_experts *e, int layer, int slot, fomoe_buffer *b) {
-    fomoe_buffer **place = fomoe_device_slot(e, layer, FOMOE_TIER_VRAM, slot), *own = *place;
-    assert(b->use == FOMOE_BUFFER_LENT);
-    b->use = FOMOE_BUFFER_SLOT;
-    *place = b;
-    push(spares_of(e, layer, FOMOE_TIER_VRAM), own);
+    push(spares_of(e, layer, tier), own);
 }
 
 /* How many buffers there are: of slots; of spares. */
@@ -201,7 +193,7 @@ static void promote(fomoe_device_experts *e, int layer, const fomoe_move *m, int
     fomoe_buffer *record;
     uint64_t begin = 0;
     if (fomoe_ahead_take(e, layer, m->expert, &record, &begin))
-        fomoe_device_exchange_above(e, layer, m->to_slot, record);
+        fomoe_device_exchange(e, layer, FOMOE_TIER_VRAM, m->to_slot, record);
     if (begin != UINT64_MAX)
         list_transfer(e, layer, m->expert, FOMOE_LANE_UP, from,
                       *fomoe_device_slot(e, layer, FOMOE_TIER_VRAM, m->to_slot), begin);
@@ -216,16 +208,13 @@ static void promote(fomoe_device_experts *e, int layer, const fomoe_move *m, int
 void fomoe_device_rest(fomoe_device_experts *e, int layer, int tier, fomoe_buffer *b) {
     assert(e->resting_count < e->most_resting);
     b->use = FOMOE_BUFFER_RESTING;
-    e->resting_layer[e->resting_count] = layer;
-    e->resting_tier[e->resting_count] = tier;
-    e->resting[e->resting_count++] = b;
+    e->resting[e->resting_count++] = (fomoe_resting){layer, tier, b};
 }
 
 void fomoe_device_end_rest(fomoe_device_experts *e) {
     while (e->resting_count) {
-        e->resting_count--;
-        int i = e->resting_count;
-        fomoe_device_give_spare(e, e->resting_layer[i], e->resting_tier[i], e->resting[i]);
+        const fomoe_resting *r = &e->resting[--e->resting_count];
+        fomoe_device_give_spare(e, r->layer, r->tier, r->buffer);
     }
 }
 

@@ -39,8 +39,7 @@ int fomoe_lane_has_done(fomoe_device_copies *d, int which, uint64_t ticket) {
 
 static const char *const WAITED_FOR[FOMOE_LANES] = {"a copy to the device", "a copy to the host", "a batch's kernels"};
 
-/* 0: an error has occurred, and the ticket may never be done. */
-static int wait_for(fomoe_device_copies *d, int which, uint64_t ticket) {
+int fomoe_lane_wait_for(fomoe_device_copies *d, int which, uint64_t ticket) {
     uint64_t done = d->lane[which].done;
     fomoe_wait wait = {0};
     while (!fomoe_lane_has_done(d, which, ticket)) {
@@ -78,7 +77,7 @@ static void follow_all(fomoe_device_copies *d, int which, int other, uint64_t ti
 /* An event is used again only when nobody can ask for its last ticket. */
 static int has_event(fomoe_device_copies *d, int which) {
     uint64_t issued = d->lane[which].issued;
-    return issued < FOMOE_LANE_EVENTS || wait_for(d, which, issued + 1 - FOMOE_LANE_EVENTS);
+    return issued < FOMOE_LANE_EVENTS || fomoe_lane_wait_for(d, which, issued + 1 - FOMOE_LANE_EVENTS);
 }
 
 uint64_t fomoe_lane_mark(fomoe_device_copies *d, int which) {
@@ -127,12 +126,11 @@ int fomoe_buffer_is_free(fomoe_device_copies *d, const fomoe_buffer *b) {
 int fomoe_buffer_wait(fomoe_device_copies *d, const fomoe_buffer *b) {
     assert(!b->claims);
     for (int lane = 0; lane < FOMOE_LANES; lane++)
-        if (!wait_for(d, lane, b->touched[lane])) return 0;
+        if (!fomoe_lane_wait_for(d, lane, b->touched[lane])) return 0;
     return 1;
 }
 
-void fomoe_lane_wait_for(fomoe_device_copies *d, int which, uint64_t ticket) { wait_for(d, which, ticket); }
-void fomoe_lane_wait(fomoe_device_copies *d, int which) { wait_for(d, which, d->lane[which].issued); }
+void fomoe_lane_wait(fomoe_device_copies *d, int which) { fomoe_lane_wait_for(d, which, d->lane[which].issued); }
 
 int fomoe_streams_query(fomoe_device_copies *d, void *const *stream) {
     int code = d->calls.not_ready;

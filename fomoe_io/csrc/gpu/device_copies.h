@@ -96,8 +96,9 @@ int fomoe_lane_has_done(fomoe_device_copies *, int lane, uint64_t ticket);
 int fomoe_buffer_is_free(fomoe_device_copies *, const fomoe_buffer *);
 /* Wait until nobody does, or an error has occurred: then nobody knows, and 0 is returned. */
 int fomoe_buffer_wait(fomoe_device_copies *, const fomoe_buffer *);
-/* Wait until a lane has done a ticket, or everything, or an error has occurred. */
-void fomoe_lane_wait_for(fomoe_device_copies *, int lane, uint64_t ticket);
+/* Wait until a lane has done a ticket.  0: an error has occurred, and it may never be done. */
+int fomoe_lane_wait_for(fomoe_device_copies *, int lane, uint64_t ticket);
+/* Wait until a lane has done everything, or an error has occurred. */
 void fomoe_lane_wait(fomoe_device_copies *, int lane);
 /* Wait until a stream of each device has done everything.  Also after an error; returns this wait's own code. */
 int fomoe_streams_wait(fomoe_device_copies *, void *const *stream);

@@ -27,8 +27,6 @@ static int allocate(fomoe_device_experts *e) {
     e->is_unsettled = fomoe_own(o, e->layers, sizeof *e->is_unsettled);
     e->most_resting = most + e->used;
     e->resting = fomoe_own(o, e->most_resting, sizeof *e->resting);
-    e->resting_layer = fomoe_own(o, e->most_resting, sizeof *e->resting_layer);
-    e->resting_tier = fomoe_own(o, e->most_resting, sizeof *e->resting_tier);
     e->picked = fomoe_own(o, e->used, sizeof *e->picked);
     e->posted = fomoe_own(o, e->used, sizeof *e->posted);
     e->place = fomoe_own(o, e->used, sizeof *e->place);
@@ -215,7 +213,6 @@ static void count_time(fomoe_device_experts *e, uint64_t read_stall_ns) {
     /* not for what is sent ahead behind them */
     for (; e->signal_count && !e->copies.error; fomoe_device_pass_on(e))
         fomoe_lane_wait_for(&e->copies, FOMOE_LANE_UP, e->signals[0].ticket);
-    fomoe_device_pass_on(e);
     uint64_t now = fomoe_now_ns();
     c->copy_stall_ns += now - start;
     c->host_ns += start - e->opened_ns - (c->nvme_stall_ns - read_stall_ns);

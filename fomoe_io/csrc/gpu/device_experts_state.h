@@ -68,6 +68,12 @@ typedef struct {
     uint64_t ticket;
 } fomoe_signal;
 
+/* A buffer that will be a spare of that layer's class. */
+typedef struct {
+    int32_t layer, tier;
+    fomoe_buffer *buffer;
+} fomoe_resting;
+
 /* Bytes of an expert's place on the host that a read brings. */
 typedef struct {
     uint32_t begin, bytes;
@@ -123,8 +129,7 @@ struct fomoe_device_experts {
     uint8_t *is_unsettled; /* [layers]: copies to DRAM are under way, behind which it will name more places */
     int reads_in_place;
     int64_t distance; /* from the host's address of DRAM to the device's */
-    fomoe_buffer **resting; /* and the layers and tiers whose spares they will be */
-    int32_t *resting_layer, *resting_tier;
+    fomoe_resting *resting;
     int resting_count, most_resting;
 
     /* The layer at work, -1: none.  0 <= released <= placed <= plan.count, and unread <= placed: experts whose slots
@@ -196,16 +201,15 @@ fomoe_buffer *fomoe_device_take_host_spare(fomoe_device_experts *, int layer, in
 fomoe_buffer *fomoe_device_borrow(fomoe_device_experts *, int layer);
 /* Room on the device for what nobody has asked for, which nobody touches; NULL: none is left. */
 fomoe_buffer *fomoe_device_borrow_ahead(fomoe_device_experts *, int layer);
-/* A slot of VRAM gets the buffer that its expert has been sent to, and its own becomes a spare. */
-void fomoe_device_exchange_above(fomoe_device_experts *, int layer, int slot, fomoe_buffer *);
 /* The layer at work is done with this buffer once the device has computed it: then it is a spare. */
 void fomoe_device_rest(fomoe_device_experts *, int layer, int tier, fomoe_buffer *);
 /* The layer whose buffers rest has been computed. */
 void fomoe_device_end_rest(fomoe_device_experts *);
 /* Whether the kernels of the token at work read this expert where it lies. */
 int fomoe_device_is_in_place(const fomoe_device_experts *, int layer, int expert);
-/* A slot of DRAM gets the buffer that its expert has been read into, and its own becomes a spare. */
-void fomoe_device_exchange(fomoe_device_experts *, int layer, int slot, fomoe_buffer *);
+/* A slot gets the buffer that its expert has been read into (of DRAM), or sent to (of VRAM), and its own becomes a
+ * spare. */
+void fomoe_device_exchange(fomoe_device_experts *, int layer, int tier, int slot, fomoe_buffer *);
 /* Change who is whose as the moves say, and list the copies that follow from it. */
 void fomoe_device_carry_out(fomoe_device_experts *, int layer, const fomoe_move *, int count);
 /* Start the copies that are listed, in order. */

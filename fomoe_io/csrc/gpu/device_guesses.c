@@ -191,7 +191,7 @@ static void take(fomoe_device_experts *e, fomoe_guess *g, int i) {
         w->inputs_left += fomoe_device_holds_inputs(e, g->layer, g->expert, &fomoe_guesses_ranges(e, g)[piece]);
         if (!(g->back >> piece & 1)) e->reader->promote(e->reader->self, tag_of(e, g, piece));
     }
-    if (w->at.tier == FOMOE_TIER_DRAM) fomoe_device_exchange(e, g->layer, w->at.slot, g->landing);
+    if (w->at.tier == FOMOE_TIER_DRAM) fomoe_device_exchange(e, g->layer, FOMOE_TIER_DRAM, w->at.slot, g->landing);
     e->in_flight += g->pieces;
     e->staged--;
     e->counters.prefetch_useful++;
