@@ -39,6 +39,8 @@ class PacedReader:
     latency_seconds : float
     depth : int
         Reads in the drive at most, as in the other reader's.
+    beside : PacedReader, optional
+        Another reader of the same drive: they share its bandwidth.
     """
 
     name: str
@@ -49,7 +51,9 @@ class PacedReader:
     last_fix: str
     mode: str
 
-    def __init__(self, inner: Any, bandwidth: float, latency_seconds: float, depth: int) -> None: ...
+    def __init__(
+        self, inner: Any, bandwidth: float, latency_seconds: float, depth: int, beside: PacedReader | None = None
+    ) -> None: ...
     @property
     def address(self) -> int: ...
     @property

@@ -23,7 +23,9 @@ cdef extern from "csrc/read/paced_reader.h" nogil:
     ctypedef struct fomoe_paced_counters:
         uint64_t late
         uint64_t late_ns
-    fomoe_paced_reader *fomoe_paced_reader_new(fomoe_reader *inner, double bandwidth, uint64_t latency_ns, int depth)
+    fomoe_paced_reader *fomoe_paced_reader_new(
+        fomoe_reader *inner, double bandwidth, uint64_t latency_ns, int depth, fomoe_paced_reader *beside
+    )
     void fomoe_paced_reader_free(fomoe_paced_reader *)
     void fomoe_paced_reader_table(fomoe_paced_reader *, fomoe_reader *)
     const fomoe_paced_counters *fomoe_paced_reader_count(const fomoe_paced_reader *)
@@ -122,13 +124,15 @@ cdef class PacedReader:
     cdef fomoe_reader table
     cdef fomoe_paced_reader *paced
     cdef readonly object inner
+    cdef PacedReader beside
 
-    def __cinit__(self, inner, double bandwidth, double latency_seconds, int depth):
+    def __cinit__(self, inner, double bandwidth, double latency_seconds, int depth, PacedReader beside=None):
         if bandwidth <= 0 or latency_seconds < 0 or depth < 1:
             raise ValueError("a pace needs a bandwidth and a depth above 0, and a latency of 0 or more")
-        self.inner = inner
+        self.inner, self.beside = inner, beside
         self.paced = fomoe_paced_reader_new(
-            <fomoe_reader *><uintptr_t>inner.address, bandwidth, <uint64_t>(1e9 * latency_seconds), depth
+            <fomoe_reader *><uintptr_t>inner.address, bandwidth, <uint64_t>(1e9 * latency_seconds), depth,
+            NULL if beside is None else beside.paced,
         )
         if self.paced == NULL:
             raise MemoryError

@@ -78,10 +78,10 @@ class OpenModel:
         other = copy(self)
         other.experts = {i: layer for i, layer in self.model.experts.items() if i in layers}
         if not is_first:
-            other.gate, other.reader = Gate(), self._open_reader()
+            other.gate, other.reader = Gate(), self._open_reader(beside=self.reader)
         return other
 
-    def _open_reader(self) -> Reader:
+    def _open_reader(self, beside: Reader | None = None) -> Reader:
         """As the calibration says where there is one."""
         config = self.config
         depth, sub_read_bytes = DEFAULT_DEPTH, 0
@@ -97,6 +97,7 @@ class OpenModel:
             sub_read_bytes=sub_read_bytes,
             mirrors=mirrors,
             pace=config.pace,
+            beside=beside,
         )
 
     def raise_failure(self, error: int, layer: int, expert: int) -> NoReturn:

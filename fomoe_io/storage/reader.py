@@ -280,6 +280,7 @@ def open_reader(
     mode: str = "auto",
     write: bool = False,
     pace: Pace | None = None,
+    beside: Reader | None = None,
 ) -> Reader:
     """Open files for reading.
 
@@ -306,6 +307,8 @@ def open_reader(
         Write the targets to the files instead of reading them (benchmarks only).
     pace : Pace, optional
         Hold completions back as a drive of that bandwidth and latency would (benchmarks only).
+    beside : Reader, optional
+        Another reader of the same drive: with a pace, they share its bandwidth.
 
     Raises
     ------
@@ -320,10 +323,10 @@ def open_reader(
     try:
         if engine == "pread":
             native: NativeReader = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
-            return Reader(_paced(native, pace, depth), depth, sub_read_bytes)
+            return Reader(_paced(native, pace, depth, beside), depth, sub_read_bytes)
         try:
             ring = _open_ring(files, depth, sub_read_bytes, mode, write)
-            return Reader(_paced(ring, pace, depth), depth, sub_read_bytes)
+            return Reader(_paced(ring, pace, depth, beside), depth, sub_read_bytes)
         except OSError as error:
             fix = ring_fix(error.errno or 0)
             if engine == "uring" or mode != "auto":
@@ -331,7 +334,7 @@ def open_reader(
                 raise UsageError(error.strerror or str(error), hint=hint) from None
             reason = f"{error.strerror} ({fix})" if fix else error.strerror
         native = PreadReader(files, depth=depth, sub_read_bytes=sub_read_bytes, write=write)
-        return Reader(_paced(native, pace, depth), depth, sub_read_bytes, reason)
+        return Reader(_paced(native, pace, depth, beside), depth, sub_read_bytes, reason)
     except BaseException:
         files.close()
         raise
@@ -365,8 +368,12 @@ def _check_options(paths: Sequence[str | Path], engine: str, depth: int, sub_rea
         raise UsageError(f"{mode!r} is no mode of {engine}", hint=f"uring has {', '.join(MODES)}")
 
 
-def _paced(native: NativeReader, pace: Pace | None, depth: int) -> NativeReader:
-    return native if pace is None else PacedReader(native, pace.bandwidth, pace.latency_seconds, depth)
+def _paced(native: NativeReader, pace: Pace | None, depth: int, beside: Reader | None) -> NativeReader:
+    if pace is None:
+        return native
+    other = None if beside is None else beside._native
+    assert other is None or isinstance(other, PacedReader)
+    return PacedReader(native, pace.bandwidth, pace.latency_seconds, depth, other)
 
 
 def _open_ring(files: ReadFiles, depth: int, sub_read_bytes: int, mode: str, write: bool) -> UringReader:

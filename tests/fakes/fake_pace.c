@@ -71,7 +71,7 @@ static fomoe_reader table;
 int fake_pace_open(double bandwidth, uint64_t latency_ns, int depth, uint64_t slow_ns) {
     fake.count = fake.cancels = fake.promotes = 0;
     fake.slow_ns = slow_ns;
-    paced = fomoe_paced_reader_new(&inner, bandwidth, latency_ns, depth);
+    paced = fomoe_paced_reader_new(&inner, bandwidth, latency_ns, depth, NULL);
     if (paced) fomoe_paced_reader_table(paced, &table);
     clock_ns = 0;
     return paced != NULL;

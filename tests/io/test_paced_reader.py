@@ -47,6 +47,24 @@ def test_bytes_arrive_whole_and_not_early(data: Path, engine: str) -> None:
     assert counters["reads"] == READS and counters["paced_late"] <= READS
 
 
+def test_readers_of_one_drive_share_its_bandwidth(data: Path) -> None:
+    """No reader has its last byte before the drive has served the bytes of both that entered before it."""
+    pace, memory = Pace(bandwidth=32e6, latency_seconds=1e-3), aligned_memory(2 * READS * READ_BYTES)
+    with open_reader([data], pace=pace) as first, open_reader([data], pace=pace, beside=first) as second:
+        started = time.monotonic()
+        for i in range(READS):
+            for k, reader in enumerate((first, second)):
+                reader.submit([(0, i * READ_BYTES, memory.address + (2 * i + k) * READ_BYTES, READ_BYTES)])
+        left = {first: READS, second: READS}
+        while any(left.values()):
+            for reader, count in left.items():
+                left[reader] = count - len(reader.reap(wait=False))
+        assert time.monotonic() - started >= 2 * READS * READ_BYTES / pace.bandwidth
+        assert bytes(memory.view[: 2 * READS * READ_BYTES]) == b"".join(
+            2 * data.read_bytes()[i * READ_BYTES : (i + 1) * READ_BYTES] for i in range(READS)
+        )
+
+
 def test_latency_is_hidden_by_reads_in_flight(data: Path) -> None:
     """By count: one at a time each waits for its own latency, together they wait for one."""
     memory = aligned_memory(8 * 4096)

@@ -1,6 +1,7 @@
 #include "paced_reader.h"
 
 #include <errno.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
 
@@ -30,7 +31,9 @@ struct fomoe_paced_reader {
     fomoe_reader *inner;
     fomoe_read_table *table; /* what waits for the drive, and what may enter it */
     double ns_per_byte;
-    uint64_t latency_ns, free_ns; /* when the drive has done all that has entered */
+    uint64_t latency_ns;
+    _Atomic uint64_t *free_ns; /* when the drive has done all that has entered, by whichever reader */
+    _Atomic uint64_t own_free_ns;
     flight *flights;              /* a ring of `depth`, so that dues ascend */
     int first, in_flight, depth;
     paced_read *reads; /* submitted and not given back */
@@ -41,14 +44,20 @@ struct fomoe_paced_reader {
 
 /* ---- the drive: its time is that of the model, whenever somebody looks ---- */
 
+/* The drive takes some bytes more.  Returns when it has read them. */
+static uint64_t serve(fomoe_paced_reader *p, uint64_t ready_ns, uint64_t bytes) {
+    uint64_t free_ns = atomic_load(p->free_ns), done_ns;
+    do done_ns = (free_ns < ready_ns ? ready_ns : free_ns) + (uint64_t)(bytes * p->ns_per_byte);
+    while (!atomic_compare_exchange_weak(p->free_ns, &free_ns, done_ns));
+    return done_ns;
+}
+
 /* What may enter at this time does. */
 static void enter(fomoe_paced_reader *p, uint64_t at_ns) {
     int32_t piece;
     while ((piece = fomoe_read_table_start(p->table, 0)) >= 0) {
-        uint64_t ready_ns = at_ns + p->latency_ns;
-        if (p->free_ns < ready_ns) p->free_ns = ready_ns;
-        p->free_ns += (uint64_t)(fomoe_read_table_piece(p->table, piece)->asked * p->ns_per_byte);
-        p->flights[(p->first + p->in_flight++) % p->depth] = (flight){p->free_ns, piece};
+        uint64_t due_ns = serve(p, at_ns + p->latency_ns, fomoe_read_table_piece(p->table, piece)->asked);
+        p->flights[(p->first + p->in_flight++) % p->depth] = (flight){due_ns, piece};
     }
 }
 
@@ -231,12 +240,14 @@ static fomoe_read_table *table_of_one_drive(int depth) {
                                                       .restart = &restart});
 }
 
-fomoe_paced_reader *fomoe_paced_reader_new(fomoe_reader *inner, double bandwidth, uint64_t latency_ns, int depth) {
+fomoe_paced_reader *fomoe_paced_reader_new(fomoe_reader *inner, double bandwidth, uint64_t latency_ns, int depth,
+                                           fomoe_paced_reader *beside) {
     fomoe_paced_reader *p = calloc(1, sizeof *p);
     if (!p) return NULL;
     p->inner = inner;
     p->ns_per_byte = 1e9 / bandwidth;
     p->latency_ns = latency_ns;
+    p->free_ns = beside ? beside->free_ns : &p->own_free_ns;
     p->depth = depth;
     p->flights = calloc(depth, sizeof *p->flights);
     p->table = table_of_one_drive(depth);
