@@ -152,10 +152,10 @@ cdef class DeviceExperts:
         """So many picks of a layer are read after others stood in for them."""
         fomoe_device_experts_back_fill(self.c, most)
 
-    def look_ahead(self, int ranks, int staged, int sent):
+    def look_ahead(self, int ranks, int staged, int sent, bint in_turn):
         """The device may guess so many picks of a layer, which are read into so many of a class's host spares, and sent
-        up into so many of the device's."""
-        if fomoe_device_experts_look_ahead(self.c, ranks, staged, sent):
+        up into so many of the device's; in_turn: the layer before each is another device's."""
+        if fomoe_device_experts_look_ahead(self.c, ranks, staged, sent, in_turn):
             raise MemoryError
 
     def recall(self):

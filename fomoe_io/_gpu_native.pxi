@@ -109,7 +109,7 @@ cdef extern from "csrc/gpu/device_experts.h" nogil:
     int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens)
     void fomoe_device_experts_set_piece_bytes(fomoe_device_experts *, uint32_t)
     void fomoe_device_experts_back_fill(fomoe_device_experts *, int most)
-    int fomoe_device_experts_look_ahead(fomoe_device_experts *, int ranks, int staged, int sent)
+    int fomoe_device_experts_look_ahead(fomoe_device_experts *, int ranks, int staged, int sent, int in_turn)
     const fomoe_recall *fomoe_device_experts_recall(const fomoe_device_experts *)
     void fomoe_device_experts_settle(fomoe_device_experts *)
     void fomoe_device_experts_changed_tables(fomoe_device_experts *, uint32_t *)

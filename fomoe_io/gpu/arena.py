@@ -7,6 +7,7 @@ needs, and once more on the device gives its launches.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from fomoe_io.backend import StateParts
@@ -21,6 +22,7 @@ F32, Q8, HALF = 0, 1, 2
 """Forms of an activation: floats, a row of ``gpu/kernels/activations.h``, or (in batches) halves."""
 
 ALIGNMENT_BYTES = 256
+FLAG_BYTES = 64
 
 
 class Arena:
@@ -166,10 +168,17 @@ class Part:
         """Whether logits are made here."""
         return self.has(len(self.owner))
 
-    def hop(self, number: int) -> tuple[int, int]:
-        """Addresses of the rows that the so-manieth change of devices hands over, and of the word that follows them."""
+    @property
+    def is_in_turn(self) -> bool:
+        """Whether every layer's next is another device's."""
+        return bool(self.owner) and all(a != b for a, b in pairwise(self.owner))
+
+    def hop(self, number: int) -> tuple[int, int, int]:
+        """Addresses of the rows that the so-manieth change of devices hands over, of the word that follows them, and
+        of the one that follows the first row where that is handed over early."""
         rows = self.exchange + number * hop_bytes(self.columns)
-        return rows, rows + 8 * self.columns
+        flag = rows + 8 * self.columns
+        return rows, flag, flag + FLAG_BYTES
 
 
 WHOLE = Part()
@@ -210,8 +219,8 @@ def length(run: slice) -> int:
 
 
 def hop_bytes(columns: int) -> int:
-    """Of one change of devices: two rows, and a word on a line of its own."""
-    return up(8 * columns + 64, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    """Of one change of devices: two rows, and two words on lines of their own."""
+    return up(8 * columns + 2 * FLAG_BYTES, ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 class DeviceState:

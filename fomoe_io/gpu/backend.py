@@ -231,7 +231,8 @@ class GpuBackend:
                 logits_bytes=4 * (token.own_logits.stop - token.own_logits.start),
             )  # fmt: skip
         if self.sharing.guesses:
-            experts.look_ahead(self.sharing.guesses, self.sharing.staged, self.sharing.sent)
+            sharing = self.sharing
+            experts.look_ahead(sharing.guesses, sharing.staged, sharing.sent, sharing.is_in_turn)
         if config.car is not None:
             experts.back_fill(config.car.backfill)
         if tuning.piece_bytes is not None:

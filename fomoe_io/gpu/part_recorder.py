@@ -55,13 +55,23 @@ class PartRecorder:
 
     def _hand_over(self, hop: int, x: DeviceRows, added: int | None) -> None:
         """The residual stream, and what the next norm will add to it."""
-        rows, flag = self._part.hop(hop)
+        rows, flag, _ = self._part.hop(hop)
         self._add("hand_over", (1, 1, 1), x.address, added, rows, flag, self._mailbox.run, x.columns)
 
     def _take_over(self, hop: int, x: DeviceRows, added: int | None) -> None:
-        rows, flag = self._part.hop(hop)
+        rows, flag, _ = self._part.hop(hop)
         mail = self._mailbox
         self._add("take_over", (1, 1, 1), x.address, added, rows, flag, mail.run, mail.stop, x.columns)
+
+    def _hand_early(self, x: DeviceRows) -> None:
+        """What the next layer's device guesses by, while this one's experts are computed."""
+        rows, _, early = self._part.hop(self._hops)
+        self._add("hand_over", (1, 1, 1), x.address, None, rows, early, self._mailbox.run, x.columns)
+
+    def _take_early(self, x: DeviceRows) -> None:
+        rows, flag, early = self._part.hop(self._hops)
+        mail = self._mailbox
+        self._add("take_early", (1, 1, 1), x.address, rows, early, flag, mail.run, mail.stop, x.columns)
 
     @property
     def makes_logits(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fomoe_io.gpu import kernels
@@ -445,11 +446,34 @@ class DeviceRecorder(LatentRecorder):
         matrix: DeviceMatrix,
         router: Router[int],
     ) -> None:
-        """Norm and router of a layer that follows one of this device, on what that one's experts will be added to."""
-        if not self._guesses or not self._is_here or not self._part.has(layer):
+        """Norm and router of a layer that follows, on what this one's experts will be added to.
+
+        By the device that computes both; where devices take turns, by the following layer's, which has nothing to do.
+        """
+        if not self._guesses:
             return
-        own = sum(self._part.has(i) for i in range(layer - ahead + 1, layer + 1))  # how many of this device's ahead
-        first, guessed = len(self.body), replace(router, used=self._guesses)
+        guess = partial(self._guess, layer, weight=weight, epsilon=epsilon, matrix=matrix, router=router)
+        part, first, body = self._part, len(self.body), self.body
+        own = sum(part.has(i) for i in range(layer - ahead + 1, layer + 1))  # how many of this device's ahead
+        if part.is_in_turn and ahead == 1:
+            if self._is_here:
+                self._hand_early(x)
+            elif part.has(layer):
+                self._is_here, first, body = True, len(self._body), self._body
+                row = self.rows("guess_x", x.columns)
+                self._take_early(row)
+                guess(row, before=0)
+                self._is_here = False
+        elif self._is_here and part.has(layer):
+            guess(x, before=own - 1 + part.is_in_turn)
+        for spec in body[first:]:
+            spec.guesses = True
+
+    def _guess(
+        self, layer: int, x: DeviceRows, *, before: int, weight: int, epsilon: float, matrix: DeviceMatrix,
+        router: Router[int],
+    ) -> None:  # fmt: skip
+        guessed = replace(router, used=self._guesses)
         row = self.rows("guess_normed", x.columns, self.form_of(matrix))
         floats, q8 = (row.address if row.type == form else None for form in (F32, Q8))
         self._add("rms_norm", (self.tokens, 1, 1), x.address, None, weight, floats, q8, x.columns, epsilon)
@@ -457,7 +481,7 @@ class DeviceRecorder(LatentRecorder):
         self.body.append(make.mat_vec(make.Product(matrix, row.address, logits.address)))
         ids, weights = (self.rows(f"guess_{name}", self._guesses) for name in ("experts", "weights"))
         chosen_by, e, run = self._chosen_by(router, "guess_chosen_by"), self._experts[layer], self._mailbox.run
-        post = e.guess[own - 1]
+        post = e.guess[before]
         self.body.append(make.route(Picks(layer, guessed, logits, ids, weights), self.tokens, chosen_by))
         if self._substitutes:
             values, p, *more = self._rule_of(guessed, logits, chosen_by)
@@ -465,8 +489,6 @@ class DeviceRecorder(LatentRecorder):
             self._add("substitute_and_post", (1, 1, 1), values, p, *posted, *more)
         else:
             self._add("post_guesses", (1, 1, 1), ids.address, post, run, self._guesses)
-        for spec in self.body[first:]:
-            spec.guesses = True
 
     # ---- the result ----
 

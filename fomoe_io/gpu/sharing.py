@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -71,6 +71,8 @@ class Sharing:
         Of those, the most that may be read ahead at once.
     sent : int
         And the most that may be sent up ahead.
+    is_in_turn : bool
+        Whether every layer's next is another device's.
     sketch : Recordings
         The model at no address: it says how much each arena takes.
     vram_pool_bytes : int
@@ -95,7 +97,7 @@ class Sharing:
         self._gpus, self._opened, self._source, self._layouts = gpus, opened, source, layouts
         self._shape, self._config = opened.shape, config
         self._records = {i: record for i, record in source.records.items() if source.part.has(i)}
-        self._ram, self._mode = ram, config.lookahead_mode
+        self._ram, self._mode, self.is_in_turn = ram, config.lookahead_mode, source.part.is_in_turn
         if self._mode != "auto" or not self._looks_ahead_at_little_cost():
             self._share_with(0 if self._mode == "auto" else source.guesses)
 
@@ -109,7 +111,12 @@ class Sharing:
     def _sends_ahead(self) -> bool:
         """Whether a layer here is guessed, and may have experts in DRAM."""
         in_dram = any(dram for _, dram in self.budgets.slots)
-        return in_dram and self.sent > 0 and is_guessed(self._records, LAYERS_AHEAD)
+        return in_dram and self.sent > 0 and is_guessed(self._guessing, LAYERS_AHEAD)
+
+    @property
+    def _guessing(self) -> Collection[int]:
+        """The layers that guess at this device's: its own, or all that it takes turns with."""
+        return self._source.records if self.is_in_turn else self._records
 
     def _share_with(self, guesses: int) -> None:
         self._source, self.guesses = replace(self._source, guesses=guesses), guesses
@@ -264,7 +271,7 @@ class Sharing:
             return 0
         in_vram = sum(int(table[i, VRAM]) * r.slot_bytes[VRAM] for i, r in self._records.items())
         self.staged = spare_buffers(
-            self._mode, self.guesses, self._records, self._class_bytes(DRAM), room,
+            self._mode, self.guesses, self._guessing, self._class_bytes(DRAM), room,
             least=0 if self._config.slots is None else most_bytes, most=most_bytes,
             is_all=most + int(table[list(self._records), VRAM].min()) >= self._shape.experts,
             elsewhere=len(self._gpus) * in_vram, layers_ahead=LAYERS_AHEAD,

@@ -297,19 +297,40 @@ def smallest_ram_bytes(model: Path, **how: Any) -> int:
 
 
 def test_several_devices(model: Path, plain: tuple[bytes, dict[str, Any]]) -> None:
-    """A device guesses what follows on itself: in turn, the layer after the other's."""
-    for mode, guessed in (("layer", [False, True, False]), ("pingpong", [False, False, True])):
-        logits, s = answer(model, device="hip:0,0", split_mode=mode)
+    """A device guesses what follows on itself; in turn, each the next layer by what the other hands it early."""
+    one = answer(model)[1]["prefetch"]["recall"]
+    for mode, device, guessed in (
+        ("layer", "hip:0,0", [False, True, False]),
+        ("pingpong", "hip:0,0", [False, True, True]),
+        ("pingpong", "hip:0,0,0", [False, True, True]),
+    ):
+        logits, s = answer(model, device=device, split_mode=mode)
         assert logits == plain[0] and decisions(s)[:-1] == decisions(plain[1])[:-1]
-        assert [share is not None for share in s["prefetch"]["recall"]] == guessed
+        assert s["prefetch"]["recall"] == [
+            share if is_guessed else None for share, is_guessed in zip(one, guessed, strict=True)
+        ]
         assert (s["prefetch"]["issued"] > 0) == any(guessed)
-        with Engine.open(model, settings(device="hip:0,0", split_mode=mode, lookahead="auto")) as engine:
+        with Engine.open(model, settings(device=device, split_mode=mode, lookahead="auto")) as engine:
             assert isinstance(engine.backend, ChainBackend)
             assert decoded(engine) == plain[0]
             staged = [stage.sharing.staged for stage in engine.backend.stages]
             s = engine.statistics()
-        assert [count > 0 for count in staged] == [any(guessed), False]  # who guesses nothing has no buffers
+        # of a device of which nothing is guessed: no buffers
+        assert [count > 0 for count in staged] == ([True, False] if mode == "layer" else [True] * len(staged))
         assert s["prefetch"]["is_on"] == any(guessed) == ("recall" in s["prefetch"]) == (s["prefetch"]["issued"] > 0)
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_device_that_hands_nothing_early_holds_nobody_up(
+    model: Path, plain: tuple[bytes, dict[str, Any]], silent: int
+) -> None:
+    """Whoever waits for what to guess by goes on with the rows that come anyway."""
+    with Engine.open(model, settings(device="hip:0,0", split_mode="pingpong", lookahead="on")) as engine:
+        assert isinstance(engine.backend, ChainBackend)
+        engine.backend.stages[silent].sharing.guesses = 0
+        assert decoded(engine) == plain[0]
+        s = engine.statistics()
+    assert s["prefetch"]["issued"] > 0
 
 
 @pytest.mark.parametrize("tiers", [Tiers(0.25, 0.25), Tiers(0.5, 0.0)], ids=["dram", "vram"])

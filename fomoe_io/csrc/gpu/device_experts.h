@@ -38,7 +38,7 @@ typedef struct {
     /* host memory that the first device writes: misses, experts, weights of the picks; the run in the upper halves.
      * All route alike. */
     const uint64_t *post;
-    /* lookahead: what the device guesses of the picks in the layer before this one, and in the one before that: experts
+    /* lookahead: what is guessed of the picks in the layer before this one, and in the one before that: experts
      * with the run in the upper halves (and FOMOE_STANDS_IN, gpu/kernels/car_rule.h); NULL: nothing */
     const uint64_t *guess[FOMOE_LAYERS_AHEAD];
 } fomoe_device_layer;
@@ -111,8 +111,9 @@ void fomoe_device_experts_read_in_place(fomoe_device_experts *, int in_place, in
 int fomoe_device_experts_set_trace(fomoe_device_experts *, fomoe_trace *, int tokens);
 /* Once, before the first run: the device may guess so many picks of each layer.  Up to `staged` host spares of a class
  * (there are so many more) are used for reading them, up to `sent` spares of the device for what has been read or lies
- * in DRAM.  Changes no placement and no count but the reads' and the copies'.  -1 when memory runs out. */
-int fomoe_device_experts_look_ahead(fomoe_device_experts *, int ranks, int staged, int sent);
+ * in DRAM.  in_turn: the layer before each of these is another device's, and what is guessed there comes last.  Changes
+ * no placement and no count but the reads' and the copies'.  -1 when memory runs out. */
+int fomoe_device_experts_look_ahead(fomoe_device_experts *, int ranks, int staged, int sent, int in_turn);
 const fomoe_recall *fomoe_device_experts_recall(const fomoe_device_experts *); /* [layers]; NULL without lookahead */
 /* So many picks of a layer are read after others stood in for them (cache-aware routing); 0 (at first): none. */
 void fomoe_device_experts_back_fill(fomoe_device_experts *, int most);

@@ -148,7 +148,7 @@ struct fomoe_device_experts {
 
     /* lookahead: experts that the device guesses of a layer (0: off), spares that may hold such, and do; the layer that
      * may be read ahead of the one at work (-1: none) */
-    int ranks, most_staged, staged, guess_count, ahead;
+    int ranks, most_staged, staged, guess_count, ahead, in_turn;
     int most_sent, sent; /* spares of the device that may hold such, and do */
     fomoe_seen_guesses seen[FOMOE_LAYERS_AHEAD]; /* by the layer before, by the one before that */
     fomoe_guess *guesses;

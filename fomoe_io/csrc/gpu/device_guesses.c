@@ -13,8 +13,9 @@ fomoe_range *fomoe_guesses_ranges(const fomoe_device_experts *e, const fomoe_gue
 
 /* ---- life ---- */
 
-int fomoe_device_experts_look_ahead(fomoe_device_experts *e, int ranks, int staged, int sent) {
+int fomoe_device_experts_look_ahead(fomoe_device_experts *e, int ranks, int staged, int sent, int in_turn) {
     fomoe_owned *o = &e->owned;
+    e->in_turn = in_turn;
     e->ranks = ranks, e->most_staged = staged, e->most_sent = sent, e->guess_count = staged + ranks + e->used;
     for (fomoe_seen_guesses *s = e->seen; s < e->seen + FOMOE_LAYERS_AHEAD; s++)
         *s = (fomoe_seen_guesses){.layer = -1,
@@ -120,7 +121,7 @@ static int consider(fomoe_device_experts *e, int layer, int32_t expert, int is_n
 static int ranks_of(const fomoe_device_experts *e, int before) { return before ? (e->ranks + 1) / 2 : e->ranks; }
 
 /* Whether all that a layer so far before this one guesses of it has been read, or is not to be. */
-static int look(fomoe_device_experts *e, int before, int layer, int may_read) {
+static int look(fomoe_device_experts *e, int before, int layer, int is_next, int may_read) {
     fomoe_seen_guesses *s = &e->seen[before];
     int ranks = ranks_of(e, before);
     if (layer >= e->layers || !e->layer[layer].guess[before]) return 1;
@@ -131,14 +132,18 @@ static int look(fomoe_device_experts *e, int before, int layer, int may_read) {
     }
     if (!may_read) s->considered = ranks;
     for (; s->considered < ranks; s->considered++)
-        if (!s->is_replaced[s->considered] && !consider(e, layer, s->experts[s->considered], !before)) return 0;
+        if (!s->is_replaced[s->considered] && !consider(e, layer, s->experts[s->considered], is_next)) return 0;
     return 1;
 }
 
 void fomoe_guesses_look(fomoe_device_experts *e, int layer, int may_read) {
     if (layer < 0 || !e->ranks) return;
+    if (e->in_turn) { /* what this device has guessed of it long ago, until word comes from the other's layer */
+        for (int before = FOMOE_LAYERS_AHEAD - 1; before >= 0; before--) look(e, before, layer, 1, may_read);
+        return;
+    }
     /* the layer after it not right before what this one's picks want of the drive */
-    for (int before = 0; before < FOMOE_LAYERS_AHEAD && look(e, before, layer, may_read) && may_read; before++)
+    for (int before = 0; before < FOMOE_LAYERS_AHEAD && look(e, before, layer, !before, may_read) && may_read; before++)
         layer = fomoe_device_next_layer(e, layer);
 }
 

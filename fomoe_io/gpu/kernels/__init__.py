@@ -98,6 +98,7 @@ def kernels(tuning: Mapping[str, int] | None = None) -> dict[str, Kernel]:
         "wait_for_misses": Kernel(256, "ppppppi"),
         "hand_over": Kernel(512, "pppppi"),
         "take_over": Kernel(512, "ppppppi"),
+        "take_early": Kernel(512, "ppppppi"),
         "combine_picks": Kernel(256, "pppppiipii"),
         "gather_floats": Kernel(512, "ppppiiiippppiii"),
         "gather_hidden": Kernel(512, "ppiippppiii"),
