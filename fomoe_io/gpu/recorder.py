@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fomoe_io.gpu import kernels
@@ -67,8 +65,6 @@ class DeviceRecorder(LatentRecorder):
         Picks go through cache-aware routing.
     part : Part
         What this device computes of the model.
-    guesses : int
-        How many of the next layer's picks are guessed; 0: none.
     share : Share
         Which rows of a product this device makes.
 
@@ -97,11 +93,10 @@ class DeviceRecorder(LatentRecorder):
         hidden: int,
         substitutes: bool = False,
         part: Part = WHOLE,
-        guesses: int = 0,
         share: Share = ALONE,
     ) -> None:
         super().__init__(DeviceState(memory.state_base), mailbox, part)  # every program's places are the same
-        self._substitutes, self._guesses = substitutes, guesses
+        self._substitutes = substitutes
         self.exchange, self._is_beside = Exchange(share, mailbox), False
         self.memory, self.hidden, self.vocabulary = memory, hidden, vocabulary
         self.context_tokens = memory.context_tokens
@@ -437,58 +432,10 @@ class DeviceRecorder(LatentRecorder):
         self._add_later(output, total)
 
     def lookahead(
-        self,
-        layer: int,
-        ahead: int,
-        x: DeviceRows,
-        weight: int,
-        epsilon: float,
-        matrix: DeviceMatrix,
-        router: Router[int],
-    ) -> None:
-        """Norm and router of a layer that follows, on what this one's experts will be added to.
-
-        By the device that computes both; where devices take turns, by the following layer's, which has nothing to do.
-        """
-        if not self._guesses:
-            return
-        guess = partial(self._guess, layer, weight=weight, epsilon=epsilon, matrix=matrix, router=router)
-        part, first, body = self._part, len(self.body), self.body
-        own = sum(part.has(i) for i in range(layer - ahead + 1, layer + 1))  # how many of this device's ahead
-        if part.is_in_turn and ahead == 1:
-            if self._is_here:
-                self._hand_early(x)
-            elif part.has(layer):
-                self._is_here, first, body = True, len(self._body), self._body
-                row = self.rows("guess_x", x.columns)
-                self._take_early(row)
-                guess(row, before=0)
-                self._is_here = False
-        elif self._is_here and part.has(layer):
-            guess(x, before=own - 1 + part.is_in_turn)
-        for spec in body[first:]:
-            spec.guesses = True
-
-    def _guess(
-        self, layer: int, x: DeviceRows, *, before: int, weight: int, epsilon: float, matrix: DeviceMatrix,
+        self, layer: int, ahead: int, x: DeviceRows, weight: int, epsilon: float, matrix: DeviceMatrix,
         router: Router[int],
     ) -> None:  # fmt: skip
-        guessed = replace(router, used=self._guesses)
-        row = self.rows("guess_normed", x.columns, self.form_of(matrix))
-        floats, q8 = (row.address if row.type == form else None for form in (F32, Q8))
-        self._add("rms_norm", (self.tokens, 1, 1), x.address, None, weight, floats, q8, x.columns, epsilon)
-        logits = self.rows("guess_logits", router.experts)
-        self.body.append(make.mat_vec(make.Product(matrix, row.address, logits.address)))
-        ids, weights = (self.rows(f"guess_{name}", self._guesses) for name in ("experts", "weights"))
-        chosen_by, e, run = self._chosen_by(router, "guess_chosen_by"), self._experts[layer], self._mailbox.run
-        post = e.guess[before]
-        self.body.append(make.route(Picks(layer, guessed, logits, ids, weights), self.tokens, chosen_by))
-        if self._substitutes:
-            values, p, *more = self._rule_of(guessed, logits, chosen_by)
-            posted = (ids.address, weights.address, e.table, post, run)
-            self._add("substitute_and_post", (1, 1, 1), values, p, *posted, *more)
-        else:
-            self._add("post_guesses", (1, 1, 1), ids.address, post, run, self._guesses)
+        """Nothing: see :class:`fomoe_io.gpu.guess_recorder.GuessRecorder`."""
 
     # ---- the result ----
 

@@ -10,9 +10,9 @@ from fomoe_io.gpu.arena import ALONE, WHOLE, Arena, DeviceExpertLayer, Mailbox, 
 from fomoe_io.gpu.batch_recorder import BatchRecorder
 from fomoe_io.gpu.budget import Header, Mail, RecordLayout
 from fomoe_io.gpu.exchange import check_share
+from fomoe_io.gpu.guess_recorder import GuessRecorder
 from fomoe_io.gpu.products import padded
 from fomoe_io.gpu.prompts import PromptInputs
-from fomoe_io.gpu.recorder import DeviceRecorder
 from fomoe_io.gpu.weights import DeviceWeights
 from fomoe_io.models.recorder import KvType
 
@@ -90,7 +90,7 @@ class Recordings:
     layers : dict of int to DeviceExpertLayer
     header, header_address : what a token's run begins with
     inputs, inputs_address : the same of a batch
-    token : DeviceRecorder
+    token : GuessRecorder
     exchange_bytes : int
         Of the memory behind outbox and inbox; alike on all devices that compute together.
     """
@@ -126,7 +126,7 @@ class Recordings:
             )
             for i, record in source.records.items()
         }
-        token = DeviceRecorder(self.memory, substitutes=source.substitutes, guesses=source.guesses, **self._settings())
+        token = GuessRecorder(self.memory, substitutes=source.substitutes, guesses=source.guesses, **self._settings())
         self.token = self._recorded(token)
         self.exchange_bytes = behind = token.exchange.bytes
         share = self._share  # a batch's words are others: a token's are told by the number in them
