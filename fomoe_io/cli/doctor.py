@@ -176,7 +176,7 @@ def probe_file(place: Path) -> Iterator[Path]:
 
 def check_direct(path: Path) -> Check:
     """A real O_DIRECT read."""
-    kind = drive_of(path).file_system
+    kind = drive_of(path).file_system or "a file system that is not told here"
     with open_reader([path], depth=1) as reader:
         memory_ = aligned_memory(reader.block_bytes, huge_pages=False)
         try:

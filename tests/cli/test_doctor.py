@@ -75,6 +75,14 @@ def test_memory_is_no_drive() -> None:
     assert check.status == "WARN" and "tmpfs keeps files in memory" in check.found and "ext4" in check.fix
 
 
+def test_a_file_system_that_is_not_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a root of its own the kernel's list of mounts does not name it: the sentence still ends."""
+    monkeypatch.setattr(doctor, "drive_of", lambda _: Drive("x"))
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 16))
+    assert not doctor.check_direct(path).found.endswith(" ")
+
+
 def test_a_broken_drive_is_no_file_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 16))
