@@ -89,6 +89,17 @@ def test_lookahead_changes_no_bit(model: Path, car: str | None) -> None:
     assert said["prefetch"]["issued"] > 0
 
 
+@pytest.mark.parametrize("devices", ["0,0", "0,1", "0,1,2,3"])
+def test_devices_in_turn_guess_as_one_does(provider: str, model: Path, devices: str) -> None:
+    """By what the one before hands over early: the same bits, and as often right."""
+    if len(device.list_devices(provider)) <= int(devices[-1]):
+        pytest.skip("fewer devices")
+    alone, one = read(model, lookahead="on", **LIMITED)
+    found, several = read(model, device=f"{provider}:{devices}", split_mode="pingpong", lookahead="on", **LIMITED)
+    assert found == alone and several["prefetch"]["recall"] == one["prefetch"]["recall"]
+    assert several["prefetch"]["useful"] > 0
+
+
 @pytest.mark.parametrize("how", [{}, LIMITED, LIMITED | {"car": "regret:0.05"}], ids=["all", "limited", "car"])
 @pytest.mark.parametrize("mode", ["layer", "pingpong", "tensor", "peers"])
 @pytest.mark.parametrize("devices", ["0,0", "0,0,0", "0,1", "0,1,2,3"])
