@@ -1,8 +1,8 @@
 """The forecast of `fomoe plan` beside runs on this machine: tokens a second at several memories and drives.
 
 A text is read token by token, as decoding reads it, after as much of it again to warm up; the drive is held to a pace,
-so that it is the same for both, and nothing is read ahead, which no forecast reckons with.  Prints a markdown table;
-`off` is measured / forecast.
+so that it is the same for both.  Lookahead, with which no forecast reckons, is what users get unless it is said
+otherwise.  Prints a markdown table; `off` is measured / forecast.
 
     python bench/forecast.py MODEL --text FILE [--ram 110M,135M] [--pace 0.1G,20us --pace 0.5G,20us] [--tokens 300]
 """
@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from fomoe_io import Engine, EngineConfig
 from fomoe_io.cli.forecast import Drive, Forecast, Misses, compute_seconds, measured_drive, misses_of, needs_of
@@ -28,10 +29,10 @@ PIECE_TOKENS = 20
 
 
 def measured(
-    path: Path, text: str, ram: int, pace: Pace | None, tokens: int, threads: int | None
+    path: Path, text: str, ram: int, pace: Pace | None, tokens: int, threads: int | None, lookahead: Any
 ) -> tuple[float, float, float]:
     """(seconds a token and those of its arithmetic alone, medians of pieces in turns; what the drive served)"""
-    config = EngineConfig(ram_bytes=ram, context_tokens=4096, pace=pace, threads=threads, lookahead="off")
+    config = EngineConfig(ram_bytes=ram, context_tokens=4096, pace=pace, threads=threads, lookahead=lookahead)
     with Engine.open(path, config) as engine:
         ids = engine.tokenizer.encode(text)[: 2 * tokens]
         session = engine.session()
@@ -61,6 +62,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--threads", type=int, help="fewer, where the machine is not alone: half-idle teams wait")
+    parser.add_argument("--lookahead", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--learned", action="store_true", help="forecast by what earlier runs have counted")
     options = parser.parse_args()
     store, text = Store.open(options.model), options.text.read_text()
@@ -74,7 +76,8 @@ def main() -> None:
         sizes = [parse_bytes(size) for size in options.ram.split(",")] if options.ram else None
         for ram in sizes or [row.ram_bytes for row in Forecast(needs, drive, misses, 1.0).rows()]:
             with ProcessPoolExecutor(1, get_context("spawn")) as alone:  # whose peak is its own
-                run = alone.submit(measured, options.model, text, ram, pace, options.tokens, options.threads)
+                asked = (options.tokens, options.threads, options.lookahead)
+                run = alone.submit(measured, options.model, text, ram, pace, *asked)
                 seconds, computing, missed = run.result()
             row = Forecast(needs, drive, misses, computing).row(ram)
             print(
