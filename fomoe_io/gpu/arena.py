@@ -23,6 +23,7 @@ F32, Q8, HALF = 0, 1, 2
 
 ALIGNMENT_BYTES = 256
 FLAG_BYTES = 64
+"""From one word that somebody waits for to the next: a line of a processor's cache."""
 
 
 class Arena:
