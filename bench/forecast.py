@@ -17,10 +17,10 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from fomoe_io import Engine, EngineConfig
 from fomoe_io.cli.forecast import Drive, Forecast, Misses, compute_seconds, measured_drive, misses_of, needs_of
+from fomoe_io.experts.lookahead import Mode
 from fomoe_io.storage.pace import Pace
 from fomoe_io.storage.store import Store
 from fomoe_io.units import parse_bytes
@@ -29,7 +29,7 @@ PIECE_TOKENS = 20
 
 
 def measured(
-    path: Path, text: str, ram: int, pace: Pace | None, tokens: int, threads: int | None, lookahead: Any
+    path: Path, text: str, ram: int, pace: Pace | None, tokens: int, threads: int | None, lookahead: Mode
 ) -> tuple[float, float, float]:
     """(seconds a token and those of its arithmetic alone, medians of pieces in turns; what the drive served)"""
     config = EngineConfig(ram_bytes=ram, context_tokens=4096, pace=pace, threads=threads, lookahead=lookahead)

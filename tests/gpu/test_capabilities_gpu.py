@@ -89,11 +89,16 @@ def test_lookahead_changes_no_bit(model: Path, car: str | None) -> None:
     assert said["prefetch"]["issued"] > 0
 
 
+def skip_without(provider: str, devices: str) -> None:
+    needed = 1 + max(int(number) for number in devices.split(","))
+    if len(device.list_devices(provider)) < needed:
+        pytest.skip(f"fewer than {needed} devices")
+
+
 @pytest.mark.parametrize("devices", ["0,0", "0,1", "0,1,2,3"])
 def test_devices_in_turn_guess_as_one_does(provider: str, model: Path, devices: str) -> None:
     """By what the one before hands over early: the same bits, and as often right."""
-    if len(device.list_devices(provider)) <= int(devices[-1]):
-        pytest.skip("fewer devices")
+    skip_without(provider, devices)
     alone, one = read(model, lookahead="on", **LIMITED)
     found, several = read(model, device=f"{provider}:{devices}", split_mode="pingpong", lookahead="on", **LIMITED)
     assert found == alone and several["prefetch"]["recall"] == one["prefetch"]["recall"]
@@ -104,9 +109,7 @@ def test_devices_in_turn_guess_as_one_does(provider: str, model: Path, devices: 
 @pytest.mark.parametrize("mode", ["layer", "pingpong", "tensor", "peers"])
 @pytest.mark.parametrize("devices", ["0,0", "0,0,0", "0,1", "0,1,2,3"])
 def test_the_bits_are_one_devices(provider: str, model: Path, devices: str, mode: str, how: dict[str, Any]) -> None:
-    needed = 1 + max(int(number) for number in devices.split(","))
-    if len(device.list_devices(provider)) < needed:
-        pytest.skip(f"fewer than {needed} devices")
+    skip_without(provider, devices)
     if (mode in ("tensor", "peers") and devices == "0,0,0") or (mode == "peers" and devices == "0,1,2,3"):
         pytest.skip("no equal shares, or more than two that write to one another")
     how = how | {"split_mode": "tensor", "peer_memory": True} if mode == "peers" else how | {"split_mode": mode}

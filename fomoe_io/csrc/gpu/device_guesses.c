@@ -121,9 +121,9 @@ static int consider(fomoe_device_experts *e, int layer, int32_t expert, int is_n
 static int ranks_of(const fomoe_device_experts *e, int before) { return before ? (e->ranks + 1) / 2 : e->ranks; }
 
 /* Whether all that a layer so far before this one guesses of it has been read, or is not to be. */
-static int look(fomoe_device_experts *e, int before, int layer, int is_next, int may_read) {
+static int look(fomoe_device_experts *e, int before, int layer, int may_read) {
     fomoe_seen_guesses *s = &e->seen[before];
-    int ranks = ranks_of(e, before);
+    int ranks = ranks_of(e, before), is_next = !before || e->in_turn; /* in turn, all guesses are of the next */
     if (layer >= e->layers || !e->layer[layer].guess[before]) return 1;
     if (s->layer != layer) {
         if (!has_guessed(e, s, e->layer[layer].guess[before])) return 0;
@@ -139,11 +139,11 @@ static int look(fomoe_device_experts *e, int before, int layer, int is_next, int
 void fomoe_guesses_look(fomoe_device_experts *e, int layer, int may_read) {
     if (layer < 0 || !e->ranks) return;
     if (e->in_turn) { /* what this device has guessed of it long ago, until word comes from the other's layer */
-        for (int before = FOMOE_LAYERS_AHEAD - 1; before >= 0; before--) look(e, before, layer, 1, may_read);
+        for (int before = FOMOE_LAYERS_AHEAD - 1; before >= 0; before--) look(e, before, layer, may_read);
         return;
     }
     /* the layer after it not right before what this one's picks want of the drive */
-    for (int before = 0; before < FOMOE_LAYERS_AHEAD && look(e, before, layer, !before, may_read) && may_read; before++)
+    for (int before = 0; before < FOMOE_LAYERS_AHEAD && look(e, before, layer, may_read) && may_read; before++)
         layer = fomoe_device_next_layer(e, layer);
 }
 
